@@ -1,0 +1,106 @@
+"""What every bench notes beside its figures: the machine, the versions, how quiet the machine was; and where the figures are kept.
+
+Knows no model. A figure without its machine is worth nothing, and a figure from a busy machine is worth little, hence Stopwatch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "sve", "bf16", "i8mm")
+
+
+def hardware() -> dict[str, Any]:
+    """Date, machine, CPU and versions, ready for JSON."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name, flags = parse_cpuinfo(cpuinfo.read_text(errors="replace") if cpuinfo.exists() else "")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu": name or platform.processor() or "unknown",
+        "flags": flags,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def parse_cpuinfo(text: str) -> tuple[str, list[str]]:
+    """Linux's /proc/cpuinfo → the CPU's name ("" where it tells none) and those of TELLING_FLAGS that it has."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())  # the first processor speaks for all
+    has = set(fields.get("flags", fields.get("Features", "")).split())
+    return fields.get("model name", ""), [flag for flag in TELLING_FLAGS if flag in has]
+
+
+class Stopwatch:
+    """Context manager; then `measured` holds seconds, CPU seconds of this process and of its finished children, and, on Linux,
+    which share of all cores went to `others` and to the hypervisor (`steal`) meanwhile. 0 … 1; above a few hundredths: measure again."""
+
+    measured: dict[str, float]
+
+    def __enter__(self) -> Stopwatch:
+        self._before = (time.perf_counter(), _own_cpu_seconds(), *_machine_cpu_seconds())
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        after = (time.perf_counter(), _own_cpu_seconds(), *_machine_cpu_seconds())
+        seconds, own, busy, steal = (now - then for now, then in zip(after, self._before, strict=True))
+        self.measured = {"seconds": round(seconds, 3), "cpu_seconds": round(own, 2)}
+        if busy > 0:
+            available = seconds * (os.cpu_count() or 1)
+            self.measured |= {"others": round(max(0.0, busy - own) / available, 3), "steal": round(steal / available, 3)}
+
+
+def _own_cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _machine_cpu_seconds() -> tuple[float, float]:
+    """Busy and stolen seconds of all cores since the start; zeros where the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0, 0.0
+    user, nice, system, _idle, _wait, irq, softirq, steal = (int(field) for field in stat.read_text().split()[1:9])
+    tick = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + softirq) / tick, steal / tick
+
+
+def commit_of(checkout: Path) -> str:
+    """The commit that a checkout stands at, with "+changes" where tracked files differ from it; "unknown" without git."""
+    git = ["git", "-C", str(checkout)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if changes.strip() else "")
+
+
+def write_results(name: str, figures: dict[str, Any], folder: Path = ROOT / "bench" / "results") -> Path:
+    """Writes FOLDER/DATE-NAME.json, or DATE-NAME-2.json … on the same day: figures are never overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{datetime.date.today().isoformat()}-{name}"
+    path, number = folder / f"{stem}.json", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.json"
+    path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path

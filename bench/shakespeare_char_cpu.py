@@ -1,0 +1,374 @@
+"""The preset shakespeare_char_cpu beside nanoGPT's documented CPU command, on the same text, in one session.
+
+    python bench/shakespeare_char_cpu.py --peer=PATH_TO_NANOGPT --text=PATH_TO_TINYSHAKESPEARE [--repeats=3] [--steps=2000]
+
+Speed: both models in one process, each with its own code for a whole training step (draw a batch, forward, backward, clip,
+update), in alternating blocks of steps. Our allocator settings then hold for both; the peer's learning rate is held, ours moves.
+
+Runs: each program's own command from start to end, as processes, evaluations as each does them. Then both final models are
+scored by the same code in float32: every target of the peer's val split once, on a fixed grid of windows; our EOS after the
+last character is no target of it. Repeat r runs both at seed 1337 + r; in the peer's train.py the seed is a literal, which is
+replaced in the temporary copy (at r = 0 it is the file as it came).
+
+Reading order: main, measure_speed, run_programs, score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
+
+import config  # noqa: E402
+from bench.hardware import Stopwatch, commit_of, hardware, write_results  # noqa: E402
+from bench.peer import extract_function, import_model  # noqa: E402
+from checkpoint import open_latest  # noqa: E402
+from errors import UserError, run_script  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from prepare_data.shards import open_dataset  # noqa: E402
+from training.hardware import HardwareOptions, choose_compile, choose_hardware, choose_micro_batch, tune_allocator  # noqa: E402
+from training.interrupt import StopRequest  # noqa: E402
+from training.options import TrainOptions  # noqa: E402
+from training.run import Training  # noqa: E402
+
+PRESET = "shakespeare_char_cpu"
+SEED = 1337  # of both programs
+ROWS, BLOCK_SIZE = 12, 64
+PEER_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": BLOCK_SIZE, "bias": False, "dropout": 0.0}
+PEER = "nanoGPT float32"
+TIMED_STEPS = 20  # of a block
+ROUNDS = 10  # of one block a side, per repeat
+EVAL_INTERVAL = 250  # of both programs
+
+Step = Callable[[], object]
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = read_arguments(argv)
+    own_choice = choose_hardware(HardwareOptions(device="cpu")).dtype_name
+    dtypes = arguments.dtype.split(",") if arguments.dtype else sorted({"float32", own_choice}, reverse=True)
+    figures: dict[str, Any] = {
+        "bench": PRESET,
+        "command": f"python bench/{Path(__file__).name} --peer=PATH_TO_NANOGPT --text=PATH_TO_TINYSHAKESPEARE --repeats={arguments.repeats}"
+        f" --steps={arguments.steps} --dtype={','.join(dtypes)}",
+        "hardware": hardware(),
+        "sprout": commit_of(ROOT),
+        "peer": commit_of(arguments.peer),
+        "text_sha256": hashlib.sha256(arguments.text.read_bytes()).hexdigest(),
+    }
+    with tempfile.TemporaryDirectory(prefix="sprout-bench-") as folder:
+        work = Path(folder)
+        peer = copy_peer(arguments.peer, arguments.text, work / "peer")
+        data = prepare_ours(arguments.text, work / "data")
+        check_same_ids(peer, data)
+        figures["speed"] = measure_speed(peer, data, work, dtypes, arguments.repeats * ROUNDS, min(TIMED_STEPS, arguments.steps))
+        show_speed(figures["speed"])
+        figures["runs"] = run_programs(peer, data, work, dtypes, arguments.repeats, arguments.steps)
+        figures["programs"] = summarise_runs(figures["runs"])
+        show_programs(figures["programs"])
+    print(f"written: {write_results(PRESET, figures, arguments.results)}")
+    return 0
+
+
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--peer", type=Path, required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare, or any other text")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each program, and tens of rounds of the speed measurement")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of a run")
+    parser.add_argument("--dtype", help="our dtypes, separated by commas (default: float32, and what --dtype=auto takes here)")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
+    arguments = parser.parse_args(argv)
+    arguments.peer, arguments.text = arguments.peer.resolve(), arguments.text.resolve()
+    if not arguments.text.is_file():
+        raise UserError(f"--text={arguments.text}: no such file")
+    if not (arguments.peer / "train.py").is_file():
+        raise UserError(f"--peer={arguments.peer}: no train.py there; expected a checkout of nanoGPT")
+    if min(arguments.repeats, arguments.steps) < 1:
+        raise UserError("--repeats and --steps must be at least 1")
+    return arguments
+
+
+# ---- The same text on both sides -------------------------------------------------------------------------------------
+
+
+def copy_peer(checkout: Path, text: Path, home: Path) -> Path:
+    """A copy of the checkout in which its own script has prepared the text; with input.txt in place it downloads nothing."""
+    shutil.copytree(checkout, home, ignore=shutil.ignore_patterns(".git", "out*", "*.bin", "*.pt", "*.pkl"))
+    shutil.copyfile(text, home / "data" / "shakespeare_char" / "input.txt")
+    run_process([sys.executable, "data/shakespeare_char/prepare.py"], home)
+    return home
+
+
+def prepare_ours(text: Path, data_dir: Path) -> Path:
+    arguments = [f"--input={text}", "--tokenizer=char", "--split=tail", f"--data_dir={data_dir}"]
+    run_process([sys.executable, "-m", "prepare_data", "shakespeare", *arguments], ROOT)
+    return data_dir
+
+
+def peer_ids(peer: Path, split: str) -> np.ndarray:
+    """The ids of the peer's train or val split, (N,) int64."""
+    return np.fromfile(peer / "data" / "shakespeare_char" / f"{split}.bin", dtype=np.uint16).astype(np.int64)
+
+
+def check_same_ids(peer: Path, data_dir: Path) -> None:
+    """Raises UserError unless both programs see the same ids in both splits, our EOS apart."""
+    dataset = open_dataset(data_dir / "shakespeare")
+    for name, split in (("train", dataset.train), ("val", dataset.val)):
+        ours = split.read(0, len(split))
+        if not np.array_equal(ours[ours != dataset.tokenizer.eos_id], peer_ids(peer, name)):
+            raise UserError(f"the {name} splits of the two programs differ, so their losses cannot be compared; is --text ASCII text?")
+
+
+# ---- Speed -----------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(peer: Path, data: Path, work: Path, dtypes: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
+    """Tokens/s of whole training steps, in `rounds` rounds of one block of `steps` steps a side."""
+    tune_allocator()
+    with contextlib.redirect_stdout(io.StringIO()):  # their reports of what they built
+        sides: dict[str, Step] = {PEER: peer_step(peer)}
+        sides |= {f"Sprout {dtype}": our_step(data, work / f"speed-{dtype}", dtype) for dtype in dtypes}
+    for step in sides.values():
+        for _ in range(3):
+            step()
+    print(f"speed: {rounds} rounds of {steps} steps a side", flush=True)
+    with Stopwatch() as watch:
+        rates = alternate(sides, rounds, steps, ROWS * BLOCK_SIZE)
+    return {"steps_a_block": steps, "machine": watch.measured, "tokens_per_second": rates, "summary": summarise_speed(rates)}
+
+
+def peer_step(peer: Path) -> Step:
+    """One step of the peer's training loop on its own model, optimizer and batches."""
+    module = import_model(peer)
+    torch.manual_seed(SEED)
+    model = module.GPT(module.GPTConfig(**PEER_SHAPE, vocab_size=int(peer_ids(peer, "train").max()) + 1))
+    optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.99), device_type="cpu")
+    scope = {"os": os, "np": np, "torch": torch, "data_dir": str(peer / "data" / "shakespeare_char")}
+    scope |= {"block_size": BLOCK_SIZE, "batch_size": ROWS, "device": "cpu", "device_type": "cpu"}
+    draw = extract_function(peer / "train.py", "get_batch", scope)
+    model.train()
+
+    def step() -> float:
+        _, loss = model(*draw("train"))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def our_step(data: Path, run: Path, dtype: str) -> Step:
+    """training/run.py's step, set up as train.py does it."""
+    options = config.load("train.py", [PRESET, f"--data_dir={data}", f"--dtype={dtype}", "--device=cpu"])
+    chosen = choose_hardware(options.section(HardwareOptions))
+    asked, model_options = options.section(TrainOptions), options.section(GPTConfig)
+    size = choose_micro_batch(asked.micro_batch_size, asked.tokens_per_step, model_options, chosen).value
+    options = config.replace(options, micro_batch_size=size, compile=choose_compile(asked.compile, chosen).value)
+    dataset = open_dataset(data / "shakespeare")
+    tokenizer = dataset.tokenizer
+    model = GPT(replace(model_options, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id), seed=SEED)
+    run.mkdir()
+    training = Training(run, options, {}, chosen, dataset, model, None, StopRequest())
+    model.train()
+    return training.update
+
+
+def alternate(sides: Mapping[str, Step], rounds: int, steps: int, tokens: int) -> dict[str, list[float]]:
+    """Tokens/s of each side, one figure a round; the order rotates, so that no side always follows the same other."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in rotated(list(sides), number):
+            started = time.perf_counter()
+            for _ in range(steps):
+                sides[name]()
+            rates[name].append(steps * tokens / (time.perf_counter() - started))
+    return rates
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    by %= len(names)
+    return names[by:] + names[:by]
+
+
+def summarise_speed(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Per side: median and best tokens/s; ratios to the peer's, and the median of the ratios within each round."""
+    theirs = rates[PEER]
+    return {
+        name: {
+            "median": statistics.median(ours),
+            "best": max(ours),
+            "ratio_of_medians": statistics.median(ours) / statistics.median(theirs),
+            "ratio_of_bests": max(ours) / max(theirs),
+            "median_of_ratios": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        }
+        for name, ours in rates.items()
+    }
+
+
+def show_speed(speed: Mapping[str, Any]) -> None:
+    print(f"{'whole steps, tokens/s':24}{'median':>10}{'best':>10}   ratio to nanoGPT: of medians, of bests, median of the rounds")
+    for name, row in speed["summary"].items():
+        ratios = f"{row['ratio_of_medians']:.2f}  {row['ratio_of_bests']:.2f}  {row['median_of_ratios']:.2f}"
+        print(f"{name:24}{row['median']:10,.0f}{row['best']:10,.0f}   {ratios}")
+    print(f"machine: {speed['machine']}", flush=True)
+
+
+# ---- Whole programs --------------------------------------------------------------------------------------------------
+
+
+def run_programs(peer: Path, data: Path, work: Path, dtypes: Sequence[str], repeats: int, steps: int) -> list[dict[str, Any]]:
+    """Runs and scores the peer's command and ours, `repeats` times each in turn."""
+    interval = EVAL_INTERVAL if steps % EVAL_INTERVAL == 0 else steps  # the peer saves only where it evaluates
+    val = peer_ids(peer, "val")
+    script = (peer / "train.py").read_text(encoding="utf-8")
+    runs = []
+    for repeat in range(repeats):
+        for side in rotated([PEER, *(f"Sprout {dtype}" for dtype in dtypes)], repeat):
+            seed = SEED + repeat
+            if side == PEER:
+                (peer / "train.py").write_text(reseeded(script, seed), encoding="utf-8")
+                command = peer_command(steps, interval)
+                result = run_process([sys.executable, *command], peer)
+                logits, reported = load_peer(peer), peer_report(result["output"])
+            else:
+                run = work / f"run-{side.split()[1]}-{repeat}"
+                command = our_command(steps, interval, seed, side.split()[1])
+                result = run_process([sys.executable, *command, f"--data_dir={data}", f"--run={run}"], ROOT)
+                logits, reported = load_ours(run), our_report(run)
+            loss = score(logits, val, BLOCK_SIZE)
+            record = {"side": side, "seed": seed, "command": " ".join(["python", *command]), "val_loss": loss, "targets": len(val) - 1}
+            runs.append({**record, "reported_val_loss": reported, **result["machine"]})
+            print(f"{side}, seed {seed}: {loss:.4f} nats a character (it says {reported:.4f}); {result['machine']}", flush=True)
+    return runs
+
+
+def peer_command(steps: int, interval: int) -> list[str]:
+    """nanoGPT's documented CPU command, but the last weights are saved even where they are not its best."""
+    command = "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64"
+    command += f" --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters={steps} --lr_decay_iters={steps} --dropout=0.0"
+    own_interval = [] if interval == EVAL_INTERVAL else [f"--eval_interval={interval}"]
+    return [*command.split(), "--always_save_checkpoint=True", *own_interval]
+
+
+def our_command(steps: int, interval: int, seed: int, dtype: str) -> list[str]:
+    return ["train.py", PRESET, "--device=cpu", f"--dtype={dtype}", f"--seed={seed}", f"--max_steps={steps}", f"--eval_interval={interval}"]
+
+
+def reseeded(script: str, seed: int) -> str:
+    """The peer's train.py with another seed. Raises UserError where it does not hold the seed as expected."""
+    text, count = re.subn(rf"(torch\.manual_seed\(){SEED}\b", rf"\g<1>{seed}", script)
+    if count != 1:
+        raise UserError(
+            f"the peer's train.py sets the seed {SEED} {count} times, expected once; take nanoGPT's commit named in bench/results"
+        )
+    return text
+
+
+def run_process(command: Sequence[str], home: Path) -> dict[str, Any]:
+    """Runs a command in the folder `home` → its output and what it took. Raises UserError where it fails."""
+    with Stopwatch() as watch:
+        done = subprocess.run(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        raise UserError(f"{' '.join(command[1:])}: exit code {done.returncode}. Its last lines:\n{done.stdout[-2000:]}")
+    return {"output": done.stdout, "machine": watch.measured}
+
+
+def peer_report(output: str) -> float:
+    """The last val loss that the peer prints (its mean over random batches)."""
+    found = re.findall(r"^step \d+: train loss [\d.]+, val loss ([\d.]+)", output, re.MULTILINE)
+    return float(found[-1]) if found else math.nan
+
+
+def our_report(run: Path) -> float:
+    """The last val loss in metrics.jsonl (in the run's dtype; EOS counts there)."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [record["val_loss"] for record in records if "val_loss" in record][-1]
+
+
+def load_peer(peer: Path) -> Callable[[Tensor], Tensor]:
+    """The peer's last weights: ids (B, T) → logits (B, T, V). The checkpoint is this bench's own, and read as data all the same."""
+    saved = torch.load(peer / "out-shakespeare-char" / "ckpt.pt", map_location="cpu", weights_only=True)
+    module = import_model(peer)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = module.GPT(module.GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+    model.eval()
+    return lambda ids: model(ids, ids)[0]  # with targets it returns all positions
+
+
+def load_ours(run: Path) -> Callable[[Tensor], Tensor]:
+    """Our last weights: ids (B, T) → logits (B, T, V)."""
+    saved = open_latest(run)
+    model = GPT(GPTConfig.from_dict(saved.config), seed=None)
+    model.import_state(saved.model_tensors())
+    model.eval()
+    return model
+
+
+@torch.no_grad()
+def score(logits_of: Callable[[Tensor], Tensor], ids: np.ndarray, block_size: int, rows: int = 64) -> float:
+    """Nats a target, every one of ids[1:] once: windows at 0, T, 2T …, the short last one included."""
+    inputs, targets = torch.from_numpy(ids[:-1]), torch.from_numpy(ids[1:])
+    whole = len(targets) // block_size * block_size
+    windows = [(inputs[:whole].view(-1, block_size), targets[:whole].view(-1, block_size)), (inputs[None, whole:], targets[None, whole:])]
+    nats = 0.0
+    for x, y in windows:  # (B, T) whole windows, then (1, rest)
+        for some_x, some_y in zip(x.split(rows), y.split(rows), strict=True):
+            if some_y.numel():
+                nats += F.cross_entropy(logits_of(some_x).double().flatten(0, 1), some_y.flatten(), reduction="sum").item()
+    return nats / len(targets)
+
+
+def summarise_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Per side: medians of loss and seconds, the best seconds, and how they compare with the peer's."""
+    sides = {side: [run for run in runs if run["side"] == side] for side in dict.fromkeys(run["side"] for run in runs)}
+    summary = {
+        side: {
+            "val_loss": statistics.median(run["val_loss"] for run in own),
+            "seconds": statistics.median(run["seconds"] for run in own),
+            "best_seconds": min(run["seconds"] for run in own),
+        }
+        for side, own in sides.items()
+    }
+    theirs = summary[PEER]
+    for row in summary.values():
+        row["loss_difference"] = row["val_loss"] - theirs["val_loss"]
+        row["speed_up"], row["best_speed_up"] = theirs["seconds"] / row["seconds"], theirs["best_seconds"] / row["best_seconds"]
+    return summary
+
+
+def show_programs(summary: Mapping[str, Mapping[str, float]]) -> None:
+    print(f"{'whole programs, medians':24}{'nats/char':>10}{'seconds':>10}{'best':>10}   beside nanoGPT: loss, times faster (of bests)")
+    for name, row in summary.items():
+        figures = f"{row['val_loss']:10.4f}{row['seconds']:10.1f}{row['best_seconds']:10.1f}"
+        print(f"{name:24}{figures}   {row['loss_difference']:+.4f}  {row['speed_up']:.2f} ({row['best_speed_up']:.2f})")
+
+
+if __name__ == "__main__":
+    run_script(main)

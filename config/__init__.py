@@ -1,0 +1,87 @@
+"""All options of Sprout: which sections there are, and which script takes which. The declarations stand beside the code they configure.
+
+The files here that are neither this one, loader.py, option.py nor resume.py are presets. Nothing that is imported here may import config.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from config.loader import Loader, Options, dump, replace
+from generation.options import SampleScriptOptions, SamplingOptions
+from model import GPTConfig
+from prepare_data import PrepareOptions, SourceOptions
+from training.hardware import HardwareOptions
+from training.optim import OptimizerOptions
+from training.options import EvalOptions, LoggingOptions, RunOptions, TrainOptions
+
+__all__ = ["SCRIPTS", "SECTIONS", "Options", "check", "dump", "fixed_names", "load", "replace"]
+
+SECTIONS: dict[str, type] = {
+    "run": RunOptions,
+    "source": SourceOptions,
+    "what to sample from": SampleScriptOptions,
+    "sampling": SamplingOptions,
+    "training": TrainOptions,
+    "model": GPTConfig,
+    "optimizer and schedule": OptimizerOptions,
+    "evaluation and saving": EvalOptions,
+    "data preparation": PrepareOptions,
+    "hardware": HardwareOptions,
+    "logging": LoggingOptions,
+}
+
+SCRIPTS: dict[str, tuple[type, ...]] = {
+    "train.py": (RunOptions, TrainOptions, GPTConfig, OptimizerOptions, EvalOptions, PrepareOptions, HardwareOptions, LoggingOptions),
+    "sample.py": (RunOptions, SampleScriptOptions, SamplingOptions, HardwareOptions),
+    "prepare_data": (SourceOptions, PrepareOptions),
+}
+
+USAGE = {
+    "train.py": """
+usage: python train.py [PRESET ...] [--option=value ...]
+
+Trains a language model on your text and prints what it writes. Arguments count from left to right; the later one wins.
+
+  python train.py                                        train the quickstart preset
+  python train.py --data=my_novel.txt                    train on a text of yours: a file, or a folder of files
+  python train.py shakespeare_char --max_steps=500       take a preset and change it
+  python train.py --resume=runs/quickstart-1             go on with a run
+  python sample.py --prompt="Once"                       let the newest run write
+""",
+    "sample.py": """
+usage: python sample.py [PRESET ...] [--option=value ...]
+
+Lets a trained model write. Arguments count from left to right; the later one wins.
+
+  python sample.py                                       the newest run, its best checkpoint, a new document
+  python sample.py --run=runs/notes --prompt="Once"      a run of yours goes on with your words
+  python sample.py --temperature=0.5 --top_k=50          more careful choices
+""",
+    "prepare_data": """
+usage: python -m prepare_data SOURCE [PRESET ...] [--option=value ...]
+
+Turns text into a dataset of tokens in data/NAME. train.py does so on its own; this command gives you the choices.
+
+  python -m prepare_data text --input=folder/ --name=notes --tokenizer=bpe --vocab_size=8192
+  python -m prepare_data text --input=novel.txt --dry_run=true      only count and show a sample
+  python train.py --data=notes                                      then train on it
+""",
+}
+
+_loader = Loader(SECTIONS, SCRIPTS, USAGE, Path(__file__).resolve().parent.parent)
+
+
+def load(script: str, argv: Sequence[str], *, default_preset: str | None = None) -> Options:
+    """The options of a script from its command line. Raises one UserError with all problems; --help prints and exits with 0."""
+    return _loader.load(script, argv, default_preset=default_preset)
+
+
+def check(name: str, value: object) -> Any:
+    """One Python value against its declaration, in the declared type. Raises UserError."""
+    return _loader.check(name, value)
+
+
+def fixed_names() -> set[str]:
+    """Options that a resumed run may not change."""
+    return {name for name, option in _loader.options.items() if option.fixed}

@@ -1,0 +1,177 @@
+"""One option: what a field of a section declares (type, range, default, meaning), and the check of a value against it.
+
+A section is a frozen dataclass beside the code that it configures. Its fields have the types int, float, bool, str, Literal[words] and
+unions of these with None; a range is a string in Annotated ("1 <= x", "0 <= x < 1"); the string literal under a field is its meaning.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import operator
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """`kinds` are the plain types that it takes, `choices` the words; `none`: it may be absent; `rule` is its range."""
+
+    name: str
+    section: type
+    default: Any
+    help: str
+    kinds: frozenset[type]
+    choices: tuple[str, ...]
+    none: bool
+    rule: str
+    fixed: bool  # a resumed run may not change it
+
+    def parse(self, text: str) -> Any:
+        """The checked value of the text after a flag's first `=`. ValueError says what was expected."""
+        word = text.lower()
+        if text in self.choices:
+            return text
+        if self.none and word == "none":
+            return None
+        if str in self.kinds:
+            return text
+        if bool in self.kinds and word in ("true", "false"):
+            return word == "true"
+        for number in (int, float):
+            try:
+                return self.check(number(text))
+            except ValueError:
+                continue
+        return self._refuse(text)
+
+    def check(self, value: object) -> Any:
+        """A Python value as the option's own type: 1 is a float, 1e3 an int, True neither. ValueError says what was expected."""
+        if value is None and self.none:
+            return None
+        if isinstance(value, str) and (value in self.choices or str in self.kinds):
+            return value
+        if isinstance(value, bool) and bool in self.kinds:
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63:  # nan and inf fail this too
+            if int in self.kinds and value == int(value) and _in_range(self.rule, value):
+                return int(value)
+            if float in self.kinds and _in_range(self.rule, value):
+                return float(value)
+        return self._refuse(value)
+
+    def _refuse(self, value: object) -> NoReturn:
+        kinds = {int: f"a whole number {self.limits()}", float: f"a number {self.limits()}", str: "text"}
+        *most, last = [words.rstrip() for kind, words in kinds.items() if kind in self.kinds] + self._words()
+        raise ValueError(f"expected {', '.join(most) + ' or ' if most else ''}{last}{did_you_mean(str(value), self.choices)}")
+
+    def _words(self) -> list[str]:
+        return ["true", "false"] * (bool in self.kinds) + list(self.choices) + ["none"] * self.none
+
+    def usage(self) -> str:
+        """What may stand after the `=`, in short: INT|auto."""
+        kinds = {int: "INT", float: "FLOAT", str: "TEXT"}
+        return "|".join([word for kind, word in kinds.items() if kind in self.kinds] + self._words())
+
+    def limits(self) -> str:
+        """The range in words: ">= 1" where one end is open, else "with 0 <= x < 1"."""
+        low, above, below, high = _parse_range(self.rule)
+        if low and high:
+            return f"with {self.rule}"
+        return f"{above.replace('<', '>')} {low}" if low else f"{below} {high}" if high else ""
+
+
+def options_of(section: type) -> Iterator[Option]:
+    """What a section declares, in order, without derived fields. AssertionError where a declaration is incomplete."""
+    hints, meanings = typing.get_type_hints(section, include_extras=True), _field_docstrings(section)
+    for field in dataclasses.fields(section):
+        where = f"{section.__name__}.{field.name}"
+        assert field.default is not dataclasses.MISSING, f"{where} has no default"
+        if field.metadata.get("derived"):
+            continue
+        assert meanings.get(field.name), f"{where} has no line of meaning under it"
+        parts = list(_parts(hints[field.name]))
+        rules = [part.text for part in parts if isinstance(part, _Range)]
+        kinds = [part for part in parts if part in (int, float, bool, str)]
+        choices = [part for part in parts if isinstance(part, str)]
+        none = any(part in (None, types.NoneType) for part in parts)
+        assert len(rules + kinds + choices) + none == len(parts), f"{where}: no type of an option: {hints[field.name]}"
+        option = Option(
+            field.name,
+            section,
+            field.default,
+            help=meanings[field.name],
+            kinds=frozenset(kinds),
+            choices=tuple(choices),
+            none=none,
+            rule=rules[0] if rules else "x",
+            fixed=field.metadata.get("resume") == "fixed",
+        )
+        assert option.check(option.default) == option.default, f"{where}: wrong default"
+        yield option
+
+
+class _Range(NamedTuple):
+    text: str
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """What a type is made of: plain types, None, the words of Literals, the _Range in an Annotated."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        yield from _parts(args[0])
+        yield _Range(args[1])
+    elif origin in (typing.Union, types.UnionType):
+        for arg in args:
+            yield from _parts(arg)
+    elif origin is Literal:
+        yield from args
+    else:
+        yield hint
+
+
+def _field_docstrings(section: type) -> dict[str, str]:
+    """First line of the string literal under each field."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            found[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value)).partition("\n")[0]
+    return found
+
+
+def _parse_range(rule: str) -> tuple[str | Any, ...]:
+    """("0", "<=", "<", "1") of "0 <= x < 1"; None for an open end."""
+    match = re.fullmatch(r"(?:(\S+) (<=?) )?x(?: (<=?) (\S+))?", rule)
+    assert match, f"no range: {rule!r}"
+    return match.groups()
+
+
+def _in_range(rule: str, x: float) -> bool:
+    low, above, below, high = _parse_range(rule)
+    compare: dict[str, Callable[[float, float], bool]] = {"<": operator.lt, "<=": operator.le}
+    return (not low or compare[above](float(low), x)) and (not high or compare[below](x, float(high)))
+
+
+def did_you_mean(name: str, names: Iterable[str], flag: str = "") -> str:
+    near = difflib.get_close_matches(name.replace("-", "_").lower(), list(names), 1)
+    return f"; did you mean {flag}{near[0]}?" if near else ""
+
+
+def show(value: object) -> str:
+    """A value as it is typed after `=`, for help and messages."""
+    text = str(value)
+    if value is None or isinstance(value, bool):
+        text = text.lower()
+    elif isinstance(value, float):
+        text = text.replace("e-0", "e-")
+    elif isinstance(value, int) and abs(value) >= 100_000:
+        text = f"{value:_}"
+    if not text or not text.isprintable() or text != text.strip():
+        text = repr(text)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,31 @@
+"""One file from the network: a time limit, a `.part` name until it is whole, and its sha256."""
+
+import hashlib
+import os
+import sys
+import uuid
+from pathlib import Path
+
+
+def download(address: str, path: Path, sha256: str) -> None:
+    """Fetches `address` to `path`. Raises OSError on whatever goes wrong; nothing new lies under that name then."""
+    import requests
+    from tqdm import tqdm
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    digest = hashlib.sha256()
+    try:
+        with requests.get(address, stream=True, timeout=(10, 30)) as response, part.open("wb") as file:
+            response.raise_for_status()
+            size = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=not sys.stderr.isatty()) as bar:
+                for block in response.iter_content(1 << 16):
+                    digest.update(block)
+                    file.write(block)
+                    bar.update(len(block))
+        if digest.hexdigest() != sha256:
+            raise OSError(f"what came is not what was expected: {part.stat().st_size} bytes with sha256 {digest.hexdigest()}, not {sha256}")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,557 @@
+"""checkpoint.py and files.py: atomic under kills and full disks, every damage found and named, nothing foreign trusted."""
+
+import errno
+import json
+import os
+import shutil
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+from checkpoint import (
+    FILES,
+    Checkpoint,
+    SaveFailed,
+    find_checkpoint,
+    list_checkpoints,
+    open_checkpoint,
+    open_latest,
+    open_model_folder,
+    prune_checkpoints,
+    resolve_model_folder,
+    save_checkpoint,
+)
+from errors import UserError
+from files import DamagedFile, json_bytes, read_json
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are injected into forked processes")
+EVERY_FILE = [*sorted(FILES), "manifest.json"]
+
+
+def save(run: Path, step: int, value: float | None = None, **state: object) -> Path:
+    """A small checkpoint all of whose contents say `value` (by default the step)."""
+    value = step if value is None else value
+    return save_checkpoint(
+        run,
+        step,
+        model={"wte.weight": torch.full((5, 4), value), "scale": torch.tensor(value)},
+        config={"n_layer": 2, "value": value},
+        tokenizer={"name": "bytes", "value": value},
+        optimizer={"wte.weight/exp_avg": torch.full((5, 4), value), "wte.weight/step": torch.tensor(value)},
+        state={"samples": 7 * step, "value": value, **state},
+    )
+
+
+def value_of(opened: Checkpoint) -> float:
+    """The value that save() was given, after a proof that all parts agree on it."""
+    tensors = [*opened.model_tensors().values(), *opened.optimizer_tensors().values()]
+    values = {opened.state["value"], opened.config["value"], opened.tokenizer["value"], *(v for t in tensors for v in t.flatten().tolist())}
+    assert len(values) == 1, values
+    return values.pop()
+
+
+def steps(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+# ---- Round trip ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.text("abcxyz_./0123", min_size=1, max_size=20),
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]),
+            st.lists(st.integers(0, 4), max_size=3),
+        ),
+        max_size=5,
+    ),
+    st.integers(0, 2**32),
+)
+def test_random_tensors_come_back_bit_for_bit(tmp_path, shapes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: (100 * torch.randn(shape, generator=generator)).to(dtype) for name, (dtype, shape) in shapes.items()}
+    path = save_checkpoint(tmp_path, 1, model=tensors, config={}, tokenizer={}, optimizer=tensors, state={})
+    for loaded in (open_checkpoint(path).model_tensors(), open_checkpoint(path).optimizer_tensors()):
+        assert loaded.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert loaded[name].dtype == tensor.dtype
+            assert loaded[name].shape == tensor.shape
+            assert loaded[name].flatten().view(torch.uint8).equal(tensor.flatten().view(torch.uint8)), name
+
+
+def test_transposed_views_and_slices_are_saved_as_they_look(tmp_path):
+    whole = torch.arange(24.0).view(6, 4)
+    model = {"rows": whole[:3], "transposed": whole.T, "parameter": torch.nn.Parameter(torch.ones(2))}
+    path = save_checkpoint(tmp_path, 1, model={"transposed": model["transposed"]}, config={}, tokenizer={}, optimizer={}, state={})
+    assert open_checkpoint(path).model_tensors()["transposed"].equal(whole.T)
+    path = save_checkpoint(tmp_path, 2, model={k: model[k] for k in ("rows", "parameter")}, config={}, tokenizer={}, optimizer={}, state={})
+    loaded = open_checkpoint(path).model_tensors()
+    assert loaded["rows"].equal(whole[:3])
+    loaded["rows"].zero_()  # memory of its own: the file does not change
+    assert open_checkpoint(path).model_tensors()["rows"].equal(whole[:3])
+
+
+def test_equal_states_give_equal_files(tmp_path):
+    first, second = save(tmp_path / "一 run", 3), save(tmp_path / "b", 3)
+    for name in EVERY_FILE:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert (first / "state.json").read_text() == '{\n "samples": 21,\n "step": 3,\n "value": 3\n}\n'
+    assert json.loads((first / "manifest.json").read_text())["files"]["state.json"]["bytes"] == (first / "state.json").stat().st_size
+
+
+def test_nan_in_the_state_is_a_bug_found_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        save(tmp_path, 1, val_loss=float("nan"))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+# ---- Finding and pruning ---------------------------------------------------------------------------------------------
+
+
+def test_which_checkpoint_is_latest_best_or_named(tmp_path):
+    for step, val_loss in ((10, 3.0), (20, 2.0), (30, 2.0), (40, 2.5), (100_000_000, None)):
+        save(tmp_path, step, **({} if val_loss is None else {"val_loss": val_loss}))
+    for path in list_checkpoints(tmp_path):
+        os.utime(path, (2e9 - open_checkpoint(path).step, 2e9 - open_checkpoint(path).step))  # clocks that run backwards
+    assert [path.name for path in list_checkpoints(tmp_path)][-2:] == ["step-00000040", "step-100000000"]
+    assert find_checkpoint(tmp_path, "latest").name == "step-100000000"
+    assert find_checkpoint(tmp_path, "best").name == "step-00000020"
+    assert find_checkpoint(tmp_path, "step-30") == find_checkpoint(tmp_path, "step-00000030") == tmp_path / "checkpoints/step-00000030"
+    for wrong in ("step-31", "newest", "../step-30", "step-" + "9" * 300):
+        with pytest.raises(UserError, match=r"best, latest, step-10, step-20, step-30, step-40"):
+            find_checkpoint(tmp_path, wrong)
+
+
+def test_best_falls_to_latest_where_no_state_has_a_loss_and_passes_over_damage(tmp_path, capsys):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert find_checkpoint(tmp_path, "best").name == "step-00000002"
+    (save(tmp_path, 3, val_loss=1.0) / "state.json").write_text('{"val_loss": 0.1, "step": 3}')
+    save(tmp_path, 4, val_loss=2.0)
+    assert find_checkpoint(tmp_path, "best").name == "step-00000004"
+    assert "not considered as the best" in capsys.readouterr().err
+
+
+def test_prune_keeps_the_newest_two_and_the_best_and_nobody_elses_files(tmp_path):
+    for step, val_loss in ((1, 5.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)):
+        save(tmp_path, step, val_loss=val_loss)
+    home = tmp_path / "checkpoints"
+    for name in ("step-00000009.writing/model", "step-00000001.removing", "step-00000003.replaced", "step-00000001.mine", "notes"):
+        (home / name).mkdir(parents=True)
+    (home / "step-00000007").write_text("a file")
+    prune_checkpoints(tmp_path)
+    ours = ["step-00000002", "step-00000004", "step-00000005"]
+    assert steps(tmp_path) == sorted([*ours, "step-00000001.mine", "step-00000007", "notes"])
+    assert [path.name for path in list_checkpoints(tmp_path)] == ours
+
+
+def test_prune_keeps_what_may_be_the_best_when_it_cannot_be_read(tmp_path, capsys):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, val_loss=float(step))
+    (tmp_path / "checkpoints/step-00000001/state.json").rename(tmp_path / "kept")
+    prune_checkpoints(tmp_path)
+    assert steps(tmp_path) == ["step-00000001", "step-00000002", "step-00000003", "step-00000004"]
+    assert "step-00000001/state.json" in capsys.readouterr().err
+
+
+def test_missing_and_empty_run_directories_name_the_command(tmp_path):
+    for find in (lambda run: find_checkpoint(run, "best"), open_latest, resolve_model_folder):
+        with pytest.raises(UserError, match=r"no run.*does not exist; train first: python train\.py --run="):
+            find(tmp_path / "no run")
+        with pytest.raises(UserError, match=r"has no checkpoint yet"):
+            find(tmp_path)
+
+
+def test_a_model_folder_is_reached_from_run_checkpoint_and_itself(tmp_path, monkeypatch):
+    save(tmp_path, 1, val_loss=1.0)
+    path = save(tmp_path, 2, val_loss=2.0)
+    assert resolve_model_folder(tmp_path).parent.name == "step-00000001"
+    assert resolve_model_folder(tmp_path, "latest") == resolve_model_folder(path) == resolve_model_folder(path / "model") == path / "model"
+    copy = shutil.copytree(path / "model", tmp_path / "a copy")
+    folder = open_model_folder(resolve_model_folder(copy))
+    assert (folder.config["value"], folder.tokenizer["value"], folder.model_tensors()["scale"]) == (2, 2, 2)
+    flip(path / "model/config.json", -4)
+    monkeypatch.chdir(path / "model")  # inside a checkpoint the crc32 counts, however the folder is named
+    for name in (path / "model", Path()):
+        with pytest.raises(DamagedFile, match=r"config\.json: damaged: its crc32 is"):
+            open_model_folder(name)
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, position: int, bit: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= bit
+    path.write_bytes(data)
+
+
+def assert_skipped(run: Path, damaged: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest checkpoint is refused by name, and resuming falls back to the one before, aloud."""
+    with pytest.raises(DamagedFile, match=r"--checkpoint=step-N") as caught:
+        open_checkpoint(find_checkpoint(run, "latest"))
+    assert damaged in str(caught.value)
+    assert value_of(open_latest(run)) == 10
+    assert damaged in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+@pytest.mark.parametrize("cut", ["0", "7", "8", "mid header", "mid data", "-1", "missing", "longer", "folder", "link"])
+def test_cut_missing_and_foreign_files_are_named(tmp_path, capsys, name, cut):
+    save(tmp_path, 10)
+    file = save(tmp_path, 20) / name
+    size = file.stat().st_size
+    if cut in ("missing", "folder", "link"):
+        moved = file.rename(tmp_path / "elsewhere")
+        if cut == "folder":
+            file.mkdir()
+        elif cut == "link" and os.name != "nt":  # Windows makes links only for administrators
+            file.symlink_to(moved)
+    elif cut == "longer":
+        file.write_bytes(file.read_bytes() + b"\0")
+    else:
+        os.truncate(file, {"mid header": 30, "mid data": size - 20, "-1": size - 1 - (name == "manifest.json")}.get(cut) or int(cut))
+    assert_skipped(tmp_path, name.rpartition("/")[2], capsys)
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_one_flipped_bit_anywhere_is_found(tmp_path, name):
+    path = save(tmp_path, 20)
+    size = (path / name).stat().st_size
+    for position in range(0, size, max(1, size // 60)):
+        flip(path / name, position, 1 << position % 8)
+        with pytest.raises(DamagedFile):
+            open_checkpoint(path)
+        flip(path / name, position, 1 << position % 8)
+    assert value_of(open_checkpoint(path)) == 20
+
+
+def test_damage_after_opening_is_found_when_the_tensors_are_read(tmp_path):
+    path = save(tmp_path, 1)
+    opened = open_checkpoint(path)
+    flip(path / "model/model.safetensors", -1)
+    flip(path / "optimizer.safetensors", -1)
+    with pytest.raises(DamagedFile, match=r"model\.safetensors"):
+        opened.model_tensors()
+    with pytest.raises(DamagedFile, match=r"optimizer\.safetensors"):
+        opened.optimizer_tensors()
+
+
+def test_other_files_in_a_checkpoint_are_ignored(tmp_path):
+    path = save(tmp_path, 1)
+    (path / ".DS_Store").write_bytes(b"\0")
+    (path / "model" / "README.md").write_text("mine")
+    assert value_of(open_checkpoint(path)) == 1
+
+
+def test_resume_leaves_the_damaged_future_behind(tmp_path, capsys):
+    save(tmp_path, 10)
+    flip(save(tmp_path, 20) / "state.json", 3)
+    assert open_latest(tmp_path).step == 10
+    save(tmp_path, 15)
+    assert find_checkpoint(tmp_path, "latest").name == "step-00000015"
+    for path in list_checkpoints(tmp_path):
+        flip(path / "optimizer.safetensors", -1)
+    with pytest.raises(UserError, match=r"every checkpoint .* is damaged"):
+        open_latest(tmp_path)
+
+
+# ---- Hostile files ---------------------------------------------------------------------------------------------------
+
+
+def forge_manifest(path: Path, **changes: object) -> None:
+    manifest = {**read_json(path / "manifest.json"), **changes}
+    del manifest["crc32"]
+    (path / "manifest.json").write_bytes(json_bytes({**manifest, "crc32": zlib.crc32(json_bytes(manifest))}))
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "model/\0", "model/../state.json", "x" * 300, "\x1b[31mred"])
+def test_a_manifest_names_no_other_files(tmp_path, name):
+    path = save(tmp_path, 1)
+    entry = {"bytes": 1, "crc32": 1}
+    files = read_json(path / "manifest.json")["files"]
+    for forged in ({**files, name: entry}, {**{k: v for k, v in files.items() if k != "state.json"}, name: entry}, [name], name):
+        forge_manifest(path, files=forged)
+        with pytest.raises(DamagedFile, match="and nothing else") as caught:
+            open_checkpoint(path)
+        assert str(caught.value).isprintable()
+
+
+def test_entries_that_are_no_numbers_and_odd_json_are_damage(tmp_path):
+    path = save(tmp_path, 1)
+    files = read_json(path / "manifest.json")["files"]
+    for entry in (None, [], "x", {"bytes": "1", "crc32": None}, {}, {**files["state.json"], "more": 1}):
+        forge_manifest(path, files={**files, "state.json": entry})
+        with pytest.raises(DamagedFile):
+            open_checkpoint(path)
+    deep = b'{"format":' + b"[" * 900 + b"]" * 900 + b"}"
+    for data in (b"", b"[]", b"null", b"{", b"\xff", b'{"a": NaN}', b'{"a": 1e999}', b"[" * 100_000, deep, b'{"a": ' + b"9" * 5000 + b"}"):
+        (path / "manifest.json").write_bytes(data)
+        with pytest.raises(DamagedFile):
+            open_checkpoint(path)
+
+
+def test_another_format_version_is_no_damage_and_is_never_passed_over(tmp_path):
+    save(tmp_path, 1)
+    forge_manifest(save(tmp_path, 2), version=2)
+    with pytest.raises(UserError, match="format version 2 found, 1 expected") as caught:
+        open_latest(tmp_path)
+    assert not isinstance(caught.value, DamagedFile)
+
+
+def safetensors_file(header: object, data: bytes = bytes(16)) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def tensor(shape: object, begin: int = 0, end: int = 16, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+HOSTILE = {
+    "empty": b"",
+    "header longer than the file": struct.pack("<Q", 1 << 40) + b"{}",
+    "header of 2^63": struct.pack("<Q", 1 << 63) + b"{}",
+    "overlap": safetensors_file({"a": tensor([4]), "b": tensor([4])}),
+    "hole": safetensors_file({"a": tensor([2], 0, 8)}),
+    "beyond the end": safetensors_file({"a": tensor([8], 0, 32)}),
+    "overflow": safetensors_file({"a": tensor([2**62, 4])}),
+    "empty but huge": safetensors_file({"a": tensor([0, 2**62, 2**62], 0, 0), "b": tensor([4])}),
+    "negative": safetensors_file({"a": tensor([-4])}),
+    "unknown dtype": safetensors_file({"a": tensor([4], dtype="PICKLE")}),
+    "4-bit dtype": safetensors_file({"a": tensor([32], dtype="F4")}),
+    "NUL in a name": safetensors_file({"a\0": tensor([4])}),
+    "long name": safetensors_file({"a" * 300: tensor([4])}),
+    "escape in a name": safetensors_file({"\x1b[31m": tensor([4])}),
+    "not utf-8": safetensors_file(b'{"\xff": 1}'),
+    "deep": safetensors_file(b"[" * 100_000),
+    "list": safetensors_file([]),
+    "pickle": b"\x80\x04\x95\x1f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94.",
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_hostile_weights_are_refused(tmp_path, attack):
+    (tmp_path / "model.safetensors").write_bytes(HOSTILE[attack])
+    for name in ("config.json", "sprout_tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DamagedFile, match=r"model\.safetensors") as caught:
+        open_model_folder(tmp_path).model_tensors()
+    assert str(caught.value).isprintable()
+
+
+@needs_fork
+def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(DamagedFile, match="an ordinary file is expected"):
+        read_json(tmp_path / "config.json")
+
+
+# ---- Kills and full disks --------------------------------------------------------------------------------------------
+
+
+def run_child(action) -> int:
+    """Runs `action` in a forked process; its exit code."""
+    child = os.fork()
+    if child == 0:
+        try:
+            code = action() or 0
+        except BaseException as error:  # noqa: BLE001 - a child must not return into pytest
+            print(f"child: {error!r}", file=sys.stderr)
+            code = 99
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fail_at(point: int, fault) -> None:
+    """From here on the point-th system call that touches the disk is replaced by `fault`; a write gets half-way first."""
+    left = point
+
+    def count(half=lambda: None) -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            half()
+            fault()
+
+    def audit(event: str, args: tuple) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"):
+            count()
+
+    real_write = checkpoint.write_file
+
+    def fsync(descriptor: int) -> None:
+        count()
+
+    def write_file(path: Path, data: bytes) -> None:
+        count(lambda: path.write_bytes(data[: len(data) // 2]))
+        real_write(path, data)
+
+    os.fsync, checkpoint.write_file = fsync, write_file  # for good: this is a forked process
+    sys.addaudithook(audit)
+
+
+@pytest.fixture
+def no_fsync(monkeypatch):
+    """A killed process loses nothing that the system has; waiting for the disk would be most of the test's time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def base_run(folder: Path) -> None:
+    """Checkpoints 10, 20, 30 of which 10 is the best, and what an earlier kill left."""
+    for step, val_loss in ((10, 1.0), (20, 2.0), (30, 3.0)):
+        save(folder, step, val_loss=val_loss)
+    shutil.copytree(folder / "checkpoints/step-00000010", folder / "checkpoints/step-00000040.writing")
+    shutil.copytree(folder / "checkpoints/step-00000010", folder / "checkpoints/step-00000005.removing")
+
+
+def check_consistent(run: Path, step: int, at_least: float) -> float:
+    """All complete checkpoints are good, the best is still there, the newest is the old or the new one; its value."""
+    for path in list_checkpoints(run):
+        value_of(open_checkpoint(path))
+    assert find_checkpoint(run, "best").name == "step-00000010"
+    value = value_of(open_latest(run))
+    assert value in (at_least, 77), (step, value)
+    return value
+
+
+@needs_fork
+@pytest.mark.parametrize("step", [40, 30])
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_state(tmp_path, no_fsync, step):
+    """step 40 is new; step 30 is saved a second time."""
+    base_run(tmp_path / "base")
+    seen = []
+    for point in range(1000):
+        run = shutil.copytree(tmp_path / "base", tmp_path / f"run{point}")
+
+        def save_and_prune(point=point, run=run) -> None:
+            fail_at(point, lambda: os._exit(9))
+            save(run, step, 77)
+            prune_checkpoints(run)
+
+        code = run_child(save_and_prune)
+        seen.append(check_consistent(run, step, 30))
+        if code == 0:
+            break
+        assert code == 9
+        save(run, step, 77)  # the run goes on
+        prune_checkpoints(run)
+        assert check_consistent(run, step, 77) == 77
+        assert steps(run) == [f"step-000000{n}" for n in ((10, 30, 40) if step == 40 else (10, 20, 30))]
+        shutil.rmtree(run)
+    assert point >= 60, "kill points"
+    assert seen == sorted(seen), "the new state, once reached, stays"
+    assert {seen[0], seen[-1]} == {30, 77}
+
+
+@needs_fork
+@pytest.mark.parametrize("step", [40, 30])
+def test_an_error_at_any_moment_is_a_save_failed_or_a_warning(tmp_path, no_fsync, step):
+    base_run(tmp_path / "base")
+    failures = 0
+    for point in range(step // 10 % 2, 1000, 2):  # every other call, the other half in the other case: forking takes time
+        run = shutil.copytree(tmp_path / "base", tmp_path / f"run{point}")
+
+        def save_and_prune(point=point, run=run) -> int:
+            raised = []
+
+            def fault() -> None:
+                raised.append(True)
+                full_disk()
+
+            fail_at(point, fault)
+            try:
+                save(run, step, 77)
+            except SaveFailed as error:
+                return 3 if "are untouched" in str(error) else 5
+            prune_checkpoints(run)
+            return 0 if raised else 4
+
+        code = run_child(save_and_prune)
+        assert check_consistent(run, step, 30) == (30 if code == 3 else 77)
+        if code == 4:
+            break
+        failures += code == 3
+        assert code in (0, 3)
+        assert code == 0 or f"step-000000{step}.writing" not in steps(run)
+        shutil.rmtree(run)
+    assert failures >= 10
+
+
+@needs_fork
+def test_a_file_size_limit_is_a_save_failed_that_can_be_retried(tmp_path):
+    import resource
+
+    save(tmp_path, 10)
+
+    def limited() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        big = {"w": torch.zeros(100_000)}
+        try:
+            save_checkpoint(tmp_path, 20, model=big, config={}, tokenizer={}, optimizer={}, state={})
+        except SaveFailed as error:
+            return 3 if "too large" in str(error) else 5
+        return 0
+
+    assert run_child(limited) == 3
+    assert steps(tmp_path) == ["step-00000010"]
+    assert value_of(open_latest(tmp_path)) == 10
+    save(tmp_path, 20)
+    assert value_of(open_latest(tmp_path)) == 20
+
+
+def test_a_disk_with_too_little_room_is_said_beforehand(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 500_000, 500_000))
+    with pytest.raises(SaveFailed, match=r"step 20 could not be saved in .*checkpoints.* MB are needed and 0\.5 MB are free"):
+        save(tmp_path, 20)
+    assert steps(tmp_path) == ["step-00000010"]
+
+
+def test_a_checkpoint_that_reads_back_wrong_is_taken_back(tmp_path, monkeypatch):
+    save(tmp_path, 10, 1.0)
+    real = checkpoint.write_file
+
+    def rotten(path: Path, data: bytes) -> None:
+        real(path, data[:-1] + b"?" if path.name == "optimizer.safetensors" else data)
+
+    monkeypatch.setattr(checkpoint, "write_file", rotten)
+    for step in (10, 20):
+        with pytest.raises(SaveFailed, match=r"optimizer\.safetensors"):
+            save(tmp_path, step, 2.0)
+        assert steps(tmp_path) == ["step-00000010"]
+        assert value_of(open_latest(tmp_path)) == 1.0
+
+
+@needs_fork
+def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced, complete = set(), []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        real_fsync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        complete.append({path.stat().st_ino for path in [source, *source.rglob("*")]} <= synced)
+        real_rename(source, target)
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    save(tmp_path, 10)
+    assert complete == [True]
+    assert synced == {(tmp_path / "checkpoints").stat().st_ino}

@@ -1,0 +1,78 @@
+"""Logs: reproducible lines, cut back on resume, Weights & Biases only when asked and never with a prompt."""
+
+import json
+import sys
+
+import pytest
+
+from errors import UserError
+from training.metrics import RunLog, WandbLog, clock, console_line
+from training.options import LoggingOptions
+
+
+def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
+    log = RunLog(tmp_path)
+    log.metrics("step", 1, timing={"seconds": 0.1}, loss=2.5)
+    log.sample(1, "猫 and text", "length")
+    lengths = log.lengths()
+    log.metrics("step", 2, loss=2.0)
+    log.sample(2, "more", "length")
+    log.close()
+    log = RunLog(tmp_path, lengths)
+    log.metrics("step", 2, loss=1.9)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert lines == [{"event": "step", "step": 1, "loss": 2.5, "timing": {"seconds": 0.1}}, {"event": "step", "step": 2, "loss": 1.9}]
+    assert (tmp_path / "samples.txt").read_text("utf-8") == "==== step 1 (length) ====\n猫 and text\n\n"
+
+
+def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path, capsys):
+    class Full:
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    log = RunLog(tmp_path)
+    log._files["metrics.jsonl"] = Full()
+    for step in range(3):
+        log.metrics("step", step, loss=1.0)
+    assert capsys.readouterr().err.count("No space left") == 1
+
+
+def test_wandb_is_not_imported_unless_asked_for(tmp_path):
+    before = set(sys.modules)
+    WandbLog(tmp_path, LoggingOptions(), {}).log({"loss": 1.0}, 1)
+    assert not {name for name in set(sys.modules) - before if name.startswith("wandb")}
+
+
+def test_wandb_offline_needs_no_account(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = WandbLog(tmp_path, LoggingOptions(wandb="offline"), {"n_layer": 2})
+    log.log({"train/loss": 1.5}, 1)
+    log.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_wandb_online_without_a_key_is_an_error_not_a_prompt(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("a prompt"))
+    with pytest.raises(UserError, match="wandb login"):
+        WandbLog(tmp_path, LoggingOptions(wandb="online"), {})
+
+
+def test_a_missing_wandb_names_the_pip_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        WandbLog(tmp_path, LoggingOptions(wandb="offline"), {})
+
+
+def test_console_lines_have_fixed_columns():
+    lines = [
+        console_line(step, 2000, loss, 1e-3, norm, rate, left, 2**30)
+        for step, loss, norm, rate, left in [(1, 10.25, 123.4, 950.0, 7300.0), (2000, 1.5, 0.2, 1_234_567.0, 3.0)]
+    ]
+    assert len(lines[0]) == len(lines[1])
+    assert "left 2:01:40" in lines[0]
+    assert [clock(5), clock(65), clock(3600)] == ["0:05", "1:05", "1:00:00"]

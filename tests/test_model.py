@@ -1,0 +1,316 @@
+"""The Transformer: causal, masked where asked, initialised as listed, the same with the cache as without."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import config
+import model as model_module
+from model import (
+    GPT,
+    IGNORED_TARGET,
+    Dropout,
+    GPTConfig,
+    KVCache,
+    attention_weights,
+    causal_attention,
+    dense_mask,
+    rotary_table,
+    rotate,
+    sinusoidal_table,
+)
+
+EOS = 39
+TINY = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=EOS + 1, eos_id=EOS)
+MODERN = dataclasses.replace(TINY, positions="rotary", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False)
+VARIANTS = {
+    "gpt2": TINY,
+    "modern": MODERN,
+    "grouped": dataclasses.replace(MODERN, n_kv_head=2),
+    "vaswani": dataclasses.replace(TINY, positions="sinusoidal", norm_position="post", mlp="relu", scale_embeddings=True),
+    "untied relu2": dataclasses.replace(TINY, tie_embeddings=False, mlp="relu2", n_hidden=48),
+    "window": dataclasses.replace(MODERN, sliding_window=5),
+    "documents": dataclasses.replace(TINY, document_mask=True),
+    "window and documents": dataclasses.replace(MODERN, n_kv_head=1, sliding_window=5, document_mask=True),
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def ids_with_documents(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random ids with an EOS at the start and a few more of them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, EOS, (rows, length), generator=generator)
+    ids[torch.rand(ids.shape, generator=generator) < 0.15] = EOS
+    ids[:, 0] = EOS
+    return ids
+
+
+def sensitivity(model: GPT, ids: torch.Tensor) -> torch.Tensor:
+    """(T, T) bool: whether the logits at t depend on the token at s, by the gradient through the embeddings."""
+    embedded = []
+    handle = model.embed.register_forward_hook(lambda module, args, out: embedded.append(out))
+    logits = model(ids)
+    handle.remove()
+    gradients = [torch.autograd.grad(logits[0, t].square().sum(), embedded, retain_graph=True)[0] for t in range(ids.shape[1])]
+    return torch.stack([gradient[0].abs().sum(dim=-1) > 0 for gradient in gradients])
+
+
+@every_variant
+def test_a_token_depends_on_exactly_the_visible_tokens(variant):
+    """Over several layers a window reaches further, so here the model has one."""
+    model = GPT(dataclasses.replace(variant, n_layer=1)).double()
+    ids = ids_with_documents(1, 16)
+    t = torch.arange(16)
+    expected = t <= t[:, None]
+    if variant.document_mask:
+        expected &= t >= model.document_starts(ids)[0][:, None]
+    if variant.sliding_window:
+        expected &= t > t[:, None] - variant.sliding_window
+    assert torch.equal(sensitivity(model, ids), expected)
+
+
+@every_variant
+def test_no_token_depends_on_the_future_in_a_deep_model(variant):
+    depends = sensitivity(GPT(variant).double(), ids_with_documents(1, 16))
+    assert not depends.triu(1).any()
+
+
+@every_variant
+def test_initial_loss_is_that_of_a_uniform_guess(variant):
+    ids = torch.randint(0, EOS + 1, (8, 17), generator=torch.Generator().manual_seed(0))
+    loss = GPT(variant)(ids[:, :-1], ids[:, 1:])
+    assert loss.item() == pytest.approx(math.log(EOS + 1), abs=0.1)
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("gpt2_124m", 124_439_808), ("modern_124m", 123_552_768)])
+def test_parameter_counts_of_the_124m_presets(preset, parameters):
+    """GPT-2's count is the one that OpenAI's small model has. modern: 50257·768 + 12·(4·768² + 3·768·2048 + 2·64 + 2·768) + 768."""
+    options = config.load("train.py", [preset]).section(GPTConfig)
+    with torch.device("meta"):
+        assert GPT(options, seed=None).n_params() == parameters
+
+
+def test_worked_example_of_self_attention():
+    """The example of the tutorials: d_k = 64, scores 112 and 96 → 14 and 12 → 0.88 and 0.12."""
+    q = torch.zeros(1, 64, dtype=torch.float64)
+    q[0, 0] = 1.0
+    k = torch.zeros(2, 64, dtype=torch.float64)
+    k[0, 0], k[1, 0] = 112.0, 96.0
+    assert torch.equal(q @ k.mT / math.sqrt(64), torch.tensor([[14.0, 12.0]], dtype=torch.float64))
+    assert attention_weights(q, k)[0].tolist() == pytest.approx([0.88, 0.12], abs=0.005)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_its_definition(kv_heads, masked):
+    B, T, H, D = 2, 13, 4, 8
+    q, k, v = (torch.randn(B, T, heads, D, dtype=torch.float64) for heads in (H, kv_heads, kv_heads))
+    first = torch.maximum(torch.zeros(T), torch.arange(T) - 4).to(torch.int32).expand(B, T) if masked else None
+    out = causal_attention(q, k, v, dense_mask(first))
+    for b in range(B):
+        for h in range(H):
+            kv = h // (H // kv_heads)
+            for t in range(T):
+                seen = slice(int(first[b, t]) if masked else 0, t + 1)
+                weights = attention_weights(q[b, t, h][None], k[b, seen, kv])
+                torch.testing.assert_close(out[b, t, h], (weights @ v[b, seen, kv])[0], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 100), (torch.float32, 129), (torch.bfloat16, 100)])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_the_ways_to_attend_agree_with_float64(dtype, length, kv_heads, monkeypatch):
+    """Outputs and gradients are as close to float64 as those of PyTorch's own attention in the same dtype, give or take a half."""
+    q, k, v, grad = (torch.randn(2, length, heads, 16, dtype=dtype) for heads in (4, kv_heads, kv_heads, 4))
+    took_part = []
+    monkeypatch.setattr(model_module, "_written_out", lambda *args, way=model_module._written_out: took_part.append(1) or way(*args))
+
+    def outputs(convert, attend):
+        inputs = [convert(x).requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, None)
+        out.backward(convert(grad))
+        return [out.detach(), *(x.grad for x in inputs)]
+
+    def sdpa(q, k, v, mask):
+        return model_module._sdpa(q, k.transpose(1, 2), v.transpose(1, 2), mask, causal=True)
+
+    exact = outputs(lambda x: x.detach().double(), causal_attention)
+    assert not took_part
+    plain = outputs(lambda x: x.detach().clone(), sdpa)
+    ours = outputs(lambda x: x.detach().clone(), causal_attention)
+    assert bool(took_part) == (length <= 128)
+    for mine, its, true in zip(ours, plain, exact, strict=True):
+        error, allowed = (mine.double() - true).abs().max(), (its.double() - true).abs().max()
+        assert error <= 1.5 * allowed + 4 * torch.finfo(dtype).eps * true.abs().max()
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
+def test_document_mask_makes_a_document_independent_of_its_predecessors(positions):
+    model = GPT(dataclasses.replace(MODERN, positions=positions, document_mask=True)).double()
+    document = torch.tensor([EOS, 5, 6, 7, 8, 9, EOS])
+    losses = []
+    for before in ([], [EOS], [EOS, 1, 2, 3], [4, 4, EOS, 17, 2, 3, 30]):
+        ids = torch.cat((torch.tensor(before, dtype=torch.int64), document))[None]
+        losses.append(model(ids[:, :-1], ids[:, 1:], reduction="none")[0, -6:])
+    for other in losses[1:]:
+        torch.testing.assert_close(other, losses[0], atol=1e-12, rtol=0)
+
+
+@every_variant
+def test_cached_logits_equal_those_of_the_full_forward(variant):
+    """Rows of unequal prompts, a dropped row, and a row that is prefilled anew in the middle."""
+    model = GPT(variant).double().eval()
+    ids = ids_with_documents(3, 16)
+    full, every = model(ids), torch.arange(3)
+    cache = KVCache(variant, 3, dtype=torch.float64)
+    lengths = torch.tensor([5, 1, 8])
+    logits = model.prefill(ids[:, :8], lengths, cache, every)
+    torch.testing.assert_close(logits, full[every, lengths - 1], atol=1e-12, rtol=0)
+    for step in range(8):
+        if step == 4:
+            model.prefill(ids[[1], :3], torch.tensor([3]), cache, torch.tensor([1]))
+        at = cache.lengths.clone()
+        logits = model.decode(ids[every, at], cache)
+        torch.testing.assert_close(logits, full[every, at], atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="full"):
+        model.decode(ids[every, 0], cache)
+    cache.keep([1])
+    at = cache.lengths.clone()
+    torch.testing.assert_close(model.decode(ids[1, at], cache), full[1, at], atol=1e-12, rtol=0)
+
+
+def test_padded_rows_never_matter():
+    padded = dataclasses.replace(TINY, vocab_size=1500, eos_id=1499, tie_embeddings=False)
+    assert padded.padded_vocab_size == 1536
+    model = GPT(padded)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    ids = torch.randint(0, 1500, (2, 17))
+    logits = model(ids[:, :-1])
+    assert logits.shape == (2, 16, 1500)
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    optimizer.step()
+    for matrix in (model.embed.weight, model.head.weight):
+        assert not matrix[1500:].any()
+    assert {t.shape[0] for name, t in model.export_state().items() if name in ("embed.weight", "head.weight")} == {1500}
+    other = GPT(padded, seed=7)
+    other.import_state(model.export_state())
+    assert torch.equal(other(ids[:, :-1]), model(ids[:, :-1]))
+
+
+def test_initial_weights_follow_the_table():
+    model = GPT(dataclasses.replace(TINY, n_layer=8, n_embd=128, n_head=4, tie_embeddings=False))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            expected = 0.02 / math.sqrt(2 * 8) if name.endswith(("attn.proj.weight", "mlp.down.weight")) else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
+            assert abs(parameter.mean().item()) < expected / 5, name
+    again, other = GPT(TINY, seed=3).export_state(), GPT(TINY, seed=3).export_state()
+    assert all(torch.equal(again[name], other[name]) for name in again)
+    assert not torch.equal(again["embed.weight"], GPT(TINY, seed=4).export_state()["embed.weight"])
+
+
+def test_import_refuses_what_does_not_fit():
+    state = GPT(TINY).export_state()
+    with pytest.raises(ValueError, match=r"lack 'embed\.weight'"):
+        GPT(TINY).import_state({name: tensor for name, tensor in state.items() if name != "embed.weight"})
+    with pytest.raises(ValueError, match="'surplus'"):
+        GPT(TINY).import_state({**state, "surplus": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"'embed\.weight' has the shape \(39, 32\)"):
+        GPT(TINY).import_state({**state, "embed.weight": state["embed.weight"][:-1]})
+
+
+def test_ignored_targets_count_neither_above_nor_below_the_line():
+    model, ids = GPT(TINY), ids_with_documents(2, 16)
+    targets = ids.roll(-1, dims=1)
+    losses = model(ids, targets, reduction="none")
+    targets[0, :7] = IGNORED_TARGET
+    kept = torch.cat((losses[0, 7:], losses[1]))
+    assert model(ids, targets).item() == pytest.approx(kept.mean().item(), rel=1e-6)
+    assert model(ids, targets, reduction="sum").item() == pytest.approx(kept.sum().item(), rel=1e-6)
+
+
+def test_label_smoothing_mixes_in_the_uniform_distribution():
+    model, ids = GPT(TINY), ids_with_documents(2, 16)
+    log_probabilities = torch.log_softmax(model(ids), dim=-1)
+    plain = -log_probabilities.gather(-1, ids[..., None]).mean()
+    uniform = -log_probabilities.mean()
+    assert model(ids, ids, label_smoothing=0.1).item() == pytest.approx((0.9 * plain + 0.1 * uniform).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_dropout_keeps_the_mean_in_bfloat16_too(p):
+    torch.manual_seed(0)
+    kept = 1 - min(255, max(1, round(256 * p))) / 256
+    out = Dropout(p)(torch.rand(2_000_000).bfloat16() + 1).double()
+    assert out.mean().item() == pytest.approx(1.5, abs=5 * 1.6 * math.sqrt((1 - kept) / kept / out.numel()) + 1e-3)
+
+
+@given(p=st.floats(0.05, 0.9), size=st.integers(1, 999))
+@settings(max_examples=25, deadline=None)
+def test_dropout_scales_what_it_keeps(p, size):
+    dropout = Dropout(p)
+    torch.manual_seed(0)
+    out = dropout(torch.ones(size, 7))
+    torch.manual_seed(0)
+    assert torch.equal(out, dropout(torch.ones(size, 7)))
+    kept = 1 - round(256 * p) / 256
+    assert ((out == 0) | (out == torch.tensor(1 / kept))).all()
+    assert (out != 0).float().mean().item() == pytest.approx(kept, abs=5 * math.sqrt(0.25 / out.numel()))
+    assert torch.equal(dropout.eval()(torch.ones(3)), torch.ones(3))
+
+
+def test_rotation_depends_on_relative_positions_only():
+    table = rotary_table(32, 8, 10_000.0).double()
+    q, k = torch.randn(1, 1, 1, 8).double(), torch.randn(1, 1, 1, 8).double()
+
+    def score(i: int, j: int) -> float:
+        return (rotate(q, table[i : i + 1]) * rotate(k, table[j : j + 1])).sum().item()
+
+    assert score(3, 1) == pytest.approx(score(30, 28), abs=1e-6)
+    assert score(3, 1) != pytest.approx(score(3, 2), abs=1e-3)
+    assert torch.equal(rotate(q, table[:1]), q)
+
+
+def test_sinusoidal_positions_are_those_of_the_paper():
+    table = sinusoidal_table(50, 16)
+    assert table[7, 4].item() == pytest.approx(math.sin(7 / 10_000 ** (4 / 16)), abs=1e-6)
+    assert table[7, 5].item() == pytest.approx(math.cos(7 / 10_000 ** (4 / 16)), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_embd": 33}, "n_embd=33 is not divisible by n_head=4"),
+        ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
+        ({"positions": "rotary", "n_embd": 36}, "even head size"),
+        ({"positions": "sinusoidal", "n_embd": 27, "n_head": 3}, "even n_embd"),
+        ({"document_mask": True, "eos_id": None}, "end-of-sequence"),
+        ({"n_layer": 0}, "at least 1"),
+        ({"eos_id": 40}, "outside the vocabulary"),
+    ],
+)
+def test_options_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_config_survives_a_file_and_refuses_a_hostile_one():
+    assert GPTConfig.from_dict(MODERN.to_dict()) == MODERN
+    for change, message in (({"n_layer": "4"}, "n_layer"), ({"__class__": 1}, "unknown"), ({"mlp": "evil"}, "mlp"), ({"bias": 1}, "bias")):
+        with pytest.raises(ValueError, match=message):
+            GPTConfig.from_dict({**MODERN.to_dict(), **change})
+
+
+def test_weights_of_narrow_activations_keep_their_dtype():
+    """Under autocast queries and keys must come out of norm and rotation in the dtype of the values."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = GPT(MODERN)(ids_with_documents(2, 16), ids_with_documents(2, 16))
+    assert loss.dtype == torch.float32
+    assert math.isfinite(loss.item())

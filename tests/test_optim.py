@@ -1,0 +1,91 @@
+"""Schedules and optimizers."""
+
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from training.optim import (
+    OptimizerOptions,
+    Plan,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    planned,
+)
+
+TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=1100, eos_id=0)  # padded to 1152
+
+
+def rates(steps: int, **options) -> list[float]:
+    chosen = OptimizerOptions(**{"learning_rate": 1.0, "warmup_steps": 10, **options})
+    return [learning_rate(step, planned(steps, chosen), chosen) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "inverse_sqrt", "constant"])
+def test_warm_up_is_linear_and_reaches_the_peak(schedule):
+    assert rates(100, schedule=schedule)[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(rates(100, schedule=schedule)) == pytest.approx(1.0)
+
+
+def test_schedules_after_the_warm_up():
+    cosine, linear, wsd = (rates(110, schedule=name, min_learning_rate=0.1) for name in ("cosine", "linear", "wsd"))
+    assert cosine[60] == pytest.approx(0.55)
+    assert linear[60] == pytest.approx(0.55)
+    assert linear[109] == pytest.approx(0.1, abs=0.01)
+    assert wsd[10:88] == [1.0] * 78
+    assert wsd[99] == pytest.approx(0.1 + 0.9 * 11 / 22)
+    assert wsd[109] == pytest.approx(0.1 + 0.9 * 1 / 22)
+    assert rates(110, schedule="wsd", decay_steps=50)[60:62] == [1.0, pytest.approx(49 / 50)]
+    assert rates(110, schedule="inverse_sqrt")[89] == pytest.approx(math.sqrt(10 / 90))
+    assert rates(110, schedule="constant")[109] == 1.0
+
+
+def test_the_paper_s_formula():
+    """d^-0.5 · min(step^-0.5, step · warmup^-1.5), steps from 1 (Vaswani et al. 2017, equation 3)."""
+    options = OptimizerOptions(learning_rate=(512 * 4000) ** -0.5, schedule="inverse_sqrt", warmup_steps=4000)
+    for step in (1, 100, 3999, 4000, 4001, 100_000):
+        paper = 512**-0.5 * min(step**-0.5, step * 4000**-1.5)
+        assert learning_rate(step - 1, Plan(100_000, 1), options) == pytest.approx(paper)
+
+
+def test_only_matrices_decay():
+    model = GPT(TINY)
+    groups = make_optimizer(model, OptimizerOptions(weight_decay=0.3)).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert all(p.dim() >= 2 for p in groups[0]["params"])
+    assert all(p.dim() < 2 for p in groups[1]["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_optimizer_state_survives_a_checkpoint_bit_for_bit(name):
+    ids = torch.randint(0, 1100, (4, 8), generator=torch.Generator().manual_seed(0))
+    options = OptimizerOptions(optimizer=name, learning_rate=0.01)
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            model(ids, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight = GPT(TINY)
+    steps(straight, first := make_optimizer(straight, options), 3)
+    saved = optimizer_tensors(first, straight)
+    assert all(tensor.shape[0] == 1100 for key, tensor in saved.items() if key.startswith("embed") and tensor.dim())
+    resumed = GPT(TINY, seed=None)
+    resumed.import_state(straight.export_state())
+    load_optimizer_tensors(second := make_optimizer(resumed, options), resumed, saved)
+    steps(straight, first, 3)
+    steps(resumed, second, 3)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_foreign_optimizer_state_is_refused():
+    model = GPT(TINY)
+    with pytest.raises(ValueError, match=r"'blocks\.9'"):
+        load_optimizer_tensors(make_optimizer(model, OptimizerOptions()), model, {"blocks.9/exp_avg": torch.zeros(3)})
+    with pytest.raises(ValueError, match="shape"):
+        load_optimizer_tensors(make_optimizer(model, OptimizerOptions()), model, {"final_norm.weight/exp_avg": torch.zeros(3)})

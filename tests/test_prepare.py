@@ -1,0 +1,493 @@
+"""Preparation end to end: where EOS stands, how splits fall, what sources take and refuse, and that nothing half-made is seen."""
+
+import dataclasses
+import gzip
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import UserError
+from prepare_data import PrepareOptions, folders, pipeline, sources
+from prepare_data.__main__ import main
+from prepare_data.pipeline import make_corpus, resolve_data
+from prepare_data.shards import open_dataset
+from prepare_data.sources import documents, python_stdlib, shakespeare, text, unescape
+from prepare_data.split import choose_rule, count
+from prepare_data.tokenizer import bytes_tokenizer, char_tokenizer
+from tests.conftest import ROOT
+
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Every test works in a folder whose name has a space and is not ASCII."""
+    folder = tmp_path / "my wörk 文"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def ids_of(split):
+    return split.read(0, len(split)).tolist()
+
+
+def prepared(text, *flags, name="d"):
+    """The dataset of one file's text, in bytes unless the flags say otherwise."""
+    with open("in.txt", "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    assert main(["text", "--input=in.txt", f"--name={name}", "--tokenizer=bytes", *flags]) == 0
+    return open_dataset(f"data/{name}")
+
+
+def files_under(path):
+    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*"))
+
+
+def documents_of(split):
+    ids = ids_of(split)
+    assert ids[0] == ids[-1] == 256
+    return [text.decode() for text in bytes(255 if i == 256 else i for i in ids).split(b"\xff")[1:-1]]
+
+
+# Splits
+
+
+def test_tail_is_cut_at_a_character_and_the_cut_ends_no_document():
+    dataset = prepared("x" * 899 + "y" * 101, "--tokenizer=char")
+    x, y, eos = 0, 1, 2
+    assert ids_of(dataset.train) == [eos] + [x] * 899 + [y]
+    assert ids_of(dataset.val) == [y] * 100 + [eos]
+    assert [dataset.meta["shards"][split][0]["documents"] for split in ("train", "val")] == [0, 1]
+
+
+def test_tail_that_falls_between_documents():
+    dataset = prepared("abc|de|f", "--separator=|", "--val_fraction=0.5")
+    assert ids_of(dataset.train) == [256, *b"abc", 256]
+    assert ids_of(dataset.val) == [256, *b"de", 256, *b"f", 256]
+
+
+def test_by_documents_every_document_is_whole_and_bounded_by_eos():
+    lines = [f"document number {i}, {'word ' * (i % 7)}" for i in range(300)]
+    dataset = prepared("\n".join(lines), "--separator=\\n")
+    train, val = documents_of(dataset.train), documents_of(dataset.val)
+    assert sorted(train + val) == sorted(lines)
+    assert [line for line in lines if line in set(train)] == train, "documents keep their order"
+    assert 15 <= len(val) <= 50
+    assert dataset.meta["shards"]["val"][0]["documents"] == len(val)
+    assert dataset.meta["split"]["rule"] == "documents"
+    more = prepared("\n".join(["one more", *lines]), "--separator=\\n", name="more")
+    assert set(val) <= set(documents_of(more.val)), "what else the corpus holds moves no document to the other side"
+
+
+@pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
+def test_each_split_gets_a_document(val_fraction):
+    dataset = prepared("\n".join(map(str, range(40))), "--separator=\\n", f"--val_fraction={val_fraction}")
+    assert len(dataset.train) >= 3
+    assert len(dataset.val) >= 3
+
+
+def test_one_document_cannot_be_split_by_documents():
+    with pytest.raises(UserError, match=r"--split=documents.*--split=tail"):
+        prepared("only one", "--split=documents")
+
+
+def test_shakespeare_has_nanogpts_ids():
+    if not SHAKESPEARE.is_file():
+        pytest.skip("tinyshakespeare.txt is not on this machine")
+    assert main(["shakespeare", f"--input={SHAKESPEARE}", "--tokenizer=char"]) == 0
+    dataset = open_dataset("data/shakespeare")
+    content = SHAKESPEARE.read_text(encoding="utf-8")
+    alphabet = sorted(set(content))
+    assert (dataset.tokenizer.vocab_size, dataset.tokenizer.eos_id) == (66, 65)
+    assert (len(dataset.train), len(dataset.val)) == (1 + 1_003_854, 111_540 + 1)
+    assert dataset.train.read(0, 6).tolist() == [65] + [alphabet.index(char) for char in "First"]
+    assert dataset.val.read(0, 111_540).tolist() == [alphabet.index(char) for char in content[1_003_854:]]
+
+
+def test_python_stdlib(capsys):
+    assert main(["python_stdlib", "--vocab_size=512"]) == 0
+    dataset = open_dataset("data/python_stdlib")
+    train, val = (dataset.meta["shards"][split][0] for split in ("train", "val"))
+    assert val["documents"] >= 30
+    assert val["bytes"] >= 0.05 * (train["bytes"] + val["bytes"])
+    assert dataset.tokenizer.vocab_size == 512
+    corpus = python_stdlib.corpus()
+    paths = python_stdlib.source_files(python_stdlib.Path(python_stdlib.sysconfig.get_paths()["stdlib"]))
+    assert not {part for path in paths for part in path.parts[-3:-1]} & python_stdlib.LEFT_OUT
+    assert list(corpus.pieces()) == list(corpus.pieces())
+    assert "python train.py --data=python_stdlib" in capsys.readouterr().out
+
+
+# Sources
+
+
+def test_newlines_stay_and_a_byte_order_mark_goes():
+    dataset = prepared("\ufeffa\r\nb\rc\nend", "--val_fraction=0.1")
+    assert dataset.tokenizer.decode(ids_of(dataset.train) + ids_of(dataset.val)) == "a\r\nb\rc\nend"
+
+
+def test_folder_glob_gz_and_their_order(folder):
+    (folder / "in" / "b").mkdir(parents=True)
+    (folder / "in" / ".git").mkdir()
+    for name, content in {"b/1.txt": "B1", "a.txt": "A", "z.md": "Z", ".hidden": "no", ".git/x": "no", "empty.txt": ""}.items():
+        (folder / "in" / name).write_text(content, encoding="utf-8")
+    (folder / "in" / "c é.txt.gz").write_bytes(gzip.compress(b"C", mtime=0))
+    assert list(text.corpus("in").pieces()) == [("A", True), ("B1", True), ("C", True), ("Z", True)]
+    assert list(text.corpus("in/**/*.txt").pieces()) == [("A", True), ("B1", True)]
+    assert text.corpus("in/c é.txt.gz").name == "c é"
+    assert text.corpus("in/*.txt").name == text.corpus("in/").name == "in"
+    (folder / "in" / "[1].txt").write_text("bracket", encoding="utf-8")
+    assert list(text.corpus("in/[1].txt").pieces()) == [("bracket", True)]
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("piped in, 文\n".encode() * 20)))
+    with pytest.raises(UserError, match="--name=NAME"):
+        main(["text", "--input=-", "--tokenizer=bytes"])
+    assert main(["text", "--input=-", "--name=p", "--tokenizer=bytes"]) == 0
+    assert open_dataset("data/p").tokenizer.decode(open_dataset("data/p").train.read(0, 8)) == "piped i"
+
+
+def test_other_encodings():
+    for encoding in ("gb18030", "utf-16", "latin-1"):
+        content = "café, " * 50 if encoding == "latin-1" else "处处闻啼鸟" * 50
+        with open("in.txt", "w", encoding=encoding) as file:
+            file.write(content)
+        assert "".join(piece for piece, _ in text.corpus("in.txt", encoding).pieces()) == content
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "said"),
+    [
+        ("春眠".encode("gb18030"), [], r"in.txt: not utf-8 text at byte offset 0; try --encoding=gb18030"),
+        (b"x" * (1 << 20) + "é".encode()[:1] + b"x", [], rf"byte offset {1 << 20}"),
+        (b"x" * ((1 << 20) - 1) + "é".encode()[:1] + b"x", [], rf"byte offset {(1 << 20) - 1}"),
+        (b"ab\xc3", [], r"byte offset 2"),
+        (b"ab\xff", ["--encoding=gb18030"], r"not gb18030 text at byte offset 2; try --encoding=latin-1"),
+        ("hi".encode("utf-16"), [], r"--encoding=utf-16"),
+        (b"\x89PNG\0\0", [], r"in.txt: is a binary file.*glob"),
+        (b"ab\0cd", [], r"in.txt: holds NUL.*glob"),
+        (b"", [], r"in.txt: there is no text in it"),
+        (b"\n \n", [], r"in.txt: there is no text in it"),
+        (b"x", [], r"one character long"),
+        (b"\x1f\x8b\x08garbage", [], r"in.txt: damaged gzip file"),
+        (gzip.compress(b"text" * 500, mtime=0)[:-9], [], r"in.txt: damaged gzip file"),
+        (b"text", ["--encoding=utf-9"], r"--encoding=utf-9: .*try utf-8"),
+        (b"text", ["--encoding=rot13"], r"--encoding=rot13: .*try utf-8"),
+        (b"text", ["--tokenizer=btyes"], r"did you mean bytes"),
+        (b"text", ["--name=../x"], r"--name='../x' cannot name a dataset"),
+        (b"text", ["--separator="], r"--separator must not be empty"),
+        (b"text", ["--val_fraction=0"], r"val_fraction"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(data, flags, said, folder):
+    (folder / "in.txt").write_bytes(data)
+    with pytest.raises(UserError, match=said):
+        main(["text", "--input=in.txt", *flags])
+    assert not [path for path in files_under(folder) if path.startswith("data/")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["text", "--input=missing.txt"], "--input=missing.txt: no such file"),
+        (["text"], "--input=FILE"),
+        (["txet", "--input=x"], "txet: no such source; did you mean text?"),
+        (["python_stdlib", "--input=x"], "use the source text"),
+        (["text", "--input=in"], "holds no files"),
+    ],
+)
+def test_bad_command(argv, said, folder):
+    (folder / "in").mkdir()
+    with pytest.raises(UserError) as caught:
+        main(argv)
+    assert said in str(caught.value)
+
+
+def test_separator():
+    assert [unescape(text) for text in (r"\n", r"a\tb", r"\\n", r"\x\n", "--\\")] == ["\n", "a\tb", "\\n", "\\x\n", "--\\"]
+    assert list(documents(iter(["a||b|", "|c", "||||"]), "||")) == [("a", True), ("b", True), ("c", True)]
+
+
+@given(st.text(alphabet="ab |\n", max_size=200), st.integers(1, 9), st.sampled_from([None, "|", "\n|"]))
+@settings(deadline=None)
+def test_pieces_make_up_the_documents(content, chunk, separator):
+    before, sources.PIECE = sources.PIECE, 8
+    try:
+        pieces = list(documents((content[i : i + chunk] for i in range(0, len(content), chunk)), separator))
+    finally:
+        sources.PIECE = before
+    whole, current = [], ""
+    for piece, ends in pieces:
+        assert piece
+        assert len(piece) <= 16
+        current += piece
+        if ends:
+            whole.append(current)
+            current = ""
+    assert current == ""
+    wanted = content.split(separator) if separator else [content]
+    assert [text for text in whole if text.strip()] == [text for text in wanted if text.strip()]
+
+
+def test_a_long_document_is_the_same_in_pieces(monkeypatch):
+    content = "".join(f"line {i}: if x{i}: return {i * i}\n\n" for i in range(3000))
+    whole = prepared(content, "--tokenizer=bpe", "--vocab_size=400", name="whole")
+    monkeypatch.setattr(sources, "PIECE", 1000)
+    monkeypatch.setattr(text, "CHUNK", 777)
+    assert max(len(piece) for piece, _ in text.corpus("in.txt").pieces()) <= 2000
+    pieces = prepared(content, "--tokenizer=data/whole/dataset.json", name="pieces")
+    assert ids_of(pieces.train) == ids_of(whole.train)
+
+
+class Faulty(http.server.BaseHTTPRequestHandler):
+    body = b"First Citizen:\n" * 100
+    sent = len(body)
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body[: self.sent])
+
+    def log_message(self, *args):
+        pass
+
+
+def test_download(monkeypatch, folder):
+    server = http.server.HTTPServer(("127.0.0.1", 0), Faulty)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(shakespeare, "ADDRESS", f"http://127.0.0.1:{server.server_port}/input.txt")
+    options = PrepareOptions(tokenizer="bytes")
+    try:
+        with pytest.raises(UserError, match="not what was expected"):  # another file under that address
+            resolve_data("shakespeare", options)
+        monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(Faulty.body).hexdigest())
+        monkeypatch.setattr(Faulty, "sent", 700)
+        with pytest.raises(UserError, match="--input=FILE"):  # the line breaks
+            resolve_data("shakespeare", options)
+        assert files_under(folder / "data") == ["downloads"]
+        monkeypatch.setattr(Faulty, "sent", len(Faulty.body))
+        assert len(resolve_data("shakespeare", options).train) == 1 + 1350
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(resolve_data("shakespeare", options).train) == 1 + 1350, "the second time needs no network"
+
+
+# Datasets on disk
+
+
+def test_the_second_run_keeps_the_dataset_another_one_is_refused(capsys, folder):
+    prepared("some text " * 50)
+    before = (folder / "data" / "d" / "dataset.json").stat().st_mtime_ns
+    prepared("some text " * 50)
+    assert "already prepared" in capsys.readouterr().out
+    assert (folder / "data" / "d" / "dataset.json").stat().st_mtime_ns == before
+    for content, flag, said in (
+        ("other text", "--val_fraction=0.1", "another text"),
+        ("some text " * 50, "--val_fraction=0.2", "val_fraction"),
+    ):
+        with pytest.raises(UserError, match=rf"{said}.*--name.*--overwrite=true"):
+            prepared(content, flag)
+    assert len(prepared("other text", "--overwrite=true").train) == 10
+    assert files_under(folder / "data") == ["d", "d/dataset.json", "d/train_000000.bin", "d/val_000000.bin"]
+
+
+def test_a_folder_that_is_no_dataset_is_left_alone(folder):
+    (folder / "data" / "d").mkdir(parents=True)
+    (folder / "data" / "d" / "thesis.txt").write_text("years", encoding="utf-8")
+    for flag in ("--overwrite=true", "--overwrite=false"):
+        with pytest.raises(UserError, match="no dataset of this program"):
+            prepared("text", flag)
+    assert (folder / "data" / "d" / "thesis.txt").read_text(encoding="utf-8") == "years"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_run_leaves_nothing(error, monkeypatch, folder):
+    def stop(*args):
+        raise error
+
+    old = ids_of(prepared("the old one " * 30, name="kept").train)
+    monkeypatch.setattr(pipeline, "write_dataset", stop)
+    for name, flag in (("new", "--overwrite=false"), ("kept", "--overwrite=true")):
+        if error is KeyboardInterrupt:
+            assert main(["text", "--input=in.txt", f"--name={name}", "--tokenizer=bytes", flag]) == 130
+        else:
+            with pytest.raises(UserError, match="No space left on device"):
+                prepared("new", flag, name=name)
+    assert sorted(path.name for path in (folder / "data").iterdir()) == ["kept"]
+    assert ids_of(open_dataset("data/kept").train) == old
+
+
+def dead_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a process cannot be asked whether it lives")
+def test_what_dead_runs_left_is_cleaned_up(monkeypatch, folder):
+    old = ids_of(prepared("the old one " * 30, name="kept").train)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.os, "getpid", dead_process)
+        aside = folders.temporary(folder / "data", "old")
+        folders.temporary(folder / "data").joinpath("train_000000.bin").write_bytes(b"half")
+    (folder / "data" / "kept").rename(aside / "kept")  # killed between the two renames of an overwrite
+    living = folders.temporary(folder / "data")
+    prepared("something else", name="other")
+    assert sorted(path.name for path in (folder / "data").iterdir()) == sorted(["kept", "other", living.name])
+    assert ids_of(open_dataset("data/kept").train) == old
+
+
+def test_two_at_once_do_not_harm_each_other(monkeypatch, folder):
+    first = write = pipeline.write_dataset
+
+    def overtaken(*args):
+        nonlocal first
+        write(*args)
+        if first:
+            first = None
+            prepared("the same text " * 20)
+
+    monkeypatch.setattr(pipeline, "write_dataset", overtaken)
+    assert len(prepared("the same text " * 20).train) == 253
+    assert sorted(path.name for path in (folder / "data").iterdir()) == ["d"]
+
+
+def test_dry_run_writes_nothing(folder, capsys):
+    (folder / "in.txt").write_text("Call me Ishmael. " * 100, encoding="utf-8")
+    assert main(["text", "--input=in.txt", "--dry_run=true", "--tokenizer=bytes"]) == 0
+    out = capsys.readouterr().out
+    for said in (
+        "1 documents, 1,700 characters, 1,700 bytes",
+        "1.00 bytes a token",
+        "1,530 characters (90.0%), 1,530 tokens",
+        "Call me Ishmael. Call",
+    ):
+        assert said in out
+    assert files_under(folder) == ["in.txt"]
+
+
+def test_a_tiny_file_and_one_of_small_shards(capsys):
+    tiny = prepared("To be, or not to be, that is the question. 生存还是毁灭\n" * 5, "--tokenizer=bpe", name="tiny")
+    assert 257 < tiny.tokenizer.vocab_size < 400
+    assert "vocabulary of" in capsys.readouterr().out
+    both = tiny.tokenizer.decode(ids_of(tiny.train)) + tiny.tokenizer.decode(ids_of(tiny.val))
+    assert both == "To be, or not to be, that is the question. 生存还是毁灭\n" * 5
+    small = prepared("abcdefgh" * 20, "--shard_tokens=50", name="small")
+    assert len(small.train.shards) == 3
+    assert bytes(ids_of(small.train)[1:]) == b"abcdefgh" * 18
+
+
+def test_bpe_learns_from_train_only():
+    dataset = prepared("abcdefgh " * 200 + "QXQX" * 45, "--tokenizer=bpe", "--split=tail")
+    assert b"abcdefgh" in b" ".join(dataset.tokenizer.token_bytes)
+    assert not any(b"QX" in token for token in dataset.tokenizer.token_bytes)
+
+
+def test_preparation_is_reproducible(folder):
+    for name in ("a", "b"):
+        prepared("".join(f"{i} bottles of beer\n" for i in range(500)), "--tokenizer=bpe", "--separator=\\n", name=name)
+    first, second = ((folder / "data" / name) for name in "ab")
+    assert files_under(first) == files_under(second)
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files_under(first))
+
+
+def test_help_needs_no_source(capsys):
+    for argv in ([], ["--help"], ["text", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 0
+        assert "--separator" in capsys.readouterr().out
+
+
+# What train.py calls
+
+
+def test_text_is_prepared_once_then_reused(folder, monkeypatch, capsys):
+    (folder / "my növel.txt").write_text("It was a dark and stormy night. " * 60, encoding="utf-8")
+    options = PrepareOptions(tokenizer="bpe", vocab_size=300)
+    first = resolve_data("my növel.txt", options)
+    assert first.name.startswith("my növel-")
+    assert f"preparing my növel.txt in {first.folder}" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_bpe", None)
+        assert resolve_data("my növel.txt", options).fingerprint == first.fingerprint
+        assert resolve_data(first.name, options).fingerprint == first.fingerprint
+        assert resolve_data(str(first.folder), options).fingerprint == first.fingerprint
+    seen = {first.name}
+    for changed in ({"vocab_size": 290}, {"split_pattern": "gpt2"}, {"val_fraction": 0.2}, {"split": "tail"}, {"tokenizer": "char"}):
+        seen.add(resolve_data("my növel.txt", dataclasses.replace(options, **changed)).name)
+    (folder / "my növel.txt").write_text("The night was sultry. " * 60, encoding="utf-8")
+    seen.add(resolve_data("my növel.txt", options).name)
+    seen.add(resolve_data("my növel.txt", options, tokenizer=first.tokenizer).name)
+    assert len(seen) == 8
+    assert sorted(path.name for path in (folder / "data").iterdir()) == sorted(seen)
+
+
+def test_a_given_tokenizer_is_kept(folder):
+    (folder / "letters.txt").write_text("Dear mother, " * 60, encoding="utf-8")
+    own = char_tokenizer("Dear mothr,\n")
+    assert resolve_data("letters.txt", PrepareOptions(), own).tokenizer.content_hash == own.content_hash
+    with pytest.raises(UserError, match=r"not 'D'"):
+        resolve_data("letters.txt", PrepareOptions(), char_tokenizer("ear mothr,"))
+    prepared("some text " * 30, name="ready")
+    assert resolve_data("ready", PrepareOptions(), bytes_tokenizer()).tokenizer.name == "bytes"
+    with pytest.raises(UserError, match=r"tokenizer bytes \(257 ids, \w+\).*char \(12 ids"):
+        resolve_data("ready", PrepareOptions(), own)
+
+
+def test_the_stdlib_by_name(monkeypatch, folder):
+    few = python_stdlib.source_files(python_stdlib.Path(python_stdlib.sysconfig.get_paths()["stdlib"]))[:25]
+    monkeypatch.setattr(python_stdlib, "source_files", lambda folder: few)
+    dataset = resolve_data("python_stdlib", PrepareOptions(tokenizer="bytes"))
+    assert dataset.name.startswith("python_stdlib-")
+    assert dataset.fingerprint == resolve_data("python_stdlib", PrepareOptions(tokenizer="bytes")).fingerprint
+    few.clear()
+    with pytest.raises(UserError, match="--data=FILE_OR_FOLDER"):
+        resolve_data("python_stdlib", PrepareOptions())
+
+
+def test_data_that_names_nothing(folder):
+    prepared("some text", name="notes")
+    with pytest.raises(UserError, match=r"--data=ntoes.*did you mean notes\?.*Datasets there: notes"):
+        resolve_data("ntoes", PrepareOptions())
+
+
+def test_a_damaged_dataset_is_not_silently_remade(folder):
+    (folder / "t.txt").write_text("some text " * 30, encoding="utf-8")
+    dataset = resolve_data("t.txt", PrepareOptions(tokenizer="bytes"))
+    (dataset.folder / "train_000000.bin").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"train_000000.bin.*delete this dataset's folder"):
+        resolve_data("t.txt", PrepareOptions(tokenizer="bytes"))
+
+
+def test_counting_matches_the_text(folder):
+    (folder / "t.txt").write_text("日本語 text\nmore", encoding="utf-8")
+    corpus = make_corpus("text", "t.txt", PrepareOptions())
+    counts = count(corpus, alphabet=True)
+    assert (counts.documents, counts.characters, counts.bytes) == (1, 13, 19)
+    assert counts.alphabet == set("日本語 text\nmore")
+    rule = choose_rule(counts, PrepareOptions(val_fraction=0.5))
+    assert (rule.name, rule.limit) == ("tail", 6)
+    assert ["".join(piece.text for piece in group) for _, group in itertools.groupby(rule.pieces(corpus), lambda piece: piece.split)] == [
+        "日本語 te",
+        "xt\nmore",
+    ]
+
+
+def test_dataset_json_is_for_people_too(folder):
+    prepared("some text " * 30)
+    meta = json.loads((folder / "data" / "d" / "dataset.json").read_text(encoding="utf-8"))
+    assert (meta["source"], meta["options"]["val_fraction"], meta["characters"]) == ({"name": "in", "origin": "in.txt"}, 0.1, 300)

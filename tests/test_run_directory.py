@@ -1,0 +1,114 @@
+"""training/run_directory.py: one writer per run, no run overwritten, and the newest run found without a clock."""
+
+import json
+import multiprocessing
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from errors import UserError
+from tests.conftest import ROOT
+from training.run_directory import RunLock, claim_run, newest_run, refuse_used_run
+
+HOLDER = """
+import pathlib, sys, time
+from training.run_directory import RunLock
+with RunLock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_and_a_killed_one_holds_nothing(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=r"another process is writing there") as caught, RunLock(tmp_path):
+            pass
+        assert str(tmp_path) in str(caught.value)
+        holder.kill()  # kill -9
+    assert (tmp_path / "lock").exists()
+    with RunLock(tmp_path), pytest.raises(UserError, match="another process"), RunLock(tmp_path):
+        pass
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints"])
+def test_a_used_directory_is_refused_naming_resume(tmp_path, name):
+    run = claim_run(str(tmp_path / "a run"), "debug")
+    assert claim_run(str(run), "debug") == run  # a start that failed early leaves nothing that counts
+    (run / name).mkdir()
+    for refuse in (refuse_used_run, lambda run: claim_run(run, "debug")):
+        with pytest.raises(UserError, match=rf"holds a run already \({name} is there\).*--resume=.*a run"):
+            refuse(str(run))
+    refuse_used_run(None)
+
+
+def test_the_next_number_is_taken_and_gaps_are_not_filled(tmp_path):
+    runs = tmp_path / "runs"
+    for taken in ("debug-3", "debug-12", "debugger-40", "debug-x"):
+        (runs / taken).mkdir(parents=True)
+    names = [claim_run(None, preset, runs).name for preset in ("debug", "debug", "quick[start]")]
+    assert names == ["debug-13", "debug-14", "quick[start]-1"]
+
+
+def claim_many(runs: Path) -> list[str]:
+    return [claim_run(None, "debug", runs).name for _ in range(25)]
+
+
+def test_processes_that_claim_at_once_get_different_numbers(tmp_path):
+    method = "fork" if hasattr(os, "fork") else "spawn"  # forked: no time goes into importing torch again
+    with multiprocessing.get_context(method).Pool(3) as pool:
+        names = [name for part in pool.map(claim_many, [tmp_path] * 3) for name in part]
+    assert sorted(names) == sorted(f"debug-{n}" for n in range(1, 76))
+
+
+def finish(run: Path) -> Path:
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    return run
+
+
+def test_the_newest_run_was_started_last_whatever_the_clock_says(tmp_path):
+    with pytest.raises(UserError, match=r"no run with a checkpoint in .*none.*python train\.py"):
+        newest_run(tmp_path / "none")
+    foreign = finish(tmp_path / "zzz")  # made by no claim_run
+    assert newest_run(tmp_path) == foreign
+    runs = [
+        finish(claim_run(None, "quickstart", tmp_path)),
+        finish(claim_run(str(tmp_path / "notes"), "debug")),
+        finish(claim_run(None, "debug", tmp_path)),
+    ]
+    claim_run(None, "quickstart", tmp_path)  # no checkpoint yet
+    (tmp_path / "a file").write_text("")
+    for i, run in enumerate(runs):
+        os.utime(run, (4e9 - i, 4e9 - i))
+    assert newest_run(tmp_path) == runs[2]
+    for damaged in ("", "[]", '{"ordinal": "9"}', '{"ordinal": true}'):
+        (runs[2] / "run.json").write_text(damaged)
+        assert newest_run(tmp_path) == runs[1]
+    assert json.loads((runs[1] / "run.json").read_text()) == {"ordinal": 2}
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions bind ordinary POSIX users only")
+def test_a_read_only_place_is_named(tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    for attempt in (lambda: claim_run(None, "debug", tmp_path), lambda: RunLock(tmp_path).__enter__()):
+        with pytest.raises(UserError, match="cannot write in the run directory"):
+            attempt()
+
+
+def test_a_file_where_a_directory_belongs_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for attempt in (
+        lambda: claim_run(str(tmp_path / "file"), "debug"),
+        lambda: claim_run(str(tmp_path / "file/run"), "debug"),
+        lambda: RunLock(tmp_path / "no").__enter__(),
+    ):
+        with pytest.raises(UserError, match="cannot write in the run directory"):
+            attempt()

@@ -1,0 +1,255 @@
+"""sample.py as a person starts it: on small checkpoints, with good and bad input."""
+
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sample
+from checkpoint import save_checkpoint
+from errors import UserError
+from generation.text import load_model, sample_texts
+from model import GPT, GPTConfig
+from prepare_data.tokenizer import bytes_tokenizer, char_tokenizer
+
+CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
+CPU = torch.device("cpu")
+
+
+def save(run, step, tokenizer, seed=0, val_loss=None, **changes):
+    config = replace(CONFIG, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, **changes)
+    model = GPT(config, seed=seed)
+    state = {} if val_loss is None else {"val_loss": val_loss}
+    path = save_checkpoint(
+        run, step, model=model.export_state(), config=config.to_dict(), tokenizer=tokenizer.to_dict(), optimizer={}, state=state
+    )
+    return path, model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """runs/bytes with three checkpoints (the second is the best), runs/char with one."""
+    home = tmp_path_factory.mktemp("文 und Leerzeichen")
+    for step, loss in ((10, 2.5), (20, 1.25), (30, 1.5)):
+        save(home / "runs" / "bytes", step, bytes_tokenizer(), seed=step, val_loss=loss)
+    save(home / "runs" / "char", 5, char_tokenizer("abc \n世"))
+    (home / "runs" / "empty").mkdir()
+    return home / "runs"
+
+
+def start(capsys, *argv):
+    assert sample.main(list(argv)) == 0
+    return capsys.readouterr()
+
+
+def text_of(model_folder, prompt, **values):
+    model, tokenizer = load_model(model_folder, CPU)
+    defaults = {"num_samples": 1, "max_new_tokens": 30, "temperature": 0.8, "seed": 1337}
+    return sample_texts(model, tokenizer, prompt, **(defaults | values))
+
+
+# ---- what it prints
+
+
+def test_the_best_checkpoint_of_a_run_writes(runs, capsys):
+    out, err = start(capsys, f"--run={runs / 'bytes'}", "--prompt=Once ", "--max_new_tokens=30")
+    (text, reason), *_ = text_of(runs / "bytes/checkpoints/step-00000020/model", "Once ")
+    assert out == text + "\n"
+    assert "step-00000020 (step 20, best, val loss 1.2500)" in err
+    assert "device cpu" in err
+    assert re.search(rf"sample 1: {reason}, \d+ tokens\n\d+ tokens in [\d.]+ s: [\d.]+ tokens/s\n$", err)
+
+
+@pytest.mark.parametrize(("which", "step"), [("latest", 30), ("step-10", 10), ("best", 20)])
+def test_checkpoints_by_name(runs, capsys, which, step):
+    _, err = start(capsys, f"--run={runs / 'bytes'}", f"--checkpoint={which}", "--max_new_tokens=1")
+    assert f"(step {step}, {which}," in err
+
+
+def test_a_checkpoint_a_model_folder_and_the_newest_run(runs, capsys, tmp_path, monkeypatch):
+    checkpoint = runs / "bytes/checkpoints/step-00000030"
+    shutil.copytree(checkpoint / "model", tmp_path / "exported")
+    outputs = [start(capsys, f"--run={path}", "--max_new_tokens=20") for path in (checkpoint, checkpoint / "model", tmp_path / "exported")]
+    assert outputs[0].out == outputs[1].out == outputs[2].out
+    assert all("(step 30, val loss 1.5000)" in output.err for output in outputs[:2])
+    assert f"model folder {tmp_path / 'exported'}" in outputs[2].err
+    monkeypatch.chdir(runs.parent)
+    assert "runs/char/checkpoints/step-00000005 (step 5, best, no val loss)" in start(capsys, "--max_new_tokens=2").err.replace("\\", "/")
+
+
+def test_several_samples_stand_in_order_and_do_not_depend_on_their_number(runs, capsys):
+    flags = [f"--run={runs / 'bytes'}", "--prompt=x", "--temperature=2", "--max_new_tokens=200"]
+    out, err = start(capsys, *flags, "--num_samples=4")
+    texts = [
+        text for text, _ in text_of(runs / "bytes/checkpoints/step-00000020/model", "x", num_samples=4, max_new_tokens=200, temperature=2)
+    ]
+    assert out == "\n---\n".join(texts) + "\n"
+    assert re.findall(r"^sample (\d): (?:end of sequence|length), \d+ tokens$", err, re.M) == ["1", "2", "3", "4"]
+    assert start(capsys, *flags).out == texts[0] + "\n"
+    assert start(capsys, *flags, "--seed=1").out != texts[0] + "\n"
+
+
+def test_the_first_sample_comes_live_and_later_ones_in_their_turn(capsys):
+    def pieces():
+        for sample_, text, reason, printed in [
+            (0, "a", None, "P a"),
+            (1, "b", None, "P a"),
+            (1, "", "length", "P a"),
+            (2, "c", None, "P a"),
+            (0, "d", None, "P ad"),
+            (0, "!", "length", "P ad!\n---\nP b\n---\nP c"),
+            (2, "e", None, "P ad!\n---\nP b\n---\nP ce"),
+            (2, "", "end of sequence", "P ad!\n---\nP b\n---\nP ce\n"),
+        ]:
+            yield sample_, text, reason
+            shown.append(capsys.readouterr().out)
+            assert "".join(shown) == printed
+
+    shown = []
+    assert sample.print_texts(pieces(), "P ", 3) == 5
+
+
+def test_prompts_from_a_file_and_from_standard_input(runs, capsys, tmp_path, monkeypatch):
+    (tmp_path / "ein Brief é.txt").write_bytes(b"\xef\xbb\xbfabc \xe4\xb8\x96\n")
+    flags = [f"--run={runs / 'char'}", "--max_new_tokens=5"]
+    expected = start(capsys, *flags, "--prompt=abc 世\n").out
+    assert expected.startswith("abc 世\n")
+    assert start(capsys, *flags, f"--prompt_file={tmp_path / 'ein Brief é.txt'}").out == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("abc 世\n".encode())))
+    assert start(capsys, *flags, "--prompt_file=-").out == expected
+
+
+def test_no_new_tokens_prints_the_prompt(runs, capsys):
+    out, err = start(capsys, f"--run={runs / 'char'}", "--prompt=abc", "--max_new_tokens=0")
+    assert out == "abc\n"
+    assert "sample 1: length, 0 tokens" in err
+
+
+def test_bfloat16_on_a_cpu(runs, capsys):
+    out, err = start(capsys, f"--run={runs / 'bytes'}", "--dtype=bfloat16", "--max_new_tokens=40")
+    assert out
+    assert "bfloat16" in err
+
+
+# ---- bad input
+
+
+def bad(capsys, *argv):
+    with pytest.raises(UserError) as error:
+        sample.main(list(argv))
+    assert capsys.readouterr().out == "", "a text has begun before the error"
+    return str(error.value)
+
+
+def test_runs_and_checkpoints_that_are_not_there(runs, capsys, tmp_path, monkeypatch):
+    assert re.search(r"runs.nowhere does not exist.*python train.py", bad(capsys, f"--run={runs / 'nowhere'}"))
+    assert re.search(r"runs.empty has no checkpoint.*python train.py", bad(capsys, f"--run={runs / 'empty'}"))
+    assert re.search(r"'step-11' is not in .*best, latest, step-10", bad(capsys, f"--run={runs / 'bytes'}", "--checkpoint=step-11"))
+    assert "did you mean" in bad(capsys, "--temprature=1")
+    monkeypatch.chdir(tmp_path)
+    assert "no run with a checkpoint in runs" in bad(capsys)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "sprout_tokenizer.json"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:]])
+def test_damaged_checkpoints(runs, capsys, tmp_path, name, damage):
+    shutil.copytree(runs / "char", tmp_path / "run")
+    path = next((tmp_path / "run").glob(f"checkpoints/*/model/{name}"))
+    path.write_bytes(damage(path.read_bytes()))
+    assert name in bad(capsys, f"--run={tmp_path / 'run'}")
+
+
+def test_folders_whose_files_do_not_belong_together(runs, capsys, tmp_path):
+    bytes_model, char_model = runs / "bytes/checkpoints/step-00000010/model", runs / "char/checkpoints/step-00000005/model"
+    for name, message in {
+        "sprout_tokenizer.json": "257 ids with end-of-sequence 256, its tokenizer 7 with 6",
+        "model.safetensors": r"'embed.weight' has the shape \(7, 16\), this model has \(257, 16\)",
+    }.items():
+        shutil.copytree(bytes_model, tmp_path / "mixed")
+        shutil.copy(char_model / name, tmp_path / "mixed")
+        assert re.search(message, bad(capsys, f"--run={tmp_path / 'mixed'}"))
+        shutil.rmtree(tmp_path / "mixed")
+    shutil.copytree(bytes_model, tmp_path / "mixed")
+    for text, message in {
+        '{"n_layers": 1}': "unknown model options",
+        '{"n_layer": "1"}': "n_layer='1'",
+        '{"n_embd": 7}': "not divisible",
+    }.items():
+        (tmp_path / "mixed/config.json").write_text(text)
+        assert message in bad(capsys, f"--run={tmp_path / 'mixed'}")
+
+
+def test_weights_that_are_not_finite(capsys, tmp_path):
+    tokenizer = bytes_tokenizer()
+    model = GPT(replace(CONFIG, vocab_size=257, eos_id=256))
+    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in model.export_state().items()}
+    content = {"model": weights, "config": model.config.to_dict(), "tokenizer": tokenizer.to_dict()}
+    save_checkpoint(tmp_path, 1, **content, optimizer={}, state={})
+    for flag in ("--temperature=0", "--temperature=1"):
+        assert "weights are not finite" in bad(capsys, f"--run={tmp_path}", flag)
+
+
+def test_bad_prompts(runs, capsys, tmp_path, monkeypatch):
+    flag = f"--run={runs / 'char'}"
+    assert re.search("knows 6 characters, but not 'x', 'é'", bad(capsys, flag, "--prompt=abcéx"))
+    assert "--prepend_eos=false" in bad(capsys, flag, "--prepend_eos=false")
+    assert "--prompt_file" in bad(capsys, flag, "--prompt=a", "--prompt_file=-")
+    assert "surrogate" in bad(capsys, f"--run={runs / 'bytes'}", "--prompt=a\udcff")
+    assert re.search("missing.txt cannot be read: No such file", bad(capsys, flag, f"--prompt_file={tmp_path / 'missing.txt'}"))
+    (tmp_path / "gb.txt").write_bytes("abc世界".encode("gb18030"))
+    assert re.search(r"gb.txt is not UTF-8: byte 0xca at offset 3.*GB18030", bad(capsys, flag, f"--prompt_file={tmp_path / 'gb.txt'}"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert "offset 2" in bad(capsys, flag, "--prompt_file=-")
+
+
+def test_options_that_do_not_fit_the_model(runs, capsys):
+    assert re.search("keep_head=16 .*block_size=16", bad(capsys, f"--run={runs / 'char'}", "--keep_head=16"))
+
+
+# ---- the process
+
+
+def process(runs, *flags, **kwargs):
+    command = [sys.executable, sample.__file__, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": runs.parent} | kwargs
+    return subprocess.Popen(command, **pipes)
+
+
+def test_errors_are_one_line_and_exit_code_2(runs):
+    child = process(runs, "--run=nowhere", text=True, encoding="utf-8")
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (2, "")
+    assert re.fullmatch("error: .*nowhere does not exist.*\n", err)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes and signals")
+def test_a_reader_that_leaves_and_an_interrupt_end_quietly(runs):
+    endless = ("--run=runs/bytes", "--max_new_tokens=1e9", "--stop_at_eos=false")
+    leaving, interrupted = process(runs, *endless), process(runs, *endless)
+    for child in (leaving, interrupted):
+        assert child.stdout.read(3)
+    leaving.stdout.close()
+    interrupted.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 30
+    for child, code, last in ((leaving, 0, "device"), (interrupted, 130, "interrupted")):
+        assert child.wait(timeout=max(1, deadline - time.monotonic())) == code
+        message = child.stderr.read().decode()
+        assert last in message.splitlines()[-1]
+        assert "Traceback" not in message
+        child.stderr.close()
+    interrupted.stdout.close()
+
+
+def test_output_is_utf8_whatever_the_console(runs):
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    child = process(runs, "--run=runs/char", "--prompt=世", "--max_new_tokens=0", env=environment)
+    out, _ = child.communicate(timeout=60)
+    assert (child.returncode, out.decode().rstrip()) == (0, "世")

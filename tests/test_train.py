@@ -1,0 +1,472 @@
+"""train.py as a user runs it: a text in, a run directory out; resume, signals, kills and wrong input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as train_script
+from checkpoint import list_checkpoints, open_checkpoint
+from errors import UserError
+from training.interrupt import STOPPED
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    "debug",
+    "--dropout=0.1",
+    "--max_steps=20",
+    "--eval_interval=10",
+    "--eval_tokens=1000",
+    "--log_interval=4",
+    "--tokens_per_step=256",
+    "--micro_batch_size=4",
+    "--sample_tokens=10",
+    "--final_samples=1",
+    "--threads=1",
+    "--dtype=float32",
+)
+
+SHAPE = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32")
+
+
+def train(*args: str) -> int:
+    return train_script.main(list(args))
+
+
+def read_events(run: str | Path, kind: str | None = None) -> list[dict]:
+    """The lines of metrics.jsonl without what is not reproducible."""
+    events = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text("utf-8").splitlines()]
+    for event in events:
+        event.pop("timing", None)
+    return [event for event in events if kind is None or event["event"] == kind]
+
+
+def tensors_of(run: str | Path, step: int) -> dict[str, bytes]:
+    folder = Path(run) / "checkpoints" / f"step-{step:08d}"
+    return {name: (folder / name).read_bytes() for name in ("model/model.safetensors", "optimizer.safetensors")}
+
+
+def reproducible(run: str | Path) -> str:
+    """metrics.jsonl as text with `timing` cut off."""
+    lines = (Path(run) / "metrics.jsonl").read_text("utf-8").splitlines()
+    return "\n".join(line.partition(', "timing"')[0] for line in lines)
+
+
+def message_of(*args: str) -> str:
+    with pytest.raises(UserError) as caught:
+        train(*args)
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_text) -> Path:
+    """A finished run of 20 steps; tests copy it before they write."""
+    folder = tmp_path_factory.mktemp("finished run")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert train(*TINY, f"--data={small_text}", "--run=runs/straight") == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of the finished run, with its dataset, in this test's folder."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return Path("runs/straight")
+
+
+# ---- what a run leaves
+
+
+def test_a_run_leaves_what_the_design_says(run, small_text):
+    assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl", "samples.txt", "checkpoints", "lock"}
+    assert [event["step"] for event in read_events(run, "step")] == [4, 8, 12, 16, 20]
+    evaluations = read_events(run, "eval")
+    assert [event["step"] for event in evaluations] == [0, 10, 20]
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 1
+    assert {"standard_error", "perplexity", "bits_per_byte", "targets"} <= evaluations[0].keys()
+    assert read_events(run, "final")[0]["targets"] > 1000
+    assert (run / "samples.txt").read_text("utf-8").count("==== step") == 4
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["options"]["n_layer"] == 2
+    assert {"device", "compile"} <= saved["auto"].keys()
+    state = open_checkpoint(list_checkpoints(run)[-1]).state
+    assert (state["step"], state["tokens"], state["samples"]) == (20, 20 * 256, 20 * 8)
+
+
+def test_the_same_command_writes_the_same_bytes(run, small_text):
+    assert train(*TINY, f"--data={small_text}", "--run=again") == 0
+    assert tensors_of("again", 20) == tensors_of(run, 20)
+    assert reproducible("again") == reproducible(run)
+
+
+def test_a_saved_config_repeats_the_run(run):
+    assert train(f"{run}/config.json", "--run=repeated", "--threads=1", "--micro_batch_size=4") == 0
+    assert tensors_of("repeated", 20) == tensors_of(run, 20)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(small_text):
+    """Without dropout the micro-batch changes nothing but rounding."""
+    for size in (8, 2):
+        args = (
+            "--dropout=0",
+            f"--micro_batch_size={size}",
+            f"--data={small_text}",
+            f"--run=by{size}",
+            "--optimizer=sgd",
+            "--eval_interval=20",
+        )
+        assert train(*TINY, *args) == 0
+    for one, other in zip(read_events("by8", "step"), read_events("by2", "step"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_without_a_name_runs_are_numbered(small_text):
+    for _ in range(2):
+        assert train(*TINY, f"--data={small_text}", "--max_steps=1") == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["debug-1", "debug-2"]
+
+
+# ---- resume
+
+
+def test_a_resumed_run_ends_in_the_same_bits(run):
+    """20 steps = 10 + resume + 10, with dropout and accumulation."""
+    shutil.copytree(run, "cut")
+    shutil.rmtree("cut/checkpoints/step-00000020")
+    with open("cut/metrics.jsonl", "a") as file:
+        file.write('{"event": "step", "step": 12, "loss": 1.0}\n{"event": "st')  # what a killed process wrote after its checkpoint
+    assert train("--resume=cut") == 0
+    assert tensors_of("cut", 20) == tensors_of(run, 20)
+    assert reproducible("cut") == reproducible(run)
+    assert Path("cut/samples.txt").read_bytes() == (run / "samples.txt").read_bytes()
+
+
+@pytest.mark.parametrize("moment", [3, 10, 13, 20])
+def test_a_run_stopped_by_a_signal_ends_in_the_same_bits(run, small_text, monkeypatch, moment, capsys):
+    """SIGTERM in the middle of an update: the step is finished, everything is saved, the exit code says resumable."""
+    from training.run import Training
+
+    update = Training.update
+
+    def interrupted(self):
+        if self.step + 1 == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self)
+
+    monkeypatch.setattr(Training, "update", interrupted)
+    assert train(*TINY, f"--data={small_text}", "--run=stopped") == STOPPED
+    assert "--resume=stopped" in capsys.readouterr().out
+    assert open_checkpoint(list_checkpoints(Path("stopped"))[-1]).step == moment
+    monkeypatch.setattr(Training, "update", update)
+    assert train("--resume=stopped") == 0
+    assert tensors_of("stopped", 20) == tensors_of(run, 20)
+    assert reproducible("stopped") == reproducible(run)
+
+
+def start(*args: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *args]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_nothing_is_lost_to_kill_9(small_text):
+    """Killed at four moments, resumed each time: the log and the weights are those of a run that was left alone."""
+    args = (*TINY, f"--data={small_text}", "--max_steps=150", "--save_interval=5", "--eval_interval=50")
+    assert train(*args, "--run=alone") == 0
+    command, kills = (*args, "--run=killed"), 0
+    while True:
+        process = start(*command)
+        if kills < 4:
+            deadline = time.monotonic() + 60
+            steps_before = newest_step("killed")
+            while process.poll() is None and newest_step("killed") <= steps_before and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(0.013 * kills)  # at another place in the step each time
+            process.kill()
+            kills += 1
+        output, _ = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, output
+        command = ("--resume=killed",)
+    assert kills == 4
+    assert tensors_of("killed", 150) == tensors_of("alone", 150)
+    assert reproducible("killed") == reproducible("alone")
+
+
+def newest_step(run: str) -> int:
+    names = [path.name for path in Path(run, "checkpoints").glob("step-????????")]
+    return max((int(name[5:]) for name in names), default=-1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_leaves_at_once(number):
+    """In the middle of a step that would never end; the first signal only sets the flag."""
+    program = (
+        "import os; from training.interrupt import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    print('asked to stop:', stop(), flush=True)\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    while True: pass"
+    )
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 128 + number
+    assert process.stdout == "asked to stop: True\n"
+    assert "finishing this step" in process.stderr
+
+
+def test_a_finished_run_goes_on_with_more_steps(run, capsys):
+    assert train(f"--resume={run}") == 0
+    assert "complete" in capsys.readouterr().out
+    assert train(f"--resume={run}", "--max_steps=24") == 0
+    assert "changed on resume: max_steps=24 (was 20)" in capsys.readouterr().out
+    assert read_events(run, "step")[-1]["step"] == 24
+
+
+def test_a_damaged_latest_checkpoint_is_passed_over_loudly(run, capsys):
+    weights = run / "checkpoints/step-00000020/model/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    assert train(f"--resume={run}") == 0
+    assert "step-00000020" in capsys.readouterr().err
+    assert open_checkpoint(list_checkpoints(run)[-1]).step == 20
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--n_layer=3", ["--n_layer=3", "n_layer=2", "--init_from="]),
+        ("--seed=5", ["seed=1337"]),
+        ("--tokens_per_step=512", ["tokens_per_step=256"]),
+        ("--data=other.txt", ["--data=other.txt"]),
+        ("--run=elsewhere", ["stays in its directory"]),
+    ],
+)
+def test_what_would_make_another_experiment_is_refused_on_resume(run, flag, words):
+    before = tensors_of(run, 20)
+    message = message_of(f"--resume={run}", flag)
+    assert all(word in message for word in words), message
+    assert tensors_of(run, 20) == before
+
+
+def test_resume_refuses_presets_missing_runs_and_other_data(run, small_text):
+    assert "presets" in message_of("debug", f"--resume={run}")
+    assert "does not exist" in message_of("--resume=runs/nowhere")
+    Path("runs/empty").mkdir()
+    assert "no checkpoint" in message_of("--resume=runs/empty")
+    assert "these: " in message_of("--resume=runs")
+    assert "--resume= is empty" in message_of("--resume=")
+    Path("other.txt").write_text(small_text.read_text("utf-8")[:30_000], encoding="utf-8")
+    assert "holds other tokens" in message_of(f"--resume={run}", "--max_steps=30", "--data=other.txt")
+    assert "already at step 20" in message_of(f"--resume={run}", "--max_steps=3")
+    assert "--max_steps=N" in message_of(f"--resume={run}", "--budget_minutes=1")
+
+
+def test_a_run_resumes_from_another_folder(run, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train(f"--resume={tmp_path / run}", "--max_steps=22") == 0
+    assert read_events(tmp_path / run, "step")[-1]["step"] == 22
+
+
+# ---- a new run from old weights
+
+
+def test_init_from_takes_weights_and_tokenizer(run, tmp_path, capsys):
+    letters = tmp_path / "letters.txt"
+    letters.write_text("Dear Anna,\nthe cat likes the moon.\n" * 200)
+    assert train(*TINY, f"--init_from={run}", f"--data={letters}", "--run=second", "--dropout=0.0") == 0
+    first = read_events("second", "eval")[0]
+    assert first["val_loss"] < 4.5  # a fresh model starts at ln 257 = 5.5
+    assert "--n_layer=3" in message_of(*TINY, f"--init_from={run}", f"--data={letters}", "--n_layer=3")
+
+
+def test_a_run_from_old_weights_resumes_to_the_same_bits(run, small_text, monkeypatch):
+    args = (*TINY, f"--init_from={run}", f"--data={small_text}", "--learning_rate=1e-3")
+    assert train(*args, "--run=straight") == 0
+    shutil.copytree("straight", "cut")
+    shutil.rmtree("cut/checkpoints/step-00000020")
+    assert train("--resume=cut") == 0
+    assert tensors_of("cut", 20) == tensors_of("straight", 20)
+    assert "give one of them" in message_of("--resume=cut", f"--init_from={run}")
+
+
+def test_init_from_refuses_a_dataset_of_another_tokenizer(run, small_text):
+    other = ("--tokenizer=char", "--max_steps=1")
+    assert train(*TINY, f"--data={small_text}", *other) == 0
+    dataset = next(
+        path for path in Path("data").iterdir() if json.loads((path / "dataset.json").read_text())["tokenizer"]["name"] == "char"
+    )
+    message = message_of(*TINY, f"--init_from={run}", f"--data={dataset}")
+    assert "bytes" in message
+    assert "char" in message
+
+
+def test_eval_only_prints_and_writes_nothing(run, capsys):
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    assert train(f"--resume={run}", "--eval_only=true") == 0
+    assert "bits per byte" in capsys.readouterr().out
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+    assert "--init_from" in message_of(*TINY, "--eval_only=true")
+
+
+# ---- wrong input
+
+
+def test_a_used_or_locked_directory_is_refused(run, small_text):
+    assert "--resume=runs/straight" in message_of(*TINY, f"--data={small_text}", "--run=runs/straight")
+    from training.run_directory import RunLock
+
+    with RunLock(run):
+        before = sorted(run.rglob("*"))
+        assert "another process" in message_of(f"--resume={run}", "--max_steps=30")
+        assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--n_layr=3"], ["--n_layr=3", "--n_layer"]),
+        (["quikstart"], ["quikstart", "quickstart"]),
+        (["--n_layer=three"], ["--n_layer=three", "whole number"]),
+        (["--dropout=1.5"], ["--dropout=1.5", "0 <= x < 1"]),
+        (["--learning_rate=nan"], ["--learning_rate=nan"]),
+        (["--n_head=3"], ["n_embd=32", "n_head=3"]),
+        (["--n_layr=3", "--dropout=2"], ["--n_layr=3", "--dropout=2"]),
+        (["--data=missing.txt"], ["missing.txt", "no dataset, file or folder"]),
+        (["--tokens_per_step=100"], ["tokens_per_step=100", "block_size=32"]),
+        (["--micro_batch_size=3"], ["micro_batch_size=3"]),
+        (["--device=cuda:99"], ["--device=cuda:99"]),
+        (["--device=abacus"], ["--device=abacus"]),
+        (["--dtype=float16", "--device=cpu"], ["--dtype=float16"]),
+        (["--block_size=65536", "--tokens_per_step=65536", "--micro_batch_size=auto"], ["block_size + 1 = 65537", "--block_size"]),
+        (["--tokenizer=char", "--sample_prompt=猫"], ["猫"]),
+    ],
+)
+def test_wrong_options_are_one_clear_message(flags, words, small_text):
+    message = message_of(*TINY, f"--data={small_text}", *flags)
+    assert all(word in message for word in words), message
+    assert not Path("runs").exists()
+
+
+def test_empty_and_binary_texts_are_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"ab\0cd" * 100)
+    assert "empty.txt" in message_of(*TINY, "--data=empty.txt")
+    assert "binary.txt" in message_of(*TINY, "--data=binary.txt")
+    assert not Path("runs").exists()
+
+
+def test_the_script_exits_with_2_and_no_traceback():
+    process = start("debug", "--n_layr=3")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert output.startswith("error: ")
+    assert "Traceback" not in output
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_never_saved(small_text, monkeypatch, capsys):
+    from training.run import Training
+
+    gradient = Training._gradient
+
+    def broken_at(steps):
+        nan = float("nan")
+        return lambda self, first_sample: (nan, nan) if self.step in steps else gradient(self, first_sample)
+
+    monkeypatch.setattr(Training, "_gradient", broken_at({5, 6}))
+    assert train(*TINY, f"--data={small_text}", "--run=spiky") == 0
+    assert [event["step"] for event in read_events("spiky", "skip")] == [6, 7]  # numbered by the step that they would have ended
+    monkeypatch.setattr(Training, "_gradient", broken_at(range(12, 20)))
+    message = message_of(*TINY, f"--data={small_text}", "--run=broken")
+    assert "--resume=broken --learning_rate=" in message
+    assert open_checkpoint(list_checkpoints(Path("broken"))[-1]).step == 10
+
+
+def test_a_full_disk_stops_no_training(small_text, monkeypatch, capsys):
+    import training.run
+    from checkpoint import SaveFailed
+
+    def full(*args, **kwargs):
+        raise SaveFailed("no room")
+
+    monkeypatch.setattr(training.run, "save_checkpoint", full)
+    message = message_of(*TINY, f"--data={small_text}", "--run=full")
+    assert "the weights of step 20 are not saved (there is no checkpoint)" in message
+    assert capsys.readouterr().out.count("not saved: no room") == 4  # at every evaluation, and once more at the end
+    assert read_events("full", "step")[-1]["step"] == 20
+
+
+def test_a_budget_becomes_a_number_of_steps_that_can_be_repeated(small_text, monkeypatch):
+    """The discarded steps that measure the speed leave no trace: the repeated run measures nothing and has the same bits."""
+    monkeypatch.setattr("training.budget.Budget.spent", lambda self, now: False)  # however slow this machine becomes meanwhile
+    Path("timed.py").write_text("schedule = 'wsd'\nbudget_minutes = 3\nwarmup_steps = 5\neval_interval = 1000")
+    flags = [flag for flag in TINY if not flag.startswith(("--max_steps", "--eval_interval"))]
+    assert train("debug", "timed.py", *flags[1:], f"--data={small_text}", "--budget_minutes=0.01", "--run=timed") == 0
+    saved = json.loads(Path("timed/config.json").read_text())["options"]
+    assert saved["budget_minutes"] is None
+    assert saved["max_steps"] == read_events("timed", "step")[-1]["step"]
+    plans = [json.loads(line)["timing"] for line in Path("timed/metrics.jsonl").read_text().splitlines() if '"plan"' in line]
+    assert plans[-1] == {"max_steps": saved["max_steps"], "decay_steps": saved["decay_steps"]}
+    assert train("timed/config.json", "--threads=1", "--run=timed again") == 0
+    assert tensors_of("timed again", saved["max_steps"]) == tensors_of("timed", saved["max_steps"])
+
+
+def test_a_flag_for_the_length_wins_over_the_other_in_a_preset(small_text):
+    Path("timed.py").write_text("budget_minutes = 3")
+    assert train("timed.py", *TINY[1:], f"--data={small_text}", *SHAPE, "--run=short") == 0
+    assert read_events("short", "step")[-1]["step"] == 20
+    assert "give one of them" in message_of(*TINY, f"--data={small_text}", "--budget_minutes=1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_it_trains_and_resumes_on_a_gpu(small_text):
+    """bfloat16, torch.compile and deterministic algorithms, stopped and resumed to the same bits."""
+    args = [
+        "debug",
+        "--device=cuda",
+        "--deterministic=true",
+        f"--data={small_text}",
+        "--max_steps=20",
+        "--eval_interval=10",
+        "--eval_tokens=1000",
+    ]
+    assert train(*args, "--run=gpu") == 0
+    shutil.copytree("gpu", "cut")
+    shutil.rmtree("cut/checkpoints/step-00000020")
+    assert train("--resume=cut") == 0
+    assert tensors_of("cut", 20) == tensors_of("gpu", 20)
+
+
+def test_a_loss_scale_that_is_too_large_is_halved_and_no_update_counts_as_skipped(small_text, monkeypatch):
+    """float16's scaler, here on the CPU: the first updates overflow, the scale comes down, and the model learns."""
+    from training.run import Training
+
+    monkeypatch.setattr(Training, "_new_scaler", lambda self: torch.amp.GradScaler("cpu", init_scale=2.0**127))
+    assert train(*TINY, f"--data={small_text}", "--run=scaled", "--log_interval=1") == 0
+    steps = read_events("scaled", "step")
+    assert steps[0]["grad_norm"] is None  # infinite
+    assert read_events("scaled", "skip") == []
+    assert steps[-1]["loss"] < 5  # a uniform guess has ln 257 = 5.5
+    scale = open_checkpoint(list_checkpoints(Path("scaled"))[-1]).state["progress"]["grad_scaler"]["scale"]
+    assert 1 <= scale < 2.0**127

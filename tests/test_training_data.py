@@ -1,0 +1,94 @@
+"""The order of the training data: pure, without replacement, and a val grid that scores every target once."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import UserError
+from training.data import IGNORED_TARGET, TrainWindows, keyed_permutation, read_windows, val_starts
+
+
+class Counting:
+    """A split whose token at place i is i; `masked` places do not count as targets."""
+
+    def __init__(self, length: int, masked: frozenset[int] = frozenset()) -> None:
+        self.length, self.masked = length, masked
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        assert start >= 0
+        assert start + count <= self.length
+        return np.arange(start, start + count)
+
+    def mask(self, start: int, count: int) -> np.ndarray | None:
+        return np.array([place not in self.masked for place in range(start, start + count)]) if self.masked else None
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**63))
+@settings(max_examples=60, deadline=None)
+def test_keyed_permutation_is_a_bijection(size, key):
+    assert sorted(keyed_permutation(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+def test_keyed_permutation_mixes():
+    order = keyed_permutation(np.arange(100_000), 100_000, 7)
+    assert abs(np.corrcoef(np.arange(100_000), order)[0, 1]) < 0.02
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
+    assert (order != keyed_permutation(np.arange(100_000), 100_000, 8)).mean() > 0.99
+
+
+@given(n_tokens=st.integers(9, 2000), T=st.integers(1, 8), seed=st.integers(0, 10**9), epoch=st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_visits_disjoint_windows_once_each(n_tokens, T, seed, epoch):
+    windows = TrainWindows(n_tokens, T, seed)
+    starts = np.sort(windows.starts(epoch * windows.per_epoch, windows.per_epoch))
+    assert starts[0] >= 0
+    assert starts[-1] + T + 1 <= n_tokens
+    assert (np.diff(starts) == T).all()
+
+
+def test_the_order_is_a_function_of_the_sample_number_alone():
+    windows = TrainWindows(1000, 8, seed=3)
+    whole = windows.starts(0, 500)
+    pieces = np.concatenate([windows.starts(first, 20) for first in range(0, 500, 20)])
+    assert np.array_equal(whole, pieces)
+    assert not np.array_equal(whole, TrainWindows(1000, 8, seed=4).starts(0, 500))
+    phases = {int(windows.starts(epoch * windows.per_epoch, 1)[0]) % 8 for epoch in range(40)}
+    assert len(phases) > 4  # epochs shift the grid
+
+
+@pytest.mark.parametrize(("n_tokens", "T"), [(95, 32), (64, 32), (33, 32), (351, 32)])
+def test_every_target_is_trained_on(n_tokens, T):
+    """Over many epochs the grid's phases reach every token but the first, those at the end of the text included."""
+    windows = TrainWindows(n_tokens, T, seed=1)
+    starts = set(windows.starts(0, 400 * windows.per_epoch).tolist())
+    assert {start + i for start in starts for i in range(1, T + 1)} == set(range(1, n_tokens))
+
+
+def test_targets_are_the_inputs_one_token_later():
+    x, y = read_windows(Counting(100), TrainWindows(100, 8, seed=0).starts(0, 6), 8)
+    assert x.shape == y.shape == (6, 8)
+    assert (y == x + 1).all()
+
+
+def test_masked_targets_do_not_count():
+    x, y = read_windows(Counting(40, frozenset({3, 9})), np.array([0, 8]), 8)
+    assert (y[0, 2], y[1, 0]) == (IGNORED_TARGET, IGNORED_TARGET)
+    assert ((y == x + 1) | (y == IGNORED_TARGET)).all()
+    assert int((y == IGNORED_TARGET).sum()) == 2
+
+
+@given(n_tokens=st.integers(2, 200), T=st.integers(1, 16))
+@settings(max_examples=60, deadline=None)
+def test_the_val_grid_scores_every_target_once(n_tokens, T):
+    _, y = read_windows(Counting(n_tokens), val_starts(n_tokens, T), T)
+    assert sorted(y[y != IGNORED_TARGET].tolist()) == list(range(1, n_tokens))
+
+
+def test_a_corpus_shorter_than_a_window_is_an_error():
+    with pytest.raises(UserError, match=r"8 tokens, fewer than one window of block_size \+ 1 = 9; lower --block_size to at most 7"):
+        TrainWindows(8, 8, seed=0)
+    assert TrainWindows(9, 8, seed=0).starts(0, 3).tolist() == [0, 0, 0]

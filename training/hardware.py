@@ -1,0 +1,203 @@
+"""Where the numbers are computed: device, dtype, threads, memory. Choices are probed, said in a line with the reason, and stored."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+
+from errors import UserError
+from model import GPTConfig
+
+CPU_MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class HardwareOptions:
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps …; auto: the first of cuda, mps and cpu that is there."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the matrix products; auto: bfloat16 on a GPU or CPU that has it, else float16 on a GPU, float32 on a CPU."""
+    threads: Annotated[int, "1 <= x"] | Literal["auto"] = "auto"
+    """CPU threads; auto: one a core. A CPU run repeats bit for bit at the same number only."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The choices as made, and a reason for each that was left to us."""
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    reasons: dict[str, str]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or platform.machine()
+        products = " (TF32 products)" if self.device.type == "cuda" and self.dtype == torch.float32 else ""
+        return f"device {self.device} ({name}), {self.dtype_name}{products}, {self.threads} threads"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Matrix products in `dtype`, the rest in float32; nothing on float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def memory_bytes(self) -> int:
+        """Peak memory so far: of the device where it has its own, else of the process (0 where the system does not tell)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def choose_hardware(options: HardwareOptions, *, generating: bool = False) -> Hardware:
+    """Makes the `auto` choices by probing, checks the forced ones, and sets torch's threads. Raises UserError.
+
+    generating: one token at a time, which reads every weight once; on a CPU converting them would cost more than it saves.
+    """
+    reasons = {}
+    name = options.device
+    if name == "auto":
+        if torch.cuda.is_available():
+            name, reasons["device"] = "cuda", "CUDA is there"
+        elif torch.backends.mps.is_available():
+            name, reasons["device"] = "mps", "no CUDA, but MPS"
+        else:
+            name, reasons["device"] = "cpu", "no CUDA and no MPS here"
+    device = _check_device(name)
+    if options.dtype != "auto":
+        dtype = getattr(torch, options.dtype)
+    elif device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if native else torch.float16
+        reasons["dtype"] = "the GPU has bfloat16" if dtype == torch.bfloat16 else "the GPU has no bfloat16"
+    elif device.type == "cpu" and not generating and _cpu_multiplies_bfloat16():
+        dtype, reasons["dtype"] = torch.bfloat16, "this CPU multiplies bfloat16 natively"
+    else:
+        dtype, reasons["dtype"] = torch.float32, f"no fast narrower type on {device.type}"
+    if dtype == torch.float16 and device.type == "cpu":
+        raise UserError("--dtype=float16 needs a GPU; on a CPU take --dtype=float32 or --dtype=bfloat16")
+    if options.threads != "auto":
+        torch.set_num_threads(options.threads)
+    else:
+        reasons["threads"] = "torch's own choice"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return Hardware(device, dtype, torch.get_num_threads(), reasons)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice of one option and, where it was left to us, the reason, keyed by the option's name."""
+
+    value: Any
+    reasons: dict[str, str]
+
+
+def choose_micro_batch(option: int | Literal["auto"], tokens_per_step: int, config: GPTConfig, hardware: Hardware) -> Choice:
+    """Rows that go through the model at once, a divisor of the rows of a step. Raises UserError where there is none."""
+    rows, rest = divmod(tokens_per_step, config.block_size)
+    if rest or rows == 0:
+        raise UserError(
+            f"tokens_per_step={tokens_per_step} is not a multiple of block_size={config.block_size}; take --tokens_per_step="
+            f"{max(1, rows) * config.block_size}"
+        )
+    if option != "auto":
+        if rows % option:
+            raise UserError(
+                f"micro_batch_size={option} does not divide the {rows} rows of a step (tokens_per_step={tokens_per_step} / "
+                f"block_size={config.block_size}); take --micro_batch_size={_divisor(rows, option)}"
+            )
+        return Choice(option, {})
+    if hardware.device.type == "cuda":
+        free = torch.cuda.mem_get_info(hardware.device)[0]
+        most = int(0.6 * free / _activation_bytes(config, hardware.dtype)) // config.block_size
+        size = _divisor(rows, max(1, min(most, 65_536 // config.block_size)))
+        return Choice(size, {"micro_batch_size": f"what {free / 2**30:.0f} GiB of free device memory hold, at most 65,536 tokens"})
+    size = _divisor(rows, max(1, CPU_MICRO_BATCH_TOKENS // config.block_size))
+    return Choice(size, {"micro_batch_size": f"about {CPU_MICRO_BATCH_TOKENS:,} tokens, whose activations stay near a CPU's caches"})
+
+
+def _divisor(rows: int, most: int) -> int:
+    """The largest divisor of rows up to `most`."""
+    return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
+
+
+def _activation_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
+    """Rough bytes that a token keeps for the backward pass: 34 · C a layer in 16 bits beside the residual stream in 32, and the logits
+    with what the loss makes of them."""
+    wide = dtype.itemsize // 2
+    return (34 * wide + 8) * config.n_layer * config.n_embd + (12 + 4 * wide) * config.padded_vocab_size
+
+
+def choose_compile(option: bool | Literal["auto"], hardware: Hardware) -> Choice:
+    """Whether to torch.compile: on CUDA where Triton is installed; elsewhere it costs more than it brings."""
+    if option != "auto":
+        return Choice(option, {})
+    if hardware.device.type != "cuda":
+        return Choice(False, {"compile": f"it costs more than it brings on {hardware.device.type}"})
+    if importlib.util.find_spec("triton") is None:
+        return Choice(False, {"compile": "Triton is not installed"})
+    if torch.cuda.get_device_capability(hardware.device) < (7, 0):
+        return Choice(False, {"compile": "the GPU is older than Triton supports"})
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return Choice(False, {"compile": "there is no C compiler, which Triton needs"})
+    return Choice(True, {"compile": "CUDA, Triton and a C compiler are there"})
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """avx512_bf16 or AMX: there bfloat16 products are several times faster than float32's, on other CPUs several times slower."""
+    flags = Path("/proc/cpuinfo")
+    found = set(flags.read_text(errors="replace").split()) if flags.exists() else set()
+    return bool(found & {"avx512_bf16", "amx_bf16"})
+
+
+def _check_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device={name} is no device; expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device={name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device=auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device=mps: this machine has no MPS; try --device=auto")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device={name}: Sprout runs on cpu, cuda and mps; try --device=auto")
+    return device
+
+
+def require_determinism() -> None:
+    """Makes every operation repeat bit for bit on a GPU, or raise; to be called before the first one runs there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+
+
+def tune_allocator() -> bool:
+    """Keeps glibc from returning every large activation to the system and faulting it in again; True where it took hold.
+
+    Without it a fresh 16 MB tensor costs 4,096 page faults (bench/NOTES.md). To be called before the first
+    big tensor; costs some hundred MiB of resident memory. Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # the parameters' numbers in malloc.h
+    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 << 20))
+    return all(libc.mallopt(parameter, value) == 1 for parameter, value in settings)

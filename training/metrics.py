@@ -1,0 +1,138 @@
+"""What a run tells while it trains: metrics.jsonl, samples.txt, the console, and Weights & Biases when asked.
+
+Every field of metrics.jsonl outside `timing` is reproducible: the same run writes it again byte for byte. Full disks and a
+failing wandb are said once and never stop a training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from training.options import LoggingOptions
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
+
+
+def say(line: str) -> None:
+    """Prints a line at once. Where nobody can read it any more (a closed pipe, a full disk), training goes on in silence."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class RunLog:
+    """The logs of one run directory. `lengths` (bytes of each log at a checkpoint) cuts off what a killed run wrote after it."""
+
+    def __init__(self, run: Path, lengths: Mapping[str, int] | None = None) -> None:
+        self._paths = {name: run / name for name in (METRICS, SAMPLES)}
+        self._complained = False
+        if lengths is not None:
+            for name, path in self._paths.items():
+                size, expected = path.stat().st_size if path.exists() else 0, lengths.get(name, 0)
+                if size < expected:
+                    print(f"{path}: {size} bytes, {expected} at the checkpoint: the end of this log is lost", file=sys.stderr, flush=True)
+                elif size > expected:
+                    with path.open("r+b") as file:
+                        file.truncate(expected)
+        self._files = {name: path.open("ab") for name, path in self._paths.items()}
+
+    def metrics(self, event: str, step: int, *, timing: Mapping[str, Any] | None = None, **fields: Any) -> None:
+        """One line: event, step, the reproducible fields, and `timing` for those that are not. NaN and infinity become null."""
+        record = {"event": event, "step": step, **fields}
+        if timing is not None:
+            record["timing"] = dict(timing)
+        self._write(METRICS, json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+
+    def sample(self, step: int, text: str, reason: str) -> None:
+        self._write(SAMPLES, f"==== step {step} ({reason}) ====\n{text}\n\n")
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes written so far, for the checkpoint's state; they are on the disk when this returns."""
+        for name, file in self._files.items():
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                self._complain(name, error)
+        return {name: path.stat().st_size for name, path in self._paths.items()}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            self._files[name].write(text.encode("utf-8", errors="replace"))
+            self._files[name].flush()
+        except OSError as error:
+            self._complain(name, error)
+
+    def _complain(self, name: str, error: OSError) -> None:
+        if not self._complained:
+            print(f"cannot write {self._paths[name]}: {error}; training goes on without", file=sys.stderr, flush=True)
+        self._complained = True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class WandbLog:
+    """Weights & Biases, imported only when asked for. Never a prompt: without a key, `online` is an error that says what to do."""
+
+    def __init__(self, run: Path, options: LoggingOptions, config: Mapping[str, Any]) -> None:
+        self._run: Any = None
+        if options.wandb is None:
+            return
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs the wandb package: pip install wandb") from None
+        if options.wandb == "online" and not wandb.api.api_key:
+            raise UserError("--wandb=online: no API key on this machine; run `wandb login` once, or use --wandb=offline")
+        self._error: type[Exception] = wandb.errors.Error
+        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in the same place
+        try:
+            self._run = wandb.init(
+                project=options.wandb_project, name=run.name, id=identity, resume="allow", mode=options.wandb, dir=run, config=dict(config)
+            )
+        except (wandb.errors.Error, OSError) as error:
+            print(f"wandb did not start ({error}); metrics.jsonl has everything", file=sys.stderr, flush=True)
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(dict(values), step=step)
+            except (self._error, OSError) as error:
+                print(f"wandb failed ({error}); metrics.jsonl has everything", file=sys.stderr, flush=True)
+                self._run = None
+
+    def finish(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def console_line(step: int, max_steps: int, loss: float, lr: float, grad_norm: float, tok_s: float, left: float, memory: int) -> str:
+    """A logged step in fixed columns; `left` in seconds, `memory` in bytes."""
+    width = len(str(max_steps))
+    return (
+        f"step {step:>{width}}/{max_steps}  loss {loss:7.4f}  lr {lr:.2e}  grad {grad_norm:7.3f}  "
+        f"{tok_s:>9,.0f} tok/s  left {clock(left):>7}  mem {memory / 2**30:5.2f} GiB"
+    )
+
+
+def clock(seconds: float) -> str:
+    """4:05 for 245 seconds, 2:00:00 for two hours."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,122 @@
+"""Which optimizer updates the weights, and how large a step it takes when."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+
+from model import GPT
+from training.options import fixed
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    optimizer: Literal["adamw", "sgd"] = fixed("adamw")
+    """AdamW (fused where torch can), or SGD with momentum."""
+    learning_rate: Annotated[float, "0 <= x"] = 1e-3
+    """Peak step size."""
+    schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
+    """After the warm-up: cosine or linear to the minimum; wsd: stay, then decay linearly; the 2017 paper's; stay."""
+    warmup_steps: Annotated[int, "0 <= x"] = 100
+    """Steps over which the learning rate rises from 0."""
+    decay_steps: Annotated[int, "1 <= x"] | None = None
+    """Last steps, in which wsd decays; none: a fifth of max_steps."""
+    min_learning_rate: Annotated[float, "0 <= x"] = 0.0
+    """Where cosine, linear and wsd end."""
+    weight_decay: Annotated[float, "0 <= x"] = 0.1
+    """Decay of matrices (embeddings included); biases and norms are not decayed."""
+    beta1: Annotated[float, "0 <= x < 1"] = 0.9
+    """AdamW's memory of the gradient."""
+    beta2: Annotated[float, "0 <= x < 1"] = 0.95
+    """AdamW's memory of the squared gradient."""
+    adam_eps: Annotated[float, "0 < x"] = 1e-8
+    """AdamW's guard against division by 0."""
+    momentum: Annotated[float, "0 <= x < 1"] = 0.9
+    """SGD's memory of the gradient."""
+    grad_clip: Annotated[float, "0 < x"] | None = 1.0
+    """Gradients are scaled down to this norm; none: never."""
+
+    def problems(self) -> list[str]:
+        if self.min_learning_rate > self.learning_rate:
+            return [f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}"]
+        return []
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is, and how many of its last steps wsd decays in."""
+
+    max_steps: int
+    decay_steps: int
+
+
+def planned(max_steps: int, options: OptimizerOptions) -> Plan:
+    """The plan for a number of steps; the decay takes at most what the warm-up leaves."""
+    decay = options.decay_steps if options.decay_steps is not None else max_steps // 5
+    return Plan(max_steps, max(1, min(decay, max_steps - options.warmup_steps)))
+
+
+def learning_rate(step: int, plan: Plan, options: OptimizerOptions) -> float:
+    """The learning rate of the update number `step` (from 0). Warm-up is linear and reaches the peak at warmup_steps.
+
+    inverse_sqrt falls with 1/√step from the end of the warm-up on (Vaswani et al. 2017, 5.3, with the peak as the unit);
+    wsd: Hu et al. 2024 (MiniCPM), with a linear decay.
+    """
+    peak, low, warmup = options.learning_rate, options.min_learning_rate, options.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if options.schedule == "constant":
+        return peak
+    if options.schedule == "inverse_sqrt":
+        return peak * math.sqrt(max(1, warmup) / (step + 1))
+    if options.schedule == "wsd":
+        return low + (peak - low) * min(1.0, max(0, plan.max_steps - step) / plan.decay_steps)
+    done = min(1.0, (step - warmup) / max(1, plan.max_steps - warmup))
+    if options.schedule == "linear":
+        return peak + (low - peak) * done
+    return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
+
+
+def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """AdamW or SGD over the model's parameters; those with two dimensions or more decay, the rest do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum)
+    betas = (options.beta1, options.beta2)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, eps=options.adam_eps, fused=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: GPT) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `parameter name/state name` → tensor, for the checkpoint; vocabulary padding is left out."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            if value is not None:
+                tensors[f"{name}/{key}"] = model.unpad(name, value) if value.dim() else value
+    return tensors
+
+
+@torch.no_grad()
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: GPT, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts optimizer_tensors back. Raises ValueError where they are not this model's."""
+    own = dict(model.named_parameters())
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        if name not in own:
+            raise ValueError(f"the optimizer's state names {name!r}, which this model does not have")
+        parameter = own[name]
+        if tensor.dim() == 0:  # a step counter: fused AdamW keeps it beside the parameter
+            optimizer.state[parameter][key] = tensor.to(parameter.device).clone()
+            continue
+        value = torch.zeros_like(parameter)
+        target = model.unpad(name, value)
+        if target.shape != tensor.shape:
+            raise ValueError(f"the optimizer's {full_name!r} has the shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
+        target.copy_(tensor)
+        optimizer.state[parameter][key] = value

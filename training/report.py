@@ -1,0 +1,251 @@
+"""Draws a run, finished or in progress: RUN/report.html, one self-contained page, and RUN/loss.png, its curves alone.
+
+    python -m training.report runs/quickstart-1
+
+Knows what a run leaves behind, and changes nothing of it. Names and samples stand in the page, escaped, never in the picture.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import sys
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from checkpoint import CONFIG, STATE, WEIGHTS, list_checkpoints
+from errors import UserError, run_script
+from files import DamagedFile, read_json, write_file
+from training.metrics import METRICS, SAMPLES, clock
+
+TRAIN, VAL = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito: told apart by all eyes
+MOST_SAMPLES, SAMPLE_BYTES = 6, 200_000  # how many of the last step are shown, and how much of samples.txt is read for them
+STYLE: dict[str, Any] = {"axes.edgecolor": "#b0b0b0", "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True}
+STYLE |= {"axes.spines.right": False, "axes.spines.top": False, "lines.markersize": 3.5}
+SCORE = "{X[val_loss]:.4f} ± {X[standard_error]:.4f}, {X[bits_per_byte]:.4f} bits per byte, perplexity {X[perplexity]:.5g}"
+SCORE += " (step {X[step]:,}, {X[targets]:,} tokens)"
+ROWS = {  # a row that names something unknown is left out
+    "Best val loss": SCORE.replace("X", "best"),
+    "Whole val split": SCORE.replace("X", "final"),
+    "Train loss": "{last[loss]:.4f} (step {last[step]:,})",
+    "Steps": "{step:,} of {max_steps:,}, skipped updates: {skipped:,}",
+    "Tokens": "{tokens:,}, {tokens_per_step:,} a step",
+    "Time": "{time}, evaluations included; {speed:,.0f} tokens a second (median)",
+    "Time budget": "plan corrected {plans:,}×, at last to {plan[max_steps]:,} steps (at step {plan[step]:,})",
+    "Dataset": "{dataset}",
+    "Parameters": "{n_params:,}, vocabulary of {vocabulary:,}",
+    "Model": "{n_layer} layers, {n_head} heads, {n_embd} channels, context {block_size}, dropout {dropout:g}",
+    "Blocks": "{positions} positions, {norm}, {mlp}",
+    "Optimizer": "{optimizer}, {schedule}, learning rate {learning_rate:g}, {warmup_steps} warm-up steps, weight decay {weight_decay:g}",
+    "Device": "{device}, {dtype}, micro-batch {micro_batch_size}",
+}
+SUMMARY = {"data": "{dataset}", "size": "{n_params:,} parameters", "state": "step {step:,} of {max_steps:,}"}
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{name}</title><style>
+body {{ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #222; font: 16px/1.5 system-ui, sans-serif }}
+h1 {{ margin: 0; overflow-wrap: anywhere }} h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem }} h1 + p, h3 {{ color: #555 }}
+img {{ width: 100% }} table {{ border-collapse: collapse; width: 100% }} tr {{ border-bottom: 1px solid #e6e6e6; vertical-align: top }}
+th {{ text-align: left; padding: .3rem 0; width: 11rem }} td {{ padding: .3rem 0; overflow-wrap: anywhere }}
+h3 {{ margin: 1rem 0 .3rem; font-size: .9rem }}
+pre {{ margin: 0; padding: .8rem 1rem; background: #f5f5f5; white-space: pre-wrap; overflow-wrap: anywhere }}
+</style></head><body><h1>{name}</h1><p>{summary}</p>
+<img alt="Loss, learning rate, gradient norm and speed over the steps" src="data:image/png;base64,{picture}">
+<h2>Facts</h2><table>{rows}</table>{samples}</body></html>
+"""
+Lines = dict[str, list[dict[str, Any]]]  # metrics.jsonl by event
+
+
+def column(lines: list[dict[str, Any]], name: str, first: float = 0) -> np.ndarray:
+    """One field of the lines from step `first` on; NaN where it is missing."""
+    values = [{**line, **line.get("timing", {})}.get(name) for line in lines if line["step"] >= first]
+    return np.array([value if type(value) in (int, float) else math.nan for value in values], dtype=float)
+
+
+def read_metrics(run: Path) -> Lines:
+    """Raises UserError where `run` is no run directory, or nothing has been logged in it yet."""
+    if not (run / METRICS).is_file():
+        problem = f"holds no {METRICS}, so it is no run directory" if run.is_dir() else "there is no such directory"
+        raise UserError(f"{run}: {problem}; name one such as runs/quickstart-1, or train first: python train.py")
+    lines: Lines = {event: [] for event in ("eval", "step", "plan", "skip", "final")}
+    for text in (run / METRICS).read_bytes().split(b"\n"):
+        with suppress(ValueError, RecursionError):  # cut in the middle: being written now, or by a run that was killed
+            line = json.loads(text)
+            if isinstance(line, dict) and line.get("event") in lines and type(line.get("step")) is int:
+                lines[line["event"]].append(line)
+    if not any(lines.values()):
+        raise UserError(f"{run / METRICS}: nothing has been logged yet; try again after the first steps, or train: python train.py")
+    return lines
+
+
+def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
+    """By name, what ROWS may mention; what is not known is not there."""
+    options = read_json(run / CONFIG).get("options", {}) if (run / CONFIG).is_file() else {}
+    step, val_loss = max(line["step"] for found in lines.values() for line in found), column(lines["eval"], "val_loss")
+    facts = {"dataset": options.get("data"), **options, "step": step, "tokens": step * options.get("tokens_per_step", 0)}
+    facts |= {"skipped": len(lines["skip"]), "plans": len(lines["plan"])}
+    facts |= {name: lines[event][-1] for name, event in (("last", "step"), ("final", "final"), ("plan", "plan")) if lines[event]}
+    if np.isfinite(val_loss).any():
+        facts["best"] = lines["eval"][int(np.nanargmin(val_loss))]
+    if lines["step"]:
+        seconds = column(lines["step"], "seconds")  # since its process started: they fall where the run was resumed
+        ends = [*np.flatnonzero(seconds[1:] < seconds[:-1]), -1]
+        facts["time"] = clock(float(np.nansum(seconds[ends]))) + f" in {len(ends)} sessions" * (len(ends) > 1)
+        facts["speed"] = float(np.median(column(lines["step"], "tokens_per_second")))
+    for path in list_checkpoints(run)[-1:]:
+        with suppress(DamagedFile, SafetensorError, OSError):  # a run in progress removes old ones
+            facts["vocabulary"] = read_json(path / "model" / CONFIG)["vocab_size"]
+            facts["dataset"] = read_json(path / STATE)["dataset"]["name"]
+            with safe_open(path / "model" / WEIGHTS, framework="pt") as tensors:
+                facts["n_params"] = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def read_samples(run: Path) -> list[tuple[str, str]]:
+    """(heading, text) of the samples of the last step that has some."""
+    if not (run / SAMPLES).is_file():
+        return []
+    with (run / SAMPLES).open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES))
+        _, *parts = re.split(r"^==== step (\d+) (\(.*\)) ====\n", file.read().decode("utf-8", errors="replace"), flags=re.MULTILINE)
+    found = list(zip(parts[0::3], parts[1::3], parts[2::3], strict=True))
+    return [(f"step {step} {reason}", text.rstrip("\n")) for step, reason, text in found if step == found[-1][0]][-MOST_SAMPLES:]
+
+
+def draw(lines: Lines, facts: dict[str, Any]) -> bytes:
+    """The curves as PNG: loss (its second half also at a larger scale), learning rate, gradient norm, speed."""
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the report is drawn with matplotlib, which is not installed: pip install matplotlib") from None
+    with matplotlib.rc_context():  # a person's matplotlibrc does not show, and nothing set here stays
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its keys are a Literal of all names
+        figure, buffer, steps, last = Figure(figsize=(11, 7), dpi=160, layout="constrained"), io.BytesIO(), lines["step"], facts["step"]
+        grid = figure.add_gridspec(2, 6, height_ratios=[2.2, 1])
+        is_long = len(column(steps, "step", last / 2)) >= 10 and len(column(lines["eval"], "step", last / 2)) >= 2
+        draw_loss(figure.add_subplot(grid[0, : 4 if is_long else 6]), "Loss (nats per token)", lines, facts, 0)
+        if is_long:
+            draw_loss(figure.add_subplot(grid[0, 4:]), "Loss, second half", lines, facts, last / 2)
+        panels = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm before clipping", "tokens_per_second": "Tokens per second"}
+        for i, (name, title) in enumerate(panels.items()):
+            axes = figure.add_subplot(grid[1, 2 * i : 2 * i + 2])
+            plot(axes, column(steps, "step"), fit(axes, title, 0, last, column(steps, name), low=0.0), TRAIN)
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw_loss(axes: Any, title: str, lines: Lines, facts: dict[str, Any], first: float) -> None:
+    """Train and val loss from step `first` on."""
+    x, loss = (column(lines["step"], name, first) for name in ("step", "loss"))
+    val_x, val_loss, error = (column(lines["eval"], name, first) for name in ("step", "val_loss", "standard_error"))
+    loss, val_loss = np.split(fit(axes, title, first, facts["step"], np.concatenate([loss, val_loss])), [len(loss)])
+    plot(axes, x, loss, TRAIN, "train loss")
+    plot(axes, val_x, val_loss, VAL, "val loss ± standard error")
+    axes.fill_between(val_x, val_loss - error, val_loss + error, color=VAL, alpha=0.25, linewidth=0)
+    if (best := facts.get("best")) and best["step"] >= first:
+        label = f"best val loss: {best['val_loss']:.4f} at step {best['step']:,}"
+        axes.plot(best["step"], best["val_loss"], "*", color=VAL, markeredgecolor="black", markersize=13, label=label, zorder=5)
+    if len(skips := column(lines["skip"], "step", first)):
+        axes.plot(skips, 0.02 + 0 * skips, "x", color="black", markersize=6, transform=axes.get_xaxis_transform(), label="skipped update")
+    if facts["tokens"]:
+        top = axes.twiny()
+        top.set_xlim([step * facts["tokens_per_step"] for step in axes.get_xlim()])
+        top.locator_params(nbins=4 if first else 8)
+        top.grid(False)
+        top.tick_params(length=0)
+        top.xaxis.set_major_formatter(short)
+        top.set_xlabel("tokens")
+    if not first:
+        axes.legend(loc="upper right", edgecolor="none")
+
+
+def fit(axes: Any, title: str, first: float, last: float, values: np.ndarray, low: float | None = None) -> np.ndarray:
+    """Titles and limits that suit the values, bar extreme ones, of which a remark is left; returns them cut to what can be drawn."""
+    axes.set_title(title, loc="left", weight="bold", fontsize=11)
+    axes.set_xlim(first - max(0.02 * (last - first), 0.5), last + max(0.02 * (last - first), 0.5))
+    axes.tick_params(length=0)
+    axes.locator_params(axis="x", nbins=6, integer=True, min_n_ticks=1)
+    axes.xaxis.set_major_formatter(short)
+    axes.yaxis.set_major_formatter(short)
+    finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    median, usual = float(np.median(finite)), float(np.quantile(finite, 0.95))
+    high = min(float(finite.max()), 5 * median, 3 * usual - 2 * median if first else math.inf)  # a whole run's first loss is no extreme
+    low = float(finite.min()) if low is None else low
+    margin = 0.06 * (high - low) or 1.0
+    axes.set_ylim(low - margin * (low != 0), high + margin)
+    counts = {"above the frame": int((finite > high).sum()), "not finite": int((~np.isfinite(values)).sum())}
+    axes.set_xlabel("step" + "".join(f", {count:,} {what}" for what, count in counts.items() if count))
+    return np.minimum(values, high + 10 * margin)
+
+
+def plot(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str | None = None) -> None:
+    few, many = len(x) <= 40, len(x) > 300
+    axes.plot(x, y, "o-" if few else "-", color=color, linewidth=0.8 if many else 1.6, alpha=0.8 if many else 1, label=label)
+
+
+def short(value: float, _position: object = None) -> str:
+    """25.6k for 25,600; also M, B, T."""
+    units = {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}
+    return next((f"{value / unit:.4g}{name}" for name, unit in units.items() if abs(value) >= unit), f"{value:g}")
+
+
+def page(name: str, facts: dict[str, Any], samples: list[tuple[str, str]], picture: bytes) -> str:
+    """The HTML of the report; every foreign text in it is escaped, and control characters, which no page may hold, are replaced."""
+
+    def clean(text: str) -> str:
+        return escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text))
+
+    def fill(templates: dict[str, str]) -> dict[str, str]:
+        filled = {}
+        for title, template in templates.items():
+            with suppress(LookupError, TypeError, ValueError):  # it names something that is not known
+                filled[title] = clean(template.format_map(facts))
+        return filled
+
+    return PAGE.format(
+        name=clean(name),
+        summary=" · ".join(fill(SUMMARY).values()),
+        picture=base64.b64encode(picture).decode(),
+        rows="\n".join(f"<tr><th>{title}</th><td>{text}</td></tr>" for title, text in fill(ROWS).items()),
+        samples="<h2>Latest samples</h2>" * bool(samples)
+        + "".join(f"<h3>{clean(heading)}</h3><pre dir=auto>{clean(text)}</pre>" for heading, text in samples),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError("give one run directory; for example: python -m training.report runs/quickstart-1")
+    run = Path(argv[0])
+    lines = read_metrics(run)
+    facts = read_facts(run, lines)
+    picture = draw(lines, facts)
+    text = page(run.resolve().name, facts, read_samples(run), picture)
+    try:
+        for name, data in (("loss.png", picture), ("report.html", text.encode(errors="replace"))):
+            write_file(run / f"{name}.writing", data)
+            os.replace(run / f"{name}.writing", run / name)
+    except OSError as error:
+        raise UserError(f"cannot write the report in {run} ({error.strerror}); check its permissions and the free space") from error
+    print(f"wrote {run / 'report.html'} (open it in a browser) and {run / 'loss.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -10,15 +10,21 @@ F width of the MLP, V vocabulary, S length of the cache.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 IGNORED_TARGET = -100  # a target with this id counts neither in the loss nor in its divisor
 
@@ -230,8 +236,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 # ---- The block -------------------------------------------------------------------------------------------------------
 
-# What a block calls for its attention: (layer, q (B, T, H, D), k (B, T, K, D), v (B, T, K, D)) → (B, T, H, D).
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# What a block calls for its attention: (layer, qk, v) → (B, T, H, D); qk and v as causal_attention takes them.
+Attend = Callable[[int, Tensor, Tensor | None], Tensor]
 
 
 class Attention(nn.Module):
@@ -248,14 +254,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
         B, T, C = x.shape
         H, K = self.heads, self.kv_heads
-        qk, v = self.qkv(x).view(B, T, H + 2 * K, self.head_size).split((H + K, K), dim=2)  # (B, T, H + K, D), (B, T, K, D)
+        qk, v = self.qkv(x).view(B, T, H + 2 * K, self.head_size), None  # (B, T, H + 2K, D)
+        if rotation is not None or self.q_norm is not None:
+            qk, v = qk.split((H + K, K), dim=2)  # (B, T, H + K, D), (B, T, K, D)
         if self.q_norm is not None and self.k_norm is not None:  # queries and keys together: one pass over memory, not two
             scales = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(K, -1)))  # (H + K, D)
             qk = rms_norm(qk, scales, self.q_norm.eps)
         if rotation is not None:
             qk = rotate(qk, rotation)
-        q, k = qk.split((H, K), dim=2)
-        return self.proj(attend(self.layer, q, k, v).reshape(B, T, C))
+        return self.proj(attend(self.layer, qk, v).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -307,14 +314,14 @@ class GPT(nn.Module):
     """A decoder-only Transformer over token ids.
 
     `seed` draws the initial weights on the CPU, so they are the same on every device; None leaves them unset, for a model
-    whose weights are about to be loaded.
+    whose weights are about to be loaded. `attention` is what choose_attention says of the device that the model will be on.
     """
 
     table: Tensor | None  # the fixed positions: (block_size, C) waves or (block_size, 2, D/2) rotations
 
-    def __init__(self, config: GPTConfig, seed: int | None = 0) -> None:
+    def __init__(self, config: GPTConfig, seed: int | None = 0, attention: AttentionPath = "sdpa") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attention = config, attention
         V, C = config.padded_vocab_size, config.n_embd
         self.embed = Embedding(V, C)
         self.position = Embedding(config.block_size, C) if config.positions == "learned" else None
@@ -366,8 +373,8 @@ class GPT(nn.Module):
 
         Targets of IGNORED_TARGET do not count. "mean" divides by the number of counted targets; "none" gives (B, T).
         """
-        mask = dense_mask(self.first_visible(ids))
-        hidden = self._hidden(ids, self._positions(ids), partial(_attend_causally, mask))
+        attend = self._causal_attention(ids)
+        hidden = self._hidden(ids, self._positions(ids), lambda layer, qk, v: attend(qk, v))
         logits = self._logits(hidden)
         if targets is None:
             return logits
@@ -416,6 +423,9 @@ class GPT(nn.Module):
             first = torch.maximum(first, steps - (self.config.sliding_window - 1))  # (B, T)
         return first.to(torch.int32)
 
+    def _causal_attention(self, ids: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        return causal_attention(self.attention, self.config.n_head, self.first_visible(ids))
+
     def _positions(self, ids: Tensor) -> Tensor | None:
         if not self.config.document_mask:
             return None
@@ -431,11 +441,11 @@ class GPT(nn.Module):
         after each prompt's last token. What stands beyond a prompt's length is never seen: causality hides it here, the cache's
         lengths later.
         """
-        mask = dense_mask(self.first_visible(ids))
+        attend_to_prompt = self._causal_attention(ids)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.write(layer, rows, k, v)
-            return causal_attention(q, k, v, mask)
+        def attend(layer: int, qk: Tensor, v: Tensor | None) -> Tensor:
+            cache.write(layer, rows, *split_heads(qk, v, self.config.n_head)[1:])
+            return attend_to_prompt(qk, v)
 
         hidden = self._hidden(ids, self._positions(ids), attend)
         last = lengths - 1
@@ -454,8 +464,9 @@ class GPT(nn.Module):
         positions = cache.lengths - cache.starts
         mask = cache.mask(self.config.sliding_window, self.config.document_mask)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return cached_attention(q, *cache.append(layer, k, v), mask)
+        def attend(layer: int, qk: Tensor, v: Tensor | None) -> Tensor:
+            q, *new = split_heads(qk, v, self.config.n_head)
+            return cached_attention(q, *cache.append(layer, *new), mask)
 
         hidden = self._hidden(ids[:, None], positions[:, None], attend)
         cache.advance()
@@ -565,11 +576,49 @@ class KVCache:
 
 
 # ======================================================================================================================
-# Attention: softmax(q · kᵀ / √D) · v over the visible positions. This section knows tensors only; everything above calls
-# its two entries, causal_attention (training and prompts) and cached_attention (one token against the cache), and never
-# asks how they work. Queries are (B, T, H, D), keys and values (B, T, K, D) as they lie in the packed projection: views,
-# no copies. With K < H (grouped queries), query head h reads key/value head h // (H / K).
+# Attention: softmax(q · kᵀ / √D) · v over the visible positions. This section knows tensors only. Everything above calls its
+# two entries, causal_attention (training and prompts) and cached_attention (one token against the cache), and never asks
+# how they work. Queries are (B, T, H, D), keys and values (B, T, K, D) as they lie in the packed projection: views, no
+# copies. With K < H (grouped queries), query head h reads key/value head h // (H / K).
+#
+# There are two ways, chosen once, when the model is made: "triton", the fused kernel at the end of this file, for GPUs; and
+# "sdpa", PyTorch's own, for every other machine.
 # ======================================================================================================================
+
+AttentionPath = Literal["triton", "sdpa"]
+LARGEST_FUSED_HEAD = 128  # a tile of rows this wide still fits into registers beside its accumulator
+
+
+def choose_attention(asked: AttentionPath | Literal["auto"], device: torch.device, head_size: int) -> tuple[AttentionPath, str]:
+    """The way to attend on this device, and the reason. Raises ValueError with the reason where "triton" is asked for in vain."""
+    if asked == "sdpa":
+        return "sdpa", "asked for"
+    obstacle = triton_obstacle(device, (8, 0))
+    if head_size > LARGEST_FUSED_HEAD:
+        obstacle = f"the kernel takes heads up to {LARGEST_FUSED_HEAD} wide, these have {head_size}"
+    if asked == "triton":
+        if obstacle is not None:
+            raise ValueError(obstacle)
+        return "triton", "asked for"
+    if obstacle is None and device.type == "cuda":
+        return "triton", "the fused kernel runs here"
+    return "sdpa", f"no fused kernel: {obstacle or 'its interpreter is for tests'}"
+
+
+def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
+    """Why Triton cannot run on this device, or None where it can; capability: the oldest NVIDIA GPU that will do."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python, on any device: for tests
+    if device.type != "cuda" and not interpreted:
+        return f"Triton needs a GPU, the device is {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if interpreted:
+        return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < capability:
+        return f"the GPU has compute capability {torch.cuda.get_device_capability(device)}, {capability} is needed"
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "there is no C compiler, which Triton needs"
+    return None
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -580,19 +629,26 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
 
 
-def dense_mask(first_visible: Tensor | None) -> Tensor | None:
-    """(B, T) first visible positions → (B, 1, T, T) bool, True where query t sees key s; built once a batch, not once a layer."""
-    if first_visible is None:
-        return None
-    steps = torch.arange(first_visible.shape[1], device=first_visible.device)
-    return ((steps <= steps[:, None]) & (steps >= first_visible[:, :, None]))[:, None]
+def causal_attention(path: AttentionPath, n_head: int, first_visible: Tensor | None) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The attention of one batch, a function (qk, v) → (B, T, H, D): token t sees tokens first_visible[t] … t.
+
+    qk (B, T, H + K, D) holds queries, then keys, and v (B, T, K, D) the values; or v is None and qk (B, T, H + 2K, D) holds them
+    too, last: a projection that needs neither rotation nor normalisation goes in as it is, and its gradient comes back whole.
+    first_visible (B, T) int32 never falls with t; None: every token sees all before it. What all layers share is made here, once.
+    """
+    if path == "triton":
+        return lambda qk, v: _attention(qk, v, first_visible, n_head)[0]
+    mask = dense_mask(first_visible)
+    return lambda qk, v: _pytorch_attention(*split_heads(qk, v, n_head), mask)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Token t sees tokens 0 … t, or what the mask of dense_mask leaves of them → (B, T, H, D)."""
-    if attention_path(q.device, q.dtype, q.shape[1], masked=mask is not None) == "written out":
-        return _written_out(q, k, v)
-    return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), mask, causal=mask is None)
+def split_heads(qk: Tensor, v: Tensor | None, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The views q (B, T, H, D), k and v (B, T, K, D) of what causal_attention takes."""
+    if v is None:
+        q, k, v = qk.tensor_split((n_head, (qk.shape[2] + n_head) // 2), dim=2)
+        return q, k, v
+    q, k = qk.tensor_split((n_head,), dim=2)
+    return q, k, v
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -600,22 +656,29 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     return _sdpa(q, keys, values, mask, causal=False)
 
 
+# ---- PyTorch's attention ---------------------------------------------------------------------------------------------
+
 # On a CPU the fused kernel is made for long sequences; up to these lengths the plain products below, forward and backward, were
 # faster wherever they were timed (bench/NOTES.md), in bfloat16 1.6 to 6 times. They hold a (T, T) matrix a head.
 WRITTEN_OUT_UP_TO = {torch.float32: 128, torch.bfloat16: 1024}
 
 
-AttentionPath = Literal["written out", "scaled_dot_product_attention"]
+def dense_mask(first_visible: Tensor | None) -> Tensor | None:
+    """(B, T) first visible positions → (B, 1, T, T) bool, True where query t sees key s."""
+    if first_visible is None:
+        return None
+    steps = torch.arange(first_visible.shape[1], device=first_visible.device)
+    return ((steps <= steps[:, None]) & (steps >= first_visible[:, :, None]))[:, None]
 
 
-def attention_path(device: torch.device, dtype: torch.dtype, length: int, masked: bool) -> AttentionPath:
-    """How causal_attention computes sequences of this length; masked: documents or a window hide more than the future."""
-    is_short = device.type == "cpu" and length <= WRITTEN_OUT_UP_TO.get(dtype, 0)
-    return "written out" if is_short and not masked else "scaled_dot_product_attention"
+def _pytorch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None and q.device.type == "cpu" and q.shape[1] <= WRITTEN_OUT_UP_TO.get(q.dtype, 0):
+        return _written_out(q, k, v)
+    return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), mask, causal=mask is None)
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """causal_attention as two batched matrix products around a softmax, the scale and the mask folded into the first."""
+    """Causal attention as two batched matrix products around a softmax, the scale and the mask folded into the first."""
     B, T, H, D = q.shape
 
     def flat(x: Tensor) -> Tensor:  # (B, T, H or K, D) → (B · H, T, D)
@@ -633,5 +696,341 @@ def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: 
     return out.transpose(1, 2)
 
 
-def _attend_causally(mask: Tensor | None, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return causal_attention(q, k, v, mask)
+# ---- The fused kernel ------------------------------------------------------------------------------------------------
+#
+# Written out, attention moves matrices of T × T scores through memory; at T = 1024 and D = 64 they are 16 times the size of q.
+# The kernel never writes them. A program owns a block of BLOCK_Q queries of one head, keeps them on chip, and walks over the
+# keys it may see, BLOCK_K at a time. Softmax needs the whole row's maximum and sum, but both can be carried along (Milakov and
+# Gimelshein 2018; Rabe and Staats 2021; Dao et al. 2022, FlashAttention). With s the scores of one more block of keys:
+#
+#     peak' = max(peak, max s)        fade = exp(peak − peak')        p = exp(s − peak')
+#     total' = fade · total + Σ p     acc' = fade · acc + p · v
+#
+# and in the end out = acc / total. On chip stay q, acc (BLOCK_Q × D, float32), peak and total; k and v blocks stream through
+# shared memory. Exponentials are powers of two, with log2(e) folded into the scale: one multiply-add and one instruction a score.
+# What is written beside out is one number a row, lse = peak + log2(total), from which any p can be had again without
+# a maximum or a sum: p = exp2(s · scale − lse). So the backward pass stores no probabilities; it multiplies q · kᵀ once more in
+# each of its two kernels, because reading T × T numbers back would take longer than computing them. With dp = do · vᵀ,
+#
+#     delta = Σ do ∘ out (a row's)    ds = p ∘ (dp − delta)    dq = scale · ds · k    dk = scale · dsᵀ · q    dv = pᵀ · do
+#
+# one kernel owns queries and sums dq over keys, the other owns keys and sums dk and dv over queries (of all heads that share
+# them). Nothing is added by two programs, so there are no atomics and the gradients are the same bits every time.
+#
+# Cost of a head, causal: forward two products over half of the square, 2 · T² · D FLOP, and 4 · T · D numbers moved (what several
+# programs of a head read comes from the L2 cache after the first time): T / 4 FLOP a byte in 16 bits. Backward seven
+# products, 7 · T² · D, and 12 · T · D numbers. A Hopper GPU turns from memory-bound to compute-bound near 250 FLOP a byte: at T = 1024.
+#
+# Only some blocks need a mask: those on the diagonal, and, where documents or a window hide old keys, those that the
+# line of first visible keys crosses. Blocks beyond it are not visited. So every loop over blocks is three loops, PHASE 0 for
+# blocks cut by that line, 1 for blocks that are wholly visible and need no test at all, 2 for the diagonal. Hidden scores become
+# a large negative number, not −inf: a row that has seen nothing yet then sums garbage, which `fade` = 0 removes
+# when its first visible key comes; every row sees at least itself.
+#
+# A head size that is no power of two is padded to BLOCK_D on chip; numbers beyond D or T are read as 0 and never written.
+# DOT is the type in which tiles enter the tensor cores: that of the inputs, but float32 for bfloat16 in the interpreter.
+
+
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh, T, H, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    blocks = (T + BLOCK_Q - 1) // BLOCK_Q
+    b, h = (tl.program_id(0) // blocks // H).to(tl.int64), tl.program_id(0) // blocks % H
+    start_q = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q  # the longest rows first, so that no long one is left for the end
+    rows, cols, d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    own = (rows < T)[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=own, other=0.0).to(DOT)
+    k_tile = k_ptr + b * stride_qb + h // GROUP * stride_qh + cols[:, None] * stride_qt + d[None, :]
+    v_tile = v_ptr + b * stride_vb + h // GROUP * stride_vh + cols[:, None] * stride_vt + d[None, :]
+
+    diagonal = start_q // BLOCK_K * BLOCK_K
+    MASKED: tl.constexpr = first_ptr is not None
+    begin, clear = 0, 0  # the first block of keys that a row sees, the first one that all rows see whole
+    if MASKED:
+        first = tl.maximum(tl.load(first_ptr + b * T + rows, mask=rows < T, other=0), 0)
+        begin = tl.maximum(tl.load(first_ptr + b * T + start_q), 0) // BLOCK_K * BLOCK_K
+        last = tl.load(first_ptr + b * T + tl.minimum(start_q + BLOCK_Q, T) - 1)
+        clear = tl.minimum((tl.maximum(last, 0) + BLOCK_K - 1) // BLOCK_K * BLOCK_K, diagonal)
+
+    peak = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for PHASE in tl.static_range(0 if MASKED else 1, 3):
+        low = begin if PHASE == 0 else clear if PHASE == 1 else diagonal
+        high = clear if PHASE == 0 else diagonal if PHASE == 1 else tl.minimum(start_q + BLOCK_Q, T)
+        for start_k in tl.range(low, high, BLOCK_K):
+            keys = start_k + cols
+            there = None if PHASE == 1 and D == BLOCK_D else (keys < T)[:, None] & (d < D)[None, :]
+            k = tl.load(k_tile + start_k * stride_qt, mask=there, other=None if there is None else 0.0).to(DOT)
+            s = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
+            if PHASE == 0:
+                s = tl.where(keys[None, :] >= first[:, None], s, -1.0e30)
+            elif PHASE == 2:
+                visible = keys[None, :] <= rows[:, None]
+                s = tl.where(visible & (keys[None, :] >= first[:, None]) if MASKED else visible, s, -1.0e30)
+            higher = tl.maximum(peak, tl.max(s, 1) * scale)
+            p = tl.exp2(s * scale - higher[:, None])
+            fade = tl.exp2(peak - higher)
+            total = total * fade + tl.sum(p, 1)
+            v = tl.load(v_tile + start_k * stride_vt, mask=there, other=None if there is None else 0.0)
+            acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), acc * fade[:, None], input_precision="ieee")
+            peak = higher
+    out_tile = out_ptr + ((b * T + rows[:, None]) * H + h) * D + d[None, :]
+    tl.store(out_tile, acc / total[:, None], mask=own)
+    tl.store(lse_ptr + (b * H + h) * T + rows, peak + tl.log2(total), mask=rows < T)
+
+
+def _query_gradient_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr, dq_ptr,
+    stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh, stride_dqb, stride_dqt, stride_dqh, T, H, scale, root,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Walks as the forward kernel does. It comes first in the backward pass and leaves delta for the other one."""
+    blocks = (T + BLOCK_Q - 1) // BLOCK_Q
+    b, h = (tl.program_id(0) // blocks // H).to(tl.int64), tl.program_id(0) // blocks % H
+    start_q = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
+    rows, cols, d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    own = (rows < T)[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=own, other=0.0).to(DOT)
+    k_tile = k_ptr + b * stride_qb + h // GROUP * stride_qh + cols[:, None] * stride_qt + d[None, :]
+    v_tile = v_ptr + b * stride_vb + h // GROUP * stride_vh + cols[:, None] * stride_vt + d[None, :]
+    out_tile = ((b * T + rows[:, None]) * H + h) * D + d[None, :]
+    grad = tl.load(grad_ptr + out_tile, mask=own, other=0.0)
+    out = tl.load(out_ptr + out_tile, mask=own, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + (b * H + h) * T + rows, delta, mask=rows < T)
+    lse = tl.load(lse_ptr + (b * H + h) * T + rows, mask=rows < T, other=0.0)
+    grad = grad.to(DOT)
+
+    diagonal = start_q // BLOCK_K * BLOCK_K
+    MASKED: tl.constexpr = first_ptr is not None
+    begin, clear = 0, 0
+    if MASKED:
+        first = tl.maximum(tl.load(first_ptr + b * T + rows, mask=rows < T, other=0), 0)
+        begin = tl.maximum(tl.load(first_ptr + b * T + start_q), 0) // BLOCK_K * BLOCK_K
+        last = tl.load(first_ptr + b * T + tl.minimum(start_q + BLOCK_Q, T) - 1)
+        clear = tl.minimum((tl.maximum(last, 0) + BLOCK_K - 1) // BLOCK_K * BLOCK_K, diagonal)
+
+    dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for PHASE in tl.static_range(0 if MASKED else 1, 3):
+        low = begin if PHASE == 0 else clear if PHASE == 1 else diagonal
+        high = clear if PHASE == 0 else diagonal if PHASE == 1 else tl.minimum(start_q + BLOCK_Q, T)
+        for start_k in tl.range(low, high, BLOCK_K):
+            keys = start_k + cols
+            there = None if PHASE == 1 and D == BLOCK_D else (keys < T)[:, None] & (d < D)[None, :]
+            k = tl.load(k_tile + start_k * stride_qt, mask=there, other=None if there is None else 0.0)
+            v = tl.load(v_tile + start_k * stride_vt, mask=there, other=None if there is None else 0.0).to(DOT)
+            s = tl.dot(q, k.to(DOT).T, input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
+            if PHASE == 0:
+                s = tl.where(keys[None, :] >= first[:, None], s, -1.0e30)
+            elif PHASE == 2:
+                visible = keys[None, :] <= rows[:, None]
+                s = tl.where(visible & (keys[None, :] >= first[:, None]) if MASKED else visible, s, -1.0e30)
+            p = tl.exp2(s * scale - lse[:, None])
+            ds = p * (tl.dot(grad, v.T, input_precision="ieee") - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype).to(DOT), k.to(DOT), dq, input_precision="ieee")
+    dq_tile = dq_ptr + b * stride_dqb + h * stride_dqh + rows[:, None] * stride_dqt + d[None, :]
+    tl.store(dq_tile, dq * root, mask=own)
+
+
+def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, first_ptr, lse_ptr, grad_ptr, delta_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh,
+    stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh, T, H, scale, root,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """Owns keys and values, walks over the queries that see them, transposed: s is (BLOCK_K, BLOCK_Q).
+
+    PHASE 0 here is also the last, incomplete block of queries (TAIL). The first block of keys, which most queries see, starts first.
+    """
+    blocks, kv_heads = (T + BLOCK_K - 1) // BLOCK_K, H // GROUP
+    b, h_kv = (tl.program_id(0) // blocks // kv_heads).to(tl.int64), tl.program_id(0) // blocks % kv_heads
+    start_k = tl.program_id(0) % blocks * BLOCK_K
+    keys, cols, d = start_k + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    own = (keys < T)[:, None] & (d < D)[None, :]
+    k = tl.load(k_ptr + b * stride_qb + h_kv * stride_qh + keys[:, None] * stride_qt + d[None, :], mask=own, other=0.0).to(DOT)
+    v = tl.load(v_ptr + b * stride_vb + h_kv * stride_vh + keys[:, None] * stride_vt + d[None, :], mask=own, other=0.0).to(DOT)
+
+    diagonal, whole = start_k // BLOCK_Q * BLOCK_Q, T // BLOCK_Q * BLOCK_Q
+    below = tl.minimum((start_k + BLOCK_K + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q)  # past the diagonal
+    clear, end = tl.maximum(whole, below), T  # where blocks stop to be wholly visible, and to be visible at all
+    MASKED: tl.constexpr = first_ptr is not None
+    if MASKED:  # first_visible never falls, so both are found by bisection
+        for BOUND in tl.static_range(2):
+            low, high = below // BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q
+            while low < high:
+                middle = (low + high) // 2
+                row = tl.minimum(middle * BLOCK_Q + BLOCK_Q, T) - 1 if BOUND == 0 else middle * BLOCK_Q
+                seen = tl.load(first_ptr + b * T + row) <= (start_k if BOUND == 0 else start_k + BLOCK_K - 1)
+                low, high = tl.where(seen, middle + 1, low), tl.where(seen, high, middle)
+            if BOUND == 0:
+                clear = tl.minimum(low * BLOCK_Q, clear)
+            else:
+                end = tl.minimum(low * BLOCK_Q, T)
+
+    dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for member in range(GROUP):
+        h = h_kv * GROUP + member
+        q_tile = q_ptr + b * stride_qb + h * stride_qh + cols[:, None] * stride_qt + d[None, :]
+        grad_tile = grad_ptr + ((b * T + cols[:, None]) * H + h) * D + d[None, :]
+        row_numbers = (b * H + h) * T + cols
+        for PHASE in tl.static_range(0 if MASKED or TAIL else 1, 3):
+            low = clear if PHASE == 0 else below if PHASE == 1 else diagonal
+            high = end if PHASE == 0 else clear if PHASE == 1 else below
+            for start_q in tl.range(low, high, BLOCK_Q):
+                rows = start_q + cols
+                is_row = None if PHASE == 1 else rows < T
+                there = None if PHASE == 1 and D == BLOCK_D else (rows < T)[:, None] & (d < D)[None, :]
+                q = tl.load(q_tile + start_q * stride_qt, mask=there, other=None if there is None else 0.0)
+                grad = tl.load(grad_tile + start_q * H * D, mask=there, other=None if there is None else 0.0)
+                lse = tl.load(lse_ptr + row_numbers + start_q, mask=is_row, other=None if is_row is None else 0.0)
+                delta = tl.load(delta_ptr + row_numbers + start_q, mask=is_row, other=None if is_row is None else 0.0)
+                s = tl.dot(k, q.to(DOT).T, input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
+                if PHASE != 1:
+                    visible = (rows < T)[None, :] & (keys[:, None] <= rows[None, :])
+                    if MASKED:
+                        first = tl.load(first_ptr + b * T + rows, mask=rows < T, other=0)
+                        visible = visible & (keys[:, None] >= first[None, :])
+                    s = tl.where(visible, s, -1.0e30)
+                p = tl.exp2(s * scale - lse[None, :])
+                dv = tl.dot(p.to(q.dtype).to(DOT), grad.to(DOT), dv, input_precision="ieee")
+                ds = p * (tl.dot(v, grad.to(DOT).T, input_precision="ieee") - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype).to(DOT), q.to(DOT), dk, input_precision="ieee")
+    tl.store(dk_ptr + b * stride_dkb + h_kv * stride_dkh + keys[:, None] * stride_dkt + d[None, :], dk * root, mask=own)
+    tl.store(dv_ptr + b * stride_dvb + h_kv * stride_dvh + keys[:, None] * stride_dvt + d[None, :], dv, mask=own)
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched: queries and keys a block, warps a program, stages of the pipeline that loads ahead."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Launches by architecture, bytes a number and padded head size: forward, query gradient, key and value gradient. All compile without
+# spilling registers (tests/test_kernel_compile.py); bench/tune_attention.py finds the fastest on a device and prints such rows.
+# "other" has the least shared memory that we know of, 99 KB (sm_86, sm_89, sm_120).
+LAUNCHES: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
+    ("sm_90", 2, 64): (Launch(128, 64, 4, 3), Launch(128, 64, 4, 3), Launch(64, 128, 8, 2)),
+    ("sm_90", 2, 128): (Launch(128, 128, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("sm_80", 2, 64): (Launch(128, 64, 4, 3), Launch(128, 64, 4, 3), Launch(64, 64, 4, 2)),
+    ("sm_80", 2, 128): (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("other", 2, 64): (Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
+    ("other", 2, 128): (Launch(64, 64, 4, 2), Launch(64, 64, 4, 1), Launch(64, 64, 8, 1)),
+    ("other", 4, 64): (Launch(64, 32, 4, 2), Launch(64, 32, 4, 2), Launch(32, 32, 4, 2)),
+    ("other", 4, 128): (Launch(32, 32, 4, 2), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
+}
+
+
+def launches_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Launch, Launch, Launch]:
+    """The table's row; devices that it does not name get the most careful one. Raises ValueError on other types than the kernel's."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"the fused kernel takes float32, float16 and bfloat16, not {dtype}; take the sdpa path")
+    architecture = "other"
+    if device.type == "cuda" and torch.version.hip is None:
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    key = dtype.itemsize, 64 if head_size <= 64 else 128
+    return LAUNCHES.get((architecture, *key)) or LAUNCHES["other", *key]
+
+
+def fused_forward(qk: Tensor, v: Tensor | None, first_visible: Tensor | None, n_head: int, launch: Launch | None = None) -> list[Tensor]:
+    """What causal_attention takes → out (B, T, H, D) and lse (B, H, T) float32: log2 of the sum of a row's exponentials."""
+    q, k, v = split_heads(qk, v, n_head)
+    B, T, H, D = q.shape
+    launch = launch or launches_for(q.device, q.dtype, D)[0]
+    out, lse = q.new_empty((B, T, H, D)), q.new_empty((B, H, T), dtype=torch.float32)
+    tensors = (q, k, v, first_visible, out, lse)
+    _run(_forward_kernel, B * H * -(-T // launch.block_q), launch, q, k, tensors, (q, v), (math.log2(math.e) / math.sqrt(D),))
+    return [out, lse]
+
+
+def fused_backward(
+    grad: Tensor, qk: Tensor, v: Tensor | None, first_visible: Tensor | None, out: Tensor, lse: Tensor, n_head: int,
+    launches: tuple[Launch, Launch] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The gradient of out → the gradients of qk and, where it is not None, of v."""
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (qk, v) if x is not None]
+    dq, dk, dv = split_heads(grads[0], None if v is None else grads[1], n_head)
+    q, k, v = split_heads(qk, v, n_head)
+    B, T, H, D = q.shape
+    by_query, by_key = launches or launches_for(q.device, q.dtype, D)[1:]
+    grad, delta = grad.contiguous(), torch.empty_like(lse)
+    numbers = math.log2(math.e) / math.sqrt(D), 1 / math.sqrt(D)
+    tensors = (q, k, v, first_visible, out, lse, grad, delta, dq)
+    _run(_query_gradient_kernel, B * H * -(-T // by_query.block_q), by_query, q, k, tensors, (q, v, dq), numbers)
+    tensors = (q, k, v, first_visible, lse, grad, delta, dk, dv)
+    tail = T % by_key.block_q != 0
+    _run(_key_value_gradient_kernel, B * k.shape[2] * -(-T // by_key.block_k), by_key, q, k, tensors, (q, v, dk, dv), numbers, TAIL=tail)
+    return grads
+
+
+def _run(
+    kernel: Callable[..., None], programs: int, launch: Launch, q: Tensor, k: Tensor,
+    tensors: tuple[Tensor | None, ...], strided: tuple[Tensor, ...], numbers: tuple[float, ...], **flags: bool,
+) -> None:  # fmt: skip
+    """Launches a kernel on `tensors`, with the strides of batch, time and head of the `strided` ones, then the numbers and constants."""
+    T, H, D = q.shape[1:]
+    if any(x.stride(3) != 1 or T * x.stride(1) >= 2**31 for x in strided):
+        raise ValueError("the kernel needs heads whose numbers lie side by side, and sequences of less than 2³¹ numbers")
+    jitted = _jitted(kernel)
+    wide = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    with torch.cuda.device_of(q):
+        jitted[(programs,)](
+            *tensors, *(stride for x in strided for stride in x.stride()[:3]), T, H, *numbers,
+            D=D, BLOCK_D=max(16, 1 << (D - 1).bit_length()), BLOCK_Q=launch.block_q, BLOCK_K=launch.block_k, GROUP=H // k.shape[2],
+            DOT=getattr(tl, "float32" if wide else str(q.dtype).removeprefix("torch.")), **flags,
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+
+
+@cache
+def _jitted(kernel: Callable[..., None]) -> Any:
+    """The kernel, compiled when it is launched. Triton is imported here, on first use; kernels look `tl` up among this file's names."""
+    import triton
+    import triton.language
+
+    globals()["tl"] = triton.language
+    return triton.jit(kernel, do_not_specialize=["T"])
+
+
+# What torch sees: two opaque operators, their shapes and their derivative. torch.compile goes through them without a break.
+
+_attention = torch.library.custom_op(
+    "sprout::attention", fused_forward, mutates_args=(),
+    schema="(Tensor qk, Tensor? v, Tensor? first_visible, int n_head) -> (Tensor, Tensor)",
+)  # fmt: skip
+_attention_backward = torch.library.custom_op(
+    "sprout::attention_backward", fused_backward, mutates_args=(),
+    schema="(Tensor grad, Tensor qk, Tensor? v, Tensor? first_visible, Tensor out, Tensor lse, int n_head) -> Tensor[]",
+)  # fmt: skip
+
+
+@_attention.register_fake
+def _(qk: Tensor, v: Tensor | None, first_visible: Tensor | None, n_head: int) -> tuple[Tensor, Tensor]:
+    B, T, _, D = qk.shape
+    return qk.new_empty((B, T, n_head, D)), qk.new_empty((B, n_head, T), dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, qk: Tensor, v: Tensor | None, *saved: Any) -> list[Tensor]:
+    return [qk.new_empty(x.shape) for x in (qk, v) if x is not None]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.n_head = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    d_qk, *d_v = _attention_backward(grad, *ctx.saved_tensors, ctx.n_head)
+    return d_qk, d_v[0] if d_v else None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -23,7 +23,7 @@ from errors import UserError, run_script
 from files import read_json
 from generation.options import SampleScriptOptions, SamplingOptions
 from generation.text import Piece, load_model, stream_texts
-from training.hardware import HardwareOptions, choose_hardware
+from training.hardware import HardwareOptions, choose_attention_path, choose_hardware
 from training.options import RunOptions
 from training.run_directory import newest_run
 
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     prompt = read_prompt(script)
     hardware = choose_hardware(options.section(HardwareOptions), generating=True)
     model, tokenizer = load_model(folder, hardware.device)
+    model.attention = choose_attention_path(options.section(HardwareOptions).attention, hardware, model.config.head_size).value
     print(f"{describe(path, folder, script.checkpoint)}; {hardware.describe()}", file=sys.stderr)
 
     # ---- text

@@ -21,7 +21,7 @@ import config
 from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder
 from config.resume import resumed_options, with_model_options
 from errors import UserError, run_script
-from model import GPT, GPTConfig, attention_path
+from model import GPT, GPTConfig
 from prepare_data import PrepareOptions
 from prepare_data.pipeline import describe, resolve_data
 from prepare_data.shards import Dataset, open_dataset
@@ -30,6 +30,7 @@ from training.evaluation import evaluate
 from training.hardware import (
     Hardware,
     HardwareOptions,
+    choose_attention_path,
     choose_compile,
     choose_hardware,
     choose_micro_batch,
@@ -172,15 +173,17 @@ def choose_the_rest(options: config.Options, hardware: Hardware, resumed: Checkp
         require_determinism()
     micro_batch = choose_micro_batch(asked.micro_batch_size, asked.tokens_per_step, model_options, hardware)
     compiled = choose_compile(asked.compile, hardware)
-    auto = {**hardware.reasons, **micro_batch.reasons, **compiled.reasons}
+    attention = choose_attention_path(options.section(HardwareOptions).attention, hardware, model_options.head_size)
+    auto = {**hardware.reasons, **micro_batch.reasons, **attention.reasons, **compiled.reasons}
     if resumed is not None:  # chosen when the run was started, unless a flag says otherwise now
         auto = {name: why for name, why in resumed.state["auto"].items() if options.origin[name] != "flag"} | auto
-    masked = model_options.document_mask or model_options.sliding_window is not None
-    path = attention_path(hardware.device, hardware.dtype, model_options.block_size, masked)
-    print(f"{hardware.describe()}, micro-batch {micro_batch.value}, attention: {path}, {'compiled' if compiled.value else 'not compiled'}")
+    print(
+        f"{hardware.describe()}, micro-batch {micro_batch.value}, attention: {attention.value},"
+        f" {'compiled' if compiled.value else 'not compiled'}"
+    )
     for name, reason in auto.items():
         print(f"  {name}: {reason}")
-    chosen = {"device": str(hardware.device), "dtype": hardware.dtype_name, "threads": hardware.threads}
+    chosen = {"device": str(hardware.device), "dtype": hardware.dtype_name, "threads": hardware.threads, "attention": attention.value}
     return config.replace(options, **chosen, micro_batch_size=micro_batch.value, compile=compiled.value), auto
 
 
@@ -212,7 +215,9 @@ def build_model(options: config.Options, dataset: Dataset, source: Checkpoint | 
     """The model for the dataset's vocabulary, with weights of its own or those of `source`."""
     tokenizer = dataset.tokenizer
     model_config = replace(options.section(GPTConfig), vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-    model = GPT(model_config, seed=options.section(RunOptions).seed if source is None else None)
+    seed, attention = options.section(RunOptions).seed if source is None else None, options.section(HardwareOptions).attention
+    assert attention != "auto"
+    model = GPT(model_config, seed, attention)
     if source is not None:
         try:
             model.import_state(source.model_tensors())

@@ -18,10 +18,10 @@ from model import (
     KVCache,
     attention_weights,
     causal_attention,
-    dense_mask,
     rotary_table,
     rotate,
     sinusoidal_table,
+    split_heads,
 )
 
 EOS = 39
@@ -108,9 +108,10 @@ def test_worked_example_of_self_attention():
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_equals_its_definition(kv_heads, masked):
     B, T, H, D = 2, 13, 4, 8
-    q, k, v = (torch.randn(B, T, heads, D, dtype=torch.float64) for heads in (H, kv_heads, kv_heads))
+    qkv = torch.randn(B, T, H + 2 * kv_heads, D, dtype=torch.float64)
+    q, k, v = split_heads(qkv, None, H)
     first = torch.maximum(torch.zeros(T), torch.arange(T) - 4).to(torch.int32).expand(B, T) if masked else None
-    out = causal_attention(q, k, v, dense_mask(first))
+    out = causal_attention("sdpa", H, first)(qkv, None)
     for b in range(B):
         for h in range(H):
             kv = h // (H // kv_heads)
@@ -130,17 +131,20 @@ def test_the_ways_to_attend_agree_with_float64(dtype, length, kv_heads, monkeypa
 
     def outputs(convert, attend):
         inputs = [convert(x).requires_grad_() for x in (q, k, v)]
-        out = attend(*inputs, None)
+        out = attend(*inputs)
         out.backward(convert(grad))
         return [out.detach(), *(x.grad for x in inputs)]
 
-    def sdpa(q, k, v, mask):
-        return model_module._sdpa(q, k.transpose(1, 2), v.transpose(1, 2), mask, causal=True)
+    def sdpa(q, k, v):
+        return model_module._sdpa(q, k.transpose(1, 2), v.transpose(1, 2), None, causal=True)
 
-    exact = outputs(lambda x: x.detach().double(), causal_attention)
+    def chosen(q, k, v):
+        return causal_attention("sdpa", 4, None)(torch.cat((q, k), dim=2), v)
+
+    exact = outputs(lambda x: x.detach().double(), chosen)
     assert not took_part
     plain = outputs(lambda x: x.detach().clone(), sdpa)
-    ours = outputs(lambda x: x.detach().clone(), causal_attention)
+    ours = outputs(lambda x: x.detach().clone(), chosen)
     assert bool(took_part) == (length <= 128)
     for mine, its, true in zip(ours, plain, exact, strict=True):
         error, allowed = (mine.double() - true).abs().max(), (its.double() - true).abs().max()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import platform
-import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from errors import UserError
-from model import GPTConfig
+from model import GPTConfig, choose_attention, triton_obstacle
 
 CPU_MICRO_BATCH_TOKENS = 4096
 
@@ -28,6 +26,9 @@ class HardwareOptions:
     """Precision of the matrix products; auto: bfloat16 on a GPU or CPU that has it, else float16 on a GPU, float32 on a CPU."""
     threads: Annotated[int, "1 <= x"] | Literal["auto"] = "auto"
     """CPU threads; auto: one a core. A CPU run repeats bit for bit at the same number only."""
+    attention: Literal["auto", "triton", "sdpa"] = "auto"
+    """The fused Triton kernel, or PyTorch's scaled_dot_product_attention; auto: the kernel where it runs (GPUs of compute
+    capability 8.0 and later, ROCm)."""
 
 
 @dataclass(frozen=True)
@@ -147,18 +148,23 @@ def _activation_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
     return (34 * wide + 8) * config.n_layer * config.n_embd + (12 + 4 * wide) * config.padded_vocab_size
 
 
+def choose_attention_path(option: Literal["auto", "triton", "sdpa"], hardware: Hardware, head_size: int) -> Choice:
+    """How the model attends. Raises UserError with the reason where the kernel is asked for and cannot run."""
+    try:
+        path, reason = choose_attention(option, hardware.device, head_size)
+    except ValueError as error:
+        raise UserError(f"--attention={option}: {error}; take --attention=auto") from None
+    return Choice(path, {"attention": reason} if option == "auto" else {})
+
+
 def choose_compile(option: bool | Literal["auto"], hardware: Hardware) -> Choice:
     """Whether to torch.compile: on CUDA where Triton is installed; elsewhere it costs more than it brings."""
     if option != "auto":
         return Choice(option, {})
     if hardware.device.type != "cuda":
         return Choice(False, {"compile": f"it costs more than it brings on {hardware.device.type}"})
-    if importlib.util.find_spec("triton") is None:
-        return Choice(False, {"compile": "Triton is not installed"})
-    if torch.cuda.get_device_capability(hardware.device) < (7, 0):
-        return Choice(False, {"compile": "the GPU is older than Triton supports"})
-    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
-        return Choice(False, {"compile": "there is no C compiler, which Triton needs"})
+    if obstacle := triton_obstacle(hardware.device, (7, 0)):
+        return Choice(False, {"compile": obstacle})
     return Choice(True, {"compile": "CUDA, Triton and a C compiler are there"})
 
 

@@ -913,18 +913,16 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# Launches by architecture, bytes a number and padded head size: forward, query gradient, key and value gradient. All compile without
-# spilling registers (tests/test_kernel_compile.py); bench/tune_attention.py finds the fastest on a device and prints such rows.
-# "other" has the least shared memory that we know of, 99 KB (sm_86, sm_89, sm_120).
+# Launches by architecture, bytes a number and padded head size: forward, query gradient, key and value gradient. "other" has the least
+# shared memory that we know of, 99 KB (sm_86, sm_89, sm_120). None was timed yet: these compile, in 16 bits without spilling registers
+# (tests/test_kernel_compile.py), and follow the occupancy that their registers allow. bench/tune_attention.py finds the fastest.
 LAUNCHES: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
-    ("sm_90", 2, 64): (Launch(128, 64, 4, 3), Launch(128, 64, 4, 3), Launch(64, 128, 8, 2)),
-    ("sm_90", 2, 128): (Launch(128, 128, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
-    ("sm_80", 2, 64): (Launch(128, 64, 4, 3), Launch(128, 64, 4, 3), Launch(64, 64, 4, 2)),
-    ("sm_80", 2, 128): (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
-    ("other", 2, 64): (Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
-    ("other", 2, 128): (Launch(64, 64, 4, 2), Launch(64, 64, 4, 1), Launch(64, 64, 8, 1)),
-    ("other", 4, 64): (Launch(64, 32, 4, 2), Launch(64, 32, 4, 2), Launch(32, 32, 4, 2)),
-    ("other", 4, 128): (Launch(32, 32, 4, 2), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
+    ("sm_90", 2, 64): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 2)),
+    ("sm_90", 2, 128): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(32, 128, 8, 2)),
+    ("other", 2, 64): (Launch(64, 64, 4, 3), Launch(128, 64, 8, 2), Launch(32, 64, 4, 2)),
+    ("other", 2, 128): (Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(32, 64, 8, 2)),
+    ("other", 4, 64): (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 2)),
+    ("other", 4, 128): (Launch(32, 16, 8, 1), Launch(32, 16, 8, 1), Launch(16, 32, 8, 1)),
 }
 
 

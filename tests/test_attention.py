@@ -131,3 +131,129 @@ def test_the_cases_cover_all_pairs_and_are_few():
     assert len(CASES) <= 60
     for a, b in itertools.combinations(CHOICES, 2):
         assert {(case[a], case[b]) for case in CASES} == set(itertools.product(CHOICES[a], CHOICES[b]))
+
+
+TINY = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, block_size=96, vocab_size=40, eos_id=39)
+MODELS = {
+    "learned": TINY,
+    "modern": dataclasses.replace(TINY, positions="rotary", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False, sliding_window=50),
+}
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_a_model_learns_the_same_on_both_paths(config, launched):
+    ids = torch.randint(0, 39, (2, 91), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    results = []
+    for path in ("sdpa", "triton"):
+        model = GPT(config, attention=path).to(DEVICE)
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert len(launched) == 3 * config.n_layer
+    for ours, its in zip(*results, strict=True):
+        torch.testing.assert_close(ours, its, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("path", ["sdpa", "triton"])
+def test_losses_of_a_document_do_not_depend_on_what_stood_before_it(path):
+    """Of every token, the first included, whatever the length of its predecessors: the blocks of the kernel then lie differently."""
+    config = dataclasses.replace(MODELS["modern"], sliding_window=None, document_mask=True)
+    model = GPT(config, attention=path).to(DEVICE)
+    draw = torch.Generator().manual_seed(2)
+    document = [39, *torch.randint(0, 39, (20,), generator=draw).tolist(), 39]
+    losses = []
+    for before in ([], [39, 1, 2, 3], [39, *range(38), 39], [39, *torch.randint(0, 39, (70,), generator=draw).tolist()]):
+        ids = torch.tensor([before + document], device=DEVICE)
+        losses.append(model(ids[:, :-1], ids[:, 1:], reduction="none")[0, len(before) :].detach())
+    for other in losses[1:]:
+        assert len(other) == 21
+        torch.testing.assert_close(other, losses[0], rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_blocks_are_skipped_not_computed(monkeypatch):
+    """NaN in every key and value that no query of a block can see reaches no output: they were not even read into a product."""
+    monkeypatch.setitem(model_module.LAUNCHES, ("other", 4, 64), (Launch(32, 32, 4, 1),) * 3)
+    T, window = 128, 16
+    qkv = torch.randn(1, T, 3, 16, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    first = (torch.arange(T) - window + 1)[None].to(DEVICE, torch.int32)
+    clean = causal_attention("triton", 1, first)(qkv, None)
+    qkv[:, :32, 1:] = torch.nan  # rows from 64 on see keys from 49 on
+    dirty = causal_attention("triton", 1, first)(qkv, None)
+    assert torch.equal(dirty[:, 64:], clean[:, 64:])
+    assert dirty[:, :32].isnan().all()
+    qkv.requires_grad_()
+    grad = torch.zeros_like(dirty)
+    grad[:, 96:] = 1.0
+    gradient = torch.autograd.grad(causal_attention("triton", 1, first)(qkv, None), qkv, grad)[0]
+    assert gradient[:, 96:].isfinite().all()
+
+
+def test_gradients_are_the_same_bits_every_time():
+    qkv = torch.randn(2, 70, 4, 32, generator=torch.Generator().manual_seed(4)).to(DEVICE).requires_grad_()
+    first, second = (torch.autograd.grad(causal_attention("triton", 2, None)(qkv, None).square().sum(), qkv)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("values_apart", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_operator_keeps_torchs_rules(values_apart, masked):
+    qkv = torch.randn(1, 19, 4, 16).to(DEVICE).requires_grad_()
+    first = torch.zeros(1, 19, dtype=torch.int32, device=DEVICE) if masked else None
+    arguments = qkv.split((3, 1), dim=2) if values_apart else (qkv, None)
+    torch.library.opcheck(torch.ops.sprout.attention.default, (*arguments, first, 2))
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_torch_compile_goes_through_without_a_break(config, launched):
+    model = GPT(config, attention="triton").to(DEVICE)
+    ids = torch.randint(0, 39, (2, 33), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for way in (model, compiled):
+        way(ids[:, :-1], ids[:, 1:]).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad()
+    assert len(launched) == 2 * 3 * config.n_layer
+    for eager, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, eager)
+
+
+def test_the_kernel_is_chosen_by_what_the_machine_can(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert choose_attention("auto", cpu, 64) == ("sdpa", "no fused kernel: Triton needs a GPU, the device is cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(model_module.shutil, "which", lambda name: "/usr/bin/cc")
+    assert choose_attention("auto", gpu, 64)[0] == choose_attention("triton", gpu, 128)[0] == "triton"
+    assert choose_attention("sdpa", gpu, 64)[0] == choose_attention("auto", gpu, 256)[0] == "sdpa"
+    for device, head_size, reason in ((cpu, 64, "needs a GPU"), (torch.device("mps"), 64, "device is mps"), (gpu, 192, "up to 128 wide")):
+        with pytest.raises(ValueError, match=reason):
+            choose_attention("triton", device, head_size)
+    monkeypatch.setattr(model_module.shutil, "which", lambda name: None)
+    assert choose_attention("auto", gpu, 64)[0] == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability \(7, 5\), \(8, 0\) is needed"):
+        choose_attention("triton", gpu, 64)
+
+
+def test_types_that_the_kernel_does_not_take_are_refused():
+    with pytest.raises(ValueError, match="float64"):
+        causal_attention("triton", 1, None)(torch.randn(1, 4, 3, 16, dtype=torch.float64, device=DEVICE), None)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_triton_is_neither_needed_nor_imported_where_it_is_not_used(missing):
+    program = f"""
+import sys
+if {missing}: sys.modules["triton"] = None
+import torch, model
+before = set(sys.modules)
+gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=10, eos_id=9))
+gpt(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+assert not [name for name in sys.modules if name.startswith("triton") and sys.modules[name] is not None], "imported"
+print(model.choose_attention("auto", torch.device("cuda"), 16)[1] if {missing} else "fine")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ("no fused kernel: Triton is not installed" if missing else "fine")

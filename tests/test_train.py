@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample as sample_script
 import train as train_script
 from checkpoint import list_checkpoints, open_checkpoint
 from errors import UserError
@@ -470,3 +471,22 @@ def test_a_loss_scale_that_is_too_large_is_halved_and_no_update_counts_as_skippe
     assert steps[-1]["loss"] < 5  # a uniform guess has ln 257 = 5.5
     scale = open_checkpoint(list_checkpoints(Path("scaled"))[-1]).state["progress"]["grad_scaler"]["scale"]
     assert 1 <= scale < 2.0**127
+
+
+def test_attention_triton_trains_and_samples_as_sdpa_does(small_text, capsys):
+    """Under Triton's interpreter, which tests set: the whole program with the fused kernel in it."""
+    pytest.importorskip("triton", reason="the kernel is Triton's")
+    for path in ("sdpa", "triton"):
+        short = ("--max_steps=2", "--eval_interval=2", "--eval_tokens=256", "--sample_tokens=4", "--final_samples=0")
+        assert train(*TINY, *SHAPE, f"--data={small_text}", f"--run=runs/{path}", f"--attention={path}", *short) == 0
+        assert f"attention: {path}," in capsys.readouterr().out
+    ours, its = ([event.get("loss", event.get("val_loss")) for event in read_events(f"runs/{path}")] for path in ("triton", "sdpa"))
+    assert ours == pytest.approx(its, rel=1e-5)
+    assert sample_script.main(["--run=runs/triton", "--attention=triton", "--max_new_tokens=5", "--device=cpu", "--dtype=float32"]) == 0
+
+
+def test_attention_that_cannot_run_is_refused_with_the_reason(small_text, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    message = message_of(*TINY, f"--data={small_text}", "--attention=triton", "--device=cpu")
+    assert message == "--attention=triton: Triton needs a GPU, the device is cpu; take --attention=auto"
+    assert not Path("runs").exists()

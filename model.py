@@ -266,7 +266,7 @@ class Attention(nn.Module):
         if rotation is not None or self.q_norm is not None:
             qk, v = qk.split((H + K, K), dim=2)  # (B, T, H + K, D), (B, T, K, D)
         if self.q_norm is not None and self.k_norm is not None:
-            # Queries and keys together, and divided by their size last, which a rotation does not change: so a compiler makes one pass of it.
+            # Queries and keys together, and divided by their size last, which a rotation does not change: one pass for a compiler.
             is_query = torch.arange(H + K, device=x.device)[:, None] < H
             wide = widened(qk)
             inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.q_norm.eps)

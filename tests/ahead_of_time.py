@@ -1,8 +1,8 @@
 """Compiles the attention kernels for GPUs that are not there: python -m tests.ahead_of_time '[[row], …]' → a JSON line a row.
 
-A row is [kernel, architecture, dtype, head size, block_q, block_k, warps, stages, masked, group, tail]. A process of its own, because Triton
-either compiles or interprets for the whole life of a process. The line tells shared memory, registers, spills and stack in bytes,
-and how many tensor-core instructions of each kind the machine code has.
+A row is [kernel, architecture, dtype, head size, block_q, block_k, warps, stages, masked, group, tail]. A process of its own, because
+Triton either compiles or interprets for the whole life of a process. The line tells shared memory and stack in bytes, registers a
+thread, and how many instructions of some kinds the machine code has: spills, tensor-core products, exponentials.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import model as model_module
-from model import GPT, GPTConfig, Launch, attention_weights, causal_attention, choose_attention, dense_mask, split_heads
+from model import GPT, GPTConfig, Launch, causal_attention, choose_attention, dense_mask, split_heads
 from tests.conftest import ROOT
 
 pytest.importorskip("triton", reason="the kernel is Triton's")
-import triton  # noqa: E402
+import triton
 
 if triton.__version__.startswith("3.6.") and [int(part) for part in __import__("numpy").__version__.split(".")[:2]] >= [2, 4]:
     pytest.skip("triton 3.6 and numpy from 2.4 on break run-time loop bounds in the interpreter", allow_module_level=True)

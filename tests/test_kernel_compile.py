@@ -12,10 +12,12 @@ import model
 from tests.conftest import ROOT
 
 pytest.importorskip("triton", reason="the kernel is Triton's")
-from tests.ahead_of_time import KERNELS  # noqa: E402
+from tests.ahead_of_time import KERNELS
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-GROUPED_STACK = 128  # bytes of stack that the key and value gradient may take where several heads share keys: a loop more, the same registers
+GROUPED_STACK = (
+    128  # bytes of stack that the key and value gradient may take where several heads share keys: a loop more, the same registers
+)
 
 
 def table_rows(architecture: int, dtype: str, head_size: int, *variant) -> list[tuple]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bench import shakespeare_char_cpu as bench
 from bench.hardware import Stopwatch, hardware, parse_cpuinfo, write_results
-from bench.peer import extract_function, import_model
+from bench.peer import extract_function, import_model, peer_command, peer_report, plain_copy, prepare_ours, reseeded, score
 from errors import UserError
 
 
@@ -20,7 +20,7 @@ def test_score_counts_every_target_once(length):
     table = torch.randn(7, 7)  # a model of bigrams: the logits follow from the id alone
     ids = np.random.default_rng(length).integers(0, 7, length)
     expected = F.cross_entropy(table[ids[:-1]].double(), torch.from_numpy(ids[1:])).item()
-    assert bench.score(lambda x: table[x], ids, block_size=8, rows=2) == pytest.approx(expected, rel=1e-12)
+    assert score(lambda x: table[x], ids, block_size=8, rows=2) == pytest.approx(expected, rel=1e-12)
 
 
 def test_score_shows_windows_of_at_most_block_size_from_a_fixed_grid():
@@ -30,7 +30,7 @@ def test_score_shows_windows_of_at_most_block_size_from_a_fixed_grid():
         seen.extend(row.tolist() for row in x)
         return torch.zeros(*x.shape, 50)
 
-    assert bench.score(uniform, np.arange(22), block_size=5, rows=3) == pytest.approx(math.log(50))
+    assert score(uniform, np.arange(22), block_size=5, rows=3) == pytest.approx(math.log(50))
     assert seen == [list(range(first, min(first + 5, 21))) for first in range(0, 21, 5)]
 
 
@@ -62,17 +62,17 @@ def test_runs_are_compared_by_their_medians():
 
 def test_reports_and_seed_of_the_peer():
     output = "step 0: train loss 4.1, val loss 4.2\niter 0: loss 4.1\nstep 250: train loss 2.4000, val loss 2.5000\n"
-    assert bench.peer_report(output) == 2.5
+    assert peer_report(output) == 2.5
     script = "torch.manual_seed(1337 + offset)\n"
-    assert bench.reseeded(script, 1337) == script
-    assert bench.reseeded(script, 1338) == "torch.manual_seed(1338 + offset)\n"
+    assert reseeded(script, 1337) == script
+    assert reseeded(script, 1338) == "torch.manual_seed(1338 + offset)\n"
     with pytest.raises(UserError, match="0 times, expected once"):
-        bench.reseeded("", 1337)
+        reseeded("", 1337)
 
 
 def test_the_last_weights_are_saved_at_any_number_of_steps():
-    assert not any("eval_interval" in flag for flag in bench.peer_command(2000, 250))
-    assert "--eval_interval=30" in bench.peer_command(30, 30)
+    assert not any("eval_interval" in flag for flag in peer_command(2000, 250))
+    assert "--eval_interval=30" in peer_command(30, 30)
 
 
 def test_a_function_of_a_script_runs_without_the_script(tmp_path):
@@ -93,10 +93,19 @@ def test_the_peers_model_does_not_take_the_place_of_ours(tmp_path):
         import_model(tmp_path / "elsewhere")
 
 
+def test_both_programs_get_the_same_characters(tmp_path):
+    text = tmp_path / "a text é.txt"
+    text.write_bytes("\ufeffжизнь\r\n紅樓夢\n".encode())
+    assert plain_copy(text, tmp_path / "input.txt").read_bytes() == "жизнь\n紅樓夢\n".encode()
+    text.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="not UTF-8 at byte 3"):
+        plain_copy(text, tmp_path / "input.txt")
+
+
 def test_our_step_trains(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("to be, or not to be: that is the question.\n" * 40)
-    bench.prepare_ours(text, tmp_path / "data")
+    prepare_ours(text, tmp_path / "data")
     step = bench.our_step(tmp_path / "data", tmp_path / "run", "float32")
     losses = [step() for _ in range(12)]
     assert losses[-1] < losses[0] - 0.05

@@ -171,7 +171,7 @@ def load_peer(peer: Path) -> Callable[[Tensor], Tensor]:
     return lambda ids: model(ids, ids)[0]  # with targets it returns all positions
 
 
-def load_ours(run: Path) -> Callable[[Tensor], Tensor]:
+def load_ours(run: Path) -> GPT:
     """Our last weights: ids (B, T) → logits (B, T, V)."""
     saved = open_latest(run)
     model = GPT(GPTConfig.from_dict(saved.config), seed=None)

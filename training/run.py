@@ -32,6 +32,7 @@ from training.interrupt import StopRequest
 from training.metrics import RunLog, WandbLog, clock, console_line, process_start, say
 from training.optim import OptimizerOptions, Plan, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, planned
 from training.options import EvalOptions, LoggingOptions, RunOptions, TrainOptions
+from training.reference import Reference, read_curves
 
 MOST_SKIPPED = 3  # updates in a row that may be dropped because their gradient is not finite
 MEASURED_STEPS, MEASURED_SECONDS = 8, 10.0  # how long the speed is measured for a time budget; two steps at least
@@ -85,6 +86,7 @@ class Training:
         self.T = model.config.block_size
         self.rows = self.train_options.tokens_per_step // self.T
         self.windows = TrainWindows(len(dataset.train), self.T, self.seed)
+        self.reference = Reference(dataset.fingerprint, options.flat(), read_curves())
         self.compiled = torch.compile(model) if self.train_options.compile else model
         self.optimizer = make_optimizer(model, self.optimizer_options)
         self.scaler = self._new_scaler()
@@ -261,7 +263,8 @@ class Training:
         }
         self.log.metrics(event, self.step, timing={"train_seconds": round(self._train_seconds(started), 3)}, **fields)
         self.wandb.log({f"val/{name}": value for name, value in fields.items() if value is not None}, self.step)
-        say(f"step {self.step}: {result.describe()}")
+        normal = self.reference.describe(self.step, result.loss, self.plan) if event == "eval" else None
+        say(f"step {self.step}: {result.describe()}" + (f"; {normal}" if normal else ""))
 
     def _write_samples(self, count: int, seed: int) -> None:
         """Samples from the fixed prompt and seed, to samples.txt and the console."""

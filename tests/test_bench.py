@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,19 @@ import torch.nn.functional as F
 
 from bench import shakespeare_char_cpu as bench
 from bench.hardware import Stopwatch, hardware, parse_cpuinfo, write_results
-from bench.peer import extract_function, import_model, peer_command, peer_report, plain_copy, prepare_ours, reseeded, score
+from bench.peer import (
+    copy_peer,
+    extract_function,
+    import_model,
+    peer_command,
+    peer_ids,
+    peer_report,
+    plain_copy,
+    prepare_ours,
+    reseeded,
+    run_process,
+    score,
+)
 from errors import UserError
 
 
@@ -127,3 +140,23 @@ def test_results_are_dated_json_and_never_overwritten(tmp_path):
     assert second.name == f"{figures['hardware']['date']}-name-2.json"
     assert json.loads(first.read_text(encoding="utf-8")) == figures
     assert watch.measured["seconds"] >= 0
+
+
+def test_the_peer_prepares_its_text_without_the_requests_package(tmp_path, monkeypatch):
+    home = tmp_path / "checkout" / "data" / "shakespeare_char"
+    home.mkdir(parents=True)
+    script = "import os, requests\nhere = os.path.dirname(__file__)\nprint(open(os.path.join(here, 'input.txt')).read(), requests.__file__)"
+    (home / "prepare.py").write_text(f"{script}\nopen(os.path.join(here, 'val.bin'), 'wb').write(bytes(2))\n")
+    (tmp_path / "text.txt").write_text("紅樓夢", encoding="utf-8")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    peer = copy_peer(tmp_path / "checkout", tmp_path / "text.txt", tmp_path / "copy")
+    assert peer_ids(peer, "val").tolist() == [0]
+    assert [path.name for path in home.iterdir()] == ["prepare.py"], "the checkout itself stays as it is"
+
+
+def test_a_command_that_fails_shows_its_last_lines(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)exit code 3.*жизнь"):
+        run_process([sys.executable, "-c", "print('жизнь'); raise SystemExit(3)"], tmp_path)
+    done = run_process([sys.executable, "-c", "print(1); print(2)"], tmp_path)
+    assert done["output"] == "1\n2\n"
+    assert 0 < done["lines"][0][0] <= done["lines"][1][0] <= done["machine"]["seconds"]

@@ -209,7 +209,7 @@ def point(step: int, tokens_per_step: int, seconds: float, loss: float) -> Point
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The target, and by side the medians of what reaching it takes (None where most runs do not) and of its losses."""
+    """The target, and by side the medians of what reaching it takes (None where half of the runs or more do not) and of its losses."""
     curves = {side: [run["curve"] for run in runs if run["side"] == side] for side in dict.fromkeys(run["side"] for run in runs)}
     theirs = curves.pop(PEER)
     target, time = (statistics.median(curve[-1][name] for curve in theirs) for name in ("loss", "seconds"))

@@ -122,7 +122,7 @@ def read_run(run: Path) -> Run:
     losses = {event["step"]: event["val_loss"] for event in events if event["event"] == "eval"}
     if plan.max_steps not in losses:
         raise UserError(f"{run}: not finished: no evaluation at its last step {plan.max_steps}; first: python train.py --resume={run}")
-    if options["init_from"] is not None:
+    if options.get("init_from") is not None:
         raise UserError(f"{run}: starts from the weights of {options['init_from']}, which nobody else has; record runs that start anew")
     return {
         "dataset": fingerprint,

@@ -28,6 +28,7 @@ bench: .venv/.ready  ## side by side with nanoGPT: make bench PEER=path/to/nanoG
 	@test -n "$(PEER)" -a -n "$(TEXT)" || { echo "usage: make bench PEER=path/to/nanoGPT TEXT=path/to/tinyshakespeare.txt"; exit 2; }
 	$(BIN)/python bench/shakespeare_char_cpu.py --peer "$(PEER)" --text "$(TEXT)"
 	$(BIN)/python bench/generate.py --peer "$(PEER)"
+	$(BIN)/python bench/time_to_loss.py --peer "$(PEER)" --text "$(TEXT)"
 
 .venv/.ready: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

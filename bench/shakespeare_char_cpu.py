@@ -10,7 +10,7 @@ scored by the same code in float32: every target of the peer's val split once, o
 last character is no target of it. Repeat r runs both at seed 1337 + r; in the peer's train.py the seed is a literal, which is
 replaced in the temporary copy (at r = 0 it is the file as it came).
 
-Reading order: main, measure_speed, run_programs, score.
+Reading order: main, measure_speed, run_programs; then `score` in bench/peer.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,8 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
-import math
 import os
-import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,16 +31,32 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
 
 import config  # noqa: E402
 from bench.hardware import Stopwatch, commit_of, hardware, write_results  # noqa: E402
-from bench.peer import extract_function, import_model  # noqa: E402
-from checkpoint import open_latest  # noqa: E402
+from bench.peer import (  # noqa: E402
+    EVAL_INTERVAL,
+    SEED,
+    check_same_ids,
+    copy_peer,
+    extract_function,
+    import_model,
+    load_ours,
+    load_peer,
+    our_report,
+    peer_command,
+    peer_ids,
+    peer_report,
+    plain_copy,
+    prepare_ours,
+    reseeded,
+    rotated,
+    run_process,
+    score,
+)
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare_data.shards import open_dataset  # noqa: E402
@@ -55,13 +66,11 @@ from training.options import TrainOptions  # noqa: E402
 from training.run import Training  # noqa: E402
 
 PRESET = "shakespeare_char_cpu"
-SEED = 1337  # of both programs
 ROWS, BLOCK_SIZE = 12, 64
 PEER_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": BLOCK_SIZE, "bias": False, "dropout": 0.0}
 PEER = "nanoGPT float32"
 TIMED_STEPS = 20  # of a block
 ROUNDS = 10  # of one block a side, per repeat
-EVAL_INTERVAL = 250  # of both programs
 
 Step = Callable[[], object]
 
@@ -81,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     with tempfile.TemporaryDirectory(prefix="sprout-bench-") as folder:
         work = Path(folder)
-        peer = copy_peer(arguments.peer, arguments.text, work / "peer")
-        data = prepare_ours(arguments.text, work / "data")
+        text = plain_copy(arguments.text, work / "input.txt")
+        peer, data = copy_peer(arguments.peer, text, work / "peer"), prepare_ours(text, work / "data")
         check_same_ids(peer, data)
         figures["speed"] = measure_speed(peer, data, work, dtypes, arguments.repeats * ROUNDS, min(TIMED_STEPS, arguments.steps))
         show_speed(figures["speed"])
@@ -110,37 +119,6 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     if min(arguments.repeats, arguments.steps) < 1:
         raise UserError("--repeats and --steps must be at least 1")
     return arguments
-
-
-# ---- The same text on both sides -------------------------------------------------------------------------------------
-
-
-def copy_peer(checkout: Path, text: Path, home: Path) -> Path:
-    """A copy of the checkout in which its own script has prepared the text; with input.txt in place it downloads nothing."""
-    shutil.copytree(checkout, home, ignore=shutil.ignore_patterns(".git", "out*", "*.bin", "*.pt", "*.pkl"))
-    shutil.copyfile(text, home / "data" / "shakespeare_char" / "input.txt")
-    run_process([sys.executable, "data/shakespeare_char/prepare.py"], home)
-    return home
-
-
-def prepare_ours(text: Path, data_dir: Path) -> Path:
-    arguments = [f"--input={text}", "--tokenizer=char", "--split=tail", f"--data_dir={data_dir}"]
-    run_process([sys.executable, "-m", "prepare_data", "shakespeare", *arguments], ROOT)
-    return data_dir
-
-
-def peer_ids(peer: Path, split: str) -> np.ndarray:
-    """The ids of the peer's train or val split, (N,) int64."""
-    return np.fromfile(peer / "data" / "shakespeare_char" / f"{split}.bin", dtype=np.uint16).astype(np.int64)
-
-
-def check_same_ids(peer: Path, data_dir: Path) -> None:
-    """Raises UserError unless both programs see the same ids in both splits, our EOS apart."""
-    dataset = open_dataset(data_dir / "shakespeare")
-    for name, split in (("train", dataset.train), ("val", dataset.val)):
-        ours = split.read(0, len(split))
-        if not np.array_equal(ours[ours != dataset.tokenizer.eos_id], peer_ids(peer, name)):
-            raise UserError(f"the {name} splits of the two programs differ, so their losses cannot be compared; is --text ASCII text?")
 
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------
@@ -211,11 +189,6 @@ def alternate(sides: Mapping[str, Step], rounds: int, steps: int, tokens: int) -
     return rates
 
 
-def rotated(names: list[str], by: int) -> list[str]:
-    by %= len(names)
-    return names[by:] + names[:by]
-
-
 def summarise_speed(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     """Per side: median and best tokens/s; ratios to the peer's, and the median of the ratios within each round."""
     theirs = rates[PEER]
@@ -268,81 +241,8 @@ def run_programs(peer: Path, data: Path, work: Path, dtypes: Sequence[str], repe
     return runs
 
 
-def peer_command(steps: int, interval: int) -> list[str]:
-    """nanoGPT's documented CPU command, but the last weights are saved even where they are not its best."""
-    command = "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64"
-    command += f" --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters={steps} --lr_decay_iters={steps} --dropout=0.0"
-    own_interval = [] if interval == EVAL_INTERVAL else [f"--eval_interval={interval}"]
-    return [*command.split(), "--always_save_checkpoint=True", *own_interval]
-
-
 def our_command(steps: int, interval: int, seed: int, dtype: str) -> list[str]:
     return ["train.py", PRESET, "--device=cpu", f"--dtype={dtype}", f"--seed={seed}", f"--max_steps={steps}", f"--eval_interval={interval}"]
-
-
-def reseeded(script: str, seed: int) -> str:
-    """The peer's train.py with another seed. Raises UserError where it does not hold the seed as expected."""
-    text, count = re.subn(rf"(torch\.manual_seed\(){SEED}\b", rf"\g<1>{seed}", script)
-    if count != 1:
-        raise UserError(
-            f"the peer's train.py sets the seed {SEED} {count} times, expected once; take nanoGPT's commit named in bench/results"
-        )
-    return text
-
-
-def run_process(command: Sequence[str], home: Path) -> dict[str, Any]:
-    """Runs a command in the folder `home` → its output and what it took. Raises UserError where it fails."""
-    with Stopwatch() as watch:
-        done = subprocess.run(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    if done.returncode:
-        raise UserError(f"{' '.join(command[1:])}: exit code {done.returncode}. Its last lines:\n{done.stdout[-2000:]}")
-    return {"output": done.stdout, "machine": watch.measured}
-
-
-def peer_report(output: str) -> float:
-    """The last val loss that the peer prints (its mean over random batches)."""
-    found = re.findall(r"^step \d+: train loss [\d.]+, val loss ([\d.]+)", output, re.MULTILINE)
-    return float(found[-1]) if found else math.nan
-
-
-def our_report(run: Path) -> float:
-    """The last val loss in metrics.jsonl (in the run's dtype; EOS counts there)."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [record["val_loss"] for record in records if "val_loss" in record][-1]
-
-
-def load_peer(peer: Path) -> Callable[[Tensor], Tensor]:
-    """The peer's last weights: ids (B, T) → logits (B, T, V). The checkpoint is this bench's own, and read as data all the same."""
-    saved = torch.load(peer / "out-shakespeare-char" / "ckpt.pt", map_location="cpu", weights_only=True)
-    module = import_model(peer)
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = module.GPT(module.GPTConfig(**saved["model_args"]))
-    model.load_state_dict(saved["model"])
-    model.eval()
-    return lambda ids: model(ids, ids)[0]  # with targets it returns all positions
-
-
-def load_ours(run: Path) -> Callable[[Tensor], Tensor]:
-    """Our last weights: ids (B, T) → logits (B, T, V)."""
-    saved = open_latest(run)
-    model = GPT(GPTConfig.from_dict(saved.config), seed=None)
-    model.import_state(saved.model_tensors())
-    model.eval()
-    return model
-
-
-@torch.no_grad()
-def score(logits_of: Callable[[Tensor], Tensor], ids: np.ndarray, block_size: int, rows: int = 64) -> float:
-    """Nats a target, every one of ids[1:] once: windows at 0, T, 2T …, the short last one included."""
-    inputs, targets = torch.from_numpy(ids[:-1]), torch.from_numpy(ids[1:])
-    whole = len(targets) // block_size * block_size
-    windows = [(inputs[:whole].view(-1, block_size), targets[:whole].view(-1, block_size)), (inputs[None, whole:], targets[None, whole:])]
-    nats = 0.0
-    for x, y in windows:  # (B, T) whole windows, then (1, rest)
-        for some_x, some_y in zip(x.split(rows), y.split(rows), strict=True):
-            if some_y.numel():
-                nats += F.cross_entropy(logits_of(some_x).double().flatten(0, 1), some_y.flatten(), reduction="sum").item()
-    return nats / len(targets)
 
 
 def summarise_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

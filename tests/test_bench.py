@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,19 @@ import torch.nn.functional as F
 
 from bench import shakespeare_char_cpu as bench
 from bench.hardware import Stopwatch, hardware, parse_cpuinfo, write_results
-from bench.peer import extract_function, import_model
+from bench.peer import (
+    copy_peer,
+    extract_function,
+    import_model,
+    peer_command,
+    peer_ids,
+    peer_report,
+    plain_copy,
+    prepare_ours,
+    reseeded,
+    run_process,
+    score,
+)
 from errors import UserError
 
 
@@ -20,7 +33,7 @@ def test_score_counts_every_target_once(length):
     table = torch.randn(7, 7)  # a model of bigrams: the logits follow from the id alone
     ids = np.random.default_rng(length).integers(0, 7, length)
     expected = F.cross_entropy(table[ids[:-1]].double(), torch.from_numpy(ids[1:])).item()
-    assert bench.score(lambda x: table[x], ids, block_size=8, rows=2) == pytest.approx(expected, rel=1e-12)
+    assert score(lambda x: table[x], ids, block_size=8, rows=2) == pytest.approx(expected, rel=1e-12)
 
 
 def test_score_shows_windows_of_at_most_block_size_from_a_fixed_grid():
@@ -30,7 +43,7 @@ def test_score_shows_windows_of_at_most_block_size_from_a_fixed_grid():
         seen.extend(row.tolist() for row in x)
         return torch.zeros(*x.shape, 50)
 
-    assert bench.score(uniform, np.arange(22), block_size=5, rows=3) == pytest.approx(math.log(50))
+    assert score(uniform, np.arange(22), block_size=5, rows=3) == pytest.approx(math.log(50))
     assert seen == [list(range(first, min(first + 5, 21))) for first in range(0, 21, 5)]
 
 
@@ -62,17 +75,17 @@ def test_runs_are_compared_by_their_medians():
 
 def test_reports_and_seed_of_the_peer():
     output = "step 0: train loss 4.1, val loss 4.2\niter 0: loss 4.1\nstep 250: train loss 2.4000, val loss 2.5000\n"
-    assert bench.peer_report(output) == 2.5
+    assert peer_report(output) == 2.5
     script = "torch.manual_seed(1337 + offset)\n"
-    assert bench.reseeded(script, 1337) == script
-    assert bench.reseeded(script, 1338) == "torch.manual_seed(1338 + offset)\n"
+    assert reseeded(script, 1337) == script
+    assert reseeded(script, 1338) == "torch.manual_seed(1338 + offset)\n"
     with pytest.raises(UserError, match="0 times, expected once"):
-        bench.reseeded("", 1337)
+        reseeded("", 1337)
 
 
 def test_the_last_weights_are_saved_at_any_number_of_steps():
-    assert not any("eval_interval" in flag for flag in bench.peer_command(2000, 250))
-    assert "--eval_interval=30" in bench.peer_command(30, 30)
+    assert not any("eval_interval" in flag for flag in peer_command(2000, 250))
+    assert "--eval_interval=30" in peer_command(30, 30)
 
 
 def test_a_function_of_a_script_runs_without_the_script(tmp_path):
@@ -93,10 +106,19 @@ def test_the_peers_model_does_not_take_the_place_of_ours(tmp_path):
         import_model(tmp_path / "elsewhere")
 
 
+def test_both_programs_get_the_same_characters(tmp_path):
+    text = tmp_path / "a text é.txt"
+    text.write_bytes("\ufeffжизнь\r\n紅樓夢\n".encode())
+    assert plain_copy(text, tmp_path / "input.txt").read_bytes() == "жизнь\n紅樓夢\n".encode()
+    text.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="not UTF-8 at byte 3"):
+        plain_copy(text, tmp_path / "input.txt")
+
+
 def test_our_step_trains(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("to be, or not to be: that is the question.\n" * 40)
-    bench.prepare_ours(text, tmp_path / "data")
+    prepare_ours(text, tmp_path / "data")
     step = bench.our_step(tmp_path / "data", tmp_path / "run", "float32")
     losses = [step() for _ in range(12)]
     assert losses[-1] < losses[0] - 0.05
@@ -118,3 +140,23 @@ def test_results_are_dated_json_and_never_overwritten(tmp_path):
     assert second.name == f"{figures['hardware']['date']}-name-2.json"
     assert json.loads(first.read_text(encoding="utf-8")) == figures
     assert watch.measured["seconds"] >= 0
+
+
+def test_the_peer_prepares_its_text_without_the_requests_package(tmp_path, monkeypatch):
+    home = tmp_path / "checkout" / "data" / "shakespeare_char"
+    home.mkdir(parents=True)
+    script = "import os, requests\nhere = os.path.dirname(__file__)\nprint(open(os.path.join(here, 'input.txt')).read(), requests.__file__)"
+    (home / "prepare.py").write_text(f"{script}\nopen(os.path.join(here, 'val.bin'), 'wb').write(bytes(2))\n")
+    (tmp_path / "text.txt").write_text("紅樓夢", encoding="utf-8")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    peer = copy_peer(tmp_path / "checkout", tmp_path / "text.txt", tmp_path / "copy")
+    assert peer_ids(peer, "val").tolist() == [0]
+    assert [path.name for path in home.iterdir()] == ["prepare.py"], "the checkout itself stays as it is"
+
+
+def test_a_command_that_fails_shows_its_last_lines(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)exit code 3.*жизнь"):
+        run_process([sys.executable, "-c", "print('жизнь'); raise SystemExit(3)"], tmp_path)
+    done = run_process([sys.executable, "-c", "print(1); print(2)"], tmp_path)
+    assert done["output"] == "1\n2\n"
+    assert 0 < done["lines"][0][0] <= done["lines"][1][0] <= done["machine"]["seconds"]

@@ -1,11 +1,15 @@
 """Logs: reproducible lines, cut back on resume, Weights & Biases only when asked and never with a prompt."""
 
 import json
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from errors import UserError
+from tests.conftest import ROOT
 from training.metrics import RunLog, WandbLog, clock, console_line
 from training.options import LoggingOptions
 
@@ -76,3 +80,11 @@ def test_console_lines_have_fixed_columns():
     assert len(lines[0]) == len(lines[1])
     assert "left 2:01:40" in lines[0]
     assert [clock(5), clock(65), clock(3600)] == ["0:05", "1:05", "1:00:00"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells when a process began")
+def test_time_counts_from_the_start_of_the_process():
+    code = "import time; time.sleep(0.3); from training.metrics import process_start as s; s(); print(time.perf_counter() - s())"
+    started = time.perf_counter()
+    age = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert 0.3 <= age <= time.perf_counter() - started + 0.02

@@ -144,6 +144,18 @@ def test_without_a_name_runs_are_numbered(small_text):
     assert sorted(path.name for path in Path("runs").iterdir()) == ["debug-1", "debug-2"]
 
 
+def test_training_time_leaves_evaluations_out(small_text, monkeypatch):
+    evaluate = train_script.Training._evaluate
+    monkeypatch.setattr(train_script.Training, "_evaluate", lambda *args: time.sleep(0.3) or evaluate(*args))
+    assert train(*TINY, f"--data={small_text}", "--run=slow") == 0
+    events = [json.loads(line) for line in Path("slow/metrics.jsonl").read_text("utf-8").splitlines()]
+    steps, evals = ([event for event in events if event["event"] == kind] for kind in ("step", "eval"))
+    elapsed, trained = (steps[-1]["timing"][name] - steps[0]["timing"][name] for name in ("seconds", "train_seconds"))
+    assert elapsed - trained >= 0.3  # the evaluation of step 10 lies between
+    seconds = [event["timing"]["train_seconds"] for event in sorted(steps + evals, key=lambda event: event["step"])]
+    assert seconds == sorted(seconds)
+
+
 # ---- resume
 
 

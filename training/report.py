@@ -26,6 +26,7 @@ from checkpoint import CONFIG, STATE, WEIGHTS, list_checkpoints
 from errors import UserError, run_script
 from files import DamagedFile, read_json, write_file
 from training.metrics import METRICS, SAMPLES, clock
+from training.reference import Reference, plan_of, read_curves
 
 TRAIN, VAL = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito: told apart by all eyes
 MOST_SAMPLES, SAMPLE_BYTES = 6, 200_000  # how many of the last step are shown, and how much of samples.txt is read for them
@@ -36,6 +37,7 @@ SCORE += " (step {X[step]:,}, {X[targets]:,} tokens)"
 ROWS = {  # a row that names something unknown is left out
     "Best val loss": SCORE.replace("X", "best"),
     "Whole val split": SCORE.replace("X", "final"),
+    "Is this normal?": "{reference}",
     "Train loss": "{last[loss]:.4f} (step {last[step]:,})",
     "Steps": "{step:,} of {max_steps:,}, skipped updates: {skipped:,}",
     "Tokens": "{tokens:,}, {tokens_per_step:,} a step",
@@ -105,7 +107,12 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
     for path in list_checkpoints(run)[-1:]:
         with suppress(DamagedFile, SafetensorError, OSError):  # a run in progress removes old ones
             facts["vocabulary"] = read_json(path / "model" / CONFIG)["vocab_size"]
-            facts["dataset"] = read_json(path / STATE)["dataset"]["name"]
+            dataset = read_json(path / STATE)["dataset"]
+            facts["dataset"] = dataset["name"]
+            reference = Reference(dataset["fingerprint"], options, read_curves())
+            if reference.runs and lines["eval"] and (last := lines["eval"][-1])["val_loss"] is not None:
+                place = reference.describe(last["step"], last["val_loss"], plan_of(options))
+                facts["reference"] = place and f"{last['val_loss']:.4f} at step {last['step']:,}: {place}"
             with safe_open(path / "model" / WEIGHTS, framework="pt") as tensors:
                 facts["n_params"] = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return {name: value for name, value in facts.items() if value is not None}

@@ -29,9 +29,10 @@ from training.data import TrainWindows, keyed_integer, read_windows
 from training.evaluation import Evaluation, evaluate, memorising
 from training.hardware import Hardware
 from training.interrupt import StopRequest
-from training.metrics import RunLog, WandbLog, clock, console_line, say
+from training.metrics import RunLog, WandbLog, clock, console_line, process_start, say
 from training.optim import OptimizerOptions, Plan, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, planned
 from training.options import EvalOptions, LoggingOptions, RunOptions, TrainOptions
+from training.reference import Reference, read_curves
 
 MOST_SKIPPED = 3  # updates in a row that may be dropped because their gradient is not finite
 MEASURED_STEPS, MEASURED_SECONDS = 8, 10.0  # how long the speed is measured for a time budget; two steps at least
@@ -85,6 +86,7 @@ class Training:
         self.T = model.config.block_size
         self.rows = self.train_options.tokens_per_step // self.T
         self.windows = TrainWindows(len(dataset.train), self.T, self.seed)
+        self.reference = Reference(dataset.fingerprint, options.flat(), read_curves())
         self.compiled = torch.compile(model) if self.train_options.compile else model
         self.optimizer = make_optimizer(model, self.optimizer_options)
         self.scaler = self._new_scaler()
@@ -97,9 +99,9 @@ class Training:
             self._restore(resumed)
         self.wandb = WandbLog(run, self.logging, options.flat())
         self.log = RunLog(run, resumed.state["logs"] if resumed is not None else None)
+        self._paused = 0.0  # seconds of evaluations, samples and saves in this process
         self._started = time.perf_counter()
-        self._logged_at = (self._started, self.step)
-        self._paused = 0.0  # seconds of evaluations and saves since the last logged step
+        self._logged_at = (self._train_seconds(), self.step)
 
     @property
     def step(self) -> int:
@@ -119,7 +121,7 @@ class Training:
             self._plan_by_budget()
         self._write_config()
         self._started = time.perf_counter()
-        self._logged_at = (self._started, self.step)
+        self._logged_at = (self._train_seconds(), self.step)
 
     def update(self) -> float:
         """One optimizer update on the next tokens_per_step tokens → its loss, before the update."""
@@ -181,10 +183,10 @@ class Training:
         """A line on the console and in metrics.jsonl; loss is the mean since the last one."""
         if self.step % self.logging.log_interval and self.step != self.plan.max_steps:
             return
-        now, progress = time.perf_counter(), self.progress
+        now, progress = self._train_seconds(), self.progress
         before, since = self._logged_at
-        seconds = max(1e-9, now - before - self._paused)
-        self._logged_at, self._paused = (now, self.step), 0.0
+        seconds = max(1e-9, now - before)
+        self._logged_at = (now, self.step)
         if self.budget is not None:
             self.budget.observe_steps(self.step - since, seconds)
         loss = progress.log_loss / progress.log_count if progress.log_count else math.nan  # nan: all were skipped
@@ -194,7 +196,8 @@ class Training:
         memory = self.hardware.memory_bytes()
         lr, grad_norm = self.learning_rate, self.grad_norm
         fields = {"loss": loss, "learning_rate": lr, "grad_norm": grad_norm, "tokens": self.step * self.train_options.tokens_per_step}
-        timing = {"tokens_per_second": round(tokens_per_second), "seconds": round(now - self._started, 3), "memory_bytes": memory}
+        timing = {"tokens_per_second": round(tokens_per_second), "seconds": round(time.perf_counter() - self._started, 3)}
+        timing |= {"train_seconds": round(now, 3), "memory_bytes": memory}
         self.log.metrics("step", self.step, timing=timing, **fields)
         self.wandb.log({f"train/{name}": value for name, value in fields.items()} | timing, self.step)
         say(console_line(self.step, self.plan.max_steps, loss, lr, grad_norm, tokens_per_second, left, memory))
@@ -220,6 +223,7 @@ class Training:
 
     def evaluate_and_save(self) -> bool:
         """The evaluation of this step with its sample and checkpoint; False where a signal broke it off, before anything was written."""
+        self._synchronize()
         started, progress = time.perf_counter(), self.progress
         result = self._evaluate(self.eval_options.eval_tokens)
         if result is None:
@@ -231,7 +235,7 @@ class Training:
             )
         train_loss = progress.eval_loss / progress.eval_count if progress.eval_count else None
         progress.eval_loss, progress.eval_count = 0.0, 0
-        self._record_evaluation("eval", result, train_loss)
+        self._record_evaluation("eval", result, train_loss, started)
         is_best = result.loss < min((entry["val_loss"] for entry in progress.history), default=math.inf)
         if train_loss is not None:
             entry = {"step": self.step, "val_loss": result.loss, "standard_error": result.standard_error, "train_loss": train_loss}
@@ -248,7 +252,7 @@ class Training:
             self.budget.pause_seconds = time.perf_counter() - started
         return True
 
-    def _record_evaluation(self, event: str, result: Evaluation, train_loss: float | None) -> None:
+    def _record_evaluation(self, event: str, result: Evaluation, train_loss: float | None, started: float) -> None:
         fields: dict[str, Any] = {
             "val_loss": result.loss,
             "standard_error": result.standard_error,
@@ -257,9 +261,10 @@ class Training:
             "targets": result.targets,
             "train_loss": train_loss,
         }
-        self.log.metrics(event, self.step, **fields)
+        self.log.metrics(event, self.step, timing={"train_seconds": round(self._train_seconds(started), 3)}, **fields)
         self.wandb.log({f"val/{name}": value for name, value in fields.items() if value is not None}, self.step)
-        say(f"step {self.step}: {result.describe()}")
+        normal = self.reference.describe(self.step, result.loss, self.plan) if event == "eval" else None
+        say(f"step {self.step}: {result.describe()}" + (f"; {normal}" if normal else ""))
 
     def _write_samples(self, count: int, seed: int) -> None:
         """Samples from the fixed prompt and seed, to samples.txt and the console."""
@@ -327,9 +332,10 @@ class Training:
 
     def finish(self) -> bool:
         """After the last step: the loss on the whole val split where the evaluations were shorter; samples. False where a signal came."""
+        started = time.perf_counter()
         is_shorter = (self.eval_options.eval_tokens or len(self.dataset.val)) < len(self.dataset.val)
         if is_shorter and (result := self._evaluate()) is not None:
-            self._record_evaluation("final", result, None)
+            self._record_evaluation("final", result, None, started)
         if not self.stop():
             self._write_samples(self.eval_options.final_samples, self.eval_options.sample_seed + 1)
         return not self.stop()
@@ -409,6 +415,10 @@ class Training:
     def _new_scaler(self) -> torch.amp.GradScaler:
         """Keeps float16 gradients away from 0; does nothing in other dtypes."""
         return torch.amp.GradScaler(self.hardware.device.type, enabled=self.hardware.dtype == torch.float16)
+
+    def _train_seconds(self, now: float | None = None) -> float:
+        """Seconds from the start of this process to `now`, imports and compilation included, without evaluations, samples and saves."""
+        return (time.perf_counter() if now is None else now) - process_start() - self._paused
 
     def _synchronize(self) -> None:
         if self.hardware.device.type == "cuda":

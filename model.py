@@ -656,10 +656,11 @@ def causal_attention(path: AttentionPath, n_head: int, first_visible: Tensor | N
 
 def split_heads(qk: Tensor, v: Tensor | None, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """The views q (B, T, H, D), k and v (B, T, K, D) of what causal_attention takes."""
+    kv_heads = (qk.shape[2] - n_head) // 2 if v is None else qk.shape[2] - n_head
     if v is None:
-        q, k, v = qk.tensor_split((n_head, (qk.shape[2] + n_head) // 2), dim=2)
-        return q, k, v
-    q, k = qk.tensor_split((n_head,), dim=2)
+        q, k, v = qk.split((n_head, kv_heads, kv_heads), dim=2)  # split, whose gradient is one cat; that of slices is zeros and sums
+    else:
+        q, k = qk.split((n_head, kv_heads), dim=2)
     return q, k, v
 
 

@@ -47,7 +47,7 @@ MOST_ERROR = 1.3  # times that of SDPA's flash: the kernel's promise
 Attend = Callable[..., Tensor]  # the leaves → (B, T, H, D)
 
 # TFLOP/s on a Hopper GPU at T = 1k, 2k, 4k, 8k, 16k: "must" is what FlashAttention-2 reaches, "stretch" about FlashAttention-3.
-TARGETS = {
+TARGETS: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
     ("forward", 64): {"must": (229, 262, 284, 295, 299), "good": (290, 340, 365, 375, 375), "stretch": (290, 371, 420, 460, 473)},
     ("forward", 128): {"must": (260, 298, 319, 333, 335), "good": (350, 420, 460, 475, 480), "stretch": (423, 521, 579, 602, 616)},
     ("backward", 64): {"must": (180, 222, 248, 265, 278), "good": (195, 255, 295, 315, 325), "stretch": (210, 310, 390, 450, 460)},
@@ -114,7 +114,8 @@ def flex(problem: Problem) -> Attend:
     kernel = torch.compile(flex_attention, dynamic=False) if problem.device.type == "cuda" else flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return kernel(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return kernel(q, k, v, block_mask=mask).transpose(1, 2)
 
     return attend
 

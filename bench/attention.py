@@ -173,8 +173,8 @@ def measure(problem: Problem, seconds: float) -> list[dict[str, Any]]:
 
 
 def warm_up(run: Callable[[], object], device: torch.device) -> None:
-    """Three runs, of which the first one compiles; in the interpreter nothing warms up."""
-    for _ in range(3 if device.type == "cuda" else 1):
+    """Three runs, of which the first one compiles; there is nothing to warm up in the interpreter."""
+    for _ in range(3 if device.type == "cuda" else 0):
         run()
 
 
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.plot is not None:
         print(f"written: {plot(arguments.plot)}")
         return 0
-    device, quick = choose_device("bench/attention.py", arguments.interpret), arguments.quick
+    device, quick = choose_device("bench/attention.py", "--interpret", arguments.interpret), arguments.quick
     torch.manual_seed(1337)
     deadline = Deadline(arguments.minutes or (1.0 if quick else 7.0))
     figures: dict[str, Any] = {"bench": "attention", "commit": commit_of(ROOT), "hardware": {**hardware(), **card(device)}}
@@ -413,7 +413,7 @@ def plot(result: Path) -> Path:
     try:
         figures = json.loads(result.read_text(encoding="utf-8"))
         rows = [row for row in figures["speed"] if row["problem"] == "causal" and "tflops" in row]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--plot={result}: no result of this bench ({error}); expected the JSON that it writes") from None
     panels = sorted({(row["D"], row["direction"]) for row in rows}, key=lambda panel: (panel[0], panel[1] != "forward"))
     figure = Figure(figsize=(11, 4 * max(1, (len(panels) + 1) // 2)), dpi=150, layout="constrained")

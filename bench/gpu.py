@@ -40,15 +40,13 @@ class Deadline:
             raise OutOfTime
 
 
-def choose_device(script: str, interpret: bool) -> torch.device:
-    """CUDA, or the CPU for a trial of the script with the kernels interpreted. Raises UserError where there is neither."""
+def choose_device(script: str, trial: str, interpret: bool) -> torch.device:
+    """CUDA, or the CPU where `trial`, an option of the script, asks for interpreted kernels. Raises UserError without either."""
     if interpret or os.environ.get("TRITON_INTERPRET") == "1":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which nothing has done yet
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(
-            f"{script} needs a CUDA GPU and finds none; --interpret tries the script out on a CPU, in tiny sizes, without figures"
-        )
+        raise UserError(f"{script} needs a CUDA GPU and finds none; {trial} tries the script out on a CPU, in tiny sizes, without figures")
     return torch.device("cuda")
 
 

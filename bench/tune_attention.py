@@ -169,7 +169,7 @@ def choose(timings: Timings, present: Launch, compiled: Mapping[Launch, dict[str
 
 def main(argv: list[str] | None = None) -> int:
     arguments = read_arguments(argv)
-    device = choose_device("bench/tune_attention.py", arguments.interpret)
+    device = choose_device("bench/tune_attention.py", "--interpret", arguments.interpret)
     tiny = device.type == "cpu"
     torch.manual_seed(1337)
     deadline = Deadline(arguments.minutes)

@@ -11,6 +11,8 @@ and the backward pass alone, by torch.autograd.grad on a graph that stands. Ever
 for no copy: ours one packed (B, T, 3H, D) tensor, the others three (B, T, H, D) tensors. They take turns (bench/gpu.py), the figures are
 medians. TFLOP/s count 4 · B · H · T² · D / 2 for the forward pass and 2.5 times that for the backward pass, whatever a contender computes.
 
+`memory_mib` is what a run takes at most beyond what stood before it: the inputs, in the backward pass also all that was saved for it.
+
 Errors are taken against attention in float64 on the same rounded inputs: ‖x − exact‖ / ‖exact‖ for out, dq, dk and dv.
 
 Reading order: Problem, the contenders, measure, errors, signatures, main.
@@ -37,7 +39,7 @@ import torch._functorch.config as functorch_config  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench.gpu import Deadline, OutOfTime, card, ceilings, choose_device, in_turns, peak_memory, reasons, summary  # noqa: E402
+from bench.gpu import Deadline, OutOfTime, Run, card, ceilings, choose_device, in_turns, peak_memory, reasons, summary  # noqa: E402
 from bench.hardware import commit_of, hardware, write_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import causal_attention, dense_mask, rotary_table, rotate, split_heads  # noqa: E402
@@ -144,41 +146,45 @@ def measure(problem: Problem, seconds: float) -> list[dict[str, Any]]:
     """A row a direction and contender: time, TFLOP/s, memory, or why there is none. About so many seconds of timed runs."""
     names = [name for name in CONTENDERS if name != "math" or problem.first is None]
     inputs, grad = leaves_of(problem), problem.random(problem.H)
-    runs: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "backward": {}}
-    memory: dict[tuple[str, str], int] = {}
-    refused: dict[str, dict[str, str]] = {"forward": {}, "backward": {}}
+    forward: dict[str, Callable[[], Any]] = {}
 
-    def prepare(direction: str, name: str, run: Callable[[], object]) -> None:
-        warm_up(run, problem.device)
-        memory[direction, name] = peak_memory(run, problem.device)
-        runs[direction][name] = run
+    def prepare_forward(name: str) -> Callable[[], Any]:
+        forward[name] = partial(CONTENDERS[name](problem), *inputs[name])
+        return forward[name]
 
-    for name in names:
-        with reasons(refused["forward"], name):
-            prepare("forward", name, partial(CONTENDERS[name](problem), *inputs[name]))
-        if name in runs["forward"]:
-            with reasons(refused["backward"], name):
-                out: Any = runs["forward"][name]()
-                upstream = torch.empty_like(out).copy_(grad)  # in the layout of out: nobody has to rearrange it
-                prepare("backward", name, partial(torch.autograd.grad, out, inputs[name], upstream, retain_graph=True))
+    def prepare_backward(name: str) -> Callable[[], Any]:
+        out = forward[name]()
+        upstream = torch.empty_like(out).copy_(grad)  # in the layout of out: nobody has to rearrange it
+        return partial(torch.autograd.grad, out, inputs[name], upstream, retain_graph=True)
+
     rows = []
-    for direction in runs:
+    for direction, prepare in (("forward", prepare_forward), ("backward", prepare_backward)):
         where = {"problem": problem.name, "T": problem.T, "D": problem.D, "direction": direction}
-        for name, times in timed(runs[direction], seconds / 2, problem.device).items():
+        runs, memory, refused = warm({name: partial(prepare, name) for name in names}, problem.device)
+        for name, times in timed(runs, seconds / 2, problem.device).items():
             tflops = round(problem.flops(direction) / statistics.median(times) / 1e12, 1)
-            memory_mib = round(memory[direction, name] / 2**20, 1)
-            rows.append({**where, "contender": name, **summary(times), "tflops": tflops, "memory_mib": memory_mib})
-        rows += [{**where, "contender": name, "unavailable": reason} for name, reason in refused[direction].items()]
+            rows.append({**where, "contender": name, **summary(times), "tflops": tflops, "memory_mib": memory[name]})
+        rows += [{**where, "contender": name, "unavailable": reason} for name, reason in refused.items()]
+        names = list(runs)
     return with_ratios(rows)
 
 
-def warm_up(run: Callable[[], object], device: torch.device) -> None:
-    """Three runs, of which the first one compiles; there is nothing to warm up in the interpreter."""
-    for _ in range(3 if device.type == "cuda" else 0):
-        run()
+def warm(prepare: dict[str, Callable[[], Run]], device: torch.device) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
+    """Makes the runs and calls each a few times, the first of which compiles → the runs, their memory in MiB, and who does not run."""
+    runs: dict[str, Run] = {}
+    memory: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name in prepare:
+        with reasons(refused, name):
+            run = prepare[name]()
+            for _ in range(3 if device.type == "cuda" else 0):  # there is nothing to warm up in the interpreter
+                run()
+            memory[name] = round(peak_memory(run, device) / 2**20, 1)
+            runs[name] = run
+    return runs, memory, refused
 
 
-def timed(runs: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, list[float]]:
+def timed(runs: dict[str, Run], seconds: float, device: torch.device) -> dict[str, list[float]]:
     """As many rounds as fit into the seconds, 5 … 50; in the interpreter one."""
     if device.type != "cuda":
         return in_turns(runs, 1, device)
@@ -266,20 +272,14 @@ def signatures(problem: Problem) -> list[dict[str, Any]]:
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     forms |= {f"{name}, compiled": torch.compile(form, fullgraph=True, dynamic=False, backend=backend) for name, form in forms.items()}
     x, grad = problem.random(3 * H).requires_grad_(), problem.random(H)
-    runs: dict[str, Callable[[], object]] = {}
-    memory: dict[str, int] = {}
-    refused: dict[str, str] = {}
 
     def step(form: Attend) -> object:
         return torch.autograd.grad(form(x), x, grad)
 
-    for name, form in forms.items():
-        with reasons(refused, name):
-            warm_up(partial(step, form), device)
-            memory[name] = peak_memory(partial(step, form), device)
-            runs[name] = partial(step, form)
-    measured = {name: summary(times) for name, times in timed(runs, 2.0, device).items()}
-    rows = [{"form": name, **figures, "memory_mib": round(memory[name] / 2**20, 1)} for name, figures in measured.items()]
+    runs, memory, refused = warm({name: lambda form=form: partial(step, form) for name, form in forms.items()}, device)  # type: ignore[misc]
+    rows: list[dict[str, Any]] = [
+        {"form": name, **summary(times), "memory_mib": memory[name]} for name, times in timed(runs, 2.0, device).items()
+    ]
     shape = {"B": problem.B, "T": problem.T, "H": H, "D": problem.D}
     return [{**shape, **row} for row in rows + [{"form": name, "unavailable": reason} for name, reason in refused.items()]]
 
@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(1337)
     deadline = Deadline(arguments.minutes or (1.0 if quick else 7.0))
     figures: dict[str, Any] = {"bench": "attention", "commit": commit_of(ROOT), "hardware": {**hardware(), **card(device)}}
-    figures |= {"dtype": "bfloat16", "ceilings": ceilings(device), "errors": [], "speed": [], "signatures": []}
+    figures |= {"dtype": "bfloat16", "ceilings": ceilings(device), "errors": [], "speed": [], "signatures": [], "failed": {}}
     print({**figures["hardware"], **figures["ceilings"]})
     work: list[tuple[str, Callable[[Problem], list[dict[str, Any]]], list[Problem]]] = [
         ("errors", errors, error_problems(device, quick)),
@@ -309,10 +309,13 @@ def main(argv: list[str] | None = None) -> int:
         for part, function, problems in work:
             for problem in problems:
                 deadline.check()
-                figures[part] += show(function(problem))
+                with reasons(figures["failed"], f"{part} of {problem.name}, T={problem.T}, D={problem.D}"):
+                    figures[part] += show(function(problem))
     except OutOfTime:
         figures["stopped"] = "out of time; what is missing was not measured"
         print(figures["stopped"])
+    for what, reason in figures["failed"].items():
+        print(f"{what}: {reason}")
     for direction in ("forward", "backward"):
         for D in HEAD_SIZES:
             print(table(figures["speed"], direction, D), end="")

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 def in_turns(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every run, `rounds` of each. They take turns, in every other round backwards, so that a card which warms up and clocks
     down slows all alike. Each was called before, uncounted."""
-    flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
+    flush = _flush_buffer(device)
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
     for number in range(rounds):
         for name in list(runs)[:: -1 if number % 2 else 1]:
@@ -95,6 +96,12 @@ def in_turns(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict
         torch.cuda.synchronize(device)
         return {name: [begin.elapsed_time(end) / 1e3 for begin, end in pairs] for name, pairs in marks.items()}
     return {name: [end - begin for begin, end in pairs] for name, pairs in marks.items()}
+
+
+@cache
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    """Kept, so that it is not what no longer fits in the end."""
+    return torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
 
 
 def _mark(device: torch.device) -> Any:

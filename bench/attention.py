@@ -310,12 +310,12 @@ def main(argv: list[str] | None = None) -> int:
             for problem in problems:
                 deadline.check()
                 with reasons(figures["failed"], f"{part} of {problem.name}, T={problem.T}, D={problem.D}"):
-                    figures[part] += show(function(problem))
+                    figures[part] += (rows := function(problem))
+                    (show_speed if part == "speed" else show)(rows)
     except OutOfTime:
         figures["stopped"] = "out of time; what is missing was not measured"
         print(figures["stopped"])
-    for what, reason in figures["failed"].items():
-        print(f"{what}: {reason}")
+    print(*obstacles(figures["speed"]), *(f"{what}: {reason}" for what, reason in figures["failed"].items()), sep="\n")
     for direction in ("forward", "backward"):
         for D in HEAD_SIZES:
             print(table(figures["speed"], direction, D), end="")
@@ -385,12 +385,36 @@ def window(B: int, T: int, size: int, device: torch.device) -> Tensor:
 # ---- Showing ---------------------------------------------------------------------------------------------------------
 
 
-def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def show(rows: list[dict[str, Any]]) -> None:
+    """Errors and signatures: a line a row."""
     for row in rows:
         print(
             "  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()), flush=True
         )
-    return rows
+
+
+def show_speed(rows: list[dict[str, Any]]) -> None:
+    """A line a direction: TFLOP/s of everybody, then how ours stands."""
+    for direction in ("forward", "backward"):
+        mine = {row["contender"]: row for row in rows if row["direction"] == direction}
+        if not mine:
+            continue
+        parts = [", ".join(f"{name} {row['tflops']:.0f}" if "tflops" in row else f"{name} -" for name, row in mine.items())]
+        ours, where = mine.get("triton", {}), next(iter(mine.values()))
+        parts += [f"{ours[f'of_{rival}']:.2f} x {rival}" for rival in ("flash", "cudnn") if f"of_{rival}" in ours]
+        parts += [ours["target"]] if ours.get("target") else []
+        print(f"{where['problem']:24} T={where['T']:<6} D={where['D']:<4} {direction:8}  {'; '.join(parts)}", flush=True)
+
+
+def obstacles(rows: list[dict[str, Any]]) -> list[str]:
+    """Who did not run where, and why: a line a contender and reason."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "unavailable" in row:
+            where.setdefault((row["contender"], row["unavailable"]), []).append(
+                f"{row['problem']} {row['direction']} T={row['T']} D={row['D']}"
+            )
+    return [f"{name} did not run ({len(places)} times, first {places[0]}): {reason}" for (name, reason), places in where.items()]
 
 
 def table(rows: list[dict[str, Any]], direction: str, head_size: int) -> str:
@@ -418,8 +442,10 @@ def plot(result: Path) -> Path:
         rows = [row for row in figures["speed"] if row["problem"] == "causal" and "tflops" in row]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--plot={result}: no result of this bench ({error}); expected the JSON that it writes") from None
+    if not rows:
+        raise UserError(f"{result} holds no speeds to draw")
     panels = sorted({(row["D"], row["direction"]) for row in rows}, key=lambda panel: (panel[0], panel[1] != "forward"))
-    figure = Figure(figsize=(11, 4 * max(1, (len(panels) + 1) // 2)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 4 * ((len(panels) + 1) // 2)), dpi=150, layout="constrained")
     for number, (head_size, direction) in enumerate(panels):
         axes = figure.add_subplot((len(panels) + 1) // 2, 2, number + 1)
         for name in CONTENDERS:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench import attention, gpu, train_speed, tune_attention
+from bench import attention, attention_report, gpu, train_speed, tune_attention
 from bench.attention import Problem
 from errors import UserError
 from model import GPT, GPTConfig, Launch
@@ -62,12 +62,12 @@ def test_documents_and_windows_start_where_they_should():
     ],
 )
 def test_targets(direction, head_size, length, tflops, met):
-    assert attention.target_met(direction, head_size, length, tflops) == met
+    assert attention_report.target_met(direction, head_size, length, tflops) == met
 
 
 def speed_rows():
     shape = {"problem": "causal", "T": 1024, "D": 64, "direction": "forward"}
-    return attention.with_ratios(
+    return attention_report.with_ratios(
         [
             {**shape, "contender": "triton", "tflops": 300.0},
             {**shape, "contender": "flash", "tflops": 200.0},
@@ -85,21 +85,21 @@ def test_ratios_are_given_where_there_is_a_rival():
 
 
 def test_a_line_tells_everybodys_speed_and_how_ours_stands(capsys):
-    attention.show_speed(speed_rows())
+    attention_report.show_speed(speed_rows())
     line = capsys.readouterr().out.strip()
     assert line == "causal                   T=1024   D=64   forward   triton 300, flash 200, cudnn -; 1.50 x flash; stretch"
 
 
 def test_the_table_is_markdown_with_a_column_a_length():
     rows = [*speed_rows(), {"problem": "causal", "T": 512, "D": 64, "direction": "forward", "contender": "flash", "tflops": 150.4}]
-    assert attention.table(rows, "forward", 64).splitlines() == [
+    assert attention_report.table(rows, "forward", 64).splitlines() == [
         "| forward, D = 64 | 512 | 1,024 |",
         "|---|---|---|",
         "| triton | - | 300 |",
         "| flash | 150 | 200 |",
         "| cudnn | - | - |",
     ]
-    assert attention.table(rows, "backward", 64) == ""
+    assert attention_report.table(rows, "backward", 64) == ""
 
 
 def test_a_result_is_drawn_and_other_files_are_refused(tmp_path):
@@ -110,7 +110,7 @@ def test_a_result_is_drawn_and_other_files_are_refused(tmp_path):
     assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     result.write_text("[]")
     with pytest.raises(UserError, match="no result of this bench"):
-        attention.plot(result)
+        attention_report.plot(result)
 
 
 # ---- gpu.py ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ geometric mean. Launches that spill registers are timed and shown, but not chose
 
 After pasting a row: run the tests marked gpu and bench/attention.py, which compare the results with attention in float64.
 
-Reading order: candidates, compile_all, kernels, sweep, choose, main.
+Reading order: candidates, compile_all, kernels, time_kernel, choose, main.
 """
 
 from __future__ import annotations
@@ -120,6 +120,16 @@ def kernels(
     }
 
 
+def time_kernel(kernel: str, dtype: str, D: int, launches: list[Launch], device: torch.device, deadline: Deadline) -> Timings:
+    """A sweep at every T, once the time is over at the first one only; a T at which nothing runs is left out."""
+    tokens, channels, lengths = (TOKENS, CHANNELS, LENGTHS[dtype]) if device.type == "cuda" else (32, 32, (32,))
+    timings: Timings = {}
+    for T in lengths if deadline.left() > 0 else lengths[:1]:
+        with reasons({}, "not here"):
+            timings[T] = sweep(kernels(T, tokens, D, dtype, device, channels)[kernel], launches, device)
+    return {T: times for T, times in timings.items() if times}
+
+
 def sweep(run: Callable[[Launch], Any], launches: list[Launch], device: torch.device) -> dict[Launch, float]:
     """Median seconds of each launch that runs: of 3 runs, of 15 where it comes near the best one."""
     runs: dict[str, Callable[[], object]] = {}
@@ -185,24 +195,17 @@ def main(argv: list[str] | None = None) -> int:
     if not tiny:
         print(f"{len(jobs)} launches to compile on {os.cpu_count()} cores", flush=True)
         compiled = compile_all(jobs, COMPILE_SHARE * deadline.left())
-        print(
-            f"{sum('unavailable' not in facts for facts in compiled.values())} run here, {60 * arguments.minutes - deadline.left():.0f} s",
-            flush=True,
-        )
+        running = sum("unavailable" not in result for result in compiled.values())
+        print(f"{running} run here; {deadline.left():.0f} s are left to time them", flush=True)
     rows, chosen = [], []
     for dtype, D in dict.fromkeys((dtype, D) for _, dtype, D, _ in jobs):
         row: list[Launch] = []
         for place, kernel in enumerate(KERNELS):
             own = {job[3]: compiled[job] for job in jobs if job[:3] == (kernel, dtype, D)}
-            timings: Timings = {}
-            for T in (32,) if tiny else LENGTHS[dtype]:
-                if deadline.left() > 0 or not timings:
-                    run = kernels(T, 32 if tiny else TOKENS, D, dtype, device, 32 if tiny else CHANNELS)[kernel]
-                    timings[T] = sweep(run, [launch for launch in own if "unavailable" not in own[launch]], device)
-            timings = {T: times for T, times in timings.items() if times}
+            timings = time_kernel(kernel, dtype, D, [launch for launch in own if "unavailable" not in own[launch]], device, deadline)
             rows += [record(kernel, dtype, D, launch, timings, own[launch]) for launch in own]
-            if not timings:
-                print(f"{kernel:18} {dtype:8} D={D:<3} nothing runs: {next(iter(own.values())).get('unavailable')}")
+            if not timings or not rank(timings):
+                print(f"{kernel:18} {dtype:8} D={D:<3} nothing runs; the compiler said: {next(iter(own.values()))}")
                 continue
             choice = choose(timings, launches_for(device, getattr(torch, dtype), D)[place], own)
             chosen.append({"kernel": kernel, "dtype": dtype, "D": D, **choice})
@@ -210,11 +213,8 @@ def main(argv: list[str] | None = None) -> int:
             print(describe(chosen[-1]), flush=True)
         if len(row) < len(KERNELS):
             continue
-        architecture = facts.get("architecture", "interpreted")
-        print(
-            f'    ("{architecture}", {getattr(torch, dtype).itemsize}, {64 if D <= 64 else 128}): ({", ".join(map(show, row))}),',
-            flush=True,
-        )
+        key = f'"{facts.get("architecture", "interpreted")}", {getattr(torch, dtype).itemsize}, {64 if D <= 64 else 128}'
+        print(f"    ({key}): ({', '.join(map(show, row))}),", flush=True)
     if tiny:
         print("interpreted on the CPU: the script works; the timings mean nothing and nothing is written")
         return 0

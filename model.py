@@ -950,49 +950,74 @@ def launches_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tu
     return LAUNCHES.get((architecture, *key)) or LAUNCHES["other", *key]
 
 
-def fused_forward(qk: Tensor, v: Tensor | None, first_visible: Tensor | None, n_head: int, launch: Launch | None = None) -> list[Tensor]:
+def fused_forward(qk: Tensor, v: Tensor | None, first_visible: Tensor | None, n_head: int) -> list[Tensor]:
     """What causal_attention takes → out (B, T, H, D) and lse (B, H, T) float32: log2 of the sum of a row's exponentials."""
     q, k, v = split_heads(qk, v, n_head)
     B, T, H, D = q.shape
-    launch = launch or launches_for(q.device, q.dtype, D)[0]
     out, lse = q.new_empty((B, T, H, D)), q.new_empty((B, H, T), dtype=torch.float32)
-    tensors = (q, k, v, first_visible, out, lse)
-    _run(_forward_kernel, B * H * -(-T // launch.block_q), launch, q, k, tensors, (q, v), (math.log2(math.e) / math.sqrt(D),))
+    launch_forward(launches_for(q.device, q.dtype, D)[0], q, k, v, first_visible, out, lse)
     return [out, lse]
 
 
 def fused_backward(
-    grad: Tensor, qk: Tensor, v: Tensor | None, first_visible: Tensor | None, out: Tensor, lse: Tensor, n_head: int,
-    launches: tuple[Launch, Launch] | None = None,
-) -> list[Tensor]:  # fmt: skip
+    grad: Tensor, qk: Tensor, v: Tensor | None, first_visible: Tensor | None, out: Tensor, lse: Tensor, n_head: int
+) -> list[Tensor]:
     """The gradient of out → the gradients of qk and, where it is not None, of v."""
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (qk, v) if x is not None]
     dq, dk, dv = split_heads(grads[0], None if v is None else grads[1], n_head)
     q, k, v = split_heads(qk, v, n_head)
-    B, T, H, D = q.shape
-    by_query, by_key = launches or launches_for(q.device, q.dtype, D)[1:]
+    _, by_query, by_key = launches_for(q.device, q.dtype, q.shape[3])
     grad, delta = grad.contiguous(), torch.empty_like(lse)
-    numbers = math.log2(math.e) / math.sqrt(D), 1 / math.sqrt(D)
-    tensors = (q, k, v, first_visible, out, lse, grad, delta, dq)
-    _run(_query_gradient_kernel, B * H * -(-T // by_query.block_q), by_query, q, k, tensors, (q, v, dq), numbers)
-    tensors = (q, k, v, first_visible, lse, grad, delta, dk, dv)
-    tail = T % by_key.block_q != 0
-    _run(_key_value_gradient_kernel, B * k.shape[2] * -(-T // by_key.block_k), by_key, q, k, tensors, (q, v, dk, dv), numbers, TAIL=tail)
+    launch_query_gradient(by_query, q, k, v, first_visible, out, lse, grad, delta, dq)
+    launch_key_value_gradient(by_key, q, k, v, first_visible, lse, grad, delta, dk, dv)
     return grads
+
+
+# The three launches fill their last arguments: out and lse; delta and dq; dk and dv.
+
+
+def launch_forward(launch: Launch, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, out: Tensor, lse: Tensor) -> Any:
+    B, T, H, D = q.shape
+    tensors = (q, k, v, first_visible, out, lse)
+    return _run(_forward_kernel, B * H * -(-T // launch.block_q), launch, q, k, tensors, (q, v), (math.log2(math.e) / math.sqrt(D),))
+
+
+def launch_query_gradient(
+    launch: Launch, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor,
+    delta: Tensor, dq: Tensor,
+) -> Any:  # fmt: skip
+    B, T, H, D = q.shape
+    tensors = (q, k, v, first_visible, out, lse, grad, delta, dq)
+    numbers = math.log2(math.e) / math.sqrt(D), 1 / math.sqrt(D)
+    return _run(_query_gradient_kernel, B * H * -(-T // launch.block_q), launch, q, k, tensors, (q, v, dq), numbers)
+
+
+def launch_key_value_gradient(
+    launch: Launch, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, lse: Tensor, grad: Tensor, delta: Tensor,
+    dk: Tensor, dv: Tensor,
+) -> Any:  # fmt: skip
+    B, T, K, D = k.shape
+    tensors = (q, k, v, first_visible, lse, grad, delta, dk, dv)
+    numbers = math.log2(math.e) / math.sqrt(D), 1 / math.sqrt(D)
+    programs, tail = B * K * -(-T // launch.block_k), T % launch.block_q != 0
+    return _run(_key_value_gradient_kernel, programs, launch, q, k, tensors, (q, v, dk, dv), numbers, TAIL=tail)
 
 
 def _run(
     kernel: Callable[..., None], programs: int, launch: Launch, q: Tensor, k: Tensor,
     tensors: tuple[Tensor | None, ...], strided: tuple[Tensor, ...], numbers: tuple[float, ...], **flags: bool,
-) -> None:  # fmt: skip
-    """Launches a kernel on `tensors`, with the strides of batch, time and head of the `strided` ones, then the numbers and constants."""
+) -> Any:  # fmt: skip
+    """Launches a kernel on `tensors`, with the strides of batch, time and head of the `strided` ones, then the numbers and constants.
+
+    Returns what Triton compiled, which can tell its registers and shared memory (the interpreter: None).
+    """
     T, H, D = q.shape[1:]
     if any(x.stride(3) != 1 or T * x.stride(1) >= 2**31 for x in strided):
         raise ValueError("the kernel needs heads whose numbers lie side by side, and sequences of less than 2³¹ numbers")
     jitted = _jitted(kernel)
     wide = q.dtype == torch.bfloat16 and q.device.type == "cpu"
     with torch.cuda.device_of(q):
-        jitted[(programs,)](
+        return jitted[(programs,)](
             *tensors, *(stride for x in strided for stride in x.stride()[:3]), T, H, *numbers,
             D=D, BLOCK_D=max(16, 1 << (D - 1).bit_length()), BLOCK_Q=launch.block_q, BLOCK_K=launch.block_k, GROUP=H // k.shape[2],
             DOT=getattr(tl, "float32" if wide else str(q.dtype).removeprefix("torch.")), **flags,

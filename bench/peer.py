@@ -1,6 +1,6 @@
-"""nanoGPT beside us: reads a checkout of it that the user names with --peer. Nothing of it is part of this project.
+"""Other trainers beside us: reads a checkout that the user names with --peer. Nothing of it is part of this project.
 
-Reading order: parts of its code, the same text for both programs, its command, and `score`, which counts both alike.
+Reading order: parts of its code, the same text for both programs, nanoGPT's command, and `score`, which counts both alike.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ EVAL_INTERVAL = 250  # of the peer's own configuration
 PEER_DATA = Path("data", "shakespeare_char")  # where it looks for the text, whatever text that is
 
 
-def import_model(checkout: Path) -> ModuleType:
-    """The checkout's model.py, under a name of its own beside our module of that name. Raises UserError."""
-    path = checkout / "model.py"
+def import_model(checkout: Path, file: str = "model.py", project: str = "nanoGPT") -> ModuleType:
+    """The checkout's file with its model, under a name of its own beside our module of that name. Raises UserError."""
+    path = checkout / file
     if not path.is_file():
-        raise UserError(f"--peer={checkout}: no model.py there; expected a checkout of nanoGPT")
-    spec = importlib.util.spec_from_file_location("peer_model", path)
+        raise UserError(f"--peer={checkout}: no {file} there; expected a checkout of {project}")
+    spec = importlib.util.spec_from_file_location(name := f"peer_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["peer_model"] = module  # its dataclasses look themselves up there
+    sys.modules[name] = module  # its dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 

@@ -1,0 +1,356 @@
+"""The fused attention kernel beside PyTorch's: SDPA pinned to each of its backends, and FlexAttention. Needs a CUDA GPU.
+
+    python bench/attention.py --out=DIR                  everything, under 8 minutes: DIR/DATE-attention.json and its .png
+    python bench/attention.py --out=DIR --quick          two lengths, one head size, about a minute
+    python bench/attention.py --out=DIR --signatures     only: one packed input against parts that autograd puts together
+    python bench/attention.py --plot=DIR/RESULT.json     draws a result anew, anywhere; needs matplotlib, nothing else here does
+    python bench/attention.py --interpret                tries this script out without a GPU: tiny, no figures, nothing written
+
+What is timed: causal attention in bfloat16 on normal random numbers, 16k tokens, heads · head size = 2048; the forward pass as in training,
+and the backward pass alone, by torch.autograd.grad on a graph that stands. Every contender gets the memory layout that suits it and pays
+for no copy: ours one packed (B, T, 3H, D) tensor, the others three (B, T, H, D) tensors. They take turns (bench/gpu.py), the figures are
+medians. TFLOP/s count 4 · B · H · T² · D / 2 for the forward pass and 2.5 times that for the backward pass, whatever a contender computes.
+
+`memory_mib` is what a run takes at most beyond what stood before it: the inputs, in the backward pass also all that was saved for it.
+
+Errors are taken against attention in float64 on the same rounded inputs: ‖x − exact‖ / ‖exact‖ for out, dq, dk and dv.
+
+Reading order: Problem, the contenders, measure, errors, signatures, main; then bench/attention_report.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
+
+import torch  # noqa: E402
+import torch._functorch.config as functorch_config  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from bench.attention_report import obstacles, plot, show, show_speed, table, with_ratios  # noqa: E402
+from bench.gpu import Deadline, OutOfTime, Run, card, ceilings, choose_device, in_turns, peak_memory, reasons, summary  # noqa: E402
+from bench.hardware import commit_of, hardware, write_results  # noqa: E402
+from errors import UserError, run_script  # noqa: E402
+from model import causal_attention, dense_mask, rotary_table, rotate, split_heads  # noqa: E402
+
+LENGTHS, HEAD_SIZES, TOKENS, CHANNELS = (512, 1024, 2048, 4096, 8192, 16384), (64, 128), 16384, 2048
+MOST_ERROR = 1.3  # times that of SDPA's flash: the kernel's promise
+Attend = Callable[..., Tensor]  # the leaves → (B, T, H, D)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes, and which keys are seen: first (B, T) int32 as causal_attention takes it, or None for plain causal attention."""
+
+    name: str
+    B: int
+    T: int
+    H: int
+    D: int
+    device: torch.device
+    first: Tensor | None = None
+
+    def flops(self, direction: str) -> float:
+        """By the convention above; with `first`, the pairs that are really seen take the place of T² / 2 a row."""
+        pairs = self.B * self.T**2 / 2
+        if self.first is not None:
+            pairs = float((torch.arange(1, self.T + 1, device=self.device) - self.first.clamp(min=0)).sum())
+        return (4 if direction == "forward" else 10) * self.H * self.D * pairs
+
+    def random(self, heads: int) -> Tensor:
+        return torch.randn(self.B, self.T, heads, self.D, device=self.device, dtype=torch.bfloat16)
+
+
+# ---- The contenders: each makes, for a problem, the function that attends ----------------------------------------------
+
+
+def ours(problem: Problem) -> Attend:
+    attend = causal_attention("triton", problem.H, problem.first)
+    return lambda qkv: attend(qkv, None)
+
+
+def sdpa(backend: str, problem: Problem) -> Attend:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    mask = dense_mask(problem.first)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+
+    return attend
+
+
+def flex(problem: Problem) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    first, T = problem.first, problem.T
+
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key if first is None else (query >= key) & (key >= first[b, query])
+
+    mask = create_block_mask(visible, None if first is None else problem.B, None, T, T, device=problem.device.type)
+    torch.compiler.reset()  # every shape is compiled anew; past a limit torch would run the last ones uncompiled, without an error
+    functorch_config.donated_buffer = False  # a graph whose backward pass is run many times may not give its tensors away
+    kernel = torch.compile(flex_attention, dynamic=False) if problem.device.type == "cuda" else flex_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return kernel(q, k, v, block_mask=mask).transpose(1, 2)
+
+    return attend
+
+
+CONTENDERS: dict[str, Callable[[Problem], Attend]] = {
+    "triton": ours,
+    "flash": partial(sdpa, "FLASH_ATTENTION"),
+    "cudnn": partial(sdpa, "CUDNN_ATTENTION"),
+    "efficient": partial(sdpa, "EFFICIENT_ATTENTION"),
+    "flex": flex,
+    "math": partial(sdpa, "MATH"),  # last: it may fill the memory
+}
+
+
+def leaves_of(problem: Problem) -> dict[str, list[Tensor]]:
+    """The same random inputs for every contender: packed for ours, apart for the others."""
+    packed = problem.random(3 * problem.H)
+    parts = [x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in split_heads(packed, None, problem.H)]
+    return {name: [packed.requires_grad_()] if name == "triton" else parts for name in CONTENDERS}
+
+
+# ---- Speed and memory ------------------------------------------------------------------------------------------------
+
+
+def measure(problem: Problem, seconds: float) -> list[dict[str, Any]]:
+    """A row a direction and contender: time, TFLOP/s, memory, or why there is none. About so many seconds of timed runs."""
+    names = [name for name in CONTENDERS if name != "math" or problem.first is None]
+    inputs, grad = leaves_of(problem), problem.random(problem.H)
+    forward: dict[str, Callable[[], Any]] = {}
+
+    def prepare_forward(name: str) -> Callable[[], Any]:
+        forward[name] = partial(CONTENDERS[name](problem), *inputs[name])
+        return forward[name]
+
+    def prepare_backward(name: str) -> Callable[[], Any]:
+        out = forward[name]()
+        upstream = torch.empty_like(out).copy_(grad)  # in the layout of out: nobody has to rearrange it
+        return partial(torch.autograd.grad, out, inputs[name], upstream, retain_graph=True)
+
+    rows = []
+    for direction, prepare in (("forward", prepare_forward), ("backward", prepare_backward)):
+        where = {"problem": problem.name, "T": problem.T, "D": problem.D, "direction": direction}
+        runs, memory, refused = warm({name: partial(prepare, name) for name in names}, problem.device)
+        for name, times in timed(runs, seconds / 2, problem.device).items():
+            tflops = round(problem.flops(direction) / statistics.median(times) / 1e12, 1)
+            rows.append({**where, "contender": name, **summary(times), "tflops": tflops, "memory_mib": memory[name]})
+        rows += [{**where, "contender": name, "unavailable": reason} for name, reason in refused.items()]
+        names = list(runs)
+    return with_ratios(rows)
+
+
+def warm(prepare: dict[str, Callable[[], Run]], device: torch.device) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
+    """Makes the runs and calls each a few times, the first of which compiles → the runs, their memory in MiB, and who does not run."""
+    runs: dict[str, Run] = {}
+    memory: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name in prepare:
+        with reasons(refused, name):
+            run = prepare[name]()
+            for _ in range(3 if device.type == "cuda" else 0):  # there is nothing to warm up in the interpreter
+                run()
+            memory[name] = round(peak_memory(run, device) / 2**20, 1)
+            runs[name] = run
+    return runs, memory, refused
+
+
+def timed(runs: dict[str, Run], seconds: float, device: torch.device) -> dict[str, list[float]]:
+    """As many rounds as fit into the seconds, 5 … 50; in the interpreter one."""
+    if device.type != "cuda":
+        return in_turns(runs, 1, device)
+    one = sum(sum(times) for times in in_turns(runs, 1, device).values())
+    return in_turns(runs, max(5, min(50, int(seconds / max(one, 1e-9)))), device)
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+
+
+def errors(problem: Problem) -> list[dict[str, Any]]:
+    """A row a contender: the relative errors of out, dq, dk, dv against float64, and their largest ratio to flash's."""
+    inputs, grad = leaves_of(problem), problem.random(problem.H)
+
+    def results(leaves: list[Tensor], attend: Attend) -> list[Tensor]:
+        out = attend(*leaves)
+        grads = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+        return [out.detach(), *(split_heads(grads[0], None, problem.H) if len(leaves) == 1 else grads)]
+
+    def by_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        future = torch.ones(problem.T, problem.T, dtype=torch.bool, device=problem.device).triu(1)
+        return (torch.softmax((q @ k.mT / math.sqrt(problem.D)).masked_fill(future, -math.inf), -1) @ v).transpose(1, 2)
+
+    exact = results([x.detach().double().requires_grad_() for x in inputs["math"]], by_definition)
+    rows: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    for name in CONTENDERS:
+        with reasons(refused, name):
+            found = results(inputs[name], CONTENDERS[name](problem))
+            pairs = zip(("out", "dq", "dk", "dv"), found, exact, strict=True)
+            rows[name] = {part: float((mine.double() - true).norm() / true.norm()) for part, mine, true in pairs}
+    for row in rows.values():
+        if flash := rows.get("flash"):
+            row["of_flash"] = round(max(row[part] / flash[part] for part in ("out", "dq", "dk", "dv")), 3)
+    rows |= {name: {"unavailable": reason} for name, reason in refused.items()}
+    return [{"T": problem.T, "D": problem.D, "contender": name, **row} for name, row in rows.items()]
+
+
+# ---- The form of the inputs ------------------------------------------------------------------------------------------
+
+
+def signatures(problem: Problem) -> list[dict[str, Any]]:
+    """Forward and backward together, from the projection's output to its gradient, for each form in which the kernel can be called.
+
+    Learned positions: the projection as it is, its gradient whole; or queries with keys and values as two views, whose two gradients
+    autograd puts together. Rotary: the values a view of the projection; or copied behind the rotated queries and keys.
+    """
+    H, device = problem.H, problem.device
+    attend = causal_attention("triton", H, None)
+    table = rotary_table(problem.T, problem.D, 10_000.0).to(device)
+
+    def rotated(x: Tensor) -> tuple[Tensor, Tensor]:
+        qk, v = x.split((2 * H, H), dim=2)
+        return rotate(qk, table), v
+
+    forms: dict[str, Attend] = {
+        "learned, packed": lambda x: attend(x, None),
+        "learned, views": lambda x: attend(*x.split((2 * H, H), dim=2)),
+        "rotary, values a view": lambda x: attend(*rotated(x)),
+        "rotary, packed": lambda x: attend(torch.cat(rotated(x), dim=2), None),
+    }
+    torch.compiler.reset()
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    forms |= {f"{name}, compiled": torch.compile(form, fullgraph=True, dynamic=False, backend=backend) for name, form in forms.items()}
+    x, grad = problem.random(3 * H).requires_grad_(), problem.random(H)
+
+    def step(form: Attend) -> object:
+        return torch.autograd.grad(form(x), x, grad)
+
+    runs, memory, refused = warm({name: lambda form=form: partial(step, form) for name, form in forms.items()}, device)  # type: ignore[misc]
+    rows: list[dict[str, Any]] = [
+        {"form": name, **summary(times), "memory_mib": memory[name]} for name, times in timed(runs, 2.0, device).items()
+    ]
+    shape = {"B": problem.B, "T": problem.T, "H": H, "D": problem.D}
+    return [{**shape, **row} for row in rows + [{"form": name, "unavailable": reason} for name, reason in refused.items()]]
+
+
+# ---- The whole run ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = read_arguments(argv)
+    if arguments.plot is not None:
+        print(f"written: {plot(arguments.plot)}")
+        return 0
+    device, quick = choose_device("bench/attention.py", "--interpret", arguments.interpret), arguments.quick
+    torch.manual_seed(1337)
+    deadline = Deadline(arguments.minutes or (1.0 if quick else 7.0))
+    figures: dict[str, Any] = {"bench": "attention", "commit": commit_of(ROOT), "hardware": {**hardware(), **card(device)}}
+    figures |= {"dtype": "bfloat16", "ceilings": ceilings(device), "errors": [], "speed": [], "signatures": [], "failed": {}}
+    print({**figures["hardware"], **figures["ceilings"]})
+    work: list[tuple[str, Callable[[Problem], list[dict[str, Any]]], list[Problem]]] = [
+        ("errors", errors, error_problems(device, quick)),
+        ("speed", partial(measure, seconds=0.5 if quick else 2.0), speed_problems(device, quick)),
+        ("signatures", signatures, signature_problems(device, quick)),
+    ]
+    if arguments.signatures or (quick and device.type == "cuda"):
+        work = work[2:] if arguments.signatures else work[:2]
+    try:
+        for part, function, problems in work:
+            for problem in problems:
+                deadline.check()
+                with reasons(figures["failed"], f"{part} of {problem.name}, T={problem.T}, D={problem.D}"):
+                    figures[part] += (rows := function(problem))
+                    (show_speed if part == "speed" else show)(rows)
+    except OutOfTime:
+        figures["stopped"] = "out of time; what is missing was not measured"
+        print(figures["stopped"])
+    print(*obstacles(figures["speed"]), *(f"{what}: {reason}" for what, reason in figures["failed"].items()), sep="\n")
+    for direction in ("forward", "backward"):
+        for D in HEAD_SIZES:
+            print(table(figures["speed"], direction, D), end="")
+    if device.type == "cpu":
+        print("interpreted on the CPU: the script works; the timings mean nothing and nothing is written")
+        return 0
+    written = write_results("attention", figures, arguments.out)
+    print(f"written: {written}")
+    try:
+        print(f"written: {plot(written)}")
+    except UserError as error:
+        print(error)
+    return 0
+
+
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
+    parser.add_argument("--quick", action="store_true", help="two lengths and one head size")
+    parser.add_argument("--signatures", action="store_true", help="only the forms of the inputs")
+    parser.add_argument("--minutes", type=float, help="after this long (7, quick 1) nothing new is begun, and what there is gets written")
+    parser.add_argument("--plot", type=Path, metavar="RESULT", help="draw a result's JSON beside it, and measure nothing")
+    parser.add_argument("--interpret", action="store_true", help="try the script out on a CPU, in tiny sizes; also with TRITON_INTERPRET=1")
+    return parser.parse_args(argv)
+
+
+def error_problems(device: torch.device, quick: bool) -> list[Problem]:
+    if device.type == "cpu":
+        return [Problem("errors", 1, 32, 2, 16, device)]
+    return [Problem("errors", 2, 1024, 256 // D, D, device) for D in HEAD_SIZES[: 1 if quick else 2]]
+
+
+def signature_problems(device: torch.device, quick: bool) -> list[Problem]:
+    """The attention of the 124M presets, and a long context."""
+    if device.type == "cpu":
+        return [Problem("signatures", 1, 32, 2, 16, device)]
+    return [Problem("signatures", B, T, 12, 64, device) for B, T in ([(32, 1024)] if quick else [(32, 1024), (4, 8192)])]
+
+
+def speed_problems(device: torch.device, quick: bool) -> list[Problem]:
+    """Plain causal attention, long contexts of the head size 64 first; then documents and a window at T = 8192."""
+    if device.type == "cpu":
+        return [Problem("causal", 1, 32, 2, 16, device), Problem("documents", 1, 32, 2, 16, device, documents(1, 32, 10, device))]
+    lengths, sizes = ((1024, 4096), (64,)) if quick else (LENGTHS, HEAD_SIZES)
+    found = [Problem("causal", TOKENS // T, T, CHANNELS // D, D, device) for D in sizes for T in lengths]
+    B, T = TOKENS // 8192, 8192
+    masks = {"documents of about 1000": documents(B, T, 1000, device), "window of 1024": window(B, T, 1024, device)}
+    return found + [Problem(name, B, T, CHANNELS // D, D, device, first) for D in sizes for name, first in masks.items()]
+
+
+def documents(B: int, T: int, mean: int, device: torch.device) -> Tensor:
+    """(B, T) int32: documents of mean / 2 … 3 · mean / 2 tokens, each seen from its start on."""
+    generator = torch.Generator().manual_seed(mean)
+    first = torch.zeros(B, T, dtype=torch.int32)
+    for row in first:
+        start = 0
+        while (start := start + int(torch.randint(mean // 2, 3 * mean // 2 + 1, (), generator=generator))) < T:
+            row[start:] = start
+    return first.to(device)
+
+
+def window(B: int, T: int, size: int, device: torch.device) -> Tensor:
+    """(B, T) int32: each token sees itself and those before it, `size` in all."""
+    return (torch.arange(T, device=device, dtype=torch.int32) - (size - 1)).clamp(min=0).expand(B, T).contiguous()
+
+
+if __name__ == "__main__":
+    run_script(main)

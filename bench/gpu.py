@@ -1,0 +1,160 @@
+"""What the benches of a GPU share: a clock for device work, runs that take turns, the two ceilings of the card, and its name.
+
+Knows no model. Everything also runs on a CPU, so that a bench can be tested without a GPU; such timings mean nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from errors import UserError
+
+FLUSH_BYTES = 2**31  # written before every timed run: it evicts the caches, and takes longer than Python needs to queue that run
+Run = Callable[[], object]
+
+
+class OutOfTime(Exception):
+    """The bench's own time limit: what is left is not measured."""
+
+
+class Deadline:
+    """So many minutes from now; `check()` raises OutOfTime once they are over."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds; negative once it is over."""
+        return self._end - time.monotonic()
+
+    def check(self) -> None:
+        if self.left() < 0:
+            raise OutOfTime
+
+
+def choose_device(script: str, trial: str, interpret: bool) -> torch.device:
+    """CUDA, or the CPU where `trial`, an option of the script, asks for interpreted kernels. Raises UserError without either."""
+    if interpret or os.environ.get("TRITON_INTERPRET") == "1":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which nothing has done yet
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"{script} needs a CUDA GPU and finds none; {trial} tries the script out on a CPU, in tiny sizes, without figures")
+    return torch.device("cuda")
+
+
+def card(device: torch.device) -> dict[str, Any]:
+    """The GPU and the libraries that count on it, ready for JSON."""
+    if device.type != "cuda":
+        return {"gpu": "none: interpreted on the CPU, the timings mean nothing"}
+    import triton
+
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "architecture": "sm_{}{}".format(*torch.cuda.get_device_capability(device)),
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__,
+    }
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this card reaches: TFLOP/s of a square bfloat16 product of random numbers, TB/s of a copy (bytes read plus bytes written)."""
+    size, rounds = (8192, 20) if device.type == "cuda" else (64, 1)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out, source = torch.empty_like(a), torch.empty(size * size * 16, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    runs: dict[str, Run] = {"product": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}
+    in_turns(runs, 3, device)
+    product, copy = (statistics.median(seconds) for seconds in in_turns(runs, rounds, device).values())
+    return {"matmul_tflops": round(2 * size**3 / product / 1e12, 1), "copy_tb_per_second": round(2 * source.numel() / copy / 1e12, 2)}
+
+
+def in_turns(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every run, `rounds` of each. They take turns, in every other round backwards, so that a card which warms up and clocks
+    down slows all alike. Each was called before, uncounted."""
+    flush = _flush_buffer(device)
+    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in list(runs)[:: -1 if number % 2 else 1]:
+            flush.zero_()
+            begin = _mark(device)
+            runs[name]()
+            marks[name].append((begin, _mark(device)))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return {name: [begin.elapsed_time(end) / 1e3 for begin, end in pairs] for name, pairs in marks.items()}
+    return {name: [end - begin for begin, end in pairs] for name, pairs in marks.items()}
+
+
+@cache
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    """Kept, so that it is not what no longer fits in the end."""
+    return torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
+
+
+def _mark(device: torch.device) -> Any:
+    """A moment in the device's queue of work; on a CPU, which works at once, the time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median milliseconds, and the middle half of the runs as a share of it: differences below that are noise."""
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    return {"ms": round(1e3 * middle, 4), "spread": round((high - low) / middle, 3), "runs": len(seconds)}
+
+
+def peak_memory(run: Run, device: torch.device) -> int:
+    """Bytes of device memory that a run needs at most, beyond what is there before it."""
+    if device.type != "cuda":
+        run()
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """How PyTorch and Triton say that something does not run here: no kernel, no memory, no shared memory, no compiler."""
+    found: list[type[Exception]] = [RuntimeError, NotImplementedError]
+    try:
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import TritonError
+
+        found += [TritonError, CompilationError]
+    except ImportError:
+        pass
+    return tuple(found)
+
+
+@contextmanager
+def reasons(rows: dict[str, str], name: str) -> Iterator[None]:
+    """What does not run becomes a line in rows[name], PyTorch's own warnings included, instead of the end of the bench."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+            return
+        except refusals() as error:
+            lines = [str(error).strip() or type(error).__name__, *(str(warning.message).strip() for warning in caught)]
+        rows[name] = "; ".join(line.splitlines()[0][:160] for line in lines[:4])
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

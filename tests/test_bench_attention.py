@@ -1,0 +1,224 @@
+"""What the benches of a GPU count, choose and print, and each of them once from end to end in tiny sizes, without a GPU."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from bench import attention, attention_report, gpu, train_speed, tune_attention
+from bench.attention import Problem
+from errors import UserError
+from model import GPT, GPTConfig, Launch
+
+CPU = torch.device("cpu")
+SCRIPTS = {"attention": attention, "tune_attention": tune_attention, "train_speed": train_speed}
+
+
+def interpretable() -> bool:
+    try:
+        import numpy
+        import triton
+    except ImportError:
+        return False
+    broken = triton.__version__.startswith("3.6.") and [int(part) for part in numpy.__version__.split(".")[:2]] >= [2, 4]
+    return not torch.cuda.is_available() and not broken
+
+
+needs_interpreter = pytest.mark.skipif(not interpretable(), reason="Triton's interpreter is not there, or broken, or Triton compiles here")
+
+
+# ---- attention.py ----------------------------------------------------------------------------------------------------
+
+
+def test_flops_by_the_convention_and_by_the_pairs_that_are_seen():
+    assert Problem("causal", 2, 1024, 16, 64, CPU).flops("forward") == 4 * 2 * 16 * 1024**2 * 64 / 2
+    assert Problem("causal", 2, 1024, 16, 64, CPU).flops("backward") == 2.5 * 4 * 2 * 16 * 1024**2 * 64 / 2
+    for first in (attention.window(3, 40, 7, CPU), attention.documents(3, 40, 10, CPU)):
+        seen = sum(t - int(first[b, t]) + 1 for b in range(3) for t in range(40))
+        assert Problem("hidden", 3, 40, 2, 16, CPU, first).flops("forward") == 4 * 2 * 16 * seen
+
+
+def test_documents_and_windows_start_where_they_should():
+    first = attention.documents(2, 200, 20, CPU)
+    assert (first.diff(dim=1) >= 0).all()
+    starts = [*first[0].unique().tolist(), 200]
+    assert all(10 <= after - before <= 30 for before, after in itertools.pairwise(starts[:-1]))
+    assert all(first[0, start] == start for start in starts[:-1])
+    assert attention.window(1, 6, 3, CPU).tolist() == [[0, 0, 0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("direction", "head_size", "length", "tflops", "met"),
+    [
+        ("forward", 64, 1024, 228.9, "below must"),
+        ("forward", 64, 1024, 229.0, "must"),
+        ("forward", 128, 8192, 475.0, "good"),
+        ("backward", 64, 16384, 460.0, "stretch"),
+        ("backward", 128, 16384, 900.0, "good"),  # no stretch is written down there
+        ("forward", 64, 512, 900.0, ""),
+        ("forward", 32, 1024, 900.0, ""),
+    ],
+)
+def test_targets(direction, head_size, length, tflops, met):
+    assert attention_report.target_met(direction, head_size, length, tflops) == met
+
+
+def speed_rows():
+    shape = {"problem": "causal", "T": 1024, "D": 64, "direction": "forward"}
+    return attention_report.with_ratios(
+        [
+            {**shape, "contender": "triton", "tflops": 300.0},
+            {**shape, "contender": "flash", "tflops": 200.0},
+            {**shape, "contender": "cudnn", "unavailable": "not here"},
+            {**shape, "T": 2048, "contender": "flash", "tflops": 212.4},
+        ][:3]
+    )
+
+
+def test_ratios_are_given_where_there_is_a_rival():
+    mine, flash, cudnn = speed_rows()
+    assert (mine["of_flash"], mine["target"], flash["of_flash"]) == (1.5, "stretch", 1.0)
+    assert "of_cudnn" not in mine
+    assert "of_flash" not in cudnn
+
+
+def test_a_line_tells_everybodys_speed_and_how_ours_stands(capsys):
+    attention_report.show_speed(speed_rows())
+    line = capsys.readouterr().out.strip()
+    assert line == "causal                   T=1024   D=64   forward   triton 300, flash 200, cudnn -; 1.50 x flash; stretch"
+
+
+def test_the_table_is_markdown_with_a_column_a_length():
+    rows = [*speed_rows(), {"problem": "causal", "T": 512, "D": 64, "direction": "forward", "contender": "flash", "tflops": 150.4}]
+    assert attention_report.table(rows, "forward", 64).splitlines() == [
+        "| forward, D = 64 | 512 | 1,024 |",
+        "|---|---|---|",
+        "| triton | - | 300 |",
+        "| flash | 150 | 200 |",
+        "| cudnn | - | - |",
+    ]
+    assert attention_report.table(rows, "backward", 64) == ""
+
+
+def test_a_result_is_drawn_and_other_files_are_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"hardware": {"gpu": "a GPU", "date": "today"}, "speed": speed_rows()}))
+    assert attention.main([f"--plot={result}"]) == 0
+    assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    result.write_text("[]")
+    with pytest.raises(UserError, match="no result of this bench"):
+        attention_report.plot(result)
+
+
+# ---- gpu.py ----------------------------------------------------------------------------------------------------------
+
+
+def test_runs_take_turns_there_and_back():
+    order = []
+    seconds = gpu.in_turns({name: lambda name=name: order.append(name) for name in "abc"}, 3, CPU)
+    assert "".join(order) == "abc" + "cba" + "abc"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_summary_tells_the_median_and_the_middle_half():
+    assert gpu.summary([0.001, 0.002, 0.003, 0.004, 0.1]) == {"ms": 3.0, "spread": pytest.approx(16.833), "runs": 5}
+    assert gpu.summary([0.5]) == {"ms": 500.0, "spread": 0.0, "runs": 1}
+
+
+def test_what_does_not_run_is_a_line_and_what_is_wrong_is_not():
+    refused = {}
+    with gpu.reasons(refused, "it"):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nand much more")
+    assert refused == {"it": "CUDA out of memory."}
+    with pytest.raises(AttributeError), gpu.reasons(refused, "that"):
+        raise AttributeError("a mistake of ours")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_a_gpu_one_line_says_so(script, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=f"^bench/{script}.py needs a CUDA GPU and finds none; --(interpret|smoke) tries"):
+        SCRIPTS[script].main([])
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("attention", ["--interpret"]),
+        ("tune_attention", ["--interpret", "--dtypes=bfloat16"]),
+        ("train_speed", ["--smoke", "--presets=gpt2_124m"]),
+    ],
+)
+def test_a_whole_run_in_tiny_sizes_writes_nothing(script, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if script == "attention":  # its compiled forms, and SDPA's backends that a CPU lacks, are left to a run by hand
+        monkeypatch.setattr(torch, "compile", lambda form, **options: form)
+        monkeypatch.setattr(attention, "CONTENDERS", {name: attention.CONTENDERS[name] for name in ("triton", "flash", "cudnn", "math")})
+    assert SCRIPTS[script].main([*arguments, f"--out={tmp_path}"]) == 0
+    assert not list(tmp_path.iterdir())
+    lines = capsys.readouterr().out.splitlines()
+    assert "nothing is written" in lines[-1]
+    if script == "attention":
+        speeds = [line for line in lines if "triton 0, flash 0" in line]
+        assert [line.split()[0] for line in speeds] == ["causal", "causal", "documents", "documents"]
+        assert any(line.startswith("cudnn did not run (2 times, first causal forward T=32 D=16): No viable backend") for line in lines)
+        assert sum("form" in line and "unavailable" not in line for line in lines) == 8
+    elif script == "tune_attention":
+        assert any(line.startswith('    ("interpreted", 2, 64): (Launch(') for line in lines)
+    else:
+        assert sum("tokens_per_second" in line for line in lines) == 2
+
+
+# ---- tune_attention.py -----------------------------------------------------------------------------------------------
+
+A, B, C = Launch(64, 64, 4, 2), Launch(128, 64, 4, 3), Launch(128, 128, 8, 2)
+
+
+def test_the_launch_that_is_good_everywhere_is_chosen():
+    timings = {1024: {A: 1.0, B: 1.1, C: 1.5}, 4096: {A: 14.0, B: 11.0, C: 10.0}}
+    assert [launch for launch, _ in tune_attention.rank(timings)] == [B, A, C]
+    choice = tune_attention.choose(timings, present=C, compiled={})
+    assert (choice["best"], choice["second"], choice["present"]) == (B, A, C)
+    assert choice["second_behind"] == pytest.approx(math.sqrt(14 / 12.1) - 1, abs=1e-3)
+    assert choice["fastest_at"] == {1024: (A, 0.1), 4096: (C, 0.1)}
+    text = tune_attention.describe({"kernel": "forward", "dtype": "bfloat16", "D": 64, **choice})
+    assert "Launch(128, 64, 4, 3), the second Launch(64, 64, 4, 2) +7.6%" in text
+    assert "at T=1,024 Launch(64, 64, 4, 2) is faster: 10.0%" in text
+
+
+def test_launches_that_spill_are_told_but_not_chosen():
+    choice = tune_attention.choose({1024: {A: 1.0, B: 1.2}}, present=Launch(1, 1, 1, 1), compiled={A: {"spills": 8}, B: {"spills": 0}})
+    assert (choice["best"], choice["ahead_but_spills"], choice["present_behind"]) == (B, [A], None)
+
+
+def test_the_sweep_holds_what_kernel_notes_and_table_name():
+    forward, by_key = (tune_attention.candidates(kernel, "bfloat16") for kernel in ("forward", "key_value_gradient"))
+    assert {(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)} <= set(forward)
+    assert {(64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2)} <= set(by_key)
+    assert tune_attention.with_present([A, B], C) == [C, A, B]
+    assert tune_attention.with_present([A, B], B) == [A, B]
+
+
+# ---- train_speed.py --------------------------------------------------------------------------------------------------
+
+
+def test_rates_of_a_training_step():
+    row = {"flops_per_token": 1_000_000_000, "seconds": [0.1, 0.09, 0.12]}
+    assert train_speed.rates(row, 32_768, matmul_tflops=655.36, vendor=1000.0) == {
+        "tokens_per_second": 327_680,
+        "spread": 0.3,
+        "of_matmul": 0.5,
+        "mfu": 0.328,
+    }
+    assert train_speed.rates(row, 32_768, 655.36, train_speed.vendor_tflops("some GPU"))["mfu"] is None
+    assert train_speed.vendor_tflops("NVIDIA H200") == 989
+
+
+def test_flops_of_a_token_of_the_124m_model():
+    side = train_speed.Side(GPT(GPTConfig(), seed=None), lambda model, x, y: x, GPTConfig())
+    assert train_speed.flops_per_token(side) == pytest.approx(855e6, rel=1e-3)

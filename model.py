@@ -387,10 +387,12 @@ class GPT(nn.Module):
         """
         attend = self._causal_attention(ids)
         hidden = self._hidden(ids, self._positions(ids), lambda layer, qk, v: attend(qk, v))
-        logits = self._logits(hidden)
         if targets is None:
-            return logits
-        flat = logits.flatten(0, 1).float()
+            return self._logits(hidden)
+        if reduction != "none" and not label_smoothing and losses_in_chunks(hidden, self.config.vocab_size):
+            total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self._head_weight(), targets.flatten(), self.config.vocab_size)
+            return total if reduction == "sum" else total / (targets != IGNORED_TARGET).sum()
+        flat = self._logits(hidden).flatten(0, 1).float()
         loss = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing)
         return loss.view_as(targets) if reduction == "none" else loss
 
@@ -414,8 +416,10 @@ class GPT(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(…, C) → (…, V): the padded columns end here."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(hidden, weight)[..., : self.config.vocab_size]
+        return F.linear(hidden, self._head_weight())[..., : self.config.vocab_size]
+
+    def _head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
 
     def document_starts(self, ids: Tensor) -> Tensor:
         """(B, T) ids → (B, T) int64: where the document of each token starts. An EOS is the start of the document after it."""
@@ -516,6 +520,57 @@ class GPT(nn.Module):
                 raise ValueError(f"{name!r} has the shape {tuple(tensors[name].shape)}, this model has {tuple(target.shape)}")
             parameter.zero_()
             target.copy_(tensors[name])
+
+
+# ---- The loss of a large vocabulary ----------------------------------------------------------------------------------
+
+CHUNK_ROWS = 256  # tokens whose logits exist at a time
+SMALLEST_CHUNKED = 2**22  # logits; fewer stay near the caches anyway
+
+
+def losses_in_chunks(hidden: Tensor, vocab_size: int) -> bool:
+    """Whether ChunkedCrossEntropy pays: on CPUs, in training, for many logits. torch.compile fuses the plain loss by itself."""
+    wanted = hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return wanted and hidden.shape[:-1].numel() * vocab_size >= SMALLEST_CHUNKED
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """hidden (N, C), head weight (≥ V, C), targets (N,) int64 → sum of the counted targets' losses in nats.
+
+    The gradients are known as soon as the logits are, softmax − one-hot, so they are made on the way, chunk by chunk, in the
+    logits' own memory: never are there (N, V) numbers, let alone the three or four copies that a separate head, softmax and loss make.
+    F.linear_cross_entropy (torch 2.13) has the same aim, but was six times slower than the plain loss on a CPU (bench/NOTES.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        with torch.autocast("cpu", enabled=False):
+            narrow_hidden, narrow_weight = hidden.to(dtype), weight[:vocab_size].to(dtype)
+            total = widened(hidden.new_zeros(()))
+            for start in range(0, len(hidden), CHUNK_ROWS):
+                rows = slice(start, start + CHUNK_ROWS)
+                counts = (targets[rows] != IGNORED_TARGET)[:, None]
+                target = targets[rows, None].clamp(min=0)
+                logits = widened(narrow_hidden[rows] @ narrow_weight.mT)  # (CHUNK_ROWS, V)
+                of_target, largest = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
+                sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+                total += ((sums.log() + largest - of_target) * counts).sum()
+                d_logits = logits.mul_(counts / sums).scatter_add_(1, target, -counts.to(logits.dtype)).to(dtype)
+                d_hidden[rows] = d_logits @ narrow_weight
+                if dtype == weight.dtype:
+                    d_weight[:vocab_size].addmm_(d_logits.mT, narrow_hidden[rows])
+                else:
+                    d_weight[:vocab_size] += d_logits.mT @ narrow_hidden[rows]
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grad, d_weight * grad, None, None
 
 
 # ---- The key/value cache ---------------------------------------------------------------------------------------------

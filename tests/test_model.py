@@ -318,3 +318,34 @@ def test_weights_of_narrow_activations_keep_their_dtype():
         loss = GPT(MODERN)(ids_with_documents(2, 16), ids_with_documents(2, 16))
     assert loss.dtype == torch.float32
     assert math.isfinite(loss.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_loss_in_chunks_equals_the_plain_one(dtype, reduction, monkeypatch):
+    """Loss and gradients, with targets that do not count, a padded vocabulary and a last chunk that is not full."""
+    config = dataclasses.replace(TINY, vocab_size=1100, eos_id=EOS)
+    model = GPT(config).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    ids, targets = (torch.randint(0, 1100, (3, 16), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    targets[0, :5] = IGNORED_TARGET
+    results = []
+    for smallest in (2**62, 1):
+        monkeypatch.setattr(model_module, "SMALLEST_CHUNKED", smallest)
+        monkeypatch.setattr(model_module, "CHUNK_ROWS", 20)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(ids, targets, reduction=reduction)
+        (3 * loss).backward()
+        results.append([loss.detach().double(), *(parameter.grad.double() for parameter in model.parameters())])
+        model.zero_grad(set_to_none=True)
+        assert not model.embed.weight[1100:].any()
+    for plain, chunked in zip(*results, strict=True):
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+        assert (chunked - plain).norm() <= tolerance * plain.norm()
+
+
+def test_evaluation_never_makes_gradients_in_chunks(monkeypatch):
+    monkeypatch.setattr(model_module, "SMALLEST_CHUNKED", 1)
+    monkeypatch.setattr(model_module.ChunkedCrossEntropy, "apply", None)
+    ids = ids_with_documents(2, 16)
+    with torch.no_grad():
+        GPT(TINY)(ids, ids, reduction="sum")

@@ -339,7 +339,7 @@ def test_the_loss_in_chunks_equals_the_plain_one(dtype, reduction, monkeypatch):
         model.zero_grad(set_to_none=True)
         assert not model.embed.weight[1100:].any()
     for plain, chunked in zip(*results, strict=True):
-        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # the plain loss is in float32 at best
         assert (chunked - plain).norm() <= tolerance * plain.norm()
 
 

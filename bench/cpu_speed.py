@@ -1,0 +1,182 @@
+"""Whole training steps on a CPU beside nanoGPT: equal shapes, equal tokens, in turns.
+
+    python bench/cpu_speed.py --peer=PATH_TO_NANOGPT [--settings=small,baby,124m] [--rounds=N] [--dtype=auto|float32|bfloat16]
+
+small: nanoGPT's documented CPU setting for tinyshakespeare. baby: its GPU setting for the same text, with dropout 0.2; ours drops on
+embeddings and residual branches, never attention weights, so the two do not compute the same there: the val losses that belong to
+such speeds come from whole trainings. 124m: GPT-2's shape, 4 rows of 256 tokens. Random ids; forward, backward, clipping and update
+of each side as its own training does them, ours with the allocator settings, micro-batch and dtype that train.py would choose. Each side
+has a process of its own, since those settings hold for a whole process; only one of the two works at a time. Prints tokens/s (medians and bests) and the ratios, and writes them to bench/results/ with the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
+
+import torch  # noqa: E402
+
+from bench.hardware import Stopwatch, commit_of, hardware, write_results  # noqa: E402
+from bench.peer import import_model, rotated  # noqa: E402
+from errors import UserError, run_script  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from training.hardware import Hardware, HardwareOptions, choose_hardware, choose_micro_batch, tune_allocator  # noqa: E402
+from training.optim import OptimizerOptions, make_optimizer  # noqa: E402
+
+
+class Setting(NamedTuple):
+    shape: dict[str, Any]
+    rows: int
+    steps: int  # of a block
+    rounds: int
+
+
+SETTINGS = {
+    "small": Setting(
+        {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65, "bias": False, "dropout": 0.0}, 12, 20, 15
+    ),
+    "baby": Setting(
+        {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65, "bias": False, "dropout": 0.2}, 64, 1, 4
+    ),
+    "124m": Setting(
+        {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 256, "vocab_size": 50_304, "bias": True, "dropout": 0.0}, 4, 1, 6
+    ),
+}
+Step = Callable[[], object]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--peer", type=Path, required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--settings", default=",".join(SETTINGS))
+    parser.add_argument("--rounds", type=int, help="blocks of each side; a number for each setting without it")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="ours; the peer's is float32")
+    parser.add_argument("--worker", choices=("nanogpt", "sprout"), help=argparse.SUPPRESS)  # a side's own process: see run_worker
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
+    arguments = parser.parse_args(argv)
+    names = arguments.settings.split(",")
+    if unknown := [name for name in names if name not in SETTINGS]:
+        raise UserError(f"--settings={arguments.settings}: unknown {unknown[0]!r}; expected {', '.join(SETTINGS)}")
+    peer = import_model(arguments.peer)
+    if arguments.worker == "sprout":
+        tune_allocator()
+    chosen = choose_hardware(HardwareOptions(device="cpu", dtype=arguments.dtype))
+    if arguments.worker is not None:
+        setting = SETTINGS[names[0]]
+        run_worker(peer_step(peer, setting) if arguments.worker == "nanogpt" else our_step(setting, chosen), setting.steps)
+        return 0
+    figures: dict[str, Any] = {"hardware": hardware(), "sprout": commit_of(ROOT), "peer": commit_of(arguments.peer)}
+    figures |= {"dtype": chosen.dtype_name}
+    for name in names:
+        figures[name] = measure(name, arguments)
+    print(f"written: {write_results('cpu_speed', figures, arguments.results)}")
+    return 0
+
+
+def run_worker(step: Step, steps: int) -> None:
+    """A block of steps, after one that does not count, for every line that comes in; its seconds go out."""
+    step()
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        print(time.perf_counter() - started, flush=True)
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Blocks of each side in turns → tokens/s of every block, medians and ratios."""
+    setting = SETTINGS[name]
+    tokens = setting.rows * setting.shape["block_size"] * setting.steps
+    command = [sys.executable, __file__, f"--peer={arguments.peer}", f"--settings={name}", f"--dtype={arguments.dtype}"]
+    sides = ("nanogpt", "sprout")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    with Stopwatch() as watch, ExitStack() as stack:
+        workers = {side: stack.enter_context(subprocess.Popen([*command, f"--worker={side}"], **pipes)) for side in sides}
+
+        def block(side: str) -> float:
+            worker = workers[side]
+            print(file=worker.stdin, flush=True)
+            return tokens / float(worker.stdout.readline())
+
+        for side in sides:
+            block(side)
+        for number in range(arguments.rounds or setting.rounds):
+            for side in rotated(list(sides), number):
+                rates[side].append(block(side))
+        for worker in workers.values():
+            worker.stdin.close()
+    ours, theirs = rates["sprout"], rates["nanogpt"]
+    ratios = {
+        "of_medians": statistics.median(ours) / statistics.median(theirs),
+        "of_bests": max(ours) / max(theirs),
+        "median_of_rounds": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+    }
+    print(
+        f"{name:6} tokens/s: nanoGPT {statistics.median(theirs):,.0f} (best {max(theirs):,.0f}), Sprout {statistics.median(ours):,.0f}"
+        f" (best {max(ours):,.0f}); ratios {', '.join(f'{key} {value:.2f}' for key, value in ratios.items())}; {watch.measured}",
+        flush=True,
+    )
+    return {"tokens_per_second": rates, "ratios": ratios, "machine": watch.measured}
+
+
+def batch(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, min(setting.shape["vocab_size"], 50_257), (setting.rows, setting.shape["block_size"] + 1))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def peer_step(peer: ModuleType, setting: Setting) -> Step:
+    with contextlib.redirect_stdout(io.StringIO()):  # its report of what it built
+        model = peer.GPT(peer.GPTConfig(**setting.shape)).train()
+        optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.99), device_type="cpu")
+    x, y = batch(setting)
+
+    def step() -> float:
+        _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.item())
+
+    return step
+
+
+def our_step(setting: Setting, chosen: Hardware) -> Step:
+    config = GPTConfig(**setting.shape, eos_id=None)
+    model = GPT(config).train()
+    optimizer = make_optimizer(model, OptimizerOptions(learning_rate=1e-4))
+    x, y = batch(setting)
+    auto: Literal["auto"] = "auto"
+    size = choose_micro_batch(auto, x.numel(), config, chosen).value
+
+    def step() -> float:
+        total = 0.0
+        for rows in range(0, setting.rows, size):
+            with chosen.autocast():
+                loss = model(x[rows : rows + size], y[rows : rows + size], reduction="sum") / y.numel()
+            loss.backward()
+            total += float(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return step
+
+
+if __name__ == "__main__":
+    run_script(main)

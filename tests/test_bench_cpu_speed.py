@@ -1,0 +1,42 @@
+"""bench/cpu_speed.py as a user starts it, with a model of nanoGPT's interface in place of nanoGPT."""
+
+import json
+
+import pytest
+
+from bench import cpu_speed
+from errors import UserError
+
+PEER = '''
+import torch
+from types import SimpleNamespace
+GPTConfig = SimpleNamespace
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+    def forward(self, x, y):
+        logits = self.table(x)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters())
+'''
+
+
+def test_both_sides_work_in_turns_and_the_ratio_is_written(tmp_path, capsys):
+    (tmp_path / "a peer").mkdir()
+    (tmp_path / "a peer" / "model.py").write_text(PEER)
+    arguments = [f"--peer={tmp_path / 'a peer'}", "--settings=small", "--rounds=2", f"--results={tmp_path}", "--dtype=float32"]
+    assert cpu_speed.main(arguments) == 0
+    figures = json.loads(next(tmp_path.glob("*-cpu_speed.json")).read_text())
+    rates = figures["small"]["tokens_per_second"]
+    assert [len(rates[side]) for side in ("nanogpt", "sprout")] == [2, 2]
+    assert min(rates["nanogpt"]) > 0
+    assert "ratios of_medians" in capsys.readouterr().out
+
+
+def test_wrong_settings_and_a_missing_peer_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="unknown 'large'; expected small, baby, 124m"):
+        cpu_speed.main([f"--peer={tmp_path}", "--settings=large"])
+    with pytest.raises(UserError, match=r"no model\.py there"):
+        cpu_speed.main([f"--peer={tmp_path}"])

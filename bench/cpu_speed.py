@@ -5,8 +5,9 @@
 small: nanoGPT's documented CPU setting for tinyshakespeare. baby: its GPU setting for the same text, with dropout 0.2; ours drops on
 embeddings and residual branches, never attention weights, so the two do not compute the same there: the val losses that belong to
 such speeds come from whole trainings. 124m: GPT-2's shape, 4 rows of 256 tokens. Random ids; forward, backward, clipping and update
-of each side as its own training does them, ours with the allocator settings, micro-batch and dtype that train.py would choose. Each side
-has a process of its own, since those settings hold for a whole process; only one of the two works at a time. Prints tokens/s (medians and bests) and the ratios, and writes them to bench/results/ with the machine.
+of each side as its own training does them, ours with the allocator settings, micro-batch and dtype that train.py would choose. Each
+side has a process of its own, since those settings hold for a whole process; only one of the two works at a time. Prints tokens/s
+(medians and bests) and the ratios, and writes them to bench/results/ with the machine.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ VARIANTS = {
     "untied relu2": dataclasses.replace(TINY, tie_embeddings=False, mlp="relu2", n_hidden=48),
     "window": dataclasses.replace(MODERN, sliding_window=5),
     "documents": dataclasses.replace(TINY, document_mask=True),
+    "n-grams": dataclasses.replace(MODERN, max_ngram=3, ngram_rows=50, document_mask=True, logit_soft_cap=3.0, tie_embeddings=False),
     "window and documents": dataclasses.replace(MODERN, n_kv_head=1, sliding_window=5, document_mask=True),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -47,6 +48,14 @@ def ids_with_documents(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     ids[torch.rand(ids.shape, generator=generator) < 0.15] = EOS
     ids[:, 0] = EOS
     return ids
+
+
+def full_of_numbers(config: GPTConfig) -> GPT:
+    """A model in float64 whose tables of n-grams hold something, as they do after training."""
+    model = GPT(config).double().eval()
+    for table in model.ngrams:
+        torch.nn.init.normal_(table.weight, std=0.02)
+    return model
 
 
 def sensitivity(model: GPT, ids: torch.Tensor) -> torch.Tensor:
@@ -147,9 +156,10 @@ def test_the_ways_to_attend_agree_with_float64(dtype, length, kv_heads, monkeypa
         assert error <= 1.5 * allowed + 4 * torch.finfo(dtype).eps * true.abs().max()
 
 
+@pytest.mark.parametrize("max_ngram", [1, 4])
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
-def test_document_mask_makes_a_document_independent_of_its_predecessors(positions):
-    model = GPT(dataclasses.replace(MODERN, positions=positions, document_mask=True)).double()
+def test_document_mask_makes_a_document_independent_of_its_predecessors(positions, max_ngram):
+    model = full_of_numbers(dataclasses.replace(MODERN, positions=positions, document_mask=True, max_ngram=max_ngram))
     document = torch.tensor([EOS, 5, 6, 7, 8, 9, EOS])
     losses = []
     for before in ([], [EOS], [EOS, 1, 2, 3], [4, 4, EOS, 17, 2, 3, 30]):
@@ -162,7 +172,7 @@ def test_document_mask_makes_a_document_independent_of_its_predecessors(position
 @every_variant
 def test_cached_logits_equal_those_of_the_full_forward(variant):
     """Rows of unequal prompts, a dropped row, and a row that is prefilled anew in the middle."""
-    model = GPT(variant).double().eval()
+    model = full_of_numbers(variant)
     ids = ids_with_documents(3, 16)
     full, every = model(ids), torch.arange(3)
     cache = KVCache(variant, 3, dtype=torch.float64)
@@ -180,6 +190,21 @@ def test_cached_logits_equal_those_of_the_full_forward(variant):
     cache.keep([1])
     at = cache.lengths.clone()
     torch.testing.assert_close(model.decode(ids[1, at], cache), full[1, at], atol=1e-12, rtol=0)
+
+
+def test_a_token_is_embedded_with_the_ngrams_that_end_with_it():
+    """Equal n-grams have equal rows wherever they stand, others hardly ever the same; the first tokens have shorter ones only."""
+    model = full_of_numbers(dataclasses.replace(TINY, max_ngram=3, ngram_rows=10_000))
+    ids = torch.tensor([[1, 2, 3, 9, 2, 3, 1, 2, 3, 2, 1]])
+    added = model._embed_ngrams(ids, None, None)[0]  # (T, C)
+    assert torch.equal(added[2], added[8])  # 1 2 3
+    assert not torch.equal(added[5], added[8])  # 9 2 3
+    different = {tuple(row.tolist()) for row in added}
+    assert len(different) == len(added) - 1
+    cut = model._embed_ngrams(ids[:, 1:], None, None)
+    assert torch.equal(cut, model._embed_ngrams(ids[:, 1:], None, ids[:, :2]))  # positions start at 0: what lies before counts for nothing
+    decoded = model._embed_ngrams(ids[:, 8:9], torch.tensor([[8]]), ids[:, 6:8])
+    assert torch.equal(decoded[0, 0], added[8])
 
 
 def test_padded_rows_never_matter():

@@ -69,9 +69,9 @@ class GPTConfig:
     logit_soft_cap: Annotated[float, "0 < x"] | None = _fixed(None)
     """Logits are bent into ±this by cap * tanh(logits / cap) (Gemma 2); none: they are not."""
     max_ngram: Annotated[int, "1 <= x"] = _fixed(1)
-    """Add to a token's embedding those of the n-grams that end with it, n = 2 to this, from a hashed table each; 1: none."""
+    """Add to a token's embedding those of the n-grams that end with it, n = 2 to this, from a hashed table; 1: none."""
     ngram_rows: Annotated[int, "1 <= x"] = _fixed(16_384)
-    """Rows of each table of n-grams; n-grams that share one by chance are not told apart."""
+    """Rows of the table of n-grams; those that share one by chance are not told apart."""
     sliding_window: Annotated[int, "1 <= x"] | None = _fixed(None)
     """Each token sees itself and the tokens before it, this many in all; none: the whole context."""
     document_mask: bool = _fixed(False)
@@ -325,7 +325,7 @@ class GPT(nn.Module):
         self.config = config
         V, C = config.padded_vocab_size, config.n_embd
         self.embed = Embedding(V, C)
-        self.ngrams = nn.ModuleList(Embedding(config.ngram_rows, C) for _ in range(1, config.max_ngram))
+        self.ngrams = Embedding(config.ngram_rows, C) if config.max_ngram > 1 else None
         self.position = Embedding(config.block_size, C) if config.positions == "learned" else None
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -392,8 +392,8 @@ class GPT(nn.Module):
         """ids (B, T), positions (B, T) or None for 0…T−1, before (B, max_ngram − 1) or None: the ids ahead of these where there are
         any → the final hidden states (B, T, C)."""
         x = self.embed(ids)
-        if self.config.max_ngram > 1:
-            x = x + self._embed_ngrams(ids, positions, before)
+        if self.ngrams is not None:
+            x = x + self.ngrams(self._ngram_rows(ids, positions, before)).sum(dim=-2)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.n_embd)
         rows = slice(0, ids.shape[1]) if positions is None else positions
@@ -409,22 +409,21 @@ class GPT(nn.Module):
             x = block(x, rotation, attend)
         return self.final_norm(x)
 
-    def _embed_ngrams(self, ids: Tensor, positions: Tensor | None, before: Tensor | None) -> Tensor:
-        """What `_hidden` takes → (B, T, C), the sum of the embeddings of the 2-, 3-, … grams that end with each token.
+    def _ngram_rows(self, ids: Tensor, positions: Tensor | None, before: Tensor | None) -> Tensor:
+        """What `_hidden` takes → (B, T, max_ngram − 1): the rows of the table for the 2-, 3-, … grams that end with each token.
 
-        Short sequences of characters or tokens are so frequent that a table learns them sooner than attention does (hash n-gram
-        embeddings: Pagnoni et al. 2024, Byte Latent Transformer, 3.2.1; Huang et al. 2025, Over-Tokenized Transformer).
+        Short sequences are so frequent that a table learns them sooner than attention does (hash n-gram embeddings: Pagnoni et al.
+        2024, Byte Latent Transformer, 3.2.1; Huang et al. 2025, Over-Tokenized Transformer).
         """
-        T, longest = ids.shape[1], len(self.ngrams)
+        T, most = ids.shape[1], self.config.max_ngram - 1
         if positions is None:
             positions = torch.arange(T, device=ids.device)
-        ids_so_far = F.pad(ids, (longest, 0)) if before is None else torch.cat((before, ids), dim=1)  # (B, max_ngram − 1 + T)
-        key, total = ids + 1, torch.zeros((), device=ids.device)
-        for back, table in enumerate(self.ngrams, start=1):
-            earlier = ids_so_far[:, longest - back : longest - back + T] + 1
-            key = (key * 1_000_003 + earlier * (positions >= back)) % (2**31 - 1)  # 0 stands for what lies before the document
-            total = total + table(key % self.config.ngram_rows)
-        return total
+        so_far = F.pad(ids, (most, 0)) if before is None else torch.cat((before, ids), dim=1)  # (B, max_ngram − 1 + T)
+        keys = [ids + 1]  # 0 stands for what lies before the document
+        for back in range(1, most + 1):
+            earlier = (so_far[:, most - back : most - back + T] + 1) * (positions >= back)
+            keys.append((keys[-1] * 1_000_003 + earlier) % (2**31 - 1))
+        return torch.stack(keys[1:], dim=-1) % self.config.ngram_rows
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(…, C) → (…, V): the padded columns end here."""

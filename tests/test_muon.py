@@ -63,7 +63,7 @@ def test_each_packed_matrix_gets_an_orthogonal_update_of_adamw_s_size(variant):
 
 def test_a_muon_step_is_nesterov_s_on_the_second_step_too():
     """Against the same written down plainly for one matrix, with weight decay and a learning rate of its own."""
-    options = dataclasses.replace(PLAIN, muon_learning_rate=0.03, muon_momentum=0.9, weight_decay=0.1)
+    options = dataclasses.replace(PLAIN, muon_learning_rate=0.03, muon_momentum=0.9, muon_steps=4, weight_decay=0.1)
     model, ids = GPT(TINY), ids_with_documents(4, 17)
     optimizer, weight = make_optimizer(model, options), model.blocks[1].mlp.up.weight
     expected, memory = weight.detach().clone(), torch.zeros_like(weight)
@@ -73,7 +73,7 @@ def test_a_muon_step_is_nesterov_s_on_the_second_step_too():
             group["lr"] = 0.01 * group["scale"]
         model(ids[:, :-1], ids[:, 1:]).backward()
         memory = 0.9 * memory + 0.1 * weight.grad
-        direction = orthogonalize((0.9 * memory + 0.1 * weight.grad).mT[None])[0].mT  # (128, 32) is tall
+        direction = orthogonalize((0.9 * memory + 0.1 * weight.grad).mT[None], steps=4)[0].mT  # (128, 32) is tall
         expected = expected * (1 - 0.03 * 0.1) - 0.03 * 0.2 * math.sqrt(128) * direction
         optimizer.step()
         optimizer.zero_grad()

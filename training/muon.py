@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
     matrices: (weight, rows): a weight (ΣR, C) and how many rows each matrix in it has, since a packed projection is several
     matrices. An update's root mean square is that of AdamW's, about 0.2 of the learning rate, whatever the shape (Liu et al. 2025,
-    "Muon is scalable", 2.2), so both may share a learning rate and a weight decay. dtype: of the products.
+    "Muon is scalable", 2.2), so both may share a learning rate and a weight decay. steps, dtype: of orthogonalize.
     """
 
     def __init__(
@@ -47,12 +47,13 @@ class Muon(torch.optim.Optimizer):
         rest: torch.optim.AdamW,
         *,
         momentum: float,
+        steps: int,
         dtype: torch.dtype,
         **group: Any,
     ) -> None:
         super().__init__([{"params": [weight for weight, _ in matrices], **group}], {})
         self.rows = [list(rows) for _, rows in matrices]
-        self.rest, self.momentum, self.dtype = rest, momentum, dtype
+        self.rest, self.momentum, self.steps, self.dtype = rest, momentum, steps, dtype
         rest.state = self.state
         self.param_groups += rest.param_groups
 
@@ -73,7 +74,7 @@ class Muon(torch.optim.Optimizer):
                     part, direction = part.mT, direction.mT
                 by_shape[part.shape[0], part.shape[1]].append((part, direction))
         for (_, longer), pairs in by_shape.items():
-            orthogonal = orthogonalize(torch.stack([direction for _, direction in pairs]), self.dtype)
+            orthogonal = orthogonalize(torch.stack([direction for _, direction in pairs]), self.dtype, self.steps)
             scale = 0.2 * math.sqrt(longer)  # the root mean square of orthogonal rows is 1 / √longer
             for (part, _), direction in zip(pairs, orthogonal, strict=True):
                 part.add_(direction, alpha=-group["lr"] * scale)

@@ -21,6 +21,8 @@ class OptimizerOptions:
     """Peak step size of Muon's matrices, in AdamW's unit; none: learning_rate. The schedule scales both alike."""
     muon_momentum: Annotated[float, "0 <= x < 1"] = 0.95
     """Muon's memory of the gradient."""
+    muon_steps: Annotated[int, "1 <= x"] = 5
+    """Newton–Schulz steps that orthogonalise an update; 3 cost less and lost nothing in the small models measured."""
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
     """After the warm-up: cosine or linear to the minimum; wsd: stay, then decay linearly; the 2017 paper's; stay."""
     warmup_steps: Annotated[int, "0 <= x"] = 100
@@ -109,9 +111,16 @@ def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = t
     adamw = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.adam_eps, fused=True)
     if options.optimizer == "adamw":
         return adamw
-    common["scale"] = options.muon_scale
-    products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return Muon(matrices, adamw, momentum=options.muon_momentum, dtype=products, weight_decay=options.weight_decay, **common)
+    return Muon(
+        matrices,
+        adamw,
+        momentum=options.muon_momentum,
+        steps=options.muon_steps,
+        dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        weight_decay=options.weight_decay,
+        lr=options.learning_rate,
+        scale=options.muon_scale,
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: GPT) -> dict[str, torch.Tensor]:

@@ -66,8 +66,6 @@ class GPTConfig:
     """Multiply token embeddings by the square root of n_embd (the 2017 paper)."""
     zero_init: bool = _fixed(False)
     """The matrices that end a residual branch, and an untied head, start at 0: each block as the identity, the first guess uniform."""
-    logit_soft_cap: Annotated[float, "0 < x"] | None = _fixed(None)
-    """Logits are bent into ±this by cap * tanh(logits / cap) (Gemma 2); none: they are not."""
     max_ngram: Annotated[int, "1 <= x"] = _fixed(1)
     """Add to a token's embedding those of the n-grams that end with it, n = 2 to this, from a hashed table; 1: none."""
     ngram_rows: Annotated[int, "1 <= x"] = _fixed(16_384)
@@ -428,9 +426,7 @@ class GPT(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         """(…, C) → (…, V): the padded columns end here."""
         weight = self.embed.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight)[..., : self.config.vocab_size]
-        cap = self.config.logit_soft_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return F.linear(hidden, weight)[..., : self.config.vocab_size]
 
     def document_starts(self, ids: Tensor) -> Tensor:
         """(B, T) ids → (B, T) int64: where the document of each token starts. An EOS is the start of the document after it."""
@@ -497,15 +493,6 @@ class GPT(nn.Module):
         return self._logits(hidden[:, 0])
 
     # -- weights in and out
-
-    def hidden_matrices(self) -> list[tuple[nn.Parameter, list[int]]]:
-        """The matrices inside the blocks as (weight, rows of each matrix that is packed in it), for optimizers that tell them apart."""
-        config = self.config
-        packed = {"qkv": [rows * config.head_size for rows in (config.n_head, config.kv_heads, config.kv_heads)]}
-        if config.mlp == "swiglu":
-            packed["up"] = [config.hidden_size] * 2
-        named = [(name.split(".")[-2], p) for name, p in self.blocks.named_parameters() if p.dim() == 2]
-        return [(weight, packed.get(name, [len(weight)])) for name, weight in named]
 
     def _vocabulary_matrices(self) -> list[Tensor]:
         return [self.embed.weight] if self.head is None else [self.embed.weight, self.head.weight]

@@ -18,7 +18,7 @@ max_ngram = 5
 ngram_rows = 2**16
 
 tokens_per_step = 6 * 128
-max_steps = 1000
+max_steps = 800
 optimizer = "muon"
 muon_steps = 3
 learning_rate = 3e-3

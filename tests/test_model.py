@@ -35,7 +35,7 @@ VARIANTS = {
     "untied relu2": dataclasses.replace(TINY, tie_embeddings=False, mlp="relu2", n_hidden=48),
     "window": dataclasses.replace(MODERN, sliding_window=5),
     "documents": dataclasses.replace(TINY, document_mask=True),
-    "n-grams": dataclasses.replace(MODERN, max_ngram=3, ngram_rows=50, document_mask=True, logit_soft_cap=3.0, tie_embeddings=False),
+    "n-grams": dataclasses.replace(MODERN, max_ngram=3, ngram_rows=50, document_mask=True, tie_embeddings=False),
     "window and documents": dataclasses.replace(MODERN, n_kv_head=1, sliding_window=5, document_mask=True),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -237,6 +237,13 @@ def test_initial_weights_follow_the_table():
     again, other = GPT(TINY, seed=3).export_state(), GPT(TINY, seed=3).export_state()
     assert all(torch.equal(again[name], other[name]) for name in again)
     assert not torch.equal(again["embed.weight"], GPT(TINY, seed=4).export_state()["embed.weight"])
+
+
+def test_zero_init_makes_every_block_the_identity_and_the_first_guess_uniform():
+    model, ids = GPT(dataclasses.replace(TINY, zero_init=True, n_layer=4)), ids_with_documents(2, 16)
+    assert torch.equal(model(ids), GPT(dataclasses.replace(TINY, zero_init=True, n_layer=1))(ids))
+    untied = GPT(dataclasses.replace(TINY, zero_init=True, tie_embeddings=False))
+    assert untied(ids, ids).item() == pytest.approx(math.log(EOS + 1), abs=1e-6)
 
 
 def test_import_refuses_what_does_not_fit():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: the steepest at 0 that keeps every singular value in about 0.7 … 1.2
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: steep at 0, and five steps bring singular values to about 0.7 … 1.2
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
@@ -36,14 +36,15 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
 class Muon(torch.optim.Optimizer):
     """Muon for `matrices`, and `rest`, an AdamW for everything else, behind one interface with one state and one list of groups.
 
-    matrices: (weight, rows): a weight (ΣR, C) and how many rows each matrix in it has, since a packed projection is several
-    matrices. An update's root mean square is that of AdamW's, about 0.2 of the learning rate, whatever the shape (Liu et al. 2025,
-    "Muon is scalable", 2.2), so both may share a learning rate and a weight decay. steps, dtype: of orthogonalize.
+    An update's root mean square is that of AdamW's, about 0.2 of the learning rate, whatever the shape (Liu et al. 2025, "Muon is
+    scalable", 2.2), so both may share a learning rate and a weight decay. Its spectral norm then grows with √width, so the learning
+    rate should fall with it: 3e-3 was best at 128 channels (bench/NOTES.md), which makes 2.4e-3 at 192 and 1.2e-3 at 768; wider than
+    192 was not measured. A packed projection (qkv, swiglu's up) counts as one matrix. steps, dtype: of orthogonalize.
     """
 
     def __init__(
         self,
-        matrices: Sequence[tuple[nn.Parameter, Sequence[int]]],
+        matrices: Sequence[nn.Parameter],
         rest: torch.optim.AdamW,
         *,
         momentum: float,
@@ -51,8 +52,7 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype,
         **group: Any,
     ) -> None:
-        super().__init__([{"params": [weight for weight, _ in matrices], **group}], {})
-        self.rows = [list(rows) for _, rows in matrices]
+        super().__init__([{"params": matrices, **group}], {})
         self.rest, self.momentum, self.steps, self.dtype = rest, momentum, steps, dtype
         rest.state = self.state
         self.param_groups += rest.param_groups
@@ -61,20 +61,19 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         self.rest.step()
         group = self.param_groups[0]
-        weights = group["params"]
-        gradients = [weight.grad for weight in weights]
-        memories = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in weights]
+        matrices = group["params"]
+        gradients = [matrix.grad for matrix in matrices]
+        memories = [self.state[matrix].setdefault("momentum", torch.zeros_like(matrix)) for matrix in matrices]
         torch._foreach_lerp_(memories, gradients, 1 - self.momentum)
         updates = torch._foreach_lerp(gradients, memories, self.momentum)  # Nesterov: one step ahead of the memory
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         by_shape = defaultdict[tuple[int, int], list[tuple[Tensor, Tensor]]](list)
-        for weight, update, rows in zip(weights, updates, self.rows, strict=True):
-            for part, direction in zip(weight.split(rows), update.split(rows), strict=True):
-                if part.shape[0] > part.shape[1]:  # lying, its products are smaller
-                    part, direction = part.mT, direction.mT
-                by_shape[part.shape[0], part.shape[1]].append((part, direction))
+        for matrix, update in zip(matrices, updates, strict=True):
+            if matrix.shape[0] > matrix.shape[1]:  # lying, its products are smaller
+                matrix, update = matrix.mT, update.mT
+            by_shape[matrix.shape[0], matrix.shape[1]].append((matrix, update))
         for (_, longer), pairs in by_shape.items():
-            orthogonal = orthogonalize(torch.stack([direction for _, direction in pairs]), self.dtype, self.steps)
+            directions = orthogonalize(torch.stack([update for _, update in pairs]), self.dtype, self.steps)
             scale = 0.2 * math.sqrt(longer)  # the root mean square of orthogonal rows is 1 / √longer
-            for (part, _), direction in zip(pairs, orthogonal, strict=True):
-                part.add_(direction, alpha=-group["lr"] * scale)
+            for (matrix, _), direction in zip(pairs, directions, strict=True):
+                matrix.add_(direction, alpha=-group["lr"] * scale)

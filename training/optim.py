@@ -98,8 +98,8 @@ def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = t
 
     A group's "scale" is its learning rate as a multiple of options.learning_rate. dtype: what the device multiplies fastest.
     """
-    matrices = model.hidden_matrices() if options.optimizer == "muon" else []
-    taken = {id(weight) for weight, _ in matrices}
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if options.optimizer == "muon" else []
+    taken = {id(matrix) for matrix in matrices}
     parameters = [p for p in model.parameters() if id(p) not in taken]
     common = {"lr": options.learning_rate, "scale": 1.0}
     groups = [

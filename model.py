@@ -488,7 +488,8 @@ class GPT(nn.Module):
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return cached_attention(q, *cache.append(layer, k, v), mask)
 
-        hidden = self._hidden(ids[:, None], positions[:, None], attend, cache.newest_ids(self.config.max_ngram - 1))
+        before = None if self.ngrams is None else cache.newest_ids(self.config.max_ngram - 1)
+        hidden = self._hidden(ids[:, None], positions[:, None], attend, before)
         cache.advance(ids)
         return self._logits(hidden[:, 0])
 

@@ -70,6 +70,12 @@ class GPTConfig:
     """Use the token embedding as the output head too."""
     scale_embeddings: bool = _fixed(False)
     """Multiply token embeddings by the square root of n_embd (the 2017 paper)."""
+    zero_init: bool = _fixed(False)
+    """The matrices that end a residual branch, and an untied head, start at 0: each block as the identity, the first guess uniform."""
+    max_ngram: Annotated[int, "1 <= x"] = _fixed(1)
+    """Add to a token's embedding those of the n-grams that end with it, n = 2 to this, from a hashed table; 1: none."""
+    ngram_rows: Annotated[int, "1 <= x"] = _fixed(16_384)
+    """Rows of the table of n-grams; those that share one by chance are not told apart."""
     sliding_window: Annotated[int, "1 <= x"] | None = _fixed(None)
     """Each token sees itself and the tokens before it, this many in all; none: the whole context."""
     document_mask: bool = _fixed(False)
@@ -336,6 +342,7 @@ class GPT(nn.Module):
         self.config, self.attention = config, attention
         V, C = config.padded_vocab_size, config.n_embd
         self.embed = Embedding(V, C)
+        self.ngrams = Embedding(config.ngram_rows, C) if config.max_ngram > 1 else None
         self.position = Embedding(config.block_size, C) if config.positions == "learned" else None
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -357,19 +364,23 @@ class GPT(nn.Module):
         | parameters                                    | drawn from                                                      |
         |-----------------------------------------------|-----------------------------------------------------------------|
         | embed, position, head, attn.qkv, mlp.up       | normal, standard deviation 0.02                                 |
-        | attn.proj, mlp.down (a residual branch's end) | normal, 0.02 / √(2 · n_layer): the sum of branches does not grow with depth |
+        | attn.proj, mlp.down (a residual branch's end) | normal, 0.02 / √(2 · n_layer): the sum of branches does not grow with depth;
+        |                                               | with zero_init 0, and so is an untied head                      |
+        | ngrams                                        | 0: a row that was never seen says nothing                       |
         | norms' weights; every bias                    | 1; 0                                                            |
         | rows that pad the vocabulary                  | 0, and they stay 0: no gradient reaches them                    |
         """
         generator = torch.Generator().manual_seed(seed)
         branch_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        branch_ends = ("attn.proj.weight", "mlp.down.weight")
+        zeros = ("bias", *branch_ends, "head.weight") if self.config.zero_init else ("bias",)
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(zeros) or name.startswith("ngrams"):
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1.0)
             else:
-                std = branch_std if name.endswith(("attn.proj.weight", "mlp.down.weight")) else 0.02
+                std = branch_std if name.endswith(branch_ends) else 0.02
                 parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
         for vocabulary in self._vocabulary_matrices():
             vocabulary[self.config.vocab_size :] = 0.0
@@ -396,9 +407,12 @@ class GPT(nn.Module):
         loss = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing)
         return loss.view_as(targets) if reduction == "none" else loss
 
-    def _hidden(self, ids: Tensor, positions: Tensor | None, attend: Attend) -> Tensor:
-        """ids (B, T), positions (B, T) or None for 0…T−1 → the final hidden states (B, T, C)."""
+    def _hidden(self, ids: Tensor, positions: Tensor | None, attend: Attend, before: Tensor | None = None) -> Tensor:
+        """ids (B, T), positions (B, T) or None for 0…T−1, before (B, max_ngram − 1) or None: the ids ahead of these where there are
+        any → the final hidden states (B, T, C)."""
         x = self.embed(ids)
+        if self.ngrams is not None:
+            x = x + self.ngrams(self._ngram_rows(ids, positions, before)).sum(dim=-2)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.n_embd)
         rows = slice(0, ids.shape[1]) if positions is None else positions
@@ -413,6 +427,22 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, rotation, attend)
         return self.final_norm(x)
+
+    def _ngram_rows(self, ids: Tensor, positions: Tensor | None, before: Tensor | None) -> Tensor:
+        """What `_hidden` takes → (B, T, max_ngram − 1): the rows of the table for the 2-, 3-, … grams that end with each token.
+
+        Short sequences are so frequent that a table learns them sooner than attention does (hash n-gram embeddings: Pagnoni et al.
+        2024, Byte Latent Transformer, 3.2.1; Huang et al. 2025, Over-Tokenized Transformer).
+        """
+        T, most = ids.shape[1], self.config.max_ngram - 1
+        if positions is None:
+            positions = torch.arange(T, device=ids.device)
+        so_far = F.pad(ids, (most, 0)) if before is None else torch.cat((before, ids), dim=1)  # (B, max_ngram − 1 + T)
+        keys = [ids + 1]  # 0 stands for what lies before the document
+        for back in range(1, most + 1):
+            earlier = (so_far[:, most - back : most - back + T] + 1) * (positions >= back)
+            keys.append((keys[-1] * 1_000_003 + earlier) % (2**31 - 1))
+        return torch.stack(keys[1:], dim=-1) % self.config.ngram_rows
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(…, C) → (…, V): the padded columns end here."""
@@ -468,6 +498,7 @@ class GPT(nn.Module):
         every = torch.arange(len(rows), device=ids.device)
         starts = self.document_starts(ids)[every, last] if self.config.document_mask else torch.zeros_like(last)
         cache.restart(rows, lengths, starts)
+        cache.ids[rows, : ids.shape[1]] = ids
         return self._logits(hidden[every, last])
 
     @torch.inference_mode()
@@ -484,8 +515,9 @@ class GPT(nn.Module):
             q, *new = split_heads(qk, v, self.config.n_head)
             return cached_attention(q, *cache.append(layer, *new), mask)
 
-        hidden = self._hidden(ids[:, None], positions[:, None], attend)
-        cache.advance()
+        before = None if self.ngrams is None else cache.newest_ids(self.config.max_ngram - 1)
+        hidden = self._hidden(ids[:, None], positions[:, None], attend, before)
+        cache.advance(ids)
         return self._logits(hidden[:, 0])
 
     # -- weights in and out
@@ -579,13 +611,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class KVCache:
     """Keys and values of the tokens read so far, rows of different lengths side by side.
 
-    keys, values: (n_layer, R, K, S, D), allocated once; lengths (R,) int64: tokens in each row; starts (R,): where the
+    keys, values: (n_layer, R, K, S, D), ids: (R, S), allocated once; lengths (R,) int64: tokens in each row; starts (R,): where the
     current document of each row starts. A row's token t lies at index t, so its length is also its next position.
     """
 
     def __init__(self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         shape = (config.n_layer, rows, config.kv_heads, config.block_size, config.head_size)
         self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.starts = torch.zeros(rows, dtype=torch.int64, device=device)
         self._host_lengths = [0] * rows  # the same numbers where reading them costs no synchronisation
@@ -630,7 +663,13 @@ class KVCache:
         index = torch.arange(S, device=self.lengths.device)
         return ((index <= self.lengths[:, None]) & (index >= first[:, None]))[:, None, None]
 
-    def advance(self) -> None:
+    def newest_ids(self, count: int) -> Tensor:
+        """(R, count): the last ids of each row, oldest first; where a row holds fewer, any id stands for what is not there."""
+        index = self.lengths[:, None] + torch.arange(-count, 0, device=self.lengths.device)
+        return self.ids.gather(1, index.clamp(min=0))
+
+    def advance(self, ids: Tensor) -> None:
+        self.ids.scatter_(1, self.lengths[:, None], ids[:, None])
         self.lengths += 1
         self._host_lengths = [length + 1 for length in self._host_lengths]
 
@@ -638,7 +677,7 @@ class KVCache:
         """Drops all rows but these, in this order."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
         self.keys, self.values = self.keys[:, index], self.values[:, index]
-        self.lengths, self.starts = self.lengths[index], self.starts[index]
+        self.ids, self.lengths, self.starts = self.ids[index], self.lengths[index], self.starts[index]
         self._host_lengths = [self._host_lengths[row] for row in rows]
 
 

@@ -16,7 +16,8 @@ bias = False
 
 tokens_per_step = 2**19
 max_steps = 19_073
-learning_rate = 1e-3
+optimizer = "muon"
+learning_rate = 1e-3  # by the rule in training/muon.py; not measured at this size
 schedule = "wsd"
 warmup_steps = 300
 

@@ -16,6 +16,8 @@ bias = False
 
 budget_minutes = 3
 tokens_per_step = 2048
+optimizer = "muon"
+muon_steps = 3
 schedule = "wsd"
 learning_rate = 3e-3
 warmup_steps = 50

@@ -35,6 +35,7 @@ VARIANTS = {
     "untied relu2": dataclasses.replace(TINY, tie_embeddings=False, mlp="relu2", n_hidden=48),
     "window": dataclasses.replace(MODERN, sliding_window=5),
     "documents": dataclasses.replace(TINY, document_mask=True),
+    "n-grams": dataclasses.replace(MODERN, max_ngram=3, ngram_rows=50, document_mask=True, tie_embeddings=False),
     "window and documents": dataclasses.replace(MODERN, n_kv_head=1, sliding_window=5, document_mask=True),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -47,6 +48,14 @@ def ids_with_documents(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     ids[torch.rand(ids.shape, generator=generator) < 0.15] = EOS
     ids[:, 0] = EOS
     return ids
+
+
+def full_of_numbers(config: GPTConfig) -> GPT:
+    """A model in float64 whose table of n-grams holds something, as it does after training."""
+    model = GPT(config).double().eval()
+    if model.ngrams is not None:
+        torch.nn.init.normal_(model.ngrams.weight, std=0.02)
+    return model
 
 
 def sensitivity(model: GPT, ids: torch.Tensor) -> torch.Tensor:
@@ -151,9 +160,10 @@ def test_the_ways_to_attend_agree_with_float64(dtype, length, kv_heads, monkeypa
         assert error <= 1.5 * allowed + 4 * torch.finfo(dtype).eps * true.abs().max()
 
 
+@pytest.mark.parametrize("max_ngram", [1, 4])
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
-def test_document_mask_makes_a_document_independent_of_its_predecessors(positions):
-    model = GPT(dataclasses.replace(MODERN, positions=positions, document_mask=True)).double()
+def test_document_mask_makes_a_document_independent_of_its_predecessors(positions, max_ngram):
+    model = full_of_numbers(dataclasses.replace(MODERN, positions=positions, document_mask=True, max_ngram=max_ngram))
     document = torch.tensor([EOS, 5, 6, 7, 8, 9, EOS])
     losses = []
     for before in ([], [EOS], [EOS, 1, 2, 3], [4, 4, EOS, 17, 2, 3, 30]):
@@ -166,7 +176,7 @@ def test_document_mask_makes_a_document_independent_of_its_predecessors(position
 @every_variant
 def test_cached_logits_equal_those_of_the_full_forward(variant):
     """Rows of unequal prompts, a dropped row, and a row that is prefilled anew in the middle."""
-    model = GPT(variant).double().eval()
+    model = full_of_numbers(variant)
     ids = ids_with_documents(3, 16)
     full, every = model(ids), torch.arange(3)
     cache = KVCache(variant, 3, dtype=torch.float64)
@@ -184,6 +194,19 @@ def test_cached_logits_equal_those_of_the_full_forward(variant):
     cache.keep([1])
     at = cache.lengths.clone()
     torch.testing.assert_close(model.decode(ids[1, at], cache), full[1, at], atol=1e-12, rtol=0)
+
+
+def test_a_token_is_embedded_with_the_ngrams_that_end_with_it():
+    """Equal n-grams have equal rows wherever they stand, others hardly ever the same; the first tokens have shorter ones only."""
+    model = GPT(dataclasses.replace(TINY, max_ngram=3, ngram_rows=10_000))
+    ids = torch.tensor([[1, 2, 3, 9, 2, 3, 1, 2, 3, 2, 1]])
+    rows = model._ngram_rows(ids, None, None)[0]  # (T, 2)
+    assert torch.equal(rows[2], rows[8])  # 3 after 1 2
+    assert (rows[2] == rows[5]).tolist() == [True, False]  # 3 after 9 2
+    assert len(set(rows.flatten().tolist())) == len({(1, 2), (2, 3), (3, 9), (9, 2), (3, 1), (3, 2), (2, 1), (0, 1)}) + 10
+    cut = model._ngram_rows(ids[:, 1:], None, None)
+    assert torch.equal(cut, model._ngram_rows(ids[:, 1:], None, ids[:, :2]))  # positions start at 0: what lies before counts for nothing
+    assert torch.equal(model._ngram_rows(ids[:, 8:9], torch.tensor([[8]]), ids[:, 6:8])[0, 0], rows[8])
 
 
 def test_padded_rows_never_matter():
@@ -218,6 +241,13 @@ def test_initial_weights_follow_the_table():
     again, other = GPT(TINY, seed=3).export_state(), GPT(TINY, seed=3).export_state()
     assert all(torch.equal(again[name], other[name]) for name in again)
     assert not torch.equal(again["embed.weight"], GPT(TINY, seed=4).export_state()["embed.weight"])
+
+
+def test_zero_init_makes_every_block_the_identity_and_the_first_guess_uniform():
+    model, ids = GPT(dataclasses.replace(TINY, zero_init=True, n_layer=4)), ids_with_documents(2, 16)
+    assert torch.equal(model(ids), GPT(dataclasses.replace(TINY, zero_init=True, n_layer=1))(ids))
+    untied = GPT(dataclasses.replace(TINY, zero_init=True, tie_embeddings=False))
+    assert untied(ids, ids).item() == pytest.approx(math.log(EOS + 1), abs=1e-6)
 
 
 def test_import_refuses_what_does_not_fit():

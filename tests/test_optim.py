@@ -60,7 +60,7 @@ def test_only_matrices_decay():
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_optimizer_state_survives_a_checkpoint_bit_for_bit(name):
     ids = torch.randint(0, 1100, (4, 8), generator=torch.Generator().manual_seed(0))
     options = OptimizerOptions(optimizer=name, learning_rate=0.01)

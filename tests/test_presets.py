@@ -8,7 +8,16 @@ import config
 from tests.test_train import read_events, train
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parent.parent / "config").glob("*.py") if "\ndata = " in path.read_text("utf-8"))
-EXPECTED = {"quickstart", "shakespeare_char", "shakespeare_char_cpu", "gpt2_124m", "modern_124m", "vaswani2017", "debug"}
+EXPECTED = {
+    "quickstart",
+    "shakespeare_char",
+    "shakespeare_char_cpu",
+    "gpt2_124m",
+    "modern_124m",
+    "vaswani2017",
+    "debug",
+    "speedrun_char_cpu",
+}
 SMALLER = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--n_hidden=none", "--n_kv_head=none", "--block_size=32", "--tokens_per_step=256")
 QUICK = ("--max_steps=20", "--warmup_steps=2", "--learning_rate=1e-2", "--min_learning_rate=0", "--budget_minutes=none", "--log_interval=1")
 SILENT = ("--eval_interval=20", "--eval_tokens=2000", "--sample_tokens=0", "--threads=1", "--dtype=float32")

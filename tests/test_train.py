@@ -429,10 +429,11 @@ def test_a_full_disk_stops_no_training(small_text, monkeypatch, capsys):
     assert read_events("full", "step")[-1]["step"] == 20
 
 
-def test_a_budget_becomes_a_number_of_steps_that_can_be_repeated(small_text, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_budget_becomes_a_number_of_steps_that_can_be_repeated(optimizer, small_text, monkeypatch):
     """The discarded steps that measure the speed leave no trace: the repeated run measures nothing and has the same bits."""
     monkeypatch.setattr("training.budget.Budget.spent", lambda self, now: False)  # however slow this machine becomes meanwhile
-    Path("timed.py").write_text("schedule = 'wsd'\nbudget_minutes = 3\nwarmup_steps = 5\neval_interval = 1000")
+    Path("timed.py").write_text(f"optimizer = '{optimizer}'\nschedule = 'wsd'\nbudget_minutes = 3\nwarmup_steps = 5\neval_interval = 1000")
     flags = [flag for flag in TINY if not flag.startswith(("--max_steps", "--eval_interval"))]
     assert train("debug", "timed.py", *flags[1:], f"--data={small_text}", "--budget_minutes=0.01", "--run=timed") == 0
     saved = json.loads(Path("timed/config.json").read_text())["options"]

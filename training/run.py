@@ -88,7 +88,7 @@ class Training:
         self.windows = TrainWindows(len(dataset.train), self.T, self.seed)
         self.reference = Reference(dataset.fingerprint, options.flat(), read_curves())
         self.compiled = torch.compile(model) if self.train_options.compile else model
-        self.optimizer = make_optimizer(model, self.optimizer_options)
+        self.optimizer = make_optimizer(model, self.optimizer_options, hardware.dtype)
         self.scaler = self._new_scaler()
         self.progress = Progress()
         self.val_loss: float | None = None  # of this very step, for the checkpoint
@@ -128,7 +128,7 @@ class Training:
         progress = self.progress
         self.learning_rate = learning_rate(self.step, self.plan, self.optimizer_options)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group["scale"]
         loss, self.grad_norm = self._gradient(first_sample=self.step * self.rows)
         if math.isfinite(loss) and math.isfinite(self.grad_norm):
             self.scaler.step(self.optimizer)
@@ -409,8 +409,10 @@ class Training:
     # ---- small things ------------------------------------------------------------------------------------------------
 
     def _smaller_step(self) -> str:
-        """The command that goes on with a third of the learning rate."""
-        return f"python train.py --resume={shlex.quote(str(self.run))} --learning_rate={self.optimizer_options.learning_rate / 3:.1e}"
+        """The command that goes on with a third of the learning rates."""
+        rates = [name for name in ("learning_rate", "muon_learning_rate") if getattr(self.optimizer_options, name) is not None]
+        flags = [f"--{name}={getattr(self.optimizer_options, name) / 3:.1e}" for name in rates]
+        return " ".join(["python train.py", f"--resume={shlex.quote(str(self.run))}", *flags])
 
     def _new_scaler(self) -> torch.amp.GradScaler:
         """Keeps float16 gradients away from 0; does nothing in other dtypes."""

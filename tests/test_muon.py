@@ -1,0 +1,108 @@
+"""Muon: its updates are orthogonal, of AdamW's size whatever the shape, one by one as in a batch; a run with it resumes to the bit."""
+
+import dataclasses
+import math
+import shutil
+
+import pytest
+import torch
+
+from model import GPT
+from tests.test_model import MODERN, TINY, ids_with_documents
+from tests.test_train import TINY as TINY_RUN
+from tests.test_train import _in_a_folder_of_its_own, reproducible, tensors_of, train  # noqa: F401  (a fixture)
+from training.muon import orthogonalize
+from training.optim import OptimizerOptions, make_optimizer
+
+PLAIN = OptimizerOptions(optimizer="muon", learning_rate=0.01, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 64), (1, 40, 41)])
+def test_singular_values_come_near_one_and_vectors_stay(shape, dtype):
+    torch.manual_seed(0)
+    u, s, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrices = u * torch.linspace(1.0, 0.02, s.shape[-1]) @ vt * 1e-3  # condition 50, as gradients have it, and of any size
+    out = orthogonalize(matrices, dtype).float()
+    values = torch.linalg.svdvals(out)
+    assert values.min() > 0.65
+    assert values.max() < 1.25
+    alignment = (u.mT @ out @ vt.mT).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(alignment.sort().values, values.sort().values, atol=0.05, rtol=0)
+    assert not orthogonalize(torch.zeros(shape), dtype).any()
+
+
+def test_a_batch_is_orthogonalized_as_its_matrices_one_by_one():
+    matrices = torch.randn(5, 16, 48) * torch.logspace(-4, 2, 5)[:, None, None]
+    alone = torch.cat([orthogonalize(matrix[None]) for matrix in matrices])
+    torch.testing.assert_close(orthogonalize(matrices), alone, atol=1e-5, rtol=0)
+
+
+def updates_of(model: GPT, options: OptimizerOptions = PLAIN) -> dict[str, torch.Tensor]:
+    """What one step changes."""
+    before, ids = model.export_state(), ids_with_documents(4, 17)
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    make_optimizer(model, options).step()
+    return {name: tensor - before[name] for name, tensor in model.export_state().items()}
+
+
+@pytest.mark.parametrize("variant", [TINY, MODERN, dataclasses.replace(MODERN, n_kv_head=2)], ids=["gpt2", "modern", "grouped"])
+def test_the_matrices_in_blocks_get_orthogonal_updates_of_adamw_s_size(variant):
+    model = GPT(variant)
+    updates = updates_of(model)
+    taken = {id(matrix) for matrix in make_optimizer(model, PLAIN).param_groups[0]["params"]}
+    assert {name for name, p in model.named_parameters() if id(p) in taken} == {
+        f"blocks.{layer}.{name}.weight" for layer in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")
+    }
+    for name, parameter in model.named_parameters():
+        if id(parameter) in taken:
+            rms = updates[name].square().mean().sqrt().item() / PLAIN.learning_rate
+            assert rms == pytest.approx(0.2, rel=0.25), name  # of full rank, singular values 0.7 … 1.2
+
+
+def test_a_muon_step_is_nesterov_s_on_the_second_step_too():
+    """Against the same written down plainly for one matrix, with weight decay and a learning rate of its own."""
+    options = dataclasses.replace(PLAIN, muon_learning_rate=0.03, muon_momentum=0.9, muon_steps=4, weight_decay=0.1)
+    model, ids = GPT(TINY), ids_with_documents(4, 17)
+    optimizer, weight = make_optimizer(model, options), model.blocks[1].mlp.up.weight
+    expected, memory = weight.detach().clone(), torch.zeros_like(weight)
+    assert optimizer.param_groups[0]["scale"] == pytest.approx(3.0)
+    for _ in range(2):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * group["scale"]
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        memory = 0.9 * memory + 0.1 * weight.grad
+        direction = orthogonalize((0.9 * memory + 0.1 * weight.grad).mT[None], steps=4)[0].mT  # (128, 32) is tall
+        expected = expected * (1 - 0.03 * 0.1) - 0.03 * 0.2 * math.sqrt(128) * direction
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(weight.detach(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", [TINY, MODERN], ids=["gpt2", "modern"])
+def test_every_weight_moves(variant):
+    """With zero_init too, though the gradient passes a branch's last matrix only from the second step on."""
+    model, ids = GPT(dataclasses.replace(variant, zero_init=True)), ids_with_documents(4, 17)
+    before = {name: tensor.clone() for name, tensor in model.export_state().items()}
+    optimizer = make_optimizer(model, PLAIN)
+    for _ in range(2):
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [name for name, tensor in model.export_state().items() if torch.equal(tensor, before[name])] == []
+
+
+def test_the_schedule_needs_a_learning_rate():
+    assert OptimizerOptions(muon_learning_rate=0.1, learning_rate=0.0).problems()
+    assert not OptimizerOptions(muon_learning_rate=0.1).problems()
+
+
+def test_a_resumed_run_with_muon_ends_in_the_same_bits(small_text):
+    args = (*TINY_RUN, f"--data={small_text}", "--optimizer=muon", "--zero_init=true", "--muon_learning_rate=0.02")
+    assert train(*args, "--run=straight") == 0
+    shutil.copytree("straight", "cut")
+    shutil.rmtree("cut/checkpoints/step-00000020")
+    assert train("--resume=cut") == 0
+    assert tensors_of("cut", 20) == tensors_of("straight", 20)
+    assert reproducible("cut") == reproducible("straight")

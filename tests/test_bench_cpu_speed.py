@@ -7,7 +7,7 @@ import pytest
 from bench import cpu_speed
 from errors import UserError
 
-PEER = '''
+PEER = """
 import torch
 from types import SimpleNamespace
 GPTConfig = SimpleNamespace
@@ -20,7 +20,7 @@ class GPT(torch.nn.Module):
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.AdamW(self.parameters())
-'''
+"""
 
 
 def test_both_sides_work_in_turns_and_the_ratio_is_written(tmp_path, capsys):

@@ -1,11 +1,14 @@
 """Schedules and optimizers."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig
+from tests.conftest import ROOT
 from training.optim import (
     OptimizerOptions,
     Plan,
@@ -81,6 +84,32 @@ def test_optimizer_state_survives_a_checkpoint_bit_for_bit(name):
     steps(straight, first, 3)
     steps(resumed, second, 3)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_updates_are_those_of_torch_optim(name):
+    ids = torch.randint(0, 1100, (4, 8), generator=torch.Generator().manual_seed(0))
+    options = OptimizerOptions(optimizer=name, learning_rate=0.01, weight_decay=0.1)
+    ours, theirs = GPT(TINY), GPT(TINY)
+    decaying, rest = ([p for p in theirs.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
+    groups = [{"params": decaying, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    if name == "adamw":
+        peer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    else:
+        peer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+    for model, optimizer in ((ours, make_optimizer(ours, options)), (theirs, peer)):
+        for _ in range(3):
+            model(ids, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_making_an_optimizer_does_not_import_the_compiler():
+    program = "import sys, model, training.optim as o; g = model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, "
+    program += "vocab_size=4, eos_id=3)); m = o.make_optimizer(g, o.OptimizerOptions(optimizer='muon')); import torch; "
+    program += "x = torch.zeros(1, 4, dtype=torch.int64); g(x, x).backward(); m.step(); assert 'torch._dynamo' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def test_foreign_optimizer_state_is_refused():

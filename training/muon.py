@@ -1,4 +1,4 @@
-"""Muon: the momentum of a matrix, orthogonalised, is its update (Jordan et al. 2024). Knows tensors and torch's AdamW only.
+"""Muon: the momentum of a matrix, orthogonalised, is its update (Jordan et al. 2024). Knows tensors only.
 
 AdamW scales every number of a gradient by itself; Muon treats a matrix as one thing. It replaces the momentum U·S·Vᵀ by about
 U·Vᵀ, so that the directions in which gradients are small move as fast as those that dominate. That suits matrices that map hidden
@@ -10,11 +10,9 @@ several times slower than float32. Here all matrices of a shape go through one b
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: steep at 0, and five steps bring singular values to about 0.7 … 1.2
 
@@ -33,47 +31,34 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
     return x
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for `matrices`, and `rest`, an AdamW for everything else, behind one interface with one state and one list of groups.
+def muon(
+    matrices: list[Tensor],
+    gradients: list[Tensor],
+    memories: list[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    steps: int,
+    dtype: torch.dtype,
+) -> None:
+    """One update of the matrices and of the memories of their gradients, in place. steps, dtype: of orthogonalize.
 
     An update's root mean square is that of AdamW's, about 0.2 of the learning rate, whatever the shape (Liu et al. 2025, "Muon is
     scalable", 2.2), so both may share a learning rate and a weight decay. Its spectral norm then grows with √width, so the learning
     rate should fall with it: 3e-3 was best at 128 channels (bench/NOTES.md), which makes 2.4e-3 at 192 and 1.2e-3 at 768; wider than
-    192 was not measured. A packed projection (qkv, swiglu's up) counts as one matrix. steps, dtype: of orthogonalize.
+    192 was not measured. A packed projection (qkv, swiglu's up) counts as one matrix.
     """
-
-    def __init__(
-        self,
-        matrices: Sequence[nn.Parameter],
-        rest: torch.optim.AdamW,
-        *,
-        momentum: float,
-        steps: int,
-        dtype: torch.dtype,
-        **group: Any,
-    ) -> None:
-        super().__init__([{"params": matrices, **group}], {})
-        self.rest, self.momentum, self.steps, self.dtype = rest, momentum, steps, dtype
-        rest.state = self.state
-        self.param_groups += rest.param_groups
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self.rest.step()
-        group = self.param_groups[0]
-        matrices = group["params"]
-        gradients = [matrix.grad for matrix in matrices]
-        memories = [self.state[matrix].setdefault("momentum", torch.zeros_like(matrix)) for matrix in matrices]
-        torch._foreach_lerp_(memories, gradients, 1 - self.momentum)
-        updates = torch._foreach_lerp(gradients, memories, self.momentum)  # Nesterov: one step ahead of the memory
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        by_shape = defaultdict[tuple[int, int], list[tuple[Tensor, Tensor]]](list)
-        for matrix, update in zip(matrices, updates, strict=True):
-            if matrix.shape[0] > matrix.shape[1]:  # lying, its products are smaller
-                matrix, update = matrix.mT, update.mT
-            by_shape[matrix.shape[0], matrix.shape[1]].append((matrix, update))
-        for (_, longer), pairs in by_shape.items():
-            directions = orthogonalize(torch.stack([update for _, update in pairs]), self.dtype, self.steps)
-            scale = 0.2 * math.sqrt(longer)  # the root mean square of orthogonal rows is 1 / √longer
-            for (matrix, _), direction in zip(pairs, directions, strict=True):
-                matrix.add_(direction, alpha=-group["lr"] * scale)
+    torch._foreach_lerp_(memories, gradients, 1 - momentum)
+    updates = torch._foreach_lerp(gradients, memories, momentum)  # Nesterov: one step ahead of the memory
+    torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+    by_shape = defaultdict[tuple[int, int], list[tuple[Tensor, Tensor]]](list)
+    for matrix, update in zip(matrices, updates, strict=True):
+        if matrix.shape[0] > matrix.shape[1]:  # lying, its products are smaller
+            matrix, update = matrix.mT, update.mT
+        by_shape[matrix.shape[0], matrix.shape[1]].append((matrix, update))
+    for (_, longer), pairs in by_shape.items():
+        directions = orthogonalize(torch.stack([update for _, update in pairs]), dtype, steps)
+        scale = 0.2 * math.sqrt(longer)  # the root mean square of orthogonal rows is 1 / √longer
+        for (matrix, _), direction in zip(pairs, directions, strict=True):
+            matrix.add_(direction, alpha=-lr * scale)

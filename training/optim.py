@@ -1,13 +1,18 @@
 """Which optimizer updates the weights, and how large a step it takes when."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from model import GPT
-from training.muon import Muon
+from training.muon import muon
 from training.options import fixed
 
 
@@ -93,48 +98,86 @@ def learning_rate(step: int, plan: Plan, options: OptimizerOptions) -> float:
     return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
 
 
-def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+class Optimizer:
+    """AdamW, Muon or SGD, by group, with the interface of torch.optim's classes and its functions inside.
+
+    Those classes import torch's compiler when they are made, which took as long as importing torch itself (bench/NOTES.md). A group
+    is {"kind", "params", "lr", "scale", …}, the rest being what its function takes; "scale" is its learning rate as a multiple
+    of the schedule's. `state` holds tensors by parameter and name.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.param_groups = groups
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            kind, parameters = group["kind"], group["params"]
+            for parameter in parameters:
+                if parameter not in self.state:
+                    self.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS[kind]}
+                    if kind == "adamw":
+                        self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            settings = {name: value for name, value in group.items() if name not in ("kind", "params", "scale")}
+            gradients = [parameter.grad for parameter in parameters]
+            memories: list[list[Tensor]] = [[self.state[parameter][name] for parameter in parameters] for name in MOMENTS[kind]]
+            if kind == "adamw":  # its function wants an empty list for the largest second moments, which amsgrad would keep
+                memories += [[], [self.state[parameter]["step"] for parameter in parameters]]
+            UPDATES[kind](parameters, gradients, *memories, **settings)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if set_to_none:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.zero_()
+
+
+UPDATES: dict[str, Callable[..., None]] = {
+    "adamw": partial(adamw, fused=True, amsgrad=False, maximize=False),
+    "muon": muon,
+    "sgd": partial(sgd, dampening=0.0, nesterov=False, maximize=False),
+}
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",), "sgd": ("momentum_buffer",)}  # as torch.optim calls them
+
+
+def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = torch.float32) -> Optimizer:
     """The optimizer over the model's parameters; those with two dimensions or more decay, the rest do not.
 
-    A group's "scale" is its learning rate as a multiple of options.learning_rate. dtype: what the device multiplies fastest.
+    dtype: what the device multiplies fastest.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if options.optimizer == "muon" else []
     taken = {id(matrix) for matrix in matrices}
-    parameters = [p for p in model.parameters() if id(p) not in taken]
-    common = {"lr": options.learning_rate, "scale": 1.0}
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay, **common},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, **common},
-    ]
+    others = [p for p in model.parameters() if id(p) not in taken]
+    common: dict[str, Any] = {"lr": options.learning_rate, "scale": 1.0}
     if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=options.momentum)
-    adamw = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.adam_eps, fused=True)
-    if options.optimizer == "adamw":
-        return adamw
-    return Muon(
-        matrices,
-        adamw,
-        momentum=options.muon_momentum,
-        steps=options.muon_steps,
-        dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
-        weight_decay=options.weight_decay,
-        lr=options.learning_rate,
-        scale=options.muon_scale,
-    )
+        common |= {"kind": "sgd", "momentum": options.momentum}
+    else:
+        common |= {"kind": "adamw", "beta1": options.beta1, "beta2": options.beta2, "eps": options.adam_eps}
+    groups = [
+        {**common, "params": [p for p in others if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {**common, "params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if matrices:
+        orthogonalization = {"steps": options.muon_steps, "dtype": torch.bfloat16 if dtype == torch.bfloat16 else torch.float32}
+        rates = {"lr": options.learning_rate, "scale": options.muon_scale, "weight_decay": options.weight_decay}
+        groups.insert(0, {"kind": "muon", "params": matrices, "momentum": options.muon_momentum, **rates, **orthogonalization})
+    return Optimizer([group for group in groups if group["params"]])
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: GPT) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: Optimizer, model: GPT) -> dict[str, torch.Tensor]:
     """The optimizer's state as `parameter name/state name` → tensor, for the checkpoint; vocabulary padding is left out."""
     tensors = {}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            if value is not None:
-                tensors[f"{name}/{key}"] = model.unpad(name, value) if value.dim() else value
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = model.unpad(name, value) if value.dim() else value
     return tensors
 
 
 @torch.no_grad()
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: GPT, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer_tensors(optimizer: Optimizer, model: GPT, tensors: dict[str, torch.Tensor]) -> None:
     """Puts optimizer_tensors back. Raises ValueError where they are not this model's."""
     own = dict(model.named_parameters())
     for full_name, tensor in tensors.items():
@@ -143,11 +186,11 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: GPT, tensors
             raise ValueError(f"the optimizer's state names {name!r}, which this model does not have")
         parameter = own[name]
         if tensor.dim() == 0:  # a step counter: fused AdamW keeps it beside the parameter
-            optimizer.state[parameter][key] = tensor.to(parameter.device).clone()
+            optimizer.state.setdefault(parameter, {})[key] = tensor.to(parameter.device).clone()
             continue
         value = torch.zeros_like(parameter)
         target = model.unpad(name, value)
         if target.shape != tensor.shape:
             raise ValueError(f"the optimizer's {full_name!r} has the shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
         target.copy_(tensor)
-        optimizer.state[parameter][key] = value
+        optimizer.state.setdefault(parameter, {})[key] = value

@@ -88,7 +88,7 @@ class Training:
         self.windows = TrainWindows(len(dataset.train), self.T, self.seed)
         self.reference = Reference(dataset.fingerprint, options.flat(), read_curves())
         self.compiled = torch.compile(model) if self.train_options.compile else model
-        self.optimizer = make_optimizer(model, self.optimizer_options, hardware.dtype)
+        self.optimizer: Any = make_optimizer(model, self.optimizer_options, hardware.dtype)  # GradScaler's types ask for torch's class
         self.scaler = self._new_scaler()
         self.progress = Progress()
         self.val_loss: float | None = None  # of this very step, for the checkpoint

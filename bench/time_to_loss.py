@@ -64,7 +64,7 @@ from training.options import TrainOptions  # noqa: E402
 
 PEER = "nanoGPT"
 PEER_BLOCK_SIZE, PEER_TOKENS_PER_STEP = 64, 12 * 64
-DEFAULT_FLAGS = ["shakespeare_char_cpu"]
+DEFAULT_FLAGS = ["speedrun_char_cpu"]
 
 Point = dict[str, float]  # of a curve: step, tokens, seconds of training, loss in nats a character
 

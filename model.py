@@ -530,6 +530,13 @@ class GPT(nn.Module):
         padding = self.config.padded_vocab_size - self.config.vocab_size
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd * len(self._vocabulary_matrices())
 
+    def flops_per_token(self) -> int:
+        """FLOPs of forward and backward a token at the full context: six a number of every matrix that multiplies (Kaplan et al. 2020),
+        and 12 · L · T · C for attention's products, hidden scores counted too, as the field does."""
+        c = self.config
+        matrices = sum(p.numel() for p in self.blocks.parameters()) + c.vocab_size * c.n_embd
+        return 6 * matrices + 12 * c.n_layer * c.block_size * c.n_embd
+
     def export_state(self) -> dict[str, Tensor]:
         """The weights by name, with exactly vocab_size rows: what checkpoints hold."""
         return {name: self.unpad(name, tensor.detach()) for name, tensor in self.named_parameters()}

@@ -17,6 +17,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import config
 from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder
 from config.resume import resumed_options, with_model_options
@@ -28,17 +30,18 @@ from prepare_data.shards import Dataset, open_dataset
 from prepare_data.tokenizer import PUBLISHED, tokenizer_from_dict
 from training.evaluation import evaluate
 from training.hardware import (
+    EAGER_FLOPS,
     Hardware,
     HardwareOptions,
     choose_attention_path,
     choose_compile,
     choose_hardware,
-    choose_micro_batch,
     require_determinism,
     tune_allocator,
 )
 from training.interrupt import STOPPED, StopRequest
 from training.metrics import say
+from training.micro_batch import choose_micro_batch
 from training.options import EvalOptions, RunOptions, TrainOptions
 from training.run import Training, refuse_unfit_data
 from training.run_directory import RunLock, claim_run, refuse_used_run
@@ -172,7 +175,7 @@ def choose_the_rest(options: config.Options, hardware: Hardware, resumed: Checkp
     if asked.deterministic:
         require_determinism()
     micro_batch = choose_micro_batch(asked.micro_batch_size, asked.tokens_per_step, model_options, hardware)
-    compiled = choose_compile(asked.compile, hardware)
+    compiled = choose_compile(asked.compile, hardware, expected_seconds(options))
     attention = choose_attention_path(options.section(HardwareOptions).attention, hardware, model_options.head_size)
     auto = {**hardware.reasons, **micro_batch.reasons, **attention.reasons, **compiled.reasons}
     if resumed is not None:  # chosen when the run was started, unless a flag says otherwise now
@@ -185,6 +188,15 @@ def choose_the_rest(options: config.Options, hardware: Hardware, resumed: Checkp
         print(f"  {name}: {reason}")
     chosen = {"device": str(hardware.device), "dtype": hardware.dtype_name, "threads": hardware.threads, "attention": attention.value}
     return config.replace(options, **chosen, micro_batch_size=micro_batch.value, compile=compiled.value), auto
+
+
+def expected_seconds(options: config.Options) -> float:
+    """How long the run would take on a GPU without torch.compile, roughly."""
+    asked, shape = options.section(TrainOptions), options.section(GPTConfig)
+    if asked.budget_minutes is not None:
+        return 60.0 * asked.budget_minutes
+    with torch.device("meta"):
+        return GPT(shape, seed=None).flops_per_token() * asked.tokens_per_step * asked.max_steps / EAGER_FLOPS
 
 
 def open_data(options: config.Options, resumed: Checkpoint | None, initial: ModelFolder | None) -> Dataset:

@@ -34,7 +34,8 @@ from bench.hardware import Stopwatch, commit_of, hardware, write_results  # noqa
 from bench.peer import import_model, rotated  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from training.hardware import Hardware, HardwareOptions, choose_hardware, choose_micro_batch, tune_allocator  # noqa: E402
+from training.hardware import Hardware, HardwareOptions, choose_hardware, tune_allocator  # noqa: E402
+from training.micro_batch import choose_micro_batch  # noqa: E402
 from training.optim import OptimizerOptions, make_optimizer  # noqa: E402
 
 

@@ -60,8 +60,9 @@ from bench.peer import (  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare_data.shards import open_dataset  # noqa: E402
-from training.hardware import HardwareOptions, choose_compile, choose_hardware, choose_micro_batch, tune_allocator  # noqa: E402
+from training.hardware import HardwareOptions, choose_compile, choose_hardware, tune_allocator  # noqa: E402
 from training.interrupt import StopRequest  # noqa: E402
+from training.micro_batch import choose_micro_batch  # noqa: E402
 from training.options import TrainOptions  # noqa: E402
 from training.run import Training  # noqa: E402
 
@@ -167,7 +168,7 @@ def our_step(data: Path, run: Path, dtype: str) -> Step:
     chosen = choose_hardware(options.section(HardwareOptions))
     asked, model_options = options.section(TrainOptions), options.section(GPTConfig)
     size = choose_micro_batch(asked.micro_batch_size, asked.tokens_per_step, model_options, chosen).value
-    options = config.replace(options, micro_batch_size=size, compile=choose_compile(asked.compile, chosen).value)
+    options = config.replace(options, micro_batch_size=size, compile=choose_compile(asked.compile, chosen, 0.0).value)
     dataset = open_dataset(data / "shakespeare")
     tokenizer = dataset.tokenizer
     model = GPT(replace(model_options, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id), seed=SEED)

@@ -11,7 +11,7 @@ models differ; nanoGPT pads its vocabulary to 50,304 as its train.py does, llm.c
 turns in blocks of steps, in every other round backwards. A side that does not fit into the memory is a line with the reason.
 
 FLOP of a token: 6 · N + 12 · n_layer · T · C, N all parameters but a table of positions. `of_matmul` is their rate over that of a large
-square bfloat16 product of random numbers in the same run, `mfu` over the vendor's figure, where the card is in VENDOR_TFLOPS.
+square bfloat16 product of random numbers in the same run, `mfu` over the vendor's figure, where there is one.
 
 Needs torch, triton and numpy. Compiling takes about a minute a side; after --minutes no other side is begun.
 """
@@ -42,11 +42,11 @@ from bench.hardware import commit_of, hardware, write_results  # noqa: E402
 from bench.peer import import_model  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, AttentionPath, GPTConfig  # noqa: E402
+from training.hardware import vendor_flops  # noqa: E402
 from training.optim import OptimizerOptions, make_optimizer  # noqa: E402
 
 PRESETS = ("gpt2_124m", "modern_124m")
 PEER_VOCABULARY = {"nanogpt": 50_304, "llmc": 50_257}
-VENDOR_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bfloat16, by the data sheets of the SXM parts
 TINY: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32}
 
 
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             figures[name]["seconds"].append(round(seconds, 6))
             figures[name]["losses"].append(loss)
     for name, row in figures.items():
-        row |= rates(row, rows * T, peaks["matmul_tflops"], vendor_tflops(facts["gpu"]))
+        row |= rates(row, rows * T, peaks["matmul_tflops"], vendor_flops(facts["gpu"]))
         print("  ".join([f"{name:22}", *(f"{key} {row[key]}" for key in ("tokens_per_second", "spread", "of_matmul", "mfu"))]))
     for name, reason in refused.items():
         print(f"{name:22}  not measured: {reason}")
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def rates(row: dict[str, Any], tokens: int, matmul_tflops: float, vendor: float | None) -> dict[str, Any]:
+def rates(row: dict[str, Any], tokens: int, matmul_tflops: float, vendor_flops: float | None) -> dict[str, Any]:
     """Tokens/s by the median block, how far the blocks differ as a share of it, and the shares of both peaks."""
     middle = statistics.median(row["seconds"])
     tflops = row["flops_per_token"] * tokens / middle / 1e12
@@ -199,12 +199,8 @@ def rates(row: dict[str, Any], tokens: int, matmul_tflops: float, vendor: float 
         "tokens_per_second": round(tokens / middle),
         "spread": round((max(row["seconds"]) - min(row["seconds"])) / middle, 3),
         "of_matmul": round(tflops / matmul_tflops, 3) if matmul_tflops else None,
-        "mfu": None if vendor is None else round(tflops / vendor, 3),
+        "mfu": None if vendor_flops is None else round(1e12 * tflops / vendor_flops, 3),
     }
-
-
-def vendor_tflops(gpu: str) -> float | None:
-    return next((tflops for name, tflops in VENDOR_TFLOPS.items() if name in gpu), None)
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -209,14 +209,14 @@ def test_the_sweep_holds_what_kernel_notes_and_table_name():
 
 def test_rates_of_a_training_step():
     row = {"flops_per_token": 1_000_000_000, "seconds": [0.1, 0.09, 0.12]}
-    assert train_speed.rates(row, 32_768, matmul_tflops=655.36, vendor=1000.0) == {
+    assert train_speed.rates(row, 32_768, matmul_tflops=655.36, vendor_flops=1e15) == {
         "tokens_per_second": 327_680,
         "spread": 0.3,
         "of_matmul": 0.5,
         "mfu": 0.328,
     }
-    assert train_speed.rates(row, 32_768, 655.36, train_speed.vendor_tflops("some GPU"))["mfu"] is None
-    assert train_speed.vendor_tflops("NVIDIA H200") == 989
+    assert train_speed.rates(row, 32_768, 655.36, train_speed.vendor_flops("some GPU"))["mfu"] is None
+    assert train_speed.vendor_flops("NVIDIA H200") == 989e12
 
 
 def test_flops_of_a_token_of_the_124m_model():

@@ -79,6 +79,10 @@ def test_console_lines_have_fixed_columns():
     ]
     assert len(lines[0]) == len(lines[1])
     assert "left 2:01:40" in lines[0]
+    assert (
+        console_line(1, 10, 1.0, 1e-3, 1.0, 1.0, 1.0, 2**30, "unknown")
+        == console_line(1, 10, 1.0, 1e-3, 1.0, 1.0, 1.0, 2**30) + "  mfu unknown"
+    )
     assert [clock(5), clock(65), clock(3600)] == ["0:05", "1:05", "1:00:00"]
 
 

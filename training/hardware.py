@@ -13,9 +13,17 @@ from typing import Annotated, Any, Literal
 import torch
 
 from errors import UserError
-from model import GPTConfig, choose_attention, triton_obstacle
+from model import choose_attention, triton_obstacle
 
-CPU_MICRO_BATCH_TOKENS = 4096
+# TFLOP/s of dense 16-bit products by the vendors' data sheets, by a part of the device's name; the first that fits counts.
+VENDOR_TFLOPS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "A10G": 70, "A10": 125,
+    "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65, "MI300X": 1307, "MI250X": 383,
+}  # fmt: skip
+
+COMPILE_SECONDS = 60.0  # what torch.compile takes for these models on a GPU …
+COMPILE_SAVES = 0.4  # … and the share of an uncompiled step that it saves …
+EAGER_FLOPS = 5e13  # … at this many a second: assumed, until a GPU is at hand to measure them
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,12 @@ class Hardware:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def peak_flops(self) -> float | None:
+        """FLOP/s of products in `dtype` by the data sheet; None where the device is not in the table, or computes in float32."""
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return None
+        return vendor_flops(torch.cuda.get_device_name(self.device))
 
     def memory_bytes(self) -> int:
         """Peak memory so far: of the device where it has its own, else of the process (0 where the system does not tell)."""
@@ -112,42 +126,6 @@ class Choice:
     reasons: dict[str, str]
 
 
-def choose_micro_batch(option: int | Literal["auto"], tokens_per_step: int, config: GPTConfig, hardware: Hardware) -> Choice:
-    """Rows that go through the model at once, a divisor of the rows of a step. Raises UserError where there is none."""
-    rows, rest = divmod(tokens_per_step, config.block_size)
-    if rest or rows == 0:
-        raise UserError(
-            f"tokens_per_step={tokens_per_step} is not a multiple of block_size={config.block_size}; take --tokens_per_step="
-            f"{max(1, rows) * config.block_size}"
-        )
-    if option != "auto":
-        if rows % option:
-            raise UserError(
-                f"micro_batch_size={option} does not divide the {rows} rows of a step (tokens_per_step={tokens_per_step} / "
-                f"block_size={config.block_size}); take --micro_batch_size={_divisor(rows, option)}"
-            )
-        return Choice(option, {})
-    if hardware.device.type == "cuda":
-        free = torch.cuda.mem_get_info(hardware.device)[0]
-        most = int(0.6 * free / _activation_bytes(config, hardware.dtype)) // config.block_size
-        size = _divisor(rows, max(1, min(most, 65_536 // config.block_size)))
-        return Choice(size, {"micro_batch_size": f"what {free / 2**30:.0f} GiB of free device memory hold, at most 65,536 tokens"})
-    size = _divisor(rows, max(1, CPU_MICRO_BATCH_TOKENS // config.block_size))
-    return Choice(size, {"micro_batch_size": f"about {CPU_MICRO_BATCH_TOKENS:,} tokens, whose activations stay near a CPU's caches"})
-
-
-def _divisor(rows: int, most: int) -> int:
-    """The largest divisor of rows up to `most`."""
-    return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
-
-
-def _activation_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
-    """Rough bytes that a token keeps for the backward pass: 34 · C a layer in 16 bits beside the residual stream in 32, and the logits
-    with what the loss makes of them."""
-    wide = dtype.itemsize // 2
-    return (34 * wide + 8) * config.n_layer * config.n_embd + (12 + 4 * wide) * config.padded_vocab_size
-
-
 def choose_attention_path(option: Literal["auto", "triton", "sdpa"], hardware: Hardware, head_size: int) -> Choice:
     """How the model attends. Raises UserError with the reason where the kernel is asked for and cannot run."""
     try:
@@ -157,15 +135,22 @@ def choose_attention_path(option: Literal["auto", "triton", "sdpa"], hardware: H
     return Choice(path, {"attention": reason} if option == "auto" else {})
 
 
-def choose_compile(option: bool | Literal["auto"], hardware: Hardware) -> Choice:
-    """Whether to torch.compile: on CUDA where Triton is installed; elsewhere it costs more than it brings."""
+def vendor_flops(name: str) -> float | None:
+    """Dense 16-bit FLOP/s of a device by its name; None where it is not in the table."""
+    return next((1e12 * tflops for part, tflops in VENDOR_TFLOPS.items() if part in name), None)
+
+
+def choose_compile(option: bool | Literal["auto"], hardware: Hardware, run_seconds: float) -> Choice:
+    """Whether to torch.compile: on CUDA, where it saves a run of run_seconds more than it takes; elsewhere never."""
     if option != "auto":
         return Choice(option, {})
     if hardware.device.type != "cuda":
         return Choice(False, {"compile": f"it costs more than it brings on {hardware.device.type}"})
     if obstacle := triton_obstacle(hardware.device, (7, 0)):
         return Choice(False, {"compile": obstacle})
-    return Choice(True, {"compile": "CUDA, Triton and a C compiler are there"})
+    saved = COMPILE_SAVES * run_seconds
+    comparison = f"about {saved:,.0f} s saved against {COMPILE_SECONDS:.0f} s of compiling, by rule of thumb"
+    return Choice(saved > COMPILE_SECONDS, {"compile": comparison})
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -134,12 +134,14 @@ class WandbLog:
             self._run.finish()
 
 
-def console_line(step: int, max_steps: int, loss: float, lr: float, grad_norm: float, tok_s: float, left: float, memory: int) -> str:
-    """A logged step in fixed columns; `left` in seconds, `memory` in bytes."""
+def console_line(
+    step: int, max_steps: int, loss: float, lr: float, grad_norm: float, tok_s: float, left: float, memory: int, mfu: str = ""
+) -> str:
+    """A logged step in fixed columns; `left` in seconds, `memory` in bytes, `mfu` the model FLOP utilisation where there is one to tell."""
     width = len(str(max_steps))
     return (
         f"step {step:>{width}}/{max_steps}  loss {loss:7.4f}  lr {lr:.2e}  grad {grad_norm:7.3f}  "
-        f"{tok_s:>9,.0f} tok/s  left {clock(left):>7}  mem {memory / 2**30:5.2f} GiB"
+        f"{tok_s:>9,.0f} tok/s  left {clock(left):>7}  mem {memory / 2**30:5.2f} GiB" + (f"  mfu {mfu:>7}" if mfu else "")
     )
 
 

@@ -30,6 +30,7 @@ from training.evaluation import Evaluation, evaluate, memorising
 from training.hardware import Hardware
 from training.interrupt import StopRequest
 from training.metrics import RunLog, WandbLog, clock, console_line, process_start, say
+from training.micro_batch import divisor, fit_to_memory, measure_peak
 from training.optim import OptimizerOptions, Plan, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, planned
 from training.options import EvalOptions, LoggingOptions, RunOptions, TrainOptions
 from training.reference import Reference, read_curves
@@ -99,6 +100,7 @@ class Training:
             self._restore(resumed)
         self.wandb = WandbLog(run, self.logging, options.flat())
         self.log = RunLog(run, resumed.state["logs"] if resumed is not None else None)
+        self._ahead: tuple[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] | None = None  # see _batches
         self._paused = 0.0  # seconds of evaluations, samples and saves in this process
         self._started = time.perf_counter()
         self._logged_at = (self._train_seconds(), self.step)
@@ -117,6 +119,8 @@ class Training:
         elif self.plan.max_steps <= self.optimizer_options.warmup_steps:
             say(f"note: the learning rate rises over warmup_steps={self.optimizer_options.warmup_steps}, to the end of the run and beyond")
         self.model.train()
+        if self.hardware.device.type == "cuda" and "micro_batch_size" in self.auto and self.step == 0:
+            self._fit_micro_batch()
         if self.train_options.budget_minutes is not None and self.step == 0:
             self._plan_by_budget()
         self._write_config()
@@ -129,7 +133,11 @@ class Training:
         self.learning_rate = learning_rate(self.step, self.plan, self.optimizer_options)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["scale"]
-        loss, self.grad_norm = self._gradient(first_sample=self.step * self.rows)
+        try:
+            loss, self.grad_norm = self._gradient(first_sample=self.step * self.rows)
+        except torch.OutOfMemoryError:
+            self._halve_micro_batch()
+            return self.update()
         if math.isfinite(loss) and math.isfinite(self.grad_norm):
             self.scaler.step(self.optimizer)
             progress.skipped = 0
@@ -146,17 +154,16 @@ class Training:
 
     def _gradient(self, first_sample: int) -> tuple[float, float]:
         """Accumulates the gradient of the mean loss over all counted targets of the update → loss, norm before clipping."""
-        size = int(self.train_options.micro_batch_size)
-        device = self.hardware.device
-        firsts = range(first_sample, first_sample + self.rows, size)
-        batches = [read_windows(self.dataset.train, self.windows.starts(first, size), self.T) for first in firsts]
+        size, device = int(self.train_options.micro_batch_size), self.hardware.device
+        firsts, batches = range(first_sample, first_sample + self.rows, size), self._batches(first_sample, size)
         counted = max(1, sum(int((y != IGNORED_TARGET).sum()) for _, y in batches))
         total = torch.zeros((), device=device)
         for first, (x, y) in zip(firsts, batches, strict=True):
             if self.model.config.dropout:
                 torch.manual_seed(keyed_integer(self.seed, "dropout", first, bits=32))
             with self.hardware.autocast():
-                nats = self.compiled(x.to(device), y.to(device), reduction="sum", label_smoothing=self.train_options.label_smoothing)
+                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                nats = self.compiled(x, y, reduction="sum", label_smoothing=self.train_options.label_smoothing)
             loss = nats / counted
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -165,8 +172,49 @@ class Training:
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         else:
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_options.grad_clip)
+        if device.type != "cpu":  # it is still at work: time to read what comes next
+            self._ahead = (first_sample + self.rows, size), self._batches(first_sample + self.rows, size)
         mean_loss, norm = torch.stack((total, grad_norm.to(total.dtype))).tolist()  # the one wait for the device in a step
         return mean_loss, norm
+
+    def _batches(self, first_sample: int, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The micro-batches of the update that starts with this sample, perhaps read ahead; in pinned memory for a CUDA device."""
+        if self._ahead is not None and self._ahead[0] == (first_sample, size):
+            return self._ahead[1]
+        firsts = range(first_sample, first_sample + self.rows, size)
+        batches = [read_windows(self.dataset.train, self.windows.starts(first, size), self.T) for first in firsts]
+        return [(x.pin_memory(), y.pin_memory()) for x, y in batches] if self.hardware.device.type == "cuda" else batches
+
+    # ---- the micro-batch ---------------------------------------------------------------------------------------------
+
+    def _fit_micro_batch(self) -> None:
+        """Lowers the micro-batch to what a trial shows to fit beside AdamW's two moments, which come with the first step."""
+        size = int(self.train_options.micro_batch_size)
+        free = torch.cuda.mem_get_info(self.hardware.device)[0] - 8 * self.model.n_params()
+        fitting = fit_to_memory(size, lambda rows: measure_peak(self.model, self.hardware, rows), free)
+        torch.cuda.empty_cache()
+        if fitting < size:
+            self._set_micro_batch(fitting)
+            say(f"micro-batch {fitting}: what {free / 2**30:.1f} GiB of free device memory hold")
+
+    def _halve_micro_batch(self) -> None:
+        """After an out-of-memory: half the rows, or less where half does not divide them. Raises UserError where there is no less."""
+        size = int(self.train_options.micro_batch_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.hardware.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise UserError("one row does not fit into the device's memory; take a smaller model or --block_size")
+        smaller = divisor(size, size // 2)
+        if "micro_batch_size" not in self.auto:
+            raise UserError(f"--micro_batch_size={size} does not fit into the device's memory; take --micro_batch_size={smaller}, or auto")
+        self._set_micro_batch(smaller)
+        say(f"step {self.step}: out of memory; micro-batch {size} → {smaller}. Bits may differ from those of a run that began with it")
+
+    def _set_micro_batch(self, size: int) -> None:
+        self.options = config.replace(self.options, micro_batch_size=size)
+        self.train_options = self.options.section(TrainOptions)
+        self._write_config()
 
     def _skip(self, loss: float, grad_norm: float) -> None:
         """Says that an update was dropped; too many in a row end the run, with the last good weights on disk."""
@@ -196,11 +244,17 @@ class Training:
         memory = self.hardware.memory_bytes()
         lr, grad_norm = self.learning_rate, self.grad_norm
         fields = {"loss": loss, "learning_rate": lr, "grad_norm": grad_norm, "tokens": self.step * self.train_options.tokens_per_step}
-        timing = {"tokens_per_second": round(tokens_per_second), "seconds": round(time.perf_counter() - self._started, 3)}
-        timing |= {"train_seconds": round(now, 3), "memory_bytes": memory}
+        timing: dict[str, float | None] = {
+            "tokens_per_second": round(tokens_per_second),
+            "seconds": round(time.perf_counter() - self._started, 3),
+        }
+        peak = self.hardware.peak_flops()
+        utilisation = None if peak is None else tokens_per_second * self.model.flops_per_token() / peak
+        mfu = "" if self.hardware.device.type == "cpu" else "unknown" if utilisation is None else f"{utilisation:.1%}"
+        timing |= {"train_seconds": round(now, 3), "memory_bytes": memory, "mfu": utilisation}
         self.log.metrics("step", self.step, timing=timing, **fields)
         self.wandb.log({f"train/{name}": value for name, value in fields.items()} | timing, self.step)
-        say(console_line(self.step, self.plan.max_steps, loss, lr, grad_norm, tokens_per_second, left, memory))
+        say(console_line(self.step, self.plan.max_steps, loss, lr, grad_norm, tokens_per_second, left, memory, mfu))
         self._follow_budget()
 
     # ---- evaluation, samples, saving ---------------------------------------------------------------------------------

@@ -1,0 +1,43 @@
+"""Choices that depend on the machine, on machines that are not there."""
+
+import pytest
+import torch
+
+import model as model_module
+from config import load
+from model import GPT, GPTConfig
+from training.hardware import Hardware, choose_compile, vendor_flops
+
+
+def hardware(device: str, dtype: torch.dtype = torch.bfloat16) -> Hardware:
+    return Hardware(torch.device(device), dtype, threads=1, reasons={})
+
+
+def test_compiling_must_save_more_than_it_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(model_module.shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    pytest.importorskip("triton")
+    for seconds, pays in ((100.0, False), (200.0, True)):
+        choice = choose_compile("auto", hardware("cuda"), seconds)
+        assert choice.value is pays
+        assert f"about {0.4 * seconds:.0f} s saved against 60 s" in choice.reasons["compile"]
+    assert choose_compile("auto", hardware("cpu"), 1e6).value is False
+    assert choose_compile(True, hardware("cpu"), 1.0).value is True
+
+
+def test_utilisation_needs_a_known_device(monkeypatch):
+    assert vendor_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert vendor_flops("NVIDIA H100 PCIe") == 756e12
+    assert vendor_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert vendor_flops("a device of 2031") is None
+    assert hardware("cpu").peak_flops() is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert hardware("cuda").peak_flops() == 989e12
+    assert hardware("cuda", torch.float32).peak_flops() is None
+
+
+def test_flops_of_gpt2_are_those_of_the_field():
+    """855 MFLOP a token: six of 123.65M parameters that multiply, and attention at 1,024 tokens."""
+    with torch.device("meta"):
+        assert GPT(load("train.py", ["gpt2_124m"]).section(GPTConfig), seed=None).flops_per_token() == pytest.approx(855e6, rel=2e-3)

@@ -498,7 +498,8 @@ class GPT(nn.Module):
         every = torch.arange(len(rows), device=ids.device)
         starts = self.document_starts(ids)[every, last] if self.config.document_mask else torch.zeros_like(last)
         cache.restart(rows, lengths, starts)
-        cache.ids[rows, : ids.shape[1]] = ids
+        if cache.ids is not None:
+            cache.ids[rows, : ids.shape[1]] = ids
         return self._logits(hidden[every, last])
 
     @torch.inference_mode()
@@ -515,7 +516,7 @@ class GPT(nn.Module):
             q, *new = split_heads(qk, v, self.config.n_head)
             return cached_attention(q, *cache.append(layer, *new), mask)
 
-        before = None if self.ngrams is None else cache.newest_ids(self.config.max_ngram - 1)
+        before = cache.newest_ids(self.config.max_ngram - 1)
         hidden = self._hidden(ids[:, None], positions[:, None], attend, before)
         cache.advance(ids)
         return self._logits(hidden[:, 0])
@@ -618,14 +619,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class KVCache:
     """Keys and values of the tokens read so far, rows of different lengths side by side.
 
-    keys, values: (n_layer, R, K, S, D), ids: (R, S), allocated once; lengths (R,) int64: tokens in each row; starts (R,): where the
-    current document of each row starts. A row's token t lies at index t, so its length is also its next position.
+    keys, values: (n_layer, R, K, S, D), ids: (R, S) where the model has n-grams, allocated once; lengths (R,) int64: tokens in each row;
+    starts (R,): where the current document of each row starts. A row's token t lies at index t, so its length is also its next position.
     """
 
     def __init__(self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         shape = (config.n_layer, rows, config.kv_heads, config.block_size, config.head_size)
         self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=device)
+        self.ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=device) if config.max_ngram > 1 else None
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.starts = torch.zeros(rows, dtype=torch.int64, device=device)
         self._host_lengths = [0] * rows  # the same numbers where reading them costs no synchronisation
@@ -670,13 +671,16 @@ class KVCache:
         index = torch.arange(S, device=self.lengths.device)
         return ((index <= self.lengths[:, None]) & (index >= first[:, None]))[:, None, None]
 
-    def newest_ids(self, count: int) -> Tensor:
-        """(R, count): the last ids of each row, oldest first; where a row holds fewer, any id stands for what is not there."""
+    def newest_ids(self, count: int) -> Tensor | None:
+        """(R, count): the last ids of each row, oldest first, any ids where a row holds fewer; None where the model has no n-grams."""
+        if self.ids is None:
+            return None
         index = self.lengths[:, None] + torch.arange(-count, 0, device=self.lengths.device)
         return self.ids.gather(1, index.clamp(min=0))
 
     def advance(self, ids: Tensor) -> None:
-        self.ids.scatter_(1, self.lengths[:, None], ids[:, None])
+        if self.ids is not None:
+            self.ids.scatter_(1, self.lengths[:, None], ids[:, None])
         self.lengths += 1
         self._host_lengths = [length + 1 for length in self._host_lengths]
 
@@ -684,7 +688,8 @@ class KVCache:
         """Drops all rows but these, in this order."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
         self.keys, self.values = self.keys[:, index], self.values[:, index]
-        self.ids, self.lengths, self.starts = self.ids[index], self.lengths[index], self.starts[index]
+        self.ids = None if self.ids is None else self.ids[index]
+        self.lengths, self.starts = self.lengths[index], self.starts[index]
         self._host_lengths = [self._host_lengths[row] for row in rows]
 
 

@@ -79,7 +79,7 @@ def test_each_length_is_a_run_with_a_plan_of_its_own():
     short, long = plans.values()
     assert short["arguments"] == ["shakespeare_char_cpu", "--dropout=0.1", "--max_steps=40"]
     assert [plan["eval_interval"] for plan in (short, long)] == [4, 50]
-    assert bench.plan_runs([], "", 10)["Sprout shakespeare_char_cpu"]["steps"] == 2000
+    assert bench.plan_runs([], "", 10)["Sprout speedrun_char_cpu"]["steps"] == 1300
     command = bench.our_command(long, seed=1338, targets=999)
     assert {"--seed=1338", "--eval_interval=50", "--eval_tokens=1000", "--max_steps=500"} <= set(command)
 

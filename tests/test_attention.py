@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from tests.conftest import ROOT
 pytest.importorskip("triton", reason="the kernel is Triton's")
 import triton
 
-if triton.__version__.startswith("3.6.") and [int(part) for part in __import__("numpy").__version__.split(".")[:2]] >= [2, 4]:
+if triton.__version__.startswith("3.6.") and [int(part) for part in np.__version__.split(".")[:2]] >= [2, 4]:
     pytest.skip("triton 3.6 and numpy from 2.4 on break run-time loop bounds in the interpreter", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,6 +3,8 @@
     python sample.py                                       the newest run, its best checkpoint, a new document
     python sample.py --run=runs/notes --prompt="Once"      a run goes on with your words
     python sample.py --prompt_file=- < letter.txt          … or with a file's
+    python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines out
+    python sample.py --interactive=true                    write together, line by line
     python sample.py --help                                every option
 
 The text goes to standard output as it comes, all else to standard error.
@@ -14,49 +16,74 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import config
 from checkpoint import STATE, resolve_model_folder
-from errors import UserError, run_script
+from errors import run_script
 from files import read_json
+from generation.interactive import interact
 from generation.options import SampleScriptOptions, SamplingOptions
-from generation.text import Piece, load_model, stream_texts
+from generation.prompts import encode_prompts, print_jsonl, print_texts, read_prompts
+from generation.text import load_model, stream_texts
+from prepare_data.sources import unescape
 from training.hardware import HardwareOptions, choose_attention_path, choose_hardware
 from training.options import RunOptions
 from training.run_directory import newest_run
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = config.load("sample.py", sys.argv[1:] if argv is None else argv)
-    script, sampling, run = options.section(SampleScriptOptions), options.section(SamplingOptions), options.section(RunOptions)
+    argv = sys.argv[1:] if argv is None else argv
+    options = config.load("sample.py", argv)
+    script, run = options.section(SampleScriptOptions), options.section(RunOptions)
+    sampling = sampling_options(options)
     for note in options.notes:
         print(note, file=sys.stderr)
 
     # ---- checkpoint
     path = Path(run.run) if run.run is not None else newest_run(Path("runs"))
     folder = resolve_model_folder(path, script.checkpoint)
-    prompt = read_prompt(script)
+    prompts = read_prompts(script)
     hardware = choose_hardware(options.section(HardwareOptions), generating=True)
     model, tokenizer = load_model(folder, hardware.device)
     model.attention = choose_attention_path(options.section(HardwareOptions).attention, hardware, model.config.head_size).value
     print(f"{describe(path, folder, script.checkpoint)}; {hardware.describe()}", file=sys.stderr)
 
     # ---- text
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may use another encoding
+    if script.interactive:
+        with hardware.autocast():
+            return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
+    n = script.num_samples
+    ids = [row for row in encode_prompts(tokenizer, prompts, sampling.prepend_eos) for _ in range(n)]
     started = time.perf_counter()
     try:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may use another encoding
         with hardware.autocast():
-            pieces = stream_texts(model, tokenizer, prompt, sampling, num_samples=script.num_samples, seed=run.seed)
-            tokens = print_texts(pieces, prompt, script.num_samples)
+            pieces = stream_texts(model, tokenizer, ids, sampling, run.seed, draws=[*range(n)] * len(prompts))
+            if script.output == "jsonl":
+                tokens = print_jsonl(pieces, prompts, n, tokenizer)
+            else:
+                tokens = print_texts(pieces, [prompt.text for prompt in prompts for _ in range(n)])
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 0
     seconds = time.perf_counter() - started
     print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
+
+
+def sampling_options(options: config.Options) -> SamplingOptions:
+    """How tokens are drawn, with the stop strings' escapes read."""
+    sampling = options.section(SamplingOptions)
+    return replace(sampling, stop=tuple(map(unescape, sampling.stop)))
+
+
+def changed(argv: list[str], flags: list[str]) -> tuple[SamplingOptions, int]:
+    """Sampling options and seed of the command line with these flags added. Raises UserError."""
+    options = config.load("sample.py", [*argv, *flags])
+    return sampling_options(options), options.section(RunOptions).seed
 
 
 def describe(path: Path, folder: Path, which: str) -> str:
@@ -68,46 +95,6 @@ def describe(path: Path, folder: Path, which: str) -> str:
     facts = [f"step {step}", *([which] if path not in (folder, folder.parent) else [])]
     facts.append(f"val loss {loss:.4f}" if isinstance(loss, float) else "no val loss")
     return f"{folder.parent} ({', '.join(facts)})"
-
-
-def read_prompt(script: SampleScriptOptions) -> str:
-    """The prompt of --prompt or --prompt_file; "" is a new document. Raises UserError."""
-    if script.prompt_file is None:
-        return script.prompt or ""
-    try:
-        data = sys.stdin.buffer.read() if script.prompt_file == "-" else Path(script.prompt_file).read_bytes()
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise UserError(
-            f"--prompt_file={script.prompt_file} cannot be read: {error.strerror}; give a text file, or - for standard input"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--prompt_file={script.prompt_file} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; "
-            "convert it first, for example: iconv -f GB18030 -t UTF-8"
-        ) from None
-
-
-def print_texts(pieces: Iterable[Piece], prompt: str, num_samples: int) -> int:
-    """Prints the samples in their order, the first one that has not ended live, later ones when their turn comes → tokens in all."""
-    shown = 0
-    waiting = [prompt] * num_samples  # text not yet printed
-    tokens, reasons = [0] * num_samples, [""] * num_samples
-    for sample, text, reason in pieces:
-        waiting[sample] += text
-        tokens[sample] += reason is None
-        reasons[sample] = reason or ""
-        while shown < num_samples:
-            print(waiting[shown], end="", flush=True)
-            waiting[shown] = ""
-            if not reasons[shown]:
-                break
-            print(flush=True)
-            print(f"sample {shown + 1}: {reasons[shown]}, {tokens[shown]} tokens", file=sys.stderr, flush=True)
-            if shown + 1 < num_samples:
-                print("---", flush=True)
-            shown += 1
-    return sum(tokens)
 
 
 if __name__ == "__main__":

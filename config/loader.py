@@ -73,9 +73,11 @@ _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def _evaluate(node: ast.expr) -> Any:
-    """A literal, or arithmetic on numbers that stays below 2**63 at every step; ValueError or ArithmeticError for anything else."""
+    """A literal, a list of them, or arithmetic on numbers that stays below 2**63; ValueError or ArithmeticError for anything else."""
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, bool | int | float | str)):
         return node.value
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_evaluate(element) for element in node.elts]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_number(_evaluate(node.operand))
     if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
@@ -185,7 +187,8 @@ class Loader:
         return self.options[name]
 
     def load(self, script: str, argv: Sequence[str], *, default_preset: str | None = None) -> Options:
-        """Reads presets and flags from left to right; the later one wins. Raises one UserError with all problems; help exits with 0."""
+        """Reads presets and flags from left to right; the later one wins, flags that take many texts add up after each other. Raises one
+        UserError with all problems; help exits with 0."""
         own, args = self.own(script), list(argv)
         values, origin = {name: option.default for name, option in own.items()}, dict.fromkeys(own, "default")
         presets, notes, problems, refused = list[str](), list[str](), list[str](), set[str]()
@@ -212,7 +215,8 @@ class Loader:
                     problems.append(f"{where}: {error}")
                     refused.add(name)
                 if name in own:
-                    values[name], origin[name] = value, source
+                    added = is_flag and own[name].many and origin[name] == "flag" and name not in refused and value != ()
+                    values[name], origin[name] = values[name] + value if added else value, source
         if wants_help and not problems:
             print(self.help(script, values, presets))
             raise SystemExit(0)

@@ -1,7 +1,8 @@
 """One option: what a field of a section declares (type, range, default, meaning), and the check of a value against it.
 
 A section is a frozen dataclass beside the code that it configures. Its fields have the types int, float, bool, str, Literal[words] and
-unions of these with None; a range is a string in Annotated ("1 <= x", "0 <= x < 1"); the string literal under a field is its meaning.
+unions of these with None, or tuple[str, ...] for a flag that may be given several times; a range is a string in Annotated ("1 <= x",
+"0 <= x < 1"); the string literal under a field is its meaning.
 """
 
 import ast
@@ -30,10 +31,13 @@ class Option:
     none: bool
     rule: str
     fixed: bool  # a resumed run may not change it
+    many: bool = False  # a tuple of texts
 
     def parse(self, text: str) -> Any:
         """The checked value of the text after a flag's first `=`. ValueError says what was expected."""
         word = text.lower()
+        if self.many:
+            return () if word == "none" else (text,)
         if text in self.choices:
             return text
         if self.none and word == "none":
@@ -53,6 +57,8 @@ class Option:
         """A Python value as the option's own type: 1 is a float, 1e3 an int, True neither. ValueError says what was expected."""
         if value is None and self.none:
             return None
+        if self.many and isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+            return tuple(value)
         if isinstance(value, str) and (value in self.choices or str in self.kinds):
             return value
         if isinstance(value, bool) and bool in self.kinds:
@@ -66,6 +72,8 @@ class Option:
 
     def _refuse(self, value: object) -> NoReturn:
         kinds = {int: f"a whole number {self.limits()}", float: f"a number {self.limits()}", str: "text"}
+        if self.many:
+            raise ValueError("expected a list of texts")
         *most, last = [words.rstrip() for kind, words in kinds.items() if kind in self.kinds] + self._words()
         raise ValueError(f"expected {', '.join(most) + ' or ' if most else ''}{last}{did_you_mean(str(value), self.choices)}")
 
@@ -74,6 +82,8 @@ class Option:
 
     def usage(self) -> str:
         """What may stand after the `=`, in short: INT|auto."""
+        if self.many:
+            return "TEXT"
         kinds = {int: "INT", float: "FLOAT", str: "TEXT"}
         return "|".join([word for kind, word in kinds.items() if kind in self.kinds] + self._words())
 
@@ -99,7 +109,8 @@ def options_of(section: type) -> Iterator[Option]:
         kinds = [part for part in parts if part in (int, float, bool, str)]
         choices = [part for part in parts if isinstance(part, str)]
         none = any(part in (None, types.NoneType) for part in parts)
-        assert len(rules + kinds + choices) + none == len(parts), f"{where}: no type of an option: {hints[field.name]}"
+        many = hints[field.name] == tuple[str, ...]
+        assert many or len(rules + kinds + choices) + none == len(parts), f"{where}: no type of an option: {hints[field.name]}"
         option = Option(
             field.name,
             section,
@@ -110,6 +121,7 @@ def options_of(section: type) -> Iterator[Option]:
             none=none,
             rule=rules[0] if rules else "x",
             fixed=field.metadata.get("resume") == "fixed",
+            many=many,
         )
         assert option.check(option.default) == option.default, f"{where}: wrong default"
         yield option
@@ -165,6 +177,8 @@ def did_you_mean(name: str, names: Iterable[str], flag: str = "") -> str:
 
 def show(value: object) -> str:
     """A value as it is typed after `=`, for help and messages."""
+    if isinstance(value, tuple):
+        return " and ".join(map(show, value)) or "none"
     text = str(value)
     if value is None or isinstance(value, bool):
         text = text.lower()

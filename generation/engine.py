@@ -6,7 +6,7 @@ computes the same with a key/value cache: one token a step while a window grows,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,20 +15,26 @@ from torch import Tensor
 
 from errors import UserError
 from generation.options import SamplingOptions
-from generation.sampling import draw, uniform
+from generation.sampling import Penalties, draw, log_probabilities, uniform
 from model import GPT, KVCache
 
-END_OF_SEQUENCE, LENGTH = "end of sequence", "length"  # why a sample ends
+END_OF_SEQUENCE, STOP, LENGTH = "end of sequence", "stop string", "length"  # why a sample ends; the second is text.py's to say
 CACHE_BYTES = 2**30  # keys and values held at once; more samples than fit are generated one batch after the other
 SMALL_PRODUCT = 2**21  # multiplications; on two cores a second thread begins to pay at about 3 rows of 768 channels
 
 
 class Event(NamedTuple):
-    """A token of a sample, or its end: one of `token` and `reason` is None."""
+    """A token of a sample, or its end: one of `token` and `reason` is None.
+
+    Where the options ask for log-probabilities (natural, the model's own, before any filter), a token has its own in `logprob`, and `top`
+    holds the likeliest ids with theirs.
+    """
 
     sample: int
     token: int | None
     reason: str | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def first_kept(n: int, block_size: int, keep_head: int) -> int:
@@ -56,15 +62,25 @@ def next_logits(model: GPT, ids: Sequence[int], keep_head: int) -> Tensor:
 
 
 def generate(
-    model: GPT, prompts: Sequence[Sequence[int]], options: SamplingOptions, seed: int, batch_size: int | None = None
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    seed: int,
+    *,
+    draws: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    leaving: Set[int] = frozenset(),
 ) -> Iterator[Event]:
     """Continues each prompt (one id at least) as a sample of its own; yields every token as it is drawn, then the sample's end.
 
-    A drawn end-of-sequence is no token of the text where it stops the sample. `batch_size` samples are generated side by side (None: as
-    many as CACHE_BYTES hold); the ids depend on neither. The model is in eval mode. Under autocast, enter it around the whole loop.
+    A sample's draws depend on the seed, its entry in `draws` (None: 0, 1, …) and its position alone. A drawn end-of-sequence is no token of
+    the text where it stops the sample. A sample that the caller puts into `leaving` ends without an event. `batch_size` samples are
+    generated side by side (None: as many as CACHE_BYTES hold); the ids depend on neither. The model is in eval mode.
+    Under autocast, enter it around the whole loop.
     """
     assert not model.training
     assert all(prompts), "a prompt without ids"
+    draws = range(len(prompts)) if draws is None else draws
     config = model.config
     first_kept(0, config.block_size, options.keep_head)  # raises where the option does not fit the model
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
@@ -73,12 +89,13 @@ def generate(
     row_bytes = 2 * config.n_layer * config.kv_heads * config.block_size * config.head_size * dtype.itemsize
     size = batch_size or max(1, CACHE_BYTES // row_bytes)
     for first in range(0, len(prompts), size):
-        batch = [list(prompt) for prompt in prompts[first : first + size]]
-        different = {tuple(prompt): row for row, prompt in enumerate(dict.fromkeys(map(tuple, batch)))}  # equal prompts are read once
-        cache = KVCache(config, len(different), device, dtype)
-        _read(model, cache, list(range(len(different))), list(different), options.keep_head)
-        cache.keep([different[tuple(prompt)] for prompt in batch])
-        yield from _continue(model, cache, batch, first, options, seed)
+        samples = range(first, min(first + size, len(prompts)))
+        texts = {sample: list(prompts[sample]) for sample in samples}
+        rows = {ids: row for row, ids in enumerate(dict.fromkeys(map(tuple, texts.values())))}  # equal prompts are read once
+        cache = KVCache(config, len(rows), device, dtype)
+        _read(model, cache, list(range(len(rows))), list(rows), options.keep_head)
+        cache.keep([rows[tuple(ids)] for ids in texts.values()])
+        yield from _continue(model, cache, texts, options, seed, draws, leaving)
 
 
 @torch.inference_mode()
@@ -95,35 +112,56 @@ def _read(model: GPT, cache: KVCache, rows: list[int], texts: Sequence[Sequence[
     cache.restart(where, lengths, cache.starts[where])
 
 
-def _continue(model: GPT, cache: KVCache, texts: list[list[int]], first: int, options: SamplingOptions, seed: int) -> Iterator[Event]:
-    """Draws tokens until every text has ended. Row r of the cache belongs to texts[live[r]], which is sample first + live[r]."""
-    block_size, keep_head = model.config.block_size, options.keep_head
-    live = list(range(len(texts)))
+def _continue(
+    model: GPT, cache: KVCache, texts: dict[int, list[int]], options: SamplingOptions, seed: int, draws: Sequence[int], leaving: Set[int]
+) -> Iterator[Event]:
+    """Draws tokens until every text, keyed by its sample, has ended. Row r of the cache belongs to the sample live[r]."""
+    block_size, keep_head, eos_id = model.config.block_size, options.keep_head, model.config.eos_id
+    live, penalties = list(texts), None
+    if Penalties.wanted(options):
+        penalties = Penalties(list(texts.values()), model.config.vocab_size, options, cache.lengths.device)
+
+    def keep(rows: list[int]) -> None:
+        nonlocal live
+        if len(rows) < len(live):
+            live = [live[row] for row in rows]
+            cache.keep(rows)
+            if penalties is not None:
+                penalties.keep(rows)
+
     for step in range(options.max_new_tokens):
+        keep([row for row, sample in enumerate(live) if sample not in leaving])
+        if not live:
+            return
         if step > 0:
             lengths = [len(texts[sample]) for sample in live]
             cut = [row for row, n in enumerate(lengths) if first_kept(n, block_size, keep_head) > first_kept(n - 1, block_size, keep_head)]
             if cut:
                 _read(model, cache, cut, [texts[live[row]] for row in cut], keep_head)
         newest = torch.tensor([texts[sample][-1] for sample in live], device=cache.lengths.device)
-        uniforms = [uniform(seed, first + sample, len(texts[sample])) for sample in live]
+        uniforms = [uniform(seed, draws[sample], len(texts[sample])) for sample in live]
         with _threads_for(len(live), model):
-            drawn = draw(model.decode(newest, cache), uniforms, options)
+            own = logits = model.decode(newest, cache)
+            if penalties is not None:
+                logits = penalties.apply(logits)
+            if step < options.min_new_tokens and eos_id is not None:
+                logits = logits.index_fill(1, torch.tensor([eos_id], device=logits.device), -torch.inf)
+            drawn = draw(logits, uniforms, options)
+            reported = [()] * len(live) if options.logprobs is None else log_probabilities(own, drawn, options.logprobs)
+        if penalties is not None:
+            penalties.add(drawn)
         going_on = []
         for row, token in enumerate(drawn):
-            if options.stop_at_eos and token == model.config.eos_id:
-                yield Event(first + live[row], None, END_OF_SEQUENCE)
+            if options.stop_at_eos and token == eos_id:
+                yield Event(live[row], None, END_OF_SEQUENCE)
             else:
                 texts[live[row]].append(token)
                 going_on.append(row)
-                yield Event(first + live[row], token, None)
-        if not going_on:
-            return
-        if len(going_on) < len(live):
-            cache.keep(going_on)
-            live = [live[row] for row in going_on]
+                yield Event(live[row], token, None, *reported[row])
+        keep(going_on)
     for sample in live:
-        yield Event(first + sample, None, LENGTH)
+        if sample not in leaving:
+            yield Event(sample, None, LENGTH)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""From logits to the next token: temperature, then top-k, then top-p, then a draw that depends on (seed, sample, position) alone."""
+"""From logits to the next token: penalties, temperature, top-k, top-p, min-p, then a draw by (seed, sample, position) alone."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +20,42 @@ def uniform(seed: int, sample: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
+class Penalties:
+    """Lowers the logits of tokens that a text holds already. A row for each text; `generated` (R, V) counts what was drawn,
+    `seen` (R, V) also has the prompt's tokens (its counts do not matter)."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, options: SamplingOptions, device: torch.device) -> None:
+        self.options = options
+        self.generated = torch.zeros(len(prompts), vocab_size, device=device)
+        self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        for row, ids in enumerate(prompts):
+            self.seen[row, torch.tensor(ids, device=device)] = True
+
+    @staticmethod
+    def wanted(options: SamplingOptions) -> bool:
+        return (options.repetition_penalty, options.presence_penalty, options.frequency_penalty) != (1, 0, 0)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """logits (R, V) → (R, V)."""
+        repetition = self.options.repetition_penalty
+        logits = torch.where(self.seen, torch.where(logits < 0, logits * repetition, logits / repetition), logits)
+        presence = self.options.presence_penalty * (self.generated > 0)
+        return logits - presence - self.options.frequency_penalty * self.generated
+
+    def add(self, ids: Sequence[int]) -> None:
+        """The id that each row has drawn."""
+        index = torch.tensor(ids, device=self.seen.device)[:, None]
+        self.seen.scatter_(1, index, True)
+        self.generated.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float32))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops all rows but these."""
+        index = torch.tensor(rows, device=self.seen.device)
+        self.seen, self.generated = self.seen[index], self.generated[index]
+
+
 @torch.inference_mode()
-def draw(logits: Tensor, uniforms: list[float], options: SamplingOptions) -> list[int]:
+def draw(logits: Tensor, uniforms: Sequence[float], options: SamplingOptions) -> list[int]:
     """logits (R, V), a number in [0, 1) for each row → R ids: each the inverse of its row's cumulative distribution, in the order of ids.
 
     Raises UserError where a row has no finite maximum.
@@ -50,6 +85,8 @@ def weights(logits: Tensor, options: SamplingOptions) -> Tensor:
     weight = logits.exp()
     if options.top_p is not None and options.top_p < 1:
         weight = keep_top_p(weight, options.top_p)
+    if options.min_p is not None:
+        weight = weight * (weight >= options.min_p)
     return weight
 
 
@@ -67,3 +104,13 @@ def keep_top_p(weight: Tensor, p: float) -> Tensor:
     cumulated = ordered.cumsum(-1, dtype=torch.float64)
     needed = cumulated - ordered < p * cumulated[:, -1:]  # the weights before this one do not suffice
     return torch.zeros_like(weight).scatter(-1, ids, ordered * needed)
+
+
+@torch.inference_mode()
+def log_probabilities(logits: Tensor, drawn: Sequence[int], count: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """logits (R, V), the id that each row has drawn → for each row its log-probability, and the `count` likeliest ids with theirs."""
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    of_drawn = log_probs.gather(1, torch.tensor(drawn, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = log_probs.topk(min(count, logits.shape[-1]))
+    tops = [tuple(zip(row, of_row, strict=True)) for row, of_row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return list(zip(of_drawn, tops, strict=True))

@@ -1,9 +1,9 @@
-"""Text around the engine: a model folder → model and tokenizer, prompt → ids, drawn ids → whole characters as they come."""
+"""Text around the engine: a model folder → model and tokenizer, prompt → ids, drawn ids → whole characters as they come, stop strings."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -12,17 +12,29 @@ import torch
 
 from checkpoint import open_model_folder
 from errors import UserError
-from generation.engine import generate
+from generation.engine import STOP, Event, generate
 from generation.options import SamplingOptions
 from model import GPT, GPTConfig
 from prepare_data.tokenizer import Tokenizer, tokenizer_from_dict
 
 
+class Token(NamedTuple):
+    """A drawn id: its bytes as text, for display, where it begins in the sample's text (characters), and what its Event says of it."""
+
+    id: int
+    text: str
+    start: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
 class Piece(NamedTuple):
-    """What one token adds to the text of a sample ("" while a character is not complete); the last one has the reason of its end."""
+    """What a token adds to a sample: text whose characters are whole and in no stop string ("" while that is open), and the tokens that
+    begin in it. The last piece of a sample has the reason of its end; what follows the beginning of a stop string is in none."""
 
     sample: int
     text: str
+    tokens: tuple[Token, ...]
     reason: str | None
 
 
@@ -53,15 +65,61 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, prepend_eos: bool) -> list[int
 
 
 def stream_texts(
-    model: GPT, tokenizer: Tokenizer, prompt: str, options: SamplingOptions, *, num_samples: int, seed: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    seed: int,
+    *,
+    draws: Sequence[int] | None = None,
 ) -> Iterator[Piece]:
-    """Continues the prompt num_samples times; one piece a token, whole characters only. The prompt's own text is not repeated."""
-    make_decoder = codecs.getincrementaldecoder("utf-8")
-    decoders = [make_decoder(errors="replace") for _ in range(num_samples)]
-    prompts = [prompt_ids(tokenizer, prompt, options.prepend_eos)] * num_samples
-    for sample, token, reason in generate(model, prompts, options, seed):
-        data = b"" if token is None else tokenizer.token_bytes[token]
-        yield Piece(sample, decoders[sample].decode(data, final=token is None), reason)
+    """Continues each prompt (ids) as a sample of its own, as engine.generate does; the prompts' own texts are not repeated."""
+    texts = [_SampleText(tokenizer, options.stop) for _ in prompts]
+    leaving = set[int]()
+    for event in generate(model, prompts, options, seed, draws=draws, leaving=leaving):
+        piece = texts[event.sample].add(event)
+        if piece.reason is not None:
+            leaving.add(event.sample)
+        yield piece
+
+
+class _SampleText:
+    """Turns a sample's events into pieces; holds back what may yet become a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.length = 0  # whole characters so far, held ones too
+        self.held, self.tokens = "", list[Token]()
+
+    def add(self, event: Event) -> Piece:
+        data = b"" if event.token is None else self.tokenizer.token_bytes[event.token]
+        if event.token is not None:
+            self.tokens.append(Token(event.token, data.decode("utf-8", errors="replace"), self.length, event.logprob, event.top))
+        new = self.decoder.decode(data, final=event.token is None)
+        self.length += len(new)
+        self.held += new
+        reason = event.reason
+        if (cut := first_stop(self.held, self.stop)) is not None:
+            reason = STOP
+        elif reason is None:
+            cut = len(self.held) - open_stop(self.held, self.stop)
+        text, self.held = self.held[:cut], self.held[cut:]
+        end = self.length - len(self.held)  # tokens that begin beyond this wait, or belong to a stop string
+        tokens = [token for token in self.tokens if token.start < end or (not self.held and reason != STOP)]
+        self.tokens = self.tokens[len(tokens) :]
+        return Piece(event.sample, text, tuple(tokens), reason)
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the stop string begins that is complete first, reading from the left; of several that end there, the longest."""
+    found = [(text.index(string) + len(string), text.index(string)) for string in stop if string in text]
+    return min(found)[1] if found else None
+
+
+def open_stop(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of the text may be the beginning of a stop string."""
+    return max((n for string in stop for n in range(1, min(len(string) - 1, len(text)) + 1) if text.endswith(string[:n])), default=0)
 
 
 def sample_texts(
@@ -78,14 +136,15 @@ def sample_texts(
     """(text with its prompt, reason of its end) of each sample. Training mode and torch's generators stay as they were."""
     keep_head = min(1, model.config.block_size - 1)
     options = SamplingOptions(max_new_tokens=max_new_tokens, temperature=temperature, keep_head=keep_head)
+    ids = prompt_ids(tokenizer, prompt, options.prepend_eos)
     texts, reasons = [prompt] * num_samples, [""] * num_samples
     was_training = model.training
     model.eval()
     try:
         with autocast():
-            for sample, text, reason in stream_texts(model, tokenizer, prompt, options, num_samples=num_samples, seed=seed):
-                texts[sample] += text
-                reasons[sample] = reason or ""
+            for piece in stream_texts(model, tokenizer, [ids] * num_samples, options, seed):
+                texts[piece.sample] += piece.text
+                reasons[piece.sample] = piece.reason or ""
     finally:
         model.train(was_training)
     return list(zip(texts, reasons, strict=True))

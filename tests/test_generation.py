@@ -35,7 +35,7 @@ def tiny_model(dtype=torch.float64, scale=15.0, **changes):
 def run(model, prompts, options, seed=0, batch_size=None):
     """Per sample: the generated ids and the reason of the end."""
     ids, reasons = [[] for _ in prompts], [None] * len(prompts)
-    for sample, token, reason in generate(model, prompts, options, seed, batch_size):
+    for sample, token, reason, *_ in generate(model, prompts, options, seed, batch_size=batch_size):
         assert reasons[sample] is None, "an event after the end"
         if token is None:
             reasons[sample] = reason
@@ -303,7 +303,7 @@ def test_ids_that_pad_the_vocabulary_are_never_drawn():
 def scripted(monkeypatch, ids):
     """generate() as if a model had written these ids."""
     events = [engine.Event(0, token, None) for token in ids] + [engine.Event(0, None, END_OF_SEQUENCE)]
-    monkeypatch.setattr("generation.text.generate", lambda *args: iter(events))
+    monkeypatch.setattr("generation.text.generate", lambda *args, **kwargs: iter(events))
 
 
 @settings(max_examples=200)
@@ -311,7 +311,7 @@ def scripted(monkeypatch, ids):
 def test_streamed_text_is_the_whole_text(data):
     with pytest.MonkeyPatch.context() as monkeypatch:
         scripted(monkeypatch, list(data))
-        pieces = list(stream_texts(None, bytes_tokenizer(), "", SamplingOptions(), num_samples=1, seed=0))
+        pieces = list(stream_texts(None, bytes_tokenizer(), [[256]], SamplingOptions(), 0))
     assert "".join(piece.text for piece in pieces) == data.decode("utf-8", errors="replace")
     assert [piece.reason for piece in pieces] == [None] * len(data) + [END_OF_SEQUENCE]
 
@@ -319,7 +319,7 @@ def test_streamed_text_is_the_whole_text(data):
 def test_characters_are_streamed_whole(monkeypatch):
     text = "héllo 世界 👩‍🚀"
     scripted(monkeypatch, list(text.encode()))
-    pieces = [piece.text for piece in stream_texts(None, bytes_tokenizer(), "", SamplingOptions(), num_samples=1, seed=0)]
+    pieces = [piece.text for piece in stream_texts(None, bytes_tokenizer(), [[256]], SamplingOptions(), 0)]
     assert [piece for piece in pieces if piece] == list(text)
 
 

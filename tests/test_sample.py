@@ -16,7 +16,8 @@ import torch
 import sample
 from checkpoint import save_checkpoint
 from errors import UserError
-from generation.text import load_model, sample_texts
+from generation.prompts import print_texts
+from generation.text import Piece, load_model, sample_texts
 from model import GPT, GPTConfig
 from prepare_data.tokenizer import bytes_tokenizer, char_tokenizer
 
@@ -109,12 +110,12 @@ def test_the_first_sample_comes_live_and_later_ones_in_their_turn(capsys):
             (2, "e", None, "P ad!\n---\nP b\n---\nP ce"),
             (2, "", "end of sequence", "P ad!\n---\nP b\n---\nP ce\n"),
         ]:
-            yield sample_, text, reason
+            yield Piece(sample_, text, () if reason else (None,), reason)
             shown.append(capsys.readouterr().out)
             assert "".join(shown) == printed
 
     shown = []
-    assert sample.print_texts(pieces(), "P ", 3) == 5
+    assert print_texts(pieces(), ["P "] * 3) == 5
 
 
 def test_prompts_from_a_file_and_from_standard_input(runs, capsys, tmp_path, monkeypatch):

@@ -57,9 +57,9 @@ Lets a trained model write. Arguments count from left to right; the later one wi
   python sample.py                                       the newest run, its best checkpoint, a new document
   python sample.py --run=runs/notes --prompt="Once"      a run of yours goes on with your words
   python sample.py --temperature=0.5 --top_k=50          more careful choices
-  python sample.py --stop='\n\n' --stop=THE             ends before an empty line, or before THE
+  python sample.py --stop='\\n\\n' --stop=THE             ends before an empty line, or before THE
   python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines with log-probabilities out
-  python sample.py --interactive=true                    write together with the model, line by line
+  python sample.py --interactive                         write together with the model, line by line
 
 Filters apply in this order: repetition penalty, presence and frequency penalties, temperature (0: the likeliest
 token, and the filters after it do nothing), top-k, top-p, min-p. Log-probabilities are those before all of them.

@@ -288,7 +288,6 @@ def test_the_default_preset_is_taken_when_none_is_given(loader: Loader) -> None:
         (["--colour=red"], "--colour=red: no such option"),
         (["--top_k=5"], "--top_k=5: belongs to sample.py, not to train.py"),
         (["--vocab_size=5"], "--vocab_size=5: no such option"),  # derived
-        (["--overwrite"], "--overwrite: write --overwrite=true|false"),
         (["--max_steps", "5"], "--max_steps: write --max_steps=5"),
         (["--max_steps", "small"], "--max_steps: write --max_steps=INT"),
         (["max_steps=5"], "max_steps=5: write --max_steps=5"),

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import fields
 
 from errors import UserError
-from generation.engine import END_OF_SEQUENCE
+from generation.engine import END_OF_SEQUENCE, STOP
 from generation.options import SamplingOptions
 from generation.text import prompt_ids, stream_texts
 from model import GPT
@@ -62,7 +62,7 @@ def interact(model: GPT, tokenizer: Tokenizer, prompt: str, load: Callable[[list
             if not typed and line.startswith("/") and not line.startswith("//"):
                 session.command(*line[1:].split(maxsplit=1))
             else:
-                session.type(typed + (line.removeprefix("/") if line.startswith("//") else line))
+                session.type(typed + line if typed else line[line.startswith("//") :])
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
         typed = ""
@@ -79,12 +79,12 @@ class _Session:
         self.ended = False
 
     def type(self, text: str) -> None:
+        first = self.ended or not self.turns
+        typed = prompt_ids(self.tokenizer, text, self.sampling.prepend_eos) if first else self.tokenizer.encode(text).tolist()
         if self.ended:
             print("(the document has ended; this begins a new one)", file=sys.stderr)
             self.turns = []
-        first = not self.turns
-        typed = prompt_ids(self.tokenizer, text, self.sampling.prepend_eos) if first else self.tokenizer.encode(text).tolist()
-        self._answer(typed, 0)
+        self._answer(self.turns, typed, 0)
 
     def command(self, name: str = "", value: str = "") -> None:
         if name == "help":
@@ -99,10 +99,11 @@ class _Session:
         elif name in ("undo", "retry"):
             if not self.turns:
                 raise UserError(f"/{name}: nothing was written yet")
-            typed, _, tries = self.turns.pop()
-            self.ended = False
+            *turns, (typed, _, tries) = self.turns
             if name == "retry":
-                self._answer(typed, tries + 1)
+                self._answer(turns, typed, tries + 1)
+            else:
+                self.turns, self.ended = turns, False
         elif name in (*OPTIONS, "seed") and value:
             flags = [*self.flags, f"--{name}={value}"]
             self.sampling, self.seed = self.load(flags)
@@ -111,19 +112,22 @@ class _Session:
             missing = ", or its value is missing" if name in (*OPTIONS, "seed") else ""
             raise UserError(f"/{name}: no such command{missing}; /help lists them")
 
-    def _answer(self, typed: list[int], tries: int) -> None:
-        """Lets the model go on from all turns and what was typed; Ctrl-C ends it, and what it wrote so far stays."""
-        before = [token for old, answer, _ in self.turns for token in old + answer]
-        answer, reason = list[int](), "stopped"
+    def _answer(self, turns: list[tuple[list[int], list[int], int]], typed: list[int], tries: int) -> None:
+        """Lets the model go on from these turns and what was typed; Ctrl-C ends it, and what it wrote so far stays."""
+        before = [token for old, answer, _ in turns for token in old + answer]
+        text, answer, reason = "", list[int](), "stopped"
         pieces = stream_texts(self.model, self.tokenizer, [before + typed], self.sampling, self.seed, draws=[tries])
         try:
             for piece in pieces:
                 print(piece.text, end="", flush=True)
+                text += piece.text
                 answer += [token.id for token in piece.tokens]
                 reason = piece.reason or reason
         except KeyboardInterrupt:
             pass  # `reason` says so
-        self.turns.append((typed, answer, tries))
+        if reason == STOP:  # the last token may hold the beginning of the stop string
+            answer = self.tokenizer.encode(text).tolist()
+        self.turns = [*turns, (typed, answer, tries)]
         self.ended = reason == END_OF_SEQUENCE
         print(flush=True)
         print(f"({reason}, {len(answer)} tokens)", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Every command of README.md starts and ends well, in the order in which it stands there, with a tiny text and two steps."""
 
+import io
 import re
 import shlex
 import shutil
@@ -30,13 +31,15 @@ def _a_users_folder(tmp_path, monkeypatch, small_text):
     Path("letters.txt").write_text(text[:20_000], encoding="utf-8")
     Path("names.txt").write_text("\n".join(line.split()[0] + str(i) for i, line in enumerate(text.splitlines())), encoding="utf-8")
     Path("prompt.txt").write_text("Anna sees", encoding="utf-8")
+    Path("many.jsonl").write_text('"Anna"\n{"prompt": "Once", "id": 7}\n', encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Anna sees\n/retry\n"))  # for --interactive
     Path("folder").mkdir()
     for part in range(30):
         Path("folder", f"{part}.txt").write_text(text[2000 * part : 2000 * part + 2000], encoding="utf-8")
 
 
 def start(command: str) -> int:
-    script, *args = shlex.split(command)[1:]
+    script, *args = shlex.split(command.partition(" > ")[0])[1:]
     if script == "train.py":
         resuming = any(arg.startswith(("--resume", "--init_from")) for arg in args)
         args += QUICK if not resuming else ["--threads=1"] if any("max_steps" in arg for arg in args) else ["--max_steps=3", "--threads=1"]

@@ -111,10 +111,10 @@ def check_same_ids(peer: Path, data_dir: Path) -> None:
 # ---- Its command -----------------------------------------------------------------------------------------------------
 
 
-def peer_command(steps: int, interval: int) -> list[str]:
+def peer_command(steps: int, interval: int, dropout: float = 0.0) -> list[str]:
     """nanoGPT's documented CPU command, but the last weights are saved even where they are not its best."""
     command = "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64"
-    command += f" --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters={steps} --lr_decay_iters={steps} --dropout=0.0"
+    command += f" --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters={steps} --lr_decay_iters={steps} --dropout={dropout}"
     own_interval = [] if interval == EVAL_INTERVAL else [f"--eval_interval={interval}"]
     return [*command.split(), "--always_save_checkpoint=True", *own_interval]
 

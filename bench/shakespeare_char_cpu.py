@@ -1,6 +1,6 @@
 """The preset shakespeare_char_cpu beside nanoGPT's documented CPU command, on the same text, in one session.
 
-    python bench/shakespeare_char_cpu.py --peer=PATH_TO_NANOGPT --text=PATH_TO_TINYSHAKESPEARE [--repeats=3] [--steps=2000]
+    python bench/shakespeare_char_cpu.py --peer=PATH_TO_NANOGPT --text=PATH_TO_TINYSHAKESPEARE [--repeats=3] [--steps=2000] [--dropout=0.2]
 
 Speed: both models in one process, each with its own code for a whole training step (draw a batch, forward, backward, clip,
 update), in alternating blocks of steps. Our allocator settings then hold for both; the peer's learning rate is held, ours moves.
@@ -8,7 +8,7 @@ update), in alternating blocks of steps. Our allocator settings then hold for bo
 Runs: each program's own command from start to end, as processes, evaluations as each does them. Then both final models are
 scored by the same code in float32: every target of the peer's val split once, on a fixed grid of windows; our EOS after the
 last character is no target of it. Repeat r runs both at seed 1337 + r; in the peer's train.py the seed is a literal, which is
-replaced in the temporary copy (at r = 0 it is the file as it came).
+replaced in the temporary copy (at r = 0 it is the file as it came). --dropout is given to both; the peer drops attention weights too.
 
 Reading order: main, measure_speed, run_programs; then `score` in bench/peer.py.
 """
@@ -68,7 +68,7 @@ from training.run import Training  # noqa: E402
 
 PRESET = "shakespeare_char_cpu"
 ROWS, BLOCK_SIZE = 12, 64
-PEER_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": BLOCK_SIZE, "bias": False, "dropout": 0.0}
+PEER_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": BLOCK_SIZE, "bias": False}
 PEER = "nanoGPT float32"
 TIMED_STEPS = 20  # of a block
 ROUNDS = 10  # of one block a side, per repeat
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     figures: dict[str, Any] = {
         "bench": PRESET,
         "command": f"python bench/{Path(__file__).name} --peer=PATH_TO_NANOGPT --text=PATH_TO_TINYSHAKESPEARE --repeats={arguments.repeats}"
-        f" --steps={arguments.steps} --dtype={','.join(dtypes)}",
+        f" --steps={arguments.steps} --dtype={','.join(dtypes)} --dropout={arguments.dropout}",
         "hardware": hardware(),
         "sprout": commit_of(ROOT),
         "peer": commit_of(arguments.peer),
@@ -94,9 +94,10 @@ def main(argv: list[str] | None = None) -> int:
         text = plain_copy(arguments.text, work / "input.txt")
         peer, data = copy_peer(arguments.peer, text, work / "peer"), prepare_ours(text, work / "data")
         check_same_ids(peer, data)
-        figures["speed"] = measure_speed(peer, data, work, dtypes, arguments.repeats * ROUNDS, min(TIMED_STEPS, arguments.steps))
+        rounds, steps = arguments.repeats * ROUNDS, min(TIMED_STEPS, arguments.steps)
+        figures["speed"] = measure_speed(peer, data, work, dtypes, rounds, steps, arguments.dropout)
         show_speed(figures["speed"])
-        figures["runs"] = run_programs(peer, data, work, dtypes, arguments.repeats, arguments.steps)
+        figures["runs"] = run_programs(peer, data, work, dtypes, arguments.repeats, arguments.steps, arguments.dropout)
         figures["programs"] = summarise_runs(figures["runs"])
         show_programs(figures["programs"])
     print(f"written: {write_results(PRESET, figures, arguments.results)}")
@@ -109,6 +110,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare, or any other text")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each program, and tens of rounds of the speed measurement")
     parser.add_argument("--steps", type=int, default=2000, help="steps of a run")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of both sides; their documented setting has none")
     parser.add_argument("--dtype", help="our dtypes, separated by commas (default: float32, and what --dtype=auto takes here)")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     arguments = parser.parse_args(argv)
@@ -125,12 +127,12 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
-def measure_speed(peer: Path, data: Path, work: Path, dtypes: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
+def measure_speed(peer: Path, data: Path, work: Path, dtypes: Sequence[str], rounds: int, steps: int, dropout: float) -> dict[str, Any]:
     """Tokens/s of whole training steps, in `rounds` rounds of one block of `steps` steps a side."""
     tune_allocator()
     with contextlib.redirect_stdout(io.StringIO()):  # their reports of what they built
-        sides: dict[str, Step] = {PEER: peer_step(peer)}
-        sides |= {f"Sprout {dtype}": our_step(data, work / f"speed-{dtype}", dtype) for dtype in dtypes}
+        sides: dict[str, Step] = {PEER: peer_step(peer, dropout)}
+        sides |= {f"Sprout {dtype}": our_step(data, work / f"speed-{dtype}", dtype, dropout) for dtype in dtypes}
     for step in sides.values():
         for _ in range(3):
             step()
@@ -140,11 +142,11 @@ def measure_speed(peer: Path, data: Path, work: Path, dtypes: Sequence[str], rou
     return {"steps_a_block": steps, "machine": watch.measured, "tokens_per_second": rates, "summary": summarise_speed(rates)}
 
 
-def peer_step(peer: Path) -> Step:
+def peer_step(peer: Path, dropout: float) -> Step:
     """One step of the peer's training loop on its own model, optimizer and batches."""
     module = import_model(peer)
     torch.manual_seed(SEED)
-    model = module.GPT(module.GPTConfig(**PEER_SHAPE, vocab_size=int(peer_ids(peer, "train").max()) + 1))
+    model = module.GPT(module.GPTConfig(**PEER_SHAPE, dropout=dropout, vocab_size=int(peer_ids(peer, "train").max()) + 1))
     optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.99), device_type="cpu")
     scope = {"os": os, "np": np, "torch": torch, "data_dir": str(peer / "data" / "shakespeare_char")}
     scope |= {"block_size": BLOCK_SIZE, "batch_size": ROWS, "device": "cpu", "device_type": "cpu"}
@@ -162,9 +164,9 @@ def peer_step(peer: Path) -> Step:
     return step
 
 
-def our_step(data: Path, run: Path, dtype: str) -> Step:
+def our_step(data: Path, run: Path, dtype: str, dropout: float) -> Step:
     """training/run.py's step, set up as train.py does it."""
-    options = config.load("train.py", [PRESET, f"--data_dir={data}", f"--dtype={dtype}", "--device=cpu"])
+    options = config.load("train.py", [PRESET, f"--data_dir={data}", f"--dtype={dtype}", f"--dropout={dropout}", "--device=cpu"])
     chosen = choose_hardware(options.section(HardwareOptions))
     asked, model_options = options.section(TrainOptions), options.section(GPTConfig)
     size = choose_micro_batch(asked.micro_batch_size, asked.tokens_per_step, model_options, chosen).value
@@ -216,7 +218,9 @@ def show_speed(speed: Mapping[str, Any]) -> None:
 # ---- Whole programs --------------------------------------------------------------------------------------------------
 
 
-def run_programs(peer: Path, data: Path, work: Path, dtypes: Sequence[str], repeats: int, steps: int) -> list[dict[str, Any]]:
+def run_programs(
+    peer: Path, data: Path, work: Path, dtypes: Sequence[str], repeats: int, steps: int, dropout: float
+) -> list[dict[str, Any]]:
     """Runs and scores the peer's command and ours, `repeats` times each in turn."""
     interval = EVAL_INTERVAL if steps % EVAL_INTERVAL == 0 else steps  # the peer saves only where it evaluates
     val = peer_ids(peer, "val")
@@ -227,12 +231,12 @@ def run_programs(peer: Path, data: Path, work: Path, dtypes: Sequence[str], repe
             seed = SEED + repeat
             if side == PEER:
                 (peer / "train.py").write_text(reseeded(script, seed), encoding="utf-8")
-                command = peer_command(steps, interval)
+                command = peer_command(steps, interval, dropout)
                 result = run_process([sys.executable, *command], peer)
                 logits, reported = load_peer(peer), peer_report(result["output"])
             else:
                 run = work / f"run-{side.split()[1]}-{repeat}"
-                command = our_command(steps, interval, seed, side.split()[1])
+                command = our_command(steps, interval, seed, side.split()[1], dropout)
                 result = run_process([sys.executable, *command, f"--data_dir={data}", f"--run={run}"], ROOT)
                 logits, reported = load_ours(run), our_report(run)
             loss = score(logits, val, BLOCK_SIZE)
@@ -242,8 +246,9 @@ def run_programs(peer: Path, data: Path, work: Path, dtypes: Sequence[str], repe
     return runs
 
 
-def our_command(steps: int, interval: int, seed: int, dtype: str) -> list[str]:
-    return ["train.py", PRESET, "--device=cpu", f"--dtype={dtype}", f"--seed={seed}", f"--max_steps={steps}", f"--eval_interval={interval}"]
+def our_command(steps: int, interval: int, seed: int, dtype: str, dropout: float) -> list[str]:
+    flags = {"device": "cpu", "dtype": dtype, "seed": seed, "max_steps": steps, "eval_interval": interval, "dropout": dropout}
+    return ["train.py", PRESET, *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def summarise_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

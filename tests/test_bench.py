@@ -119,7 +119,7 @@ def test_our_step_trains(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("to be, or not to be: that is the question.\n" * 40)
     prepare_ours(text, tmp_path / "data")
-    step = bench.our_step(tmp_path / "data", tmp_path / "run", "float32")
+    step = bench.our_step(tmp_path / "data", tmp_path / "run", "float32", 0.1)
     losses = [step() for _ in range(12)]
     assert losses[-1] < losses[0] - 0.05
 

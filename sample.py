@@ -25,7 +25,7 @@ from errors import run_script
 from files import read_json
 from generation.interactive import interact
 from generation.options import SampleScriptOptions, SamplingOptions
-from generation.prompts import encode_prompts, print_jsonl, print_texts, read_prompts
+from generation.prompts import encode_prompts, ends_in_a_lone_space, print_jsonl, print_texts, read_prompts
 from generation.text import load_model, stream_texts
 from prepare_data.sources import unescape
 from training.hardware import HardwareOptions, choose_attention_path, choose_hardware
@@ -58,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
             return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
     n = script.num_samples
     ids = [row for row in encode_prompts(tokenizer, prompts, sampling.prepend_eos) for _ in range(n)]
+    if any(ends_in_a_lone_space(tokenizer, prompt.text) for prompt in prompts):
+        print(
+            "note: words of this model begin with their space, so it goes on better where the prompt does not end in one", file=sys.stderr
+        )
     started = time.perf_counter()
     try:
         with hardware.autocast():

@@ -73,6 +73,14 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Iterable[Prompt], prepend_eos:
     return encoded
 
 
+def ends_in_a_lone_space(tokenizer: Tokenizer, prompt: str) -> bool:
+    """Whether the last token is a space that would begin the next word's token, had the prompt not ended there. What follows is then
+    a word without its space, which models see seldom, so they go on badly."""
+    if not prompt.endswith(" ") or prompt.endswith("  "):
+        return False
+    return any(data.startswith(b" ") and data[1:].isalpha() for data in tokenizer.token_bytes)
+
+
 def print_texts(pieces: Iterable[Piece], prompts: list[str]) -> int:
     """Prints the samples, each behind its prompt (one for each sample), in their order: the first one that has not ended live, later ones
     when their turn comes → tokens in all."""

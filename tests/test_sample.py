@@ -17,10 +17,10 @@ import torch
 import sample
 from checkpoint import save_checkpoint
 from errors import UserError
-from generation.prompts import print_texts
+from generation.prompts import ends_in_a_lone_space, print_texts
 from generation.text import Piece, load_model, sample_texts
 from model import GPT, GPTConfig
-from prepare_data.tokenizer import bytes_tokenizer, char_tokenizer
+from prepare_data.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
 CPU = torch.device("cpu")
@@ -177,6 +177,14 @@ def test_bad_files_of_prompts(runs, capsys, tmp_path, content, message):
     (tmp_path / "p q.jsonl").write_bytes(content)
     flags = f"--run={runs / 'char'}", f"--prompts={tmp_path / 'p q.jsonl'}"
     assert re.search(r"--prompts=.*p q\.jsonl.*" + message, bad(capsys, *flags))
+
+
+def test_a_prompt_that_ends_in_a_space_is_noted_where_words_begin_with_theirs():
+    words = Tokenizer("made up", "gpt2", [b"a", b" ", b" a", None], 3)
+    assert ends_in_a_lone_space(words, "a ")
+    assert not any(ends_in_a_lone_space(words, prompt) for prompt in ("", "a", " a", "a  "))
+    assert not ends_in_a_lone_space(bytes_tokenizer(), "a ")
+    assert not ends_in_a_lone_space(char_tokenizer("a "), "a ")
 
 
 def test_options_of_prompts_that_contradict_each_other(capsys):

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,19 @@ def json_bytes(value: dict[str, Any]) -> bytes:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replaces the file atomically. Raises OSError."""
+    replace_file(path, json_bytes(value))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes the file whole or not at all. Raises OSError."""
     temporary = path.with_name(path.name + ".writing")
-    write_file(temporary, json_bytes(value))
-    os.replace(temporary, path)
+    try:
+        write_file(temporary, data)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     sync_directory(path.parent)
 
 

@@ -407,6 +407,16 @@ class GPT(nn.Module):
         loss = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing)
         return loss.view_as(targets) if reduction == "none" else loss
 
+    def observe(self, ids: Tensor, see: Callable[[int, Tensor, Tensor, Tensor], None]) -> Tensor:
+        """forward(ids), and on the way see(layer, q (B, T, H, D), k, v (B, T, K, D)) with what enters the attention of every layer."""
+        attend = self._causal_attention(ids)
+
+        def seen(layer: int, qk: Tensor, v: Tensor | None) -> Tensor:
+            see(layer, *split_heads(qk, v, self.config.n_head))
+            return attend(qk, v)
+
+        return self._logits(self._hidden(ids, self._positions(ids), seen))
+
     def _hidden(self, ids: Tensor, positions: Tensor | None, attend: Attend, before: Tensor | None = None) -> Tensor:
         """ids (B, T), positions (B, T) or None for 0…T−1, before (B, max_ngram − 1) or None: the ids ahead of these where there are
         any → the final hidden states (B, T, C)."""

@@ -5,6 +5,7 @@
     python sample.py --prompt_file=- < letter.txt          … or with a file's
     python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines out
     python sample.py --interactive                         write together, line by line
+    python sample.py --inspect=out.html --prompt="Once"    a page that shows how the model reads the prompt
     python sample.py --help                                every option
 
 The text goes to standard output as it comes, all else to standard error.
@@ -23,6 +24,7 @@ import config
 from checkpoint import STATE, resolve_model_folder
 from errors import run_script
 from files import read_json
+from generation.inspection import look_inside, write_page
 from generation.interactive import interact
 from generation.options import SampleScriptOptions, SamplingOptions
 from generation.prompts import encode_prompts, ends_in_a_lone_space, print_jsonl, print_texts, read_prompts
@@ -56,6 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     if script.interactive:
         with hardware.autocast():
             return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
+    if script.inspect is not None:
+        [prompt] = encode_prompts(tokenizer, prompts, sampling.prepend_eos)
+        with hardware.autocast():
+            data = look_inside(model, tokenizer, prompt, sampling)
+        write_page(Path(script.inspect), data, describe(path, folder, script.checkpoint))
+        if data["left_out"]:
+            print(f"the prompt is too long to be shown whole: {data['left_out']}", file=sys.stderr)
+        print(f"wrote {script.inspect} (open it in a browser)")
+        return 0
     n = script.num_samples
     ids = [row for row in encode_prompts(tokenizer, prompts, sampling.prepend_eos) for _ in range(n)]
     if any(ends_in_a_lone_space(tokenizer, prompt.text) for prompt in prompts):

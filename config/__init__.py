@@ -60,6 +60,7 @@ Lets a trained model write. Arguments count from left to right; the later one wi
   python sample.py --stop='\\n\\n' --stop=THE             ends before an empty line, or before THE
   python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines with log-probabilities out
   python sample.py --interactive                         write together with the model, line by line
+  python sample.py --inspect=out.html --prompt="Once"    see how it reads: attention, scores, the next token
 
 Filters apply in this order: repetition penalty, presence and frequency penalties, temperature (0: the likeliest
 token, and the filters after it do nothing), top-k, top-p, min-p. Log-probabilities are those before all of them.

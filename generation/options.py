@@ -20,6 +20,8 @@ class SampleScriptOptions:
     """How samples are printed: as text, or one JSON object a line with token ids, log-probabilities and the reason of the end."""
     interactive: bool = False
     """Write together with the model: it goes on with each line that you type; /help there lists the commands."""
+    inspect: str | None = None
+    """Write a page (HTML) that shows how the model reads the prompt: attention maps, scores step by step, the next token; no samples."""
 
     def problems(self) -> list[str]:
         found = []
@@ -30,6 +32,11 @@ class SampleScriptOptions:
             found.append("--interactive reads from the keyboard: give it --prompt or --prompt_file=FILE at most")
         if self.interactive and (self.num_samples > 1 or self.output != "text"):
             found.append("--interactive shows one sample as text: leave --num_samples and --output out")
+        if self.inspect is not None and (self.prompts is not None or self.interactive or self.num_samples > 1 or self.output != "text"):
+            found.append(
+                "--inspect shows one prompt and draws no samples: give it --prompt or --prompt_file, and leave --prompts, "
+                "--interactive, --num_samples and --output out"
+            )
         return found
 
 

@@ -5,6 +5,7 @@
     python sample.py --prompt_file=- < letter.txt          … or with a file's
     python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines out
     python sample.py --interactive=true                    write together, line by line
+    python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
     python sample.py --help                                every option
 
 The text goes to standard output as it comes, all else to standard error.
@@ -21,10 +22,10 @@ from pathlib import Path
 
 import config
 from checkpoint import STATE, resolve_model_folder
-from errors import run_script
+from errors import UserError, run_script
 from files import read_json
 from generation.interactive import interact
-from generation.options import SampleScriptOptions, SamplingOptions
+from generation.options import SampleScriptOptions, SamplingOptions, ServerOptions
 from generation.prompts import encode_prompts, print_jsonl, print_texts, read_prompts
 from generation.text import load_model, stream_texts
 from prepare_data.sources import unescape
@@ -36,8 +37,10 @@ from training.run_directory import newest_run
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = config.load("sample.py", argv)
-    script, run = options.section(SampleScriptOptions), options.section(RunOptions)
+    script, run, server = options.section(SampleScriptOptions), options.section(RunOptions), options.section(ServerOptions)
     sampling = sampling_options(options)
+    if server.serve and (script.interactive or script.prompts is not None or script.output != "text"):
+        raise UserError("--serve takes its prompts over the network: leave --interactive, --prompts and --output out")
     for note in options.notes:
         print(note, file=sys.stderr)
 
@@ -56,6 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     if script.interactive:
         with hardware.autocast():
             return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
+    if server.serve:
+        from generation.server import serve  # the packages that it needs are not needed otherwise
+
+        start = {"prompt": prompts[0].text, "n": script.num_samples}
+        return serve(model, tokenizer, name_of(folder), sampling, server, hardware.autocast, start)
     n = script.num_samples
     ids = [row for row in encode_prompts(tokenizer, prompts, sampling.prepend_eos) for _ in range(n)]
     started = time.perf_counter()
@@ -84,6 +92,12 @@ def changed(argv: list[str], flags: list[str]) -> tuple[SamplingOptions, int]:
     """Sampling options and seed of the command line with these flags added. Raises UserError."""
     options = config.load("sample.py", [*argv, *flags])
     return sampling_options(options), options.section(RunOptions).seed
+
+
+def name_of(folder: Path) -> str:
+    """The run that a model folder belongs to, or else the folder's own name."""
+    folder = folder.resolve()
+    return folder.parents[2].name if folder.parent.parent.name == "checkpoints" else folder.name
 
 
 def describe(path: Path, folder: Path, which: str) -> str:

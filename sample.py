@@ -4,7 +4,7 @@
     python sample.py --run=runs/notes --prompt="Once"      a run goes on with your words
     python sample.py --prompt_file=- < letter.txt          … or with a file's
     python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines out
-    python sample.py --interactive=true                    write together, line by line
+    python sample.py --interactive                         write together, line by line
     python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
     python sample.py --help                                every option
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         with hardware.autocast():
             pieces = stream_texts(model, tokenizer, ids, sampling, run.seed, draws=[*range(n)] * len(prompts))
             if script.output == "jsonl":
-                tokens = print_jsonl(pieces, prompts, n, tokenizer)
+                tokens = print_jsonl(pieces, prompts, n, tokenizer, logprobs=sampling.logprobs is not None)
             else:
                 tokens = print_texts(pieces, [prompt.text for prompt in prompts for _ in range(n)])
     except BrokenPipeError:  # whoever read has seen enough

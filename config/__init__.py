@@ -58,9 +58,9 @@ Lets a trained model write. Arguments count from left to right; the later one wi
   python sample.py                                       the newest run, its best checkpoint, a new document
   python sample.py --run=runs/notes --prompt="Once"      a run of yours goes on with your words
   python sample.py --temperature=0.5 --top_k=50          more careful choices
-  python sample.py --stop='\n\n' --stop=THE             ends before an empty line, or before THE
+  python sample.py --stop='\\n\\n' --stop=THE             ends before an empty line, or before THE
   python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines with log-probabilities out
-  python sample.py --interactive=true                    write together with the model, line by line
+  python sample.py --interactive                         write together with the model, line by line
   python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
 
 Filters apply in this order: repetition penalty, presence and frequency penalties, temperature (0: the likeliest

@@ -241,12 +241,13 @@ class Loader:
 
     def _flag(self, script: str, arg: str, rest: list[str], problems: list[str]) -> list[Setting]:
         name, equals, text = arg.removeprefix("--").partition("=")
+        own = self.own(script)
+        if name in own and not equals and bool in own[name].kinds and arg.startswith("--"):
+            return [Setting(show(arg), name, "true")]
         if not equals and rest and not rest[0].startswith("-") and not self._find(rest[0]):
             text = rest.pop(0)  # written as `--name value`
-        own = self.own(script)
-        is_switch = name in own and own[name].kinds == {bool} and not own[name].choices and not text  # alone it means true
-        if name in own and (equals or is_switch):
-            return [Setting(show(arg), name, text if equals else "true")]
+        if name in own and equals:
+            return [Setting(show(arg), name, text)]
         if name in own:
             why = f"write --{name}={show(text) if text else own[name].usage()}"
         elif scripts := [other for other in self.scripts if name in self.own(other)]:

@@ -29,9 +29,9 @@ class SampleScriptOptions:
         if len(given) > 1:
             found.append(f"{' and '.join(f'--{name}' for name in given)} all give the prompt: use one of them")
         if self.interactive and (self.prompts is not None or "-" in (self.prompt_file, self.prompts)):
-            found.append("--interactive=true reads from the keyboard: give it --prompt or --prompt_file=FILE at most")
+            found.append("--interactive reads from the keyboard: give it --prompt or --prompt_file=FILE at most")
         if self.interactive and (self.num_samples > 1 or self.output != "text"):
-            found.append("--interactive=true shows one sample as text: leave --num_samples and --output out")
+            found.append("--interactive shows one sample as text: leave --num_samples and --output out")
         return found
 
 

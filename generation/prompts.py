@@ -96,7 +96,7 @@ def print_texts(pieces: Iterable[Piece], prompts: list[str]) -> int:
     return sum(tokens)
 
 
-def print_jsonl(pieces: Iterable[Piece], prompts: list[Prompt], num_samples: int, tokenizer: Tokenizer) -> int:
+def print_jsonl(pieces: Iterable[Piece], prompts: list[Prompt], num_samples: int, tokenizer: Tokenizer, *, logprobs: bool) -> int:
     """Prints each sample as a line of JSON as soon as it and all before it have ended → tokens in all.
 
     The samples of a prompt follow each other. ids, logprobs and top_logprobs are those of the tokens that begin in the text.
@@ -107,7 +107,7 @@ def print_jsonl(pieces: Iterable[Piece], prompts: list[Prompt], num_samples: int
         line = {"id": prompt.id} if prompt.id is not None else {}
         line |= {"prompt": prompt.text, "sample": sample % num_samples, "text": text, "finish_reason": reason}
         line["ids"] = [token.id for token in drawn]
-        if drawn and drawn[0].logprob is not None:
+        if logprobs:
             line["logprobs"] = [token.logprob for token in drawn]
             line["top_logprobs"] = [[_alternative(tokenizer, *pair) for pair in token.top] for token in drawn]
         print(json.dumps(line, ensure_ascii=False), flush=True)

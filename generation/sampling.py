@@ -50,7 +50,7 @@ class Penalties:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all rows but these."""
-        index = torch.tensor(rows, device=self.seen.device)
+        index = torch.tensor(rows, dtype=torch.int64, device=self.seen.device)
         self.seen, self.generated = self.seen[index], self.generated[index]
 
 

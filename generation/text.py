@@ -99,11 +99,11 @@ class _SampleText:
         new = self.decoder.decode(data, final=event.token is None)
         self.length += len(new)
         self.held += new
-        reason = event.reason
-        if (cut := first_stop(self.held, self.stop)) is not None:
+        reason, cut = event.reason, first_stop(self.held, self.stop)
+        if cut is not None:
             reason = STOP
-        elif reason is None:
-            cut = len(self.held) - open_stop(self.held, self.stop)
+        else:
+            cut = len(self.held) - (open_stop(self.held, self.stop) if reason is None else 0)
         text, self.held = self.held[:cut], self.held[cut:]
         end = self.length - len(self.held)  # tokens that begin beyond this wait, or belong to a stop string
         tokens = [token for token in self.tokens if token.start < end or (not self.held and reason != STOP)]

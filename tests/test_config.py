@@ -279,14 +279,6 @@ def test_the_default_preset_is_taken_when_none_is_given(loader: Loader) -> None:
     assert load(loader).presets == []
 
 
-def test_a_switch_alone_means_true(loader: Loader) -> None:
-    write_preset("small", "n_layer = 2\n")
-    for argv in (["--overwrite"], ["--overwrite", "small"], ["--overwrite", "--n_layer=3"]):
-        assert load(loader, *argv).section(Train).overwrite is True
-    assert load(loader, "--overwrite", "--overwrite=false").section(Train).overwrite is False
-    assert problems(loader, "--compile") == ["--compile: write --compile=true|false|auto"]
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -296,7 +288,6 @@ def test_a_switch_alone_means_true(loader: Loader) -> None:
         (["--colour=red"], "--colour=red: no such option"),
         (["--top_k=5"], "--top_k=5: belongs to sample.py, not to train.py"),
         (["--vocab_size=5"], "--vocab_size=5: no such option"),  # derived
-        (["--overwrite", "yes"], "--overwrite: write --overwrite=yes"),
         (["--max_steps", "5"], "--max_steps: write --max_steps=5"),
         (["--max_steps", "small"], "--max_steps: write --max_steps=INT"),
         (["max_steps=5"], "max_steps=5: write --max_steps=5"),

@@ -6,17 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import generation.engine as engine
 from errors import UserError
 from generation.engine import END_OF_SEQUENCE, LENGTH, generate, next_logits, visible
 from generation.options import SamplingOptions
-from generation.sampling import draw, uniform, weights
-from generation.text import prompt_ids, sample_texts, stream_texts
+from generation.sampling import weights
 from model import GPT, GPTConfig, KVCache
-from prepare_data.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
+from tests.test_sampling import chi_square_bound
 
 GREEDY = SamplingOptions(max_new_tokens=10, temperature=0.0, stop_at_eos=False)
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31, eos_id=30, tie_embeddings=False)
@@ -79,6 +78,7 @@ MODELS = {
     "sliding": {"sliding_window": 3},
     "documents": {"document_mask": True},
     "documents_rotary_sliding": {"document_mask": True, "positions": "rotary", "sliding_window": 5, "n_kv_head": 1},
+    "ngrams": {"max_ngram": 3, "ngram_rows": 64},
     "padded_vocabulary": {"vocab_size": 1030, "eos_id": 1029},
 }
 
@@ -180,49 +180,7 @@ def test_samples_that_fill_more_than_the_memory_for_keys_and_values(monkeypatch)
     assert len(sizes) == 3
 
 
-def test_uniform():
-    values = [uniform(1337, sample, position) for sample in range(100) for position in range(100)]
-    assert len(set(values)) == 10_000
-    assert 0 <= min(values) < 0.001 < 0.999 < max(values) < 1
-    assert abs(sum(values) / 10_000 - 0.5) < 0.01
-    assert uniform(1, 23, 4) != uniform(12, 3, 4)
-    assert uniform(1337, 0, 1) == 0.208437298079438, "the hash has changed: every seed now gives other samples; say so in the notes"
-
-
 # ---- the distribution
-
-
-def chi_square_bound(df):
-    """The 99.9 % quantile (Wilson and Hilferty 1931)."""
-    return df * (1 - 2 / (9 * df) + 3.09 * math.sqrt(2 / (9 * df))) ** 3
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        SamplingOptions(temperature=1.0),
-        SamplingOptions(temperature=0.7, top_k=5),
-        SamplingOptions(temperature=1.5, top_p=0.8),
-        SamplingOptions(temperature=1.3, top_k=9, top_p=0.9),
-    ],
-    ids=["temperature", "top_k", "top_p", "all"],
-)
-def test_draws_follow_the_filtered_softmax(options):
-    torch.manual_seed(2)
-    logits = 2 * torch.randn(12)
-    n = 24_000
-    expected = [math.exp(float(x) / options.temperature) for x in logits]
-    order = sorted(range(12), key=lambda i: -expected[i])[: options.top_k]
-    total, kept, mass = sum(expected[i] for i in order), [], 0.0
-    for i in order:
-        if mass < (options.top_p or 1.0) * total:
-            kept.append(i)
-        mass += expected[i]
-    norm = sum(expected[i] for i in kept)
-    found = Counter(draw(logits.expand(n, -1), [uniform(11, i // 100, i % 100) for i in range(n)], options))
-    assert set(found) <= set(kept)
-    chi_square = sum((found[i] - n * expected[i] / norm) ** 2 / (n * expected[i] / norm) for i in kept)
-    assert chi_square < chi_square_bound(len(kept) - 1)
 
 
 def test_the_engine_draws_the_models_distribution():
@@ -234,44 +192,57 @@ def test_the_engine_draws_the_models_distribution():
     assert sum((found[i] - n * float(p[i])) ** 2 / (n * float(p[i])) for i in range(31)) < chi_square_bound(30)
 
 
-@given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.integers(1, 30))
-def test_top_k_keeps_exactly_k_lower_ids_first(values, k):
-    kept = weights(torch.tensor([values]).float(), SamplingOptions(temperature=1.0, top_k=k))[0].nonzero()[:, 0].tolist()
-    assert kept == sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:k])
+def test_the_first_tokens_of_the_samples_of_one_prompt_are_independent():
+    """Pairs (sample 2i, sample 2i + 1) over 5,000 samples: each token follows the model, and the second knows nothing of the first."""
+    model = tiny_model(scale=2.0)
+    options = SamplingOptions(max_new_tokens=1, temperature=1.0, top_k=4, stop_at_eos=False)
+    firsts = [ids[0] for ids, _ in run(model, [[30, 4]] * 5_000, options, seed=9)]
+    p = weights(next_logits(model, [30, 4], 1)[None], options)[0]
+    p = {i: float(p[i] / p.sum()) for i in p.nonzero()[:, 0].tolist()}
+    found, pairs = Counter(firsts), Counter(zip(firsts[::2], firsts[1::2], strict=True))
+    assert found.keys() == p.keys()
+    assert sum((found[i] - 5_000 * p[i]) ** 2 / (5_000 * p[i]) for i in p) < chi_square_bound(3)
+    expected = {(i, j): 2_500 * p[i] * p[j] for i in p for j in p}
+    assert min(expected.values()) > 5, "too few for the test to be sound"
+    assert sum((pairs[pair] - n) ** 2 / n for pair, n in expected.items()) < chi_square_bound(15)
 
 
-@given(st.lists(st.floats(-4, 4), min_size=1, max_size=30), st.floats(0.01, 1.0))
-def test_top_p_keeps_the_smallest_set_that_suffices(values, p):
-    logits = torch.tensor([values], dtype=torch.float64)
-    probs = logits.softmax(-1)[0]
-    kept = sorted(float(probs[i]) for i in weights(logits, SamplingOptions(temperature=1.0, top_p=p))[0].nonzero()[:, 0])
-    assert kept
-    assert sum(kept) >= p - 1e-9
-    assert sum(kept[1:]) < p + 1e-9  # without its smallest it would not suffice
-    assert kept[0] >= max((float(x) for x in probs.sort().values[: len(probs) - len(kept)]), default=0.0)
+@pytest.mark.parametrize("name", ["learned", "rotary", "grouped", "documents", "ngrams"])
+def test_a_batch_of_unequal_prompts_is_each_alone(name):
+    """Greedy and drawn, past block_size, with penalties, which belong to a row."""
+    model = tiny_model(scale=6.0, **MODELS[name])
+    prompts = [[30, 1, 2], [30], [4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [30, 1, 2], [3]]
+    for options in (GREEDY, replace(SAMPLED, repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1, min_new_tokens=3)):
+        together = run(model, prompts, options)
+        for sample, prompt in enumerate(prompts):
+            ids = [(token, reason) for _, token, reason, *_ in generate(model, [prompt], options, 0, draws=[sample])]
+            assert [token for token, _ in ids if token is not None] == together[sample][0]
+            assert ids[-1][1] == together[sample][1]
 
 
-def test_temperature_zero_ignores_the_rest_and_tiny_ones_come_near():
-    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 4.0, -math.inf, 4.9]])
-    assert draw(logits, [0.99, 0.99], SamplingOptions(temperature=0.0, top_k=2, top_p=0.5)) == [1, 0]
-    for temperature in (1e-6, 1e-40, 1e-300):
-        assert draw(logits[1:], [0.99], SamplingOptions(temperature=temperature)) == [0]
+def test_draws_names_the_samples_whose_numbers_are_drawn():
+    model = tiny_model(scale=5.0)
+    usual = run(model, [[30, 1]] * 4, SAMPLED, seed=5)
+    events = list(generate(model, [[30, 1]] * 2, SAMPLED, 5, draws=[3, 1]))
+    assert [[e.token for e in events if e.sample == sample and e.reason is None] for sample in (0, 1)] == [usual[3][0], usual[1][0]]
 
 
-@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
-def test_the_ends_of_the_interval_draw_ids_that_are_allowed(u):
-    logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
-    assert draw(logits, [u], SamplingOptions(temperature=1.0)) == [1 if u == 0 else 2]
+# ---- log-probabilities
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_said(temperature, value):
-    logits = torch.zeros(3, 5)
-    logits[1, 2] = value
-    for options in (SamplingOptions(temperature=temperature), SamplingOptions(temperature=temperature, top_k=2, top_p=0.5)):
-        with pytest.raises(UserError, match=r"not finite.*--checkpoint=latest"):
-            draw(logits, [0.5] * 3, options)
+def test_log_probabilities_are_those_before_all_filters():
+    model = tiny_model(scale=5.0)
+    options = replace(SAMPLED, top_k=2, temperature=0.3, repetition_penalty=2.0, min_new_tokens=25, logprobs=3)
+    text = [30, 1]
+    for event in generate(model, [text], options, 0):
+        if event.token is not None:
+            expected = next_logits(model, text, 1).log_softmax(-1)
+            assert event.logprob == pytest.approx(float(expected[event.token]), abs=1e-9)
+            assert [i for i, _ in event.top] == expected.argsort(descending=True)[:3].tolist()
+            assert [p for _, p in event.top] == pytest.approx(expected.sort(descending=True).values[:3].tolist(), abs=1e-9)
+            text.append(event.token)
+    assert len(text) == 27
+    assert next((e.logprob, e.top) for e in generate(model, [[30]], replace(options, logprobs=None), 0)) == (None, ())
 
 
 # ---- how samples end
@@ -289,6 +260,33 @@ def test_ends():
     assert run(model, [[1], [2, 3]], replace(SAMPLED, max_new_tokens=0)) == [([], LENGTH)] * 2
 
 
+def test_no_end_of_sequence_before_min_new_tokens():
+    model = tiny_model(scale=5.0)
+    prompts = [[30, i] for i in range(12)]
+    free = run(model, prompts, SAMPLED)
+    assert any(len(ids) < 6 for ids, _ in free)
+    longer = run(model, prompts, replace(SAMPLED, min_new_tokens=6))
+    assert all(len(ids) >= 6 and 30 not in ids for ids, _ in longer)
+    assert any(6 <= len(ids) < 25 for ids, _ in longer)
+    for options in (replace(GREEDY, stop_at_eos=True), SAMPLED):
+        assert all(30 not in ids[:6] for ids, _ in run(model, prompts, replace(options, min_new_tokens=6, stop_at_eos=False)))
+
+
+def test_samples_leave_when_the_caller_says_so():
+    model, leaving = tiny_model(scale=5.0), set()
+    options = replace(SAMPLED, stop_at_eos=False)
+    whole, seen = run(model, [[30]] * 3, options), [[], [], []]
+    for event in generate(model, [[30]] * 3, options, 0, leaving=leaving):
+        assert event.sample not in leaving
+        if event.token is not None:
+            seen[event.sample].append(event.token)
+        if len(seen[1]) == 4:
+            leaving.add(1)
+    assert seen == [whole[0][0], whole[1][0][:4], whole[2][0]]
+    leaving |= {0, 1, 2}
+    assert list(generate(model, [[30]] * 3, options, 0, leaving=leaving)) == []
+
+
 def test_ids_that_pad_the_vocabulary_are_never_drawn():
     model = tiny_model(**MODELS["padded_vocabulary"])
     with torch.no_grad():
@@ -297,54 +295,7 @@ def test_ids_that_pad_the_vocabulary_are_never_drawn():
     assert max(max(row) for row, _ in ids) in range(990, 1030)
 
 
-# ---- text
-
-
-def scripted(monkeypatch, ids):
-    """generate() as if a model had written these ids."""
-    events = [engine.Event(0, token, None) for token in ids] + [engine.Event(0, None, END_OF_SEQUENCE)]
-    monkeypatch.setattr("generation.text.generate", lambda *args, **kwargs: iter(events))
-
-
-@settings(max_examples=200)
-@given(st.one_of(st.text().map(str.encode), st.binary()))
-def test_streamed_text_is_the_whole_text(data):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        scripted(monkeypatch, list(data))
-        pieces = list(stream_texts(None, bytes_tokenizer(), [[256]], SamplingOptions(), 0))
-    assert "".join(piece.text for piece in pieces) == data.decode("utf-8", errors="replace")
-    assert [piece.reason for piece in pieces] == [None] * len(data) + [END_OF_SEQUENCE]
-
-
-def test_characters_are_streamed_whole(monkeypatch):
-    text = "héllo 世界 👩‍🚀"
-    scripted(monkeypatch, list(text.encode()))
-    pieces = [piece.text for piece in stream_texts(None, bytes_tokenizer(), [[256]], SamplingOptions(), 0)]
-    assert [piece for piece in pieces if piece] == list(text)
-
-
-def test_prompt_ids():
-    tokenizer = char_tokenizer("ab")
-    assert prompt_ids(tokenizer, "ba", True) == [2, 1, 0]
-    assert prompt_ids(tokenizer, "ba", False) == [1, 0]
-    assert prompt_ids(tokenizer, "", True) == [2]
-    with pytest.raises(UserError, match="--prepend_eos=false"):
-        prompt_ids(tokenizer, "", False)
-    with pytest.raises(UserError, match="not 'é'"):
-        prompt_ids(tokenizer, "é", True)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_sample_texts_changes_nothing_and_repeats(training):
-    tokenizer: Tokenizer = bytes_tokenizer()
-    model = tiny_model(torch.float32, vocab_size=257, eos_id=256, dropout=0.3).train(training)
-    state = torch.get_rng_state()
-    once = sample_texts(model, tokenizer, "ab", num_samples=3, max_new_tokens=20, temperature=1.0, seed=4)
-    assert model.training is training
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(text.startswith("ab") and reason in (LENGTH, END_OF_SEQUENCE) for text, reason in once)
-    autocast = torch.inference_mode  # any context
-    assert sample_texts(model, tokenizer, "ab", num_samples=2, max_new_tokens=20, temperature=1.0, seed=4, autocast=autocast) == once[:2]
+# ---- threads
 
 
 def test_little_work_runs_on_one_thread_and_the_number_is_left_as_it_was(monkeypatch):

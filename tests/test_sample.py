@@ -1,6 +1,7 @@
 """sample.py as a person starts it: on small checkpoints, with good and bad input."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -126,6 +127,74 @@ def test_prompts_from_a_file_and_from_standard_input(runs, capsys, tmp_path, mon
     assert start(capsys, *flags, f"--prompt_file={tmp_path / 'ein Brief é.txt'}").out == expected
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("abc 世\n".encode())))
     assert start(capsys, *flags, "--prompt_file=-").out == expected
+
+
+def test_many_prompts_in_json_lines_out(runs, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "my prompts.jsonl"
+    path.write_text('"abc"\n\n{"prompt": "世\\n", "id": {"row": 7}}\n{"prompt": ""}\n', encoding="utf-8")
+    flags = [f"--run={runs / 'char'}", "--max_new_tokens=40", "--num_samples=2", "--temperature=1.5", "--output=jsonl"]
+    out, err = start(capsys, *flags, f"--prompts={path}", "--logprobs=2")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["prompt"], line["sample"], line.get("id")) for line in lines] == [
+        ("abc", 0, None), ("abc", 1, None), ("世\n", 0, {"row": 7}), ("世\n", 1, {"row": 7}), ("", 0, None), ("", 1, None)
+    ]  # fmt: skip
+    tokenizer = char_tokenizer("abc \n世")
+    for line in lines:  # each is what its prompt alone would have given
+        texts = text_of(runs / "char/checkpoints/step-00000005/model", line["prompt"], num_samples=2, max_new_tokens=40, temperature=1.5)
+        text, reason = texts[line["sample"]]
+        assert (line["prompt"] + line["text"], line["finish_reason"]) == (text, reason)
+        assert tokenizer.decode(line["ids"]) == line["text"]
+        assert len(line["ids"]) == len(line["logprobs"]) == len(line["top_logprobs"])
+        for logprob, top in zip(line["logprobs"], line["top_logprobs"], strict=True):
+            assert logprob <= top[0]["logprob"] + 1e-6 <= 0.000001
+            assert [alternative["text"] for alternative in top] == [tokenizer.decode([alternative["id"]]) for alternative in top]
+    assert f"{sum(len(line['ids']) for line in lines)} tokens in" in err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    assert start(capsys, *flags, "--prompts=-", "--logprobs=2").out == out
+    without = [json.loads(line) for line in start(capsys, *flags, f"--prompts={path}").out.splitlines()]
+    assert without == [{key: value for key, value in line.items() if "logprobs" not in key} for line in lines]
+    texts = start(capsys, *flags[:-1], f"--prompts={path}").out
+    assert texts == "\n---\n".join(line["prompt"] + line["text"] for line in lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'"a"\n{"prompt": 5}\n', r", line 2: no text; expected a string, or an object with .prompt."),
+        (b'"a"\n{"text": "b"}\n', r", line 2: no text"),
+        (b'{"prompt": "b", "n": 2}\n', r", line 1: unknown 'n'"),
+        (b"a\n", r", line 1: not JSON .*expected a line like"),
+        (b"[" * 100_000, r", line 1: not JSON"),
+        (b"null\n", r", line 1: no text"),
+        (b" \n\n", r"there is no prompt in it"),
+        (b'"a"\n"\\ud800"\n', r", line 2: the text is not valid Unicode"),
+        (b'"a"\n"z"\n', r", line 2: the char tokenizer knows .* but not 'z'"),
+        (b'"\xff"\n', r"not UTF-8: byte 0xff at offset 1"),
+    ],
+    ids=["a number", "no prompt", "unknown key", "no JSON", "deep", "null", "empty", "surrogate", "unknown character", "no UTF-8"],
+)
+def test_bad_files_of_prompts(runs, capsys, tmp_path, content, message):
+    (tmp_path / "p q.jsonl").write_bytes(content)
+    flags = f"--run={runs / 'char'}", f"--prompts={tmp_path / 'p q.jsonl'}"
+    assert re.search(r"--prompts=.*p q\.jsonl.*" + message, bad(capsys, *flags))
+
+
+def test_options_of_prompts_that_contradict_each_other(capsys):
+    assert "--prompt and --prompts all give the prompt" in bad(capsys, "--prompt=a", "--prompts=b")
+    assert "--interactive reads from the keyboard" in bad(capsys, "--interactive", "--prompt_file=-")
+    assert "--interactive shows one sample" in bad(capsys, "--interactive", "--num_samples=2")
+    assert "--min_new_tokens=9 is more than --max_new_tokens=5" in bad(capsys, "--min_new_tokens=9", "--max_new_tokens=5")
+    assert "--stop= is empty" in bad(capsys, "--stop=")
+
+
+def test_stop_strings_of_the_command_line(runs, capsys):
+    flags = [f"--run={runs / 'char'}", "--temperature=1.5", "--max_new_tokens=300", "--stop_at_eos=false", "--prompt=a"]
+    whole = start(capsys, *flags).out.removesuffix("\n")
+    out, err = start(capsys, *flags, r"--stop=\n", "--stop=ba")
+    expected = "a" + re.split("\n|ba", whole[1:])[0]
+    assert len(expected) < len(whole)
+    assert out == expected + "\n"
+    assert f"sample 1: stop string, {len(expected) - 1} tokens" in err
 
 
 def test_no_new_tokens_prints_the_prompt(runs, capsys):

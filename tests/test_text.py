@@ -1,0 +1,151 @@
+"""Text around the engine: prompts in, whole characters out, stop strings, tokens with their place."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import generation.engine as engine
+from errors import UserError
+from generation.engine import END_OF_SEQUENCE, LENGTH, STOP
+from generation.options import SamplingOptions
+from generation.text import prompt_ids, sample_texts, stream_texts
+from prepare_data.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
+from tests.test_generation import tiny_model
+
+
+def scripted(monkeypatch, ids):
+    """generate() as if a model had written these ids."""
+
+    def generate(*args, leaving=frozenset(), **kwargs):
+        for token in ids:
+            if 0 in leaving:
+                return
+            yield engine.Event(0, token, None, -1.0 * token, ((token, -0.5),))
+        if 0 not in leaving:
+            yield engine.Event(0, None, END_OF_SEQUENCE)
+
+    monkeypatch.setattr("generation.text.generate", generate)
+
+
+def streamed(data, tokenizer=None, **options):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        scripted(monkeypatch, list(data))
+        return list(stream_texts(None, tokenizer or bytes_tokenizer(), [[256]], SamplingOptions(**options), 0))
+
+
+@settings(max_examples=200)
+@given(st.one_of(st.text().map(str.encode), st.binary()))
+def test_streamed_text_is_the_whole_text(data):
+    pieces = streamed(data)
+    assert "".join(piece.text for piece in pieces) == data.decode("utf-8", errors="replace")
+    assert [piece.reason for piece in pieces] == [None] * len(data) + [END_OF_SEQUENCE]
+
+
+def test_characters_are_streamed_whole():
+    text = "héllo 世界 👩‍🚀"
+    pieces = [piece.text for piece in streamed(text.encode())]
+    assert [piece for piece in pieces if piece] == list(text)
+
+
+def test_prompt_ids():
+    tokenizer = char_tokenizer("ab")
+    assert prompt_ids(tokenizer, "ba", True) == [2, 1, 0]
+    assert prompt_ids(tokenizer, "ba", False) == [1, 0]
+    assert prompt_ids(tokenizer, "", True) == [2]
+    with pytest.raises(UserError, match="--prepend_eos=false"):
+        prompt_ids(tokenizer, "", False)
+    with pytest.raises(UserError, match="not 'é'"):
+        prompt_ids(tokenizer, "é", True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sample_texts_changes_nothing_and_repeats(training):
+    tokenizer: Tokenizer = bytes_tokenizer()
+    model = tiny_model(torch.float32, vocab_size=257, eos_id=256, dropout=0.3).train(training)
+    state = torch.get_rng_state()
+    once = sample_texts(model, tokenizer, "ab", num_samples=3, max_new_tokens=20, temperature=1.0, seed=4)
+    assert model.training is training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(text.startswith("ab") and reason in (LENGTH, END_OF_SEQUENCE) for text, reason in once)
+    autocast = torch.inference_mode  # any context
+    assert sample_texts(model, tokenizer, "ab", num_samples=2, max_new_tokens=20, temperature=1.0, seed=4, autocast=autocast) == once[:2]
+
+
+# ---- stop strings
+
+
+def before_the_first_stop(text, stop):
+    """The definition: read character by character, end at the first one that completes a stop string, cut that off (the longest)."""
+    for end in range(1, len(text) + 1):
+        if found := [string for string in stop if text[:end].endswith(string)]:
+            return text[: end - max(map(len, found))], True
+    return text, False
+
+
+letters = st.text("ab ", min_size=1, max_size=4)
+
+
+@settings(max_examples=300)
+@given(st.text("ab ", max_size=25), st.lists(letters, min_size=1, max_size=3), st.randoms())
+@example("aab", ["ab", "aab"], None)  # overlapping, the same end
+@example("abab", ["bab", "ba"], None)
+def test_stop_text_is_never_printed_however_it_is_split_into_tokens(text, stop, random):
+    tokens, rest = [], text
+    while rest:
+        n = random.randint(1, 5) if random else 2
+        tokens.append(rest[:n].encode())
+        rest = rest[n:]
+    tokenizer = Tokenizer("made up", "gpt2", [*tokens, None], len(tokens))
+    pieces = streamed(range(len(tokens)), tokenizer, stop=tuple(stop))
+    expected, stopped = before_the_first_stop(text, stop)
+    assert "".join(piece.text for piece in pieces) == expected
+    assert pieces[-1].reason == (STOP if stopped else END_OF_SEQUENCE)
+    assert all(piece.reason is None for piece in pieces[:-1])
+    shown = [token for piece in pieces for token in piece.tokens]
+    assert [token.id for token in shown] == list(range(len(shown)))
+    assert all(token.start < len(expected) for token in shown)
+    assert not expected or shown[-1].start + len(shown[-1].text) >= len(expected)
+    for token in shown:  # it stands where it says
+        assert expected[token.start :].startswith(token.text[: len(expected) - token.start])
+
+
+def test_text_that_no_stop_string_can_begin_with_is_not_held_back():
+    pieces = streamed(b"abcabd", stop=("abd",))
+    assert [piece.text for piece in pieces] == ["", "", "abc", "", "", ""]
+    assert [piece.reason for piece in pieces] == [None] * 5 + [STOP]
+    assert [[token.start for token in piece.tokens] for piece in pieces] == [[], [], [0, 1, 2], [], [], []]
+
+
+def test_what_was_held_back_comes_when_no_stop_string_follows():
+    pieces = streamed("x界en".encode(), stop=("end", "界!"))
+    assert "".join(piece.text for piece in pieces) == "x界en"
+    assert len([token for piece in pieces for token in piece.tokens]) == 6
+    assert pieces[-1][1:] == ("en", pieces[-1].tokens, END_OF_SEQUENCE)
+
+
+def test_tokens_carry_what_the_engine_says_of_them():
+    (token,) = streamed(b"a")[0].tokens
+    assert token == (97, "a", 0, -97.0, ((97, -0.5),))
+
+
+def test_a_sample_that_meets_its_stop_string_leaves_the_batch_and_the_others_go_on():
+    model = tiny_model(torch.float32, vocab_size=257, eos_id=256)
+    options = SamplingOptions(max_new_tokens=60, temperature=1.0, stop_at_eos=False)
+
+    def texts(options, prompts):
+        found, reasons = [""] * len(prompts), [None] * len(prompts)
+        for piece in stream_texts(model, bytes_tokenizer(), prompts, options, 3):
+            assert reasons[piece.sample] is None, "a piece after the end"
+            found[piece.sample] += piece.text
+            reasons[piece.sample] = piece.reason
+        return list(zip(found, reasons, strict=True))
+
+    prompts = [[256], [256, 65], [256], [256, 66, 67]]
+    whole = texts(options, prompts)
+    stop = (whole[0][0][5:7], whole[1][0][20:22])
+    expected = [before_the_first_stop(text, stop) for text, _ in whole]
+    assert any(stopped for _, stopped in expected)
+    assert texts(replace(options, stop=stop), prompts) == [(text, STOP if stopped else LENGTH) for text, stopped in expected]

@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     if server.serve:
         from generation.server import serve  # the packages that it needs are not needed otherwise
 
-        start = {"prompt": prompts[0].text, "n": script.num_samples}
+        seed = run.seed if options.origin["seed"] == "flag" else None
+        start = {"prompt": prompts[0].text, "n": script.num_samples, "seed": seed}
         return serve(model, tokenizer, name_of(folder), sampling, server, hardware.autocast, start)
     n = script.num_samples
     ids = [row for row in encode_prompts(tokenizer, prompts, sampling.prepend_eos) for _ in range(n)]

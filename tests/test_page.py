@@ -111,10 +111,10 @@ def test_several_samples_stand_side_by_side_and_below_each_other_on_a_phone(serv
 def test_stop_and_escape_free_the_model(server, open_page):
     address, queue = server
     page = open_page(address)
-    fill(page, "a", n=2, max_tokens=20_000)
+    fill(page, "a", n=2, max_tokens=20_000, seed=1)
     for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
         page.click("#generate")
-        page.locator(".sample").nth(1).locator(".token").nth(5).wait_for()  # it streams: the text is there before the end
+        page.locator(".sample").nth(1).locator(".token").nth(5).wait_for(state="attached")  # it streams: the text is there before the end
         assert len(queue.jobs) == 1
         stop()
         ended(page, "stopped")
@@ -123,7 +123,7 @@ def test_stop_and_escape_free_the_model(server, open_page):
             expect(page.locator(".top").nth(i)).to_contain_text("stopped")
         expect(page.locator("#stop")).to_be_disabled()
     page.click("#generate")
-    page.locator(".token").nth(5).wait_for()
+    page.locator(".token").nth(5).wait_for(state="attached")
     page.close()
     wait_for(lambda: not queue.jobs)
 

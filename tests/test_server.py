@@ -528,6 +528,17 @@ def test_the_page_begins_with_the_flags_of_sample_py(url):
     assert {name: start[name] for name in expected} == expected
 
 
+def test_sample_py_hands_its_flags_over(tmp_path, monkeypatch):
+    save(tmp_path / "notes", 1, TOKENIZER)
+    calls = []
+    monkeypatch.setattr("generation.server.serve", lambda *args: calls.append(args) or 0)
+    for flags in (["--prompt=x", "--num_samples=3", "--seed=7", "--min_p=0.1"], []):
+        assert sample.main([f"--run={tmp_path / 'notes'}", "--serve", *flags]) == 0
+    (_, _, name, sampling, _, _, start), (*_, without) = calls
+    assert (name, sampling.min_p, start) == ("notes", 0.1, {"prompt": "x", "n": 3, "seed": 7})
+    assert without == {"prompt": "", "n": 1, "seed": None}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_ends_the_server_at_once_with_exit_code_0(tmp_path):
     save(tmp_path / "runs" / "mine", 1, TOKENIZER)

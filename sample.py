@@ -6,9 +6,10 @@
     python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines out
     python sample.py --interactive                         write together, line by line
     python sample.py --inspect=out.html --prompt="Once"    a page that shows how the model reads the prompt
+    python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
     python sample.py --help                                every option
 
-The text goes to standard output as it comes, all else to standard error.
+Reading order: main, then print_samples. The text goes to standard output as it comes, all else to standard error.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from pathlib import Path
 
 import config
 from checkpoint import STATE, resolve_model_folder
-from errors import run_script
+from errors import UserError, run_script
 from files import read_json
 from generation.inspection import look_inside, write_page
 from generation.interactive import interact
-from generation.options import SampleScriptOptions, SamplingOptions
-from generation.prompts import encode_prompts, ends_in_a_lone_space, print_jsonl, print_texts, read_prompts
+from generation.options import SampleScriptOptions, SamplingOptions, ServerOptions
+from generation.prompts import Prompt, encode_prompts, ends_in_a_lone_space, print_jsonl, print_texts, read_prompts
 from generation.text import load_model, stream_texts
+from model import GPT
 from prepare_data.sources import unescape
+from prepare_data.tokenizer import Tokenizer
 from training.hardware import HardwareOptions, choose_attention_path, choose_hardware
 from training.options import RunOptions
 from training.run_directory import newest_run
@@ -38,8 +41,10 @@ from training.run_directory import newest_run
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = config.load("sample.py", argv)
-    script, run = options.section(SampleScriptOptions), options.section(RunOptions)
+    script, run, server = options.section(SampleScriptOptions), options.section(RunOptions), options.section(ServerOptions)
     sampling = sampling_options(options)
+    if server.serve and (script.interactive or script.inspect is not None or script.prompts is not None or script.output != "text"):
+        raise UserError("--serve takes its prompts over the network: leave --interactive, --inspect, --prompts and --output out")
     for note in options.notes:
         print(note, file=sys.stderr)
 
@@ -52,40 +57,52 @@ def main(argv: list[str] | None = None) -> int:
     model.attention = choose_attention_path(options.section(HardwareOptions).attention, hardware, model.config.head_size).value
     print(f"{describe(path, folder, script.checkpoint)}; {hardware.describe()}", file=sys.stderr)
 
-    # ---- text
+    # ---- text, in one of four ways
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may use another encoding
-    if script.interactive:
-        with hardware.autocast():
+    if server.serve:
+        from generation.server import serve  # the packages that it needs are not needed otherwise
+
+        seed = run.seed if options.origin["seed"] == "flag" else None
+        start = {"prompt": prompts[0].text, "n": script.num_samples, "seed": seed}
+        return serve(model, tokenizer, name_of(folder), sampling, server, hardware.autocast, start)
+    with hardware.autocast():
+        if script.interactive:
             return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
-    if script.inspect is not None:
-        [prompt] = encode_prompts(tokenizer, prompts, sampling.prepend_eos)
-        with hardware.autocast():
-            data = look_inside(model, tokenizer, prompt, sampling)
-        write_page(Path(script.inspect), data, describe(path, folder, script.checkpoint))
-        if data["left_out"]:
-            print(f"the prompt is too long to be shown whole: {data['left_out']}", file=sys.stderr)
-        print(f"wrote {script.inspect} (open it in a browser)")
-        return 0
+        if script.inspect is not None:
+            return inspect(model, tokenizer, prompts, sampling, Path(script.inspect), describe(path, folder, script.checkpoint))
+        return print_samples(model, tokenizer, prompts, sampling, script, run.seed)
+
+
+def print_samples(
+    model: GPT, tokenizer: Tokenizer, prompts: list[Prompt], sampling: SamplingOptions, script: SampleScriptOptions, seed: int
+) -> int:
     n = script.num_samples
     ids = [row for row in encode_prompts(tokenizer, prompts, sampling.prepend_eos) for _ in range(n)]
     if any(ends_in_a_lone_space(tokenizer, prompt.text) for prompt in prompts):
-        print(
-            "note: words of this model begin with their space, so it goes on better where the prompt does not end in one", file=sys.stderr
-        )
+        print("note: words of this model begin with their space; it goes on better where the prompt does not end in one", file=sys.stderr)
     started = time.perf_counter()
     try:
-        with hardware.autocast():
-            pieces = stream_texts(model, tokenizer, ids, sampling, run.seed, draws=[*range(n)] * len(prompts))
-            if script.output == "jsonl":
-                tokens = print_jsonl(pieces, prompts, n, tokenizer, logprobs=sampling.logprobs is not None)
-            else:
-                tokens = print_texts(pieces, [prompt.text for prompt in prompts for _ in range(n)])
+        pieces = stream_texts(model, tokenizer, ids, sampling, seed, draws=[*range(n)] * len(prompts))
+        if script.output == "jsonl":
+            tokens = print_jsonl(pieces, prompts, n, tokenizer, logprobs=sampling.logprobs is not None)
+        else:
+            tokens = print_texts(pieces, [prompt.text for prompt in prompts for _ in range(n)])
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 0
     seconds = time.perf_counter() - started
     print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def inspect(model: GPT, tokenizer: Tokenizer, prompts: list[Prompt], sampling: SamplingOptions, path: Path, title: str) -> int:
+    [ids] = encode_prompts(tokenizer, prompts, sampling.prepend_eos)
+    data = look_inside(model, tokenizer, ids, sampling)
+    write_page(path, data, title)
+    if data["left_out"]:
+        print(f"the prompt is too long to be shown whole: {data['left_out']}", file=sys.stderr)
+    print(f"wrote {path} (open it in a browser)")
     return 0
 
 
@@ -99,6 +116,12 @@ def changed(argv: list[str], flags: list[str]) -> tuple[SamplingOptions, int]:
     """Sampling options and seed of the command line with these flags added. Raises UserError."""
     options = config.load("sample.py", [*argv, *flags])
     return sampling_options(options), options.section(RunOptions).seed
+
+
+def name_of(folder: Path) -> str:
+    """The run that a model folder belongs to, or else the folder's own name."""
+    folder = folder.resolve()
+    return folder.parents[2].name if folder.parent.parent.name == "checkpoints" else folder.name
 
 
 def describe(path: Path, folder: Path, which: str) -> str:

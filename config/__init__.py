@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config.loader import Loader, Options, dump, replace
-from generation.options import SampleScriptOptions, SamplingOptions
+from generation.options import SampleScriptOptions, SamplingOptions, ServerOptions
 from model import GPTConfig
 from prepare_data import PrepareOptions, SourceOptions
 from training.hardware import HardwareOptions
@@ -22,6 +22,7 @@ SECTIONS: dict[str, type] = {
     "source": SourceOptions,
     "what to sample from": SampleScriptOptions,
     "sampling": SamplingOptions,
+    "server": ServerOptions,
     "training": TrainOptions,
     "model": GPTConfig,
     "optimizer and schedule": OptimizerOptions,
@@ -33,7 +34,7 @@ SECTIONS: dict[str, type] = {
 
 SCRIPTS: dict[str, tuple[type, ...]] = {
     "train.py": (RunOptions, TrainOptions, GPTConfig, OptimizerOptions, EvalOptions, PrepareOptions, HardwareOptions, LoggingOptions),
-    "sample.py": (RunOptions, SampleScriptOptions, SamplingOptions, HardwareOptions),
+    "sample.py": (RunOptions, SampleScriptOptions, SamplingOptions, ServerOptions, HardwareOptions),
     "prepare_data": (SourceOptions, PrepareOptions),
 }
 
@@ -61,6 +62,7 @@ Lets a trained model write. Arguments count from left to right; the later one wi
   python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines with log-probabilities out
   python sample.py --interactive                         write together with the model, line by line
   python sample.py --inspect=out.html --prompt="Once"    see how it reads: attention, scores, the next token
+  python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
 
 Filters apply in this order: repetition penalty, presence and frequency penalties, temperature (0: the likeliest
 token, and the filters after it do nothing), top-k, top-p, min-p. Log-probabilities are those before all of them.

@@ -26,6 +26,7 @@ QUICK = ["--max_steps=2", "--eval_tokens=300", "--sample_tokens=3", "--final_sam
 @pytest.fixture
 def _a_users_folder(tmp_path, monkeypatch, small_text):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("generation.server.Server.run", lambda server, sockets: None)  # it would serve for ever
     text = small_text.read_text("utf-8")
     Path("my_novel.txt").write_text(text, encoding="utf-8")
     Path("letters.txt").write_text(text[:20_000], encoding="utf-8")
@@ -51,6 +52,7 @@ def start(command: str) -> int:
             args.append("--data=my_novel.txt")
         return train_script.main(args)
     if script == "sample.py":
+        args += ["--port=0"] if "--serve" in args else []
         return sample_script.main([*args, "--max_new_tokens=5", "--threads=1"])
     module, *args = args
     assert script == "-m", command

@@ -1,0 +1,276 @@
+"""The page of the local server in a real browser, the system's chromium; no test here reaches another machine."""
+
+import os
+import re
+import shutil
+import time
+from dataclasses import replace
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from generation import completions
+from generation.options import ServerOptions
+from generation.text import Piece, Token
+from tests.test_server import SERVED, ids_of, post, running, wait_for, written
+
+pytestmark = pytest.mark.slow
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>&lt;b&gt;"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if BROWSER is None:
+        pytest.skip("no chromium or google-chrome on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Its samples end at their length only."""
+    with running(replace(SERVED, sampling=replace(SERVED.sampling, stop=(), stop_at_eos=False))) as found:
+        yield found
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens an address in a fresh profile; at the end nothing may have gone wrong there, and nothing may have gone to another host."""
+    problems, contexts = [], []
+
+    def open_page(address, *, phone=False, ready="#page"):
+        size = {"width": 390, "height": 844} if phone else {"width": 1440, "height": 900}
+        contexts.append(browser.new_context(viewport=size, has_touch=phone, is_mobile=phone))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(15_000)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("request", lambda request: None if request.url.startswith((address, "data:")) else problems.append(request.url))
+        page.goto(address)
+        expect(page.locator(ready)).to_be_visible()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [problem for problem in problems if "Failed to load" not in problem] == []  # the browser's own line on an answer of 400
+
+
+def fill(page, prompt=None, **values):
+    if prompt is not None:
+        page.fill("#prompt", prompt)
+    for name, value in values.items():
+        page.fill(f"#set-{name}", str(value))
+
+
+def ended(page, outcome="done"):
+    expect(page.locator(f"body[data-outcome={outcome}]")).to_be_attached(timeout=15_000)
+
+
+def texts(page):
+    """The samples' texts as they are shown, without the prompt before them."""
+    return page.eval_on_selector_all(
+        ".text", "all => all.map(one => [...one.querySelectorAll('.token')].map(token => token.textContent).join(''))"
+    )
+
+
+def test_a_prompt_streams_to_its_end(server, open_page):
+    page = open_page(server[0])
+    expect(page).to_have_title("notes · Sprout")
+    expect(page.locator("#prompt")).to_have_value("Once")  # of sample.py's flags, like the next two
+    expect(page.locator("#set-n")).to_have_value("2")
+    expect(page.locator("#set-temperature")).to_have_value("0.7")
+    fill(page, "né", n=1, max_tokens=40, seed=5, temperature=1)
+    page.keyboard.press("Control+Enter")
+    ended(page)
+    assert texts(page) == written(ids_of("né"), 5, max_new_tokens=40, stop_at_eos=False)
+    expect(page.locator(".before")).to_have_text("né")
+    expect(page.locator(".top")).to_contain_text("40 tokens, reached the length")
+    expect(page.locator("#status")).to_contain_text("seed 5")
+
+
+def test_several_samples_stand_side_by_side_and_below_each_other_on_a_phone(server, open_page):
+    for phone in (False, True):
+        page = open_page(server[0], phone=phone)
+        if phone:
+            page.click("summary")
+        fill(page, "a", n=3, max_tokens=30, seed=1, temperature=1)
+        page.click("#generate")
+        ended(page)
+        assert texts(page) == written(ids_of("a"), 1, 3, max_new_tokens=30, stop_at_eos=False)
+        boxes = [page.locator(".sample").nth(i).bounding_box() for i in range(3)]
+        places = [(box["x"], box["y"]) for box in boxes]
+        assert len({y for _, y in places}) == (3 if phone else 1)
+        assert len({x for x, _ in places}) == (1 if phone else 3)
+        assert page.evaluate_handle("document.documentElement").get_property("scrollWidth").json_value() <= (390 if phone else 1440)
+
+
+def test_stop_and_escape_free_the_model(server, open_page):
+    address, queue = server
+    page = open_page(address)
+    fill(page, "a", n=2, max_tokens=20_000, seed=1)
+    for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
+        page.click("#generate")
+        page.locator(".sample").nth(1).locator(".token").nth(5).wait_for(state="attached")  # it streams: the text is there before the end
+        assert len(queue.jobs) == 1
+        stop()
+        ended(page, "stopped")
+        wait_for(lambda: not queue.jobs)
+        for i in range(2):
+            expect(page.locator(".top").nth(i)).to_contain_text("stopped")
+        expect(page.locator("#stop")).to_be_disabled()
+    page.click("#generate")
+    page.locator(".token").nth(5).wait_for(state="attached")
+    page.close()
+    wait_for(lambda: not queue.jobs)
+
+
+def test_a_token_shows_its_probability_and_the_alternatives(server, open_page):
+    page = open_page(server[0])
+    fill(page, "a", n=1, max_tokens=20, seed=3, temperature=0.7)
+    page.click("#generate")
+    ended(page)
+    answer = post(server[0], prompt="a", max_tokens=20, seed=3, temperature=0.7, logprobs=8, min_tokens=20)["choices"][0]["logprobs"]
+    offsets = answer["text_offset"]
+    at = next(i for i, offset in enumerate(offsets) if offsets.count(offset) == 1 and answer["tokens"][i].isalnum())
+    token = page.locator(".token").nth(len(set(offsets[: at + 1])) - 1)
+    token.hover()
+    card = page.locator("#card")
+    expect(card).to_be_visible()
+    expect(card.locator("h3")).to_contain_text(answer["tokens"][at])
+    assert card.locator("li").count() == len(answer["top_logprobs"][at])
+    shares = [float(text.strip(" %<")) for text in card.locator("em").all_inner_texts()]
+    assert shares == sorted(shares, reverse=True)
+    page.mouse.move(5, 5)
+    expect(card).to_be_hidden()
+
+    page.locator(".token").first.focus()  # the same by keyboard
+    page.keyboard.press("ArrowRight")
+    expect(card).to_be_visible()
+    expect(page.locator(".token.chosen")).to_have_count(1)
+    page.keyboard.press("Escape")
+    expect(card).to_be_hidden()
+
+    token.click()
+    card.get_by_text("Continue from here").click()
+    before = "".join(page.locator(".token").all_text_contents()[: len(set(offsets[: at + 1]))])
+    expect(page.locator("#prompt")).to_have_value("a" + before)
+    expect(card).to_be_hidden()
+
+
+def test_a_tap_shows_the_card_and_an_alternative_goes_into_the_prompt(server, open_page, monkeypatch):
+    tokens = [Token(72, "H", 0, -0.5, ((72, -0.5), (104, -1.5))), Token(105, "i", 1, -3.0, ((101, -0.25), (105, -3.0)))]
+    monkeypatch.setattr(completions, "stream_texts", lambda *_, **__: iter([Piece(0, "Hi", tuple(tokens), "end of sequence")]))
+    page = open_page(server[0], phone=True)
+    page.click("summary")
+    fill(page, "Oh ", n=1)
+    page.click("summary")
+    page.click("#generate")
+    ended(page)
+    expect(page.locator(".top")).to_contain_text("2 tokens, ended by the model")
+    page.locator(".token").nth(1).tap()
+    expect(page.locator("#card h3")).to_have_text("i5.0 %")
+    expect(page.locator("#card .drawn code")).to_have_text("i")
+    expect(page.locator(".token").nth(1)).to_be_in_viewport()
+    page.locator("#card li button").first.tap()
+    expect(page.locator("#prompt")).to_have_value("Oh He")
+
+
+def test_markup_in_a_text_is_text(server, open_page, monkeypatch):
+    tokens = tuple(Token(ord(char), char, i, -1.0, ((60, -1.0),)) for i, char in enumerate(MARKUP))
+    monkeypatch.setattr(completions, "stream_texts", lambda *_, **__: iter([Piece(0, MARKUP, tokens, "length")]))
+    page = open_page(server[0])
+    fill(page, MARKUP, n=1, stop=MARKUP[:20])
+    page.click("#generate")
+    ended(page)
+    assert texts(page) == [MARKUP]
+    expect(page.locator(".before")).to_have_text(MARKUP)
+    page.locator(".token").first.hover()
+    expect(page.locator("#card h3")).to_contain_text("<")
+    assert page.locator("article script, article img, #card img").count() == 0
+    assert page.evaluate_handle("window").get_property("hacked").json_value() is None
+
+
+def test_characters_of_several_tokens_and_of_other_planes_stay_whole(server, open_page, monkeypatch):
+    parts = [Piece(0, "😀", (), None), Piece(0, "", tuple(Token(byte, "�", 0, -1.0, ()) for byte in "😀".encode()), None)]
+    parts.append(Piece(0, "!", (Token(33, "!", 1, -0.1, ()),), "length"))
+    monkeypatch.setattr(completions, "stream_texts", lambda *_, **__: iter(parts))
+    page = open_page(server[0])
+    fill(page, "", n=1)
+    page.click("#generate")
+    ended(page)
+    assert page.locator(".token").all_inner_texts() == ["😀", "!"]
+    page.locator(".token").first.hover()
+    expect(page.locator("#card h3")).to_have_count(4)
+
+
+def test_errors_are_shown_where_they_are(server, open_page, monkeypatch):
+    page = open_page(server[0])
+    fill(page, "a", temperature="hot")
+    page.click("#generate")
+    expect(page.locator("#error")).to_have_text(re.compile("temperature = 'hot': expected a number >= 0"))
+    expect(page.locator(".setting.wrong label")).to_have_text("Temperature")
+    fill(page, temperature=1)
+    expect(page.locator(".setting.wrong")).to_have_count(0)
+    page.click("#generate")
+    expect(page.locator("#error")).to_be_hidden()
+    ended(page)
+
+    def fail(*_, **__):
+        yield Piece(0, "Once", (Token(79, "Once", 0, -1.0, ()),), None)
+        time.sleep(0.1)
+        yield Piece(0, " more", (Token(79, " more", 4, -1.0, ()),), None)
+        raise completions.UserError("the model computes NaN")
+
+    monkeypatch.setattr(completions, "stream_texts", fail)
+    page.click("#generate")
+    ended(page, "failed")
+    expect(page.locator("#error")).to_contain_text("the model computes NaN")
+    assert texts(page)[0] == "Once more"
+
+
+def test_a_reload_keeps_what_was_typed_until_the_flags_change(server, open_page):
+    page = open_page(server[0])
+    fill(page, "Zwei\nZeilen", n=4, top_k=7, stop="\\n\\n\nEnde")
+    page.reload()
+    expect(page.locator("#prompt")).to_have_value("Zwei\nZeilen")
+    assert [page.input_value(f"#set-{name}") for name in ("n", "top_k", "stop")] == ["4", "7", "\\n\\n\nEnde"]
+    page.click("#reset")
+    assert [page.input_value(f"#set-{name}") for name in ("n", "top_k", "stop")] == ["2", "", ""]
+    expect(page.locator("#prompt")).to_have_value("Zwei\nZeilen")
+
+
+def test_the_seed_of_a_run_can_be_kept(server, open_page):
+    page = open_page(server[0])
+    fill(page, "a", n=1, max_tokens=30, temperature=1.5)
+    page.click("#generate")
+    ended(page)
+    first = texts(page)
+    page.click("#keep")
+    page.click("#generate")
+    ended(page, "done")
+    assert texts(page) == first
+
+
+def test_the_token_is_asked_for(open_page):
+    with running(options=ServerOptions(serve=True, host="0.0.0.0", port=0, api_token="a-long-secret")) as (address, _):
+        page = open_page(address, ready="#login")
+        page.fill("#token", "wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator("#login-error")).to_have_text("This is not the token.")
+        page.fill("#token", "a-long-secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#page")).to_be_visible()
+        fill(page, "a", max_tokens=5)
+        page.click("#generate")
+        ended(page)
+
+
+def test_a_server_that_is_gone_is_said(open_page):
+    with running() as (address, _):
+        page = open_page(address)
+    page.click("#generate")
+    expect(page.locator("#error")).to_contain_text("The server does not answer. Is sample.py --serve still running?")

@@ -16,7 +16,7 @@ from torch import Tensor
 from errors import UserError
 from generation.options import SamplingOptions
 from generation.sampling import Penalties, draw, log_probabilities, uniform
-from model import GPT, KVCache
+from model import GPT, KVCache, bare
 
 END_OF_SEQUENCE, STOP, LENGTH = "end of sequence", "stop string", "length"  # why a sample ends; the second is text.py's to say
 CACHE_BYTES = 2**30  # keys and values held at once; more samples than fit are generated one batch after the other
@@ -81,7 +81,7 @@ def generate(
     assert not model.training
     assert all(prompts), "a prompt without ids"
     draws = range(len(prompts)) if draws is None else draws
-    config = model.config
+    model, config = bare(model), model.config
     first_kept(0, config.block_size, options.keep_head)  # raises where the option does not fit the model
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     if torch.is_autocast_enabled(device.type):
@@ -101,7 +101,7 @@ def generate(
 @torch.inference_mode()
 def _read(model: GPT, cache: KVCache, rows: list[int], texts: Sequence[Sequence[int]], keep_head: int) -> None:
     """Fills rows of the cache with the visible ids of their texts, all but the newest, which decode reads."""
-    device = cache.lengths.device
+    device = model.embed.weight.device
     windows = [visible(ids, model.config.block_size, keep_head)[:-1] for ids in texts]
     longest = max(map(len, windows))
     where, lengths = torch.tensor(rows, device=device), torch.tensor([len(window) for window in windows], device=device)
@@ -119,7 +119,7 @@ def _continue(
     block_size, keep_head, eos_id = model.config.block_size, options.keep_head, model.config.eos_id
     live, penalties = list(texts), None
     if Penalties.wanted(options):
-        penalties = Penalties(list(texts.values()), model.config.vocab_size, options, cache.lengths.device)
+        penalties = Penalties(list(texts.values()), model.config.vocab_size, options, model.embed.weight.device)
 
     def keep(rows: list[int]) -> None:
         nonlocal live
@@ -138,7 +138,7 @@ def _continue(
             cut = [row for row, n in enumerate(lengths) if first_kept(n, block_size, keep_head) > first_kept(n - 1, block_size, keep_head)]
             if cut:
                 _read(model, cache, cut, [texts[live[row]] for row in cut], keep_head)
-        newest = torch.tensor([texts[sample][-1] for sample in live], device=cache.lengths.device)
+        newest = torch.tensor([texts[sample][-1] for sample in live], device=model.embed.weight.device)
         uniforms = [uniform(seed, draws[sample], len(texts[sample])) for sample in live]
         with _threads_for(len(live), model):
             own = logits = model.decode(newest, cache)

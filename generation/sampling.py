@@ -10,6 +10,7 @@ from torch import Tensor
 
 from errors import UserError
 from generation.options import SamplingOptions
+from model import widened
 
 LOWEST_TEMPERATURE = 1e-30  # lower ones would be 0 in float32; here already every token but the likeliest has the weight exp(−∞)
 
@@ -54,7 +55,6 @@ class Penalties:
         self.seen, self.generated = self.seen[index], self.generated[index]
 
 
-@torch.inference_mode()
 def draw(logits: Tensor, uniforms: Sequence[float], options: SamplingOptions) -> list[int]:
     """logits (R, V), a number in [0, 1) for each row → R ids: each the inverse of its row's cumulative distribution, in the order of ids.
 
@@ -62,14 +62,16 @@ def draw(logits: Tensor, uniforms: Sequence[float], options: SamplingOptions) ->
     """
     if logits.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
         logits = logits.cpu()  # the one has no float64, the other no cumsum on CUDA
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    highest, ids = logits.max(dim=-1)  # NaN is higher than any number
+    logits = widened(logits)
     if options.temperature > 0:
         cumulated = weights(logits, options).cumsum(-1, dtype=torch.float64)
         points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulated[:, -1:]
-        ids = torch.searchsorted(cumulated, points, right=True)[:, 0]  # the first sum above the point: never an id of weight 0
-    drawn: list[int] = torch.where(highest.isfinite(), ids, -1).tolist()
-    if -1 in drawn:
+        ids = torch.searchsorted(cumulated, points, right=True)  # the first sum above the point: never an id of weight 0; NaN: past the end
+    else:
+        highest, ids = logits.max(dim=-1, keepdim=True)  # NaN is higher than any number
+        ids = torch.where(highest.isfinite(), ids, logits.shape[-1])
+    drawn: list[int] = [row[0] for row in ids.tolist()]
+    if max(drawn) >= logits.shape[-1]:
         raise UserError(
             "the model computes NaN or infinity instead of probabilities: its weights are not finite, or too large for this precision; "
             "take another checkpoint (--checkpoint=latest or step-N) or --dtype=float32"

@@ -429,7 +429,7 @@ class GPT(nn.Module):
         if self.position is not None:
             x = x + self.position.weight[positions]
         elif self.table is not None and self.config.positions == "sinusoidal":
-            x = x + self.table[positions]
+            x = x + self.table[positions].to(x.dtype)
         elif self.table is not None:
             rotation = self.table[positions]
         x = self.dropout(x)
@@ -455,7 +455,7 @@ class GPT(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(…, C) → (…, V): the padded columns end here."""
-        logits = F.linear(hidden, self._head_weight())
+        logits = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
         return logits if logits.shape[-1] == self.config.vocab_size else logits[..., : self.config.vocab_size]
 
     def _head_weight(self) -> Tensor:
@@ -515,11 +515,10 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
         """ids (R,) int64, the next token of every row of the cache → logits (R, V). Raises ValueError where a row is full."""
-        if cache.longest >= cache.capacity:
-            raise ValueError(f"the cache holds {cache.capacity} tokens and is full; prefill the row anew with fewer")
+        cache.check_room()
         positions: Tensor | slice = slice(cache.longest, cache.longest + 1)
         if self.config.document_mask:
-            cache.starts = torch.where(self._is_eos(ids), cache.lengths, cache.starts)
+            cache.starts.copy_(torch.where(self._is_eos(ids), cache.lengths, cache.starts))
         if self.config.document_mask or not cache.even:
             positions = (cache.lengths - cache.starts)[:, None]
         mask = cache.mask(self.config.sliding_window, self.config.document_mask)
@@ -641,7 +640,7 @@ def bare(model: GPT) -> GPT:
 def _bare(module: nn.Module) -> Any:
     if isinstance(module, nn.ModuleList):
         return [_bare(child) for child in module]
-    twin = object.__new__(_bare_class(type(module)))
+    twin = object.__new__(_bare_class(type(module)))  # type: ignore[arg-type]  # a class can be a key
     twin.__dict__.update(vars(module), **module._parameters, **module._buffers)
     for name, child in module._modules.items():
         twin.__dict__[name] = None if child is None else _bare(child)
@@ -665,8 +664,8 @@ class KVCache:
     """Keys and values of the tokens read so far, rows of different lengths side by side.
 
     memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer; ids (R, S) where the model has n-grams; both
-    allocated once. starts (R,) int64: where the current document of each row starts. A row's token t lies at index t, so its length is
-    also its next position.
+    allocated once. host_lengths: tokens in each row, known without waiting for a device; starts (R,) int64: where the current document of
+    each row starts. A row's token t lies at index t, so its length is also its next position.
     """
 
     def __init__(self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -674,7 +673,7 @@ class KVCache:
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=device) if config.max_ngram > 1 else None
         self.starts = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._lengths = [0] * rows
+        self.host_lengths = [0] * rows
 
     @property
     def capacity(self) -> int:
@@ -683,16 +682,20 @@ class KVCache:
     @property
     def lengths(self) -> Tensor:
         """(R,) int64: tokens in each row."""
-        return torch.tensor(self._lengths, device=self.memory.device)
+        return torch.tensor(self.host_lengths, device=self.memory.device)
 
     @property
     def longest(self) -> int:
-        return max(self._lengths)
+        return max(self.host_lengths)
 
     @property
     def even(self) -> bool:
         """Whether all rows are equally long, which saves masks and indices."""
-        return min(self._lengths) == max(self._lengths)
+        return min(self.host_lengths) == max(self.host_lengths)
+
+    def check_room(self) -> None:
+        if self.longest >= self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens and is full; prefill the row anew with fewer")
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores a prompt's k, v (R, T, K, D) from index 0 on."""
@@ -702,7 +705,7 @@ class KVCache:
     def restart(self, rows: Tensor, lengths: Tensor, starts: Tensor) -> None:
         self.starts[rows] = starts
         for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
-            self._lengths[row] = length
+            self.host_lengths[row] = length
 
     def appender(self) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]:
         """A function for one step: it stores a layer's k, v (R, 1, K, D) of one token behind each row and returns all keys and values so
@@ -718,7 +721,7 @@ class KVCache:
                 return so_far[layer], so_far[n_layer + layer]
 
         else:
-            every, lengths = torch.arange(len(self._lengths), device=self.memory.device), self.lengths
+            every, lengths = torch.arange(len(self.starts), device=self.memory.device), self.lengths
 
             def append(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
                 keys, values = so_far[layer], so_far[n_layer + layer]
@@ -731,7 +734,7 @@ class KVCache:
     def mask(self, sliding_window: int | None, document_mask: bool) -> Tensor | None:
         """(R, 1, 1, S) bool: what the token about to be appended sees; None where that is everything."""
         S = self.longest + 1
-        if self.even and not document_mask and (sliding_window is None or S <= sliding_window):
+        if self.even and not document_mask and (sliding_window is None or sliding_window >= S):
             return None
         lengths = self.lengths
         first = self.starts if sliding_window is None else torch.maximum(self.starts, lengths - (sliding_window - 1))
@@ -748,15 +751,17 @@ class KVCache:
     def advance(self, ids: Tensor) -> None:
         if self.ids is not None:
             self.ids.scatter_(1, self.lengths[:, None], ids[:, None])
-        self._lengths = [length + 1 for length in self._lengths]
+        self.host_lengths = [length + 1 for length in self.host_lengths]
 
     def keep(self, rows: list[int]) -> None:
         """Drops all rows but these, in this order."""
+        if rows == list(range(len(self.host_lengths))):
+            return
         index = torch.tensor(rows, dtype=torch.int64, device=self.memory.device)
         self.memory = self.memory[:, index]
         self.ids = None if self.ids is None else self.ids[index]
         self.starts = self.starts[index]
-        self._lengths = [self._lengths[row] for row in rows]
+        self.host_lengths = [self.host_lengths[row] for row in rows]
 
 
 # ======================================================================================================================

@@ -26,6 +26,7 @@ from files import read_json
 from generation.interactive import interact
 from generation.options import SampleScriptOptions, SamplingOptions
 from generation.prompts import encode_prompts, print_jsonl, print_texts, read_prompts
+from generation.quantize import quantize
 from generation.text import load_model, stream_texts
 from prepare_data.sources import unescape
 from training.hardware import HardwareOptions, choose_attention_path, choose_hardware
@@ -46,26 +47,26 @@ def main(argv: list[str] | None = None) -> int:
     folder = resolve_model_folder(path, script.checkpoint)
     prompts = read_prompts(script)
     hardware = choose_hardware(options.section(HardwareOptions), generating=True)
-    model, tokenizer = load_model(folder, hardware.device)
+    model, tokenizer = load_model(folder, hardware.device, hardware.dtype)
     model.attention = choose_attention_path(options.section(HardwareOptions).attention, hardware, model.config.head_size).value
+    if script.quantize is not None:
+        quantize(model)
     print(f"{describe(path, folder, script.checkpoint)}; {hardware.describe()}", file=sys.stderr)
 
     # ---- text
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may use another encoding
     if script.interactive:
-        with hardware.autocast():
-            return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
+        return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
     n = script.num_samples
     ids = [row for row in encode_prompts(tokenizer, prompts, sampling.prepend_eos) for _ in range(n)]
     started = time.perf_counter()
     try:
-        with hardware.autocast():
-            pieces = stream_texts(model, tokenizer, ids, sampling, run.seed, draws=[*range(n)] * len(prompts))
-            if script.output == "jsonl":
-                tokens = print_jsonl(pieces, prompts, n, tokenizer, logprobs=sampling.logprobs is not None)
-            else:
-                tokens = print_texts(pieces, [prompt.text for prompt in prompts for _ in range(n)])
+        pieces = stream_texts(model, tokenizer, ids, sampling, run.seed, draws=[*range(n)] * len(prompts))
+        if script.output == "jsonl":
+            tokens = print_jsonl(pieces, prompts, n, tokenizer, logprobs=sampling.logprobs is not None)
+        else:
+            tokens = print_texts(pieces, [prompt.text for prompt in prompts for _ in range(n)])
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 0

@@ -206,7 +206,9 @@ def test_a_token_is_embedded_with_the_ngrams_that_end_with_it():
     assert len(set(rows.flatten().tolist())) == len({(1, 2), (2, 3), (3, 9), (9, 2), (3, 1), (3, 2), (2, 1), (0, 1)}) + 10
     positions = slice(0, ids.shape[1] - 1)
     cut = model._ngram_rows(ids[:, 1:], positions, None)
-    assert torch.equal(cut, model._ngram_rows(ids[:, 1:], positions, ids[:, :2]))  # positions start at 0: what lies before counts for nothing
+    assert torch.equal(
+        cut, model._ngram_rows(ids[:, 1:], positions, ids[:, :2])
+    )  # positions start at 0: what lies before counts for nothing
     assert torch.equal(model._ngram_rows(ids[:, 8:9], torch.tensor([[8]]), ids[:, 6:8])[0, 0], rows[8])
 
 

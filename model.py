@@ -700,7 +700,7 @@ class KVCache:
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores a prompt's k, v (R, T, K, D) from index 0 on."""
         for all_rows, new in ((self.memory[layer], k), (self.memory[layer + len(self.memory) // 2], v)):
-            all_rows[rows, :, : k.shape[1]] = new.transpose(1, 2).to(all_rows.dtype)
+            all_rows[:, :, : k.shape[1]].index_copy_(0, rows, new.transpose(1, 2).to(all_rows.dtype))
 
     def restart(self, rows: Tensor, lengths: Tensor, starts: Tensor) -> None:
         self.starts[rows] = starts

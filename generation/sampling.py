@@ -12,7 +12,7 @@ from errors import UserError
 from generation.options import SamplingOptions
 from model import widened
 
-LOWEST_TEMPERATURE = 1e-30  # lower ones would be 0 in float32; here already every token but the likeliest has the weight exp(−∞)
+LOWEST_TEMPERATURE = 1e-30  # lower ones would make infinities of logits; here already every token but the likeliest has the weight 0
 
 
 def uniform(seed: int, sample: int, position: int) -> float:
@@ -65,7 +65,7 @@ def draw(logits: Tensor, uniforms: Sequence[float], options: SamplingOptions) ->
     logits = widened(logits)
     if options.temperature > 0:
         cumulated = weights(logits, options).cumsum(-1, dtype=torch.float64)
-        points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulated[:, -1:]
+        points = torch.tensor([[u] for u in uniforms], dtype=torch.float64, device=logits.device) * cumulated[:, -1:]
         ids = torch.searchsorted(cumulated, points, right=True)  # the first sum above the point: never an id of weight 0; NaN: past the end
     else:
         highest, ids = logits.max(dim=-1, keepdim=True)  # NaN is higher than any number
@@ -80,22 +80,22 @@ def draw(logits: Tensor, uniforms: Sequence[float], options: SamplingOptions) ->
 
 
 def weights(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """logits (R, V) → the probabilities of the ids that may be drawn, 0 elsewhere, each row scaled so that its largest is 1."""
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(options.temperature, LOWEST_TEMPERATURE)
+    """logits (R, V) → the probabilities of the ids that may be drawn, 0 elsewhere; a row's sum may be less than 1."""
+    logits = logits / max(options.temperature, LOWEST_TEMPERATURE)
     if options.top_k is not None and options.top_k < logits.shape[-1]:
         logits = keep_top_k(logits, options.top_k)
-    weight = logits.exp()
+    weight = logits.softmax(-1)
     if options.top_p is not None and options.top_p < 1:
         weight = keep_top_p(weight, options.top_p)
     if options.min_p is not None:
-        weight = weight * (weight >= options.min_p)
+        weight = weight * (weight >= options.min_p * weight.amax(-1, keepdim=True))
     return weight
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """−∞ for all but exactly k logits of each row; of equal ones the lower ids stay."""
     lowest = logits.topk(k).values[:, -1:]
-    above, equal = logits > lowest, logits == lowest
+    above, equal = ~(logits <= lowest), logits == lowest  # NaN stays, to be found
     spare = k - above.sum(-1, keepdim=True)
     return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= spare))), -torch.inf)
 

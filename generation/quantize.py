@@ -27,14 +27,19 @@ class Int8Linear(nn.Module):
         self.levels, self.outputs = levels, len(weight)
         self.scales = weight.abs().amax(dim=1).clamp_(min=SMALLEST) / 127  # (out,)
         self.zeros = torch.zeros(len(weight), dtype=torch.int64)
-        self.weight = torch.ops.onednn.qlinear_prepack((weight / self.scales[:, None]).round_().to(torch.int8), None)
+        whole = (weight / self.scales[:, None]).round_().to(torch.int8)
+        self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
+        # Inputs are bytes with 0 at levels + 1, and what that adds to every output is taken off again. (oneDNN could do it, but slower; and
+        # signed inputs end in a kernel that is hundreds of times slower.)
+        self.offset = whole.sum(dim=1) * self.scales * (-(levels + 1) / levels)  # (out,)
+        self.zero = torch.full((1,), levels + 1.5)  # with the half that makes cutting off a rounding
 
     def forward(self, x: Tensor) -> Tensor:
         levels, rows = self.levels, x.flatten(0, -2)
         largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=SMALLEST)  # NaN stays NaN
-        whole = (rows * (levels / largest)).add_(levels + 1.5).to(torch.uint8)  # rounded; 0 is at levels + 1
+        whole = torch.addcdiv(self.zero, rows, largest, value=levels).to(torch.uint8)
         out = torch.ops.onednn.qlinear_pointwise(
-            whole, 1 / levels, levels + 1, self.weight, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            whole, 1 / levels, 0, self.weight, self.scales, self.zeros, self.offset, 1.0, 0, torch.float32, "none", [], ""
         )  # (rows, out)
         out = out * largest if self.bias is None else torch.addcmul(self.bias, out, largest)
         return out.view(*x.shape[:-1], self.outputs)

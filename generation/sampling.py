@@ -94,7 +94,10 @@ def weights(logits: Tensor, options: SamplingOptions) -> Tensor:
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """−∞ for all but exactly k logits of each row; of equal ones the lower ids stay."""
-    lowest = logits.topk(k).values[:, -1:]
+    values, ids = logits.topk(k + 1)
+    if logits.device.type == "cpu" and not (values[:, k - 1] == values[:, k]).any():  # no tie to settle; on a GPU asking would take longer
+        return torch.full_like(logits, -torch.inf).scatter_(1, ids[:, :k], values[:, :k])
+    lowest = values[:, k - 1 : k]
     above, equal = ~(logits <= lowest), logits == lowest  # NaN stays, to be found
     spare = k - above.sum(-1, keepdim=True)
     return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= spare))), -torch.inf)

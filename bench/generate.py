@@ -66,7 +66,7 @@ def main() -> None:
         raise UserError("give one of --peer=PATH_TO_NANOGPT, to measure speed, and --run=RUN, to measure what int8 does to a val loss")
     torch.set_num_threads(options.threads)
     if options.run is not None:
-        figures = {**hardware(), "run": str(options.run), **losses_of_int8(options.run)}
+        figures = {**hardware(), "run": options.run.name, **losses_of_int8(options.run)}
         print(f"written: {write_results('generate-int8', figures)}")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -66,7 +66,8 @@ def test_the_loss_of_a_run_with_and_without_int8(tmp_path, capsys):
     tokenizer = bytes_tokenizer()
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id))
     (tmp_path / "text.txt").write_text("so many words " * 200)
-    assert prepare(["text", "--name=mini", f"--input={tmp_path}/text.txt", "--tokenizer=bytes", "--split=tail", f"--data_dir={tmp_path}"]) == 0
+    prepared = ["text", "--name=mini", f"--input={tmp_path}/text.txt", "--tokenizer=bytes", "--split=tail", f"--data_dir={tmp_path}"]
+    assert prepare(prepared) == 0
     save_checkpoint(
         tmp_path / "run", 1, model=model.export_state(), config=model.config.to_dict(), tokenizer=tokenizer.to_dict(), optimizer={},
         state={"dataset": {"path": str(tmp_path / "mini")}, "val_loss": 1.0},

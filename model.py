@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +169,16 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         pass
 
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.embedding(self.weight, ids)  # what nn.Embedding comes to, after questions that a small model's token has no time for
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm without its own questions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last dimension (Zhang and Sennrich 2019), statistics in float32 for narrower types."""
@@ -196,7 +206,7 @@ def widened(x: Tensor) -> Tensor:
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, config.norm_eps)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 class Dropout(nn.Module):
@@ -417,36 +427,35 @@ class GPT(nn.Module):
 
         return self._logits(self._hidden(ids, self._positions(ids), seen))
 
-    def _hidden(self, ids: Tensor, positions: Tensor | None, attend: Attend, before: Tensor | None = None) -> Tensor:
-        """ids (B, T), positions (B, T) or None for 0…T−1, before (B, max_ngram − 1) or None: the ids ahead of these where there are
-        any → the final hidden states (B, T, C)."""
+    def _hidden(self, ids: Tensor, positions: Tensor | slice, attend: Attend, before: Tensor | None = None) -> Tensor:
+        """ids (B, T), positions (B, T) or a slice of length T for all rows, before (B, max_ngram − 1) or None: the ids ahead of these
+        where there are any → the final hidden states (B, T, C)."""
         x = self.embed(ids)
         if self.ngrams is not None:
             x = x + self.ngrams(self._ngram_rows(ids, positions, before)).sum(dim=-2)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.n_embd)
-        rows = slice(0, ids.shape[1]) if positions is None else positions
         rotation = None
         if self.position is not None:
-            x = x + self.position.weight[rows]
+            x = x + self.position.weight[positions]
         elif self.table is not None and self.config.positions == "sinusoidal":
-            x = x + self.table[rows]
+            x = x + self.table[positions].to(x.dtype)
         elif self.table is not None:
-            rotation = self.table[rows]
+            rotation = self.table[positions]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rotation, attend)
         return self.final_norm(x)
 
-    def _ngram_rows(self, ids: Tensor, positions: Tensor | None, before: Tensor | None) -> Tensor:
+    def _ngram_rows(self, ids: Tensor, positions: Tensor | slice, before: Tensor | None) -> Tensor:
         """What `_hidden` takes → (B, T, max_ngram − 1): the rows of the table for the 2-, 3-, … grams that end with each token.
 
         Short sequences are so frequent that a table learns them sooner than attention does (hash n-gram embeddings: Pagnoni et al.
         2024, Byte Latent Transformer, 3.2.1; Huang et al. 2025, Over-Tokenized Transformer).
         """
         T, most = ids.shape[1], self.config.max_ngram - 1
-        if positions is None:
-            positions = torch.arange(T, device=ids.device)
+        if isinstance(positions, slice):
+            positions = torch.arange(positions.start, positions.stop, device=ids.device)
         so_far = F.pad(ids, (most, 0)) if before is None else torch.cat((before, ids), dim=1)  # (B, max_ngram − 1 + T)
         keys = [ids + 1]  # 0 stands for what lies before the document
         for back in range(1, most + 1):
@@ -456,7 +465,8 @@ class GPT(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(…, C) → (…, V): the padded columns end here."""
-        return F.linear(hidden, self._head_weight())[..., : self.config.vocab_size]
+        logits = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        return logits if logits.shape[-1] == self.config.vocab_size else logits[..., : self.config.vocab_size]
 
     def _head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight
@@ -482,9 +492,9 @@ class GPT(nn.Module):
     def _causal_attention(self, ids: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         return causal_attention(self.attention, self.config.n_head, self.first_visible(ids))
 
-    def _positions(self, ids: Tensor) -> Tensor | None:
+    def _positions(self, ids: Tensor) -> Tensor | slice:
         if not self.config.document_mask:
-            return None
+            return slice(0, ids.shape[1])
         return torch.arange(ids.shape[1], device=ids.device) - self.document_starts(ids)
 
     # -- generation: the same mathematics, one token at a time
@@ -515,19 +525,21 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
         """ids (R,) int64, the next token of every row of the cache → logits (R, V). Raises ValueError where a row is full."""
-        if cache.longest >= cache.capacity:
-            raise ValueError(f"the cache holds {cache.capacity} tokens and is full; prefill the row anew with fewer")
+        cache.check_room()
+        positions: Tensor | slice = slice(cache.longest, cache.longest + 1)
         if self.config.document_mask:
-            cache.starts = torch.where(self._is_eos(ids), cache.lengths, cache.starts)
-        positions = cache.lengths - cache.starts
+            cache.starts.copy_(torch.where(self._is_eos(ids), cache.lengths, cache.starts))
+        if self.config.document_mask or not cache.even:
+            positions = (cache.lengths - cache.starts)[:, None]
         mask = cache.mask(self.config.sliding_window, self.config.document_mask)
+        append, n_head = cache.appender(), self.config.n_head
 
         def attend(layer: int, qk: Tensor, v: Tensor | None) -> Tensor:
-            q, *new = split_heads(qk, v, self.config.n_head)
-            return cached_attention(q, *cache.append(layer, *new), mask)
+            q, k, v = split_heads(qk, v, n_head)
+            return cached_attention(q, *append(layer, k, v), mask)
 
         before = cache.newest_ids(self.config.max_ngram - 1)
-        hidden = self._hidden(ids[:, None], positions[:, None], attend, before)
+        hidden = self._hidden(ids[:, None], positions, attend, before)
         cache.advance(ids)
         return self._logits(hidden[:, 0])
 
@@ -623,84 +635,143 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden * grad, d_weight * grad, None, None
 
 
+# ---- The same model for generation ------------------------------------------------------------------------------------
+
+
+def bare(model: GPT) -> GPT:
+    """The same model without what nn.Module does at each attribute and call (look-ups, hooks): a third of a small model's token.
+
+    The tensors are shared, but for small matrices on a CPU: there their copies lie in memory as (in, out), which products with a few
+    rows read twice as fast. So make it anew for each use: it does not see modules that are replaced, nor all training.
+    """
+    return cast(GPT, _bare(model))
+
+
+def _bare(module: nn.Module) -> Any:
+    if isinstance(module, nn.ModuleList):
+        return [_bare(child) for child in module]
+    twin = object.__new__(_bare_class(type(module)))  # type: ignore[arg-type]  # a class can be a key
+    twin.__dict__.update(vars(module), **module._parameters, **module._buffers)
+    for name, child in module._modules.items():
+        twin.__dict__[name] = None if child is None else _bare(child)
+    if isinstance(module, nn.Linear) and module.weight.device.type == "cpu" and module.weight.numel() <= SMALL_MATRIX:
+        twin.__dict__["weight"] = module.weight.detach().t().contiguous().t()
+    return twin
+
+
+@cache
+def _bare_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {"__call__": kind.forward})
+
+
+SMALL_MATRIX = 2**18  # numbers
+
+
 # ---- The key/value cache ---------------------------------------------------------------------------------------------
 
 
 class KVCache:
     """Keys and values of the tokens read so far, rows of different lengths side by side.
 
-    keys, values: (n_layer, R, K, S, D), ids: (R, S) where the model has n-grams, allocated once; lengths (R,) int64: tokens in each row;
-    starts (R,): where the current document of each row starts. A row's token t lies at index t, so its length is also its next position.
+    memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer; ids (R, S) where the model has n-grams; both
+    allocated once. host_lengths: tokens in each row, known without waiting for a device; starts (R,) int64: where the current document of
+    each row starts. A row's token t lies at index t, so its length is also its next position.
     """
 
     def __init__(self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        shape = (config.n_layer, rows, config.kv_heads, config.block_size, config.head_size)
-        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        shape = (2 * config.n_layer, rows, config.kv_heads, config.block_size, config.head_size)
+        self.memory = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=device) if config.max_ngram > 1 else None
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.starts = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._host_lengths = [0] * rows  # the same numbers where reading them costs no synchronisation
+        self.host_lengths = [0] * rows
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return self.memory.shape[3]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(R,) int64: tokens in each row."""
+        return torch.tensor(self.host_lengths, device=self.memory.device)
 
     @property
     def longest(self) -> int:
-        return max(self._host_lengths)
+        return max(self.host_lengths)
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows are equally long, which saves masks and indices."""
+        return min(self.host_lengths) == max(self.host_lengths)
+
+    def check_room(self) -> None:
+        if self.longest >= self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens and is full; prefill the row anew with fewer")
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores a prompt's k, v (R, T, K, D) from index 0 on."""
-        T = k.shape[1]
-        self.keys[layer, rows, :, :T] = k.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer, rows, :, :T] = v.transpose(1, 2).to(self.values.dtype)
+        for all_rows, new in ((self.memory[layer], k), (self.memory[layer + len(self.memory) // 2], v)):
+            all_rows[:, :, : k.shape[1]].index_copy_(0, rows, new.transpose(1, 2).to(all_rows.dtype))
 
     def restart(self, rows: Tensor, lengths: Tensor, starts: Tensor) -> None:
-        self.lengths[rows], self.starts[rows] = lengths, starts
+        self.starts[rows] = starts
         for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
-            self._host_lengths[row] = length
+            self.host_lengths[row] = length
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one token's k, v (R, 1, K, D) behind each row → all keys and values so far, (R, K, S, D) with S = longest + 1."""
-        S = self.longest + 1
-        if min(self._host_lengths) == S - 1:  # all rows are equally long: a plain slice
-            self.keys[layer, :, :, S - 1] = k[:, 0]
-            self.values[layer, :, :, S - 1] = v[:, 0]
+    def appender(self) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A function for one step: it stores a layer's k, v (R, 1, K, D) of one token behind each row and returns all keys and values so
+        far, (R, K, S, D) with S = longest + 1. What the layers share is made here, once."""
+        S, n_layer = self.longest + 1, len(self.memory) // 2
+        so_far = self.memory.narrow(3, 0, S).unbind()
+        if self.even:
+            slots = self.memory.narrow(3, S - 1, 1).transpose(2, 3).unbind()  # (R, 1, K, D) each
+
+            def append(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+                slots[layer].copy_(k)
+                slots[n_layer + layer].copy_(v)
+                return so_far[layer], so_far[n_layer + layer]
+
         else:
-            every = torch.arange(len(self.lengths), device=self.lengths.device)
-            self.keys[layer, every, :, self.lengths] = k[:, 0].to(self.keys.dtype)
-            self.values[layer, every, :, self.lengths] = v[:, 0].to(self.values.dtype)
-        return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
+            every, lengths = torch.arange(len(self.starts), device=self.memory.device), self.lengths
+
+            def append(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+                keys, values = so_far[layer], so_far[n_layer + layer]
+                keys[every, :, lengths] = k[:, 0].to(keys.dtype)
+                values[every, :, lengths] = v[:, 0].to(values.dtype)
+                return keys, values
+
+        return append
 
     def mask(self, sliding_window: int | None, document_mask: bool) -> Tensor | None:
         """(R, 1, 1, S) bool: what the token about to be appended sees; None where that is everything."""
         S = self.longest + 1
-        if min(self._host_lengths) == S - 1 and sliding_window is None and not document_mask:
+        if self.even and not document_mask and (sliding_window is None or sliding_window >= S):
             return None
-        first = self.starts if sliding_window is None else torch.maximum(self.starts, self.lengths - (sliding_window - 1))
-        index = torch.arange(S, device=self.lengths.device)
-        return ((index <= self.lengths[:, None]) & (index >= first[:, None]))[:, None, None]
+        lengths = self.lengths
+        first = self.starts if sliding_window is None else torch.maximum(self.starts, lengths - (sliding_window - 1))
+        index = torch.arange(S, device=self.memory.device)
+        return ((index <= lengths[:, None]) & (index >= first[:, None]))[:, None, None]
 
     def newest_ids(self, count: int) -> Tensor | None:
         """(R, count): the last ids of each row, oldest first, any ids where a row holds fewer; None where the model has no n-grams."""
         if self.ids is None:
             return None
-        index = self.lengths[:, None] + torch.arange(-count, 0, device=self.lengths.device)
+        index = self.lengths[:, None] + torch.arange(-count, 0, device=self.memory.device)
         return self.ids.gather(1, index.clamp(min=0))
 
     def advance(self, ids: Tensor) -> None:
         if self.ids is not None:
             self.ids.scatter_(1, self.lengths[:, None], ids[:, None])
-        self.lengths += 1
-        self._host_lengths = [length + 1 for length in self._host_lengths]
+        self.host_lengths = [length + 1 for length in self.host_lengths]
 
     def keep(self, rows: list[int]) -> None:
         """Drops all rows but these, in this order."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
-        self.keys, self.values = self.keys[:, index], self.values[:, index]
+        if rows == list(range(len(self.host_lengths))):
+            return
+        index = torch.tensor(rows, dtype=torch.int64, device=self.memory.device)
+        self.memory = self.memory[:, index]
         self.ids = None if self.ids is None else self.ids[index]
-        self.lengths, self.starts = self.lengths[index], self.starts[index]
-        self._host_lengths = [self._host_lengths[row] for row in rows]
+        self.starts = self.starts[index]
+        self.host_lengths = [self.host_lengths[row] for row in rows]
 
 
 # ======================================================================================================================
@@ -772,11 +843,11 @@ def causal_attention(path: AttentionPath, n_head: int, first_visible: Tensor | N
 
 def split_heads(qk: Tensor, v: Tensor | None, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """The views q (B, T, H, D), k and v (B, T, K, D) of what causal_attention takes."""
-    kv_heads = (qk.shape[2] - n_head) // 2 if v is None else qk.shape[2] - n_head
-    if v is None:
-        q, k, v = qk.split((n_head, kv_heads, kv_heads), dim=2)  # split, whose gradient is one cat; that of slices is zeros and sums
+    if v is None:  # split, whose gradient is one cat; that of slices is zeros and sums
+        kv_heads = (qk.shape[2] - n_head) // 2
+        q, k, v = qk.split_with_sizes((n_head, kv_heads, kv_heads), dim=2)
     else:
-        q, k = qk.split((n_head, kv_heads), dim=2)
+        q, k = qk.split_with_sizes((n_head, qk.shape[2] - n_head), dim=2)
     return q, k, v
 
 

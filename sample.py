@@ -29,6 +29,7 @@ from generation.inspection import look_inside, write_page
 from generation.interactive import interact
 from generation.options import SampleScriptOptions, SamplingOptions, ServerOptions
 from generation.prompts import Prompt, encode_prompts, ends_in_a_lone_space, print_jsonl, print_texts, read_prompts
+from generation.quantize import quantize
 from generation.text import load_model, stream_texts
 from model import GPT
 from prepare_data.sources import unescape
@@ -53,8 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     folder = resolve_model_folder(path, script.checkpoint)
     prompts = read_prompts(script)
     hardware = choose_hardware(options.section(HardwareOptions), generating=True)
-    model, tokenizer = load_model(folder, hardware.device)
+    model, tokenizer = load_model(folder, hardware.device, hardware.dtype)
     model.attention = choose_attention_path(options.section(HardwareOptions).attention, hardware, model.config.head_size).value
+    if script.quantize is not None:
+        quantize(model)
     print(f"{describe(path, folder, script.checkpoint)}; {hardware.describe()}", file=sys.stderr)
 
     # ---- text, in one of four ways
@@ -65,13 +68,12 @@ def main(argv: list[str] | None = None) -> int:
 
         seed = run.seed if options.origin["seed"] == "flag" else None
         start = {"prompt": prompts[0].text, "n": script.num_samples, "seed": seed}
-        return serve(model, tokenizer, name_of(folder), sampling, server, hardware.autocast, start)
-    with hardware.autocast():
-        if script.interactive:
-            return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
-        if script.inspect is not None:
-            return inspect(model, tokenizer, prompts, sampling, Path(script.inspect), describe(path, folder, script.checkpoint))
-        return print_samples(model, tokenizer, prompts, sampling, script, run.seed)
+        return serve(model, tokenizer, name_of(folder), sampling, server, start)
+    if script.interactive:
+        return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
+    if script.inspect is not None:
+        return inspect(model, tokenizer, prompts, sampling, Path(script.inspect), describe(path, folder, script.checkpoint))
+    return print_samples(model, tokenizer, prompts, sampling, script, run.seed)
 
 
 def print_samples(

@@ -6,7 +6,7 @@ computes the same with a key/value cache: one token a step while a window grows,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,11 +16,13 @@ from torch import Tensor
 from errors import UserError
 from generation.options import SamplingOptions
 from generation.sampling import Penalties, draw, log_probabilities, uniform
-from model import GPT, KVCache
+from generation.static import StaticDecoder
+from model import GPT, KVCache, bare
 
 END_OF_SEQUENCE, STOP, LENGTH = "end of sequence", "stop string", "length"  # why a sample ends; the second is text.py's to say
 CACHE_BYTES = 2**30  # keys and values held at once; more samples than fit are generated one batch after the other
-SMALL_PRODUCT = 2**21  # multiplications; on two cores a second thread begins to pay at about 3 rows of 768 channels
+LARGE_MATRIX = 2**17  # numbers; several layers of such matrices do not stay in a core's cache
+SMALL_PRODUCT = 2**21  # multiplications of cached matrices, below which a second thread hardly pays
 
 
 class Event(NamedTuple):
@@ -81,7 +83,7 @@ def generate(
     assert not model.training
     assert all(prompts), "a prompt without ids"
     draws = range(len(prompts)) if draws is None else draws
-    config = model.config
+    model, config = bare(model), model.config
     first_kept(0, config.block_size, options.keep_head)  # raises where the option does not fit the model
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     if torch.is_autocast_enabled(device.type):
@@ -101,7 +103,7 @@ def generate(
 @torch.inference_mode()
 def _read(model: GPT, cache: KVCache, rows: list[int], texts: Sequence[Sequence[int]], keep_head: int) -> None:
     """Fills rows of the cache with the visible ids of their texts, all but the newest, which decode reads."""
-    device = cache.lengths.device
+    device = model.embed.weight.device
     windows = [visible(ids, model.config.block_size, keep_head)[:-1] for ids in texts]
     longest = max(map(len, windows))
     where, lengths = torch.tensor(rows, device=device), torch.tensor([len(window) for window in windows], device=device)
@@ -117,9 +119,10 @@ def _continue(
 ) -> Iterator[Event]:
     """Draws tokens until every text, keyed by its sample, has ended. Row r of the cache belongs to the sample live[r]."""
     block_size, keep_head, eos_id = model.config.block_size, options.keep_head, model.config.eos_id
+    decode = decoder_for(model)
     live, penalties = list(texts), None
     if Penalties.wanted(options):
-        penalties = Penalties(list(texts.values()), model.config.vocab_size, options, cache.lengths.device)
+        penalties = Penalties(list(texts.values()), model.config.vocab_size, options, model.embed.weight.device)
 
     def keep(rows: list[int]) -> None:
         nonlocal live
@@ -138,10 +141,10 @@ def _continue(
             cut = [row for row, n in enumerate(lengths) if first_kept(n, block_size, keep_head) > first_kept(n - 1, block_size, keep_head)]
             if cut:
                 _read(model, cache, cut, [texts[live[row]] for row in cut], keep_head)
-        newest = torch.tensor([texts[sample][-1] for sample in live], device=cache.lengths.device)
+        newest = torch.tensor([texts[sample][-1] for sample in live], device=model.embed.weight.device)
         uniforms = [uniform(seed, draws[sample], len(texts[sample])) for sample in live]
         with _threads_for(len(live), model):
-            own = logits = model.decode(newest, cache)
+            own = logits = decode(newest, cache)
             if penalties is not None:
                 logits = penalties.apply(logits)
             if step < options.min_new_tokens and eos_id is not None:
@@ -164,16 +167,21 @@ def _continue(
             yield Event(sample, None, LENGTH)
 
 
+def decoder_for(model: GPT) -> Callable[[Tensor, KVCache], Tensor]:
+    """The step from ids (R,) to logits (R, V), as GPT.decode does it: recorded where a GPU can."""
+    return StaticDecoder(model).decode if model.embed.weight.device.type == "cuda" else model.decode
+
+
 @contextmanager
 def _threads_for(tokens: int, model: GPT) -> Iterator[None]:
-    """One thread while few tokens go through the model on a CPU, else as many as there are.
+    """One thread while little goes through the model on a CPU, else as many as there are.
 
-    The product of a matrix with one vector waits for memory and runs on one thread in any case, small products gain nothing from a second
-    one; but every small operation between them would wait for it, which on busy cores costs far more than the products.
+    Large matrices are read from memory, which two threads do almost twice as fast. What small ones gain from a second thread is little,
+    and on busy cores it is waited for at every operation, which costs far more than the products.
     """
     threads = torch.get_num_threads()
-    few = tokens == 1 or tokens * model.config.n_embd**2 < SMALL_PRODUCT
-    if few and model.embed.weight.device.type == "cpu":
+    matrix = model.config.n_embd**2
+    if matrix < LARGE_MATRIX and tokens * matrix < SMALL_PRODUCT and model.embed.weight.device.type == "cpu":
         torch.set_num_threads(1)
     try:
         yield

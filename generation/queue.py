@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 
 from generation.completions import Refused
 from generation.text import Piece
@@ -70,8 +70,8 @@ class Job:
 class Queue:
     """The one thread that generates, and the requests before it: first come, first served."""
 
-    def __init__(self, autocast: Callable[[], AbstractContextManager[object]]) -> None:
-        self.thread = ThreadPoolExecutor(1, "generate", lambda: autocast().__enter__())  # the thread keeps this precision
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, "generate")
         self.jobs = set[Job]()
         self.closed = False
 

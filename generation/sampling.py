@@ -10,8 +10,9 @@ from torch import Tensor
 
 from errors import UserError
 from generation.options import SamplingOptions
+from model import widened
 
-LOWEST_TEMPERATURE = 1e-30  # lower ones would be 0 in float32; here already every token but the likeliest has the weight exp(−∞)
+LOWEST_TEMPERATURE = 1e-30  # lower ones would make infinities of logits; here already every token but the likeliest has the weight 0
 
 
 def uniform(seed: int, sample: int, position: int) -> float:
@@ -54,7 +55,6 @@ class Penalties:
         self.seen, self.generated = self.seen[index], self.generated[index]
 
 
-@torch.inference_mode()
 def draw(logits: Tensor, uniforms: Sequence[float], options: SamplingOptions) -> list[int]:
     """logits (R, V), a number in [0, 1) for each row → R ids: each the inverse of its row's cumulative distribution, in the order of ids.
 
@@ -62,14 +62,16 @@ def draw(logits: Tensor, uniforms: Sequence[float], options: SamplingOptions) ->
     """
     if logits.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
         logits = logits.cpu()  # the one has no float64, the other no cumsum on CUDA
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    highest, ids = logits.max(dim=-1)  # NaN is higher than any number
+    logits = widened(logits)
     if options.temperature > 0:
         cumulated = weights(logits, options).cumsum(-1, dtype=torch.float64)
-        points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulated[:, -1:]
-        ids = torch.searchsorted(cumulated, points, right=True)[:, 0]  # the first sum above the point: never an id of weight 0
-    drawn: list[int] = torch.where(highest.isfinite(), ids, -1).tolist()
-    if -1 in drawn:
+        points = torch.tensor([[u] for u in uniforms], dtype=torch.float64, device=logits.device) * cumulated[:, -1:]
+        ids = torch.searchsorted(cumulated, points, right=True)  # the first sum above the point: never an id of weight 0; NaN: past the end
+    else:
+        highest, ids = logits.max(dim=-1, keepdim=True)  # NaN is higher than any number
+        ids = torch.where(highest.isfinite(), ids, logits.shape[-1])
+    drawn: list[int] = [row[0] for row in ids.tolist()]
+    if max(drawn) >= logits.shape[-1]:
         raise UserError(
             "the model computes NaN or infinity instead of probabilities: its weights are not finite, or too large for this precision; "
             "take another checkpoint (--checkpoint=latest or step-N) or --dtype=float32"
@@ -78,22 +80,25 @@ def draw(logits: Tensor, uniforms: Sequence[float], options: SamplingOptions) ->
 
 
 def weights(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """logits (R, V) → the probabilities of the ids that may be drawn, 0 elsewhere, each row scaled so that its largest is 1."""
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(options.temperature, LOWEST_TEMPERATURE)
+    """logits (R, V) → the probabilities of the ids that may be drawn, 0 elsewhere; a row's sum may be less than 1."""
+    logits = logits / max(options.temperature, LOWEST_TEMPERATURE)
     if options.top_k is not None and options.top_k < logits.shape[-1]:
         logits = keep_top_k(logits, options.top_k)
-    weight = logits.exp()
+    weight = logits.softmax(-1)
     if options.top_p is not None and options.top_p < 1:
         weight = keep_top_p(weight, options.top_p)
     if options.min_p is not None:
-        weight = weight * (weight >= options.min_p)
+        weight = weight * (weight >= options.min_p * weight.amax(-1, keepdim=True))
     return weight
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """−∞ for all but exactly k logits of each row; of equal ones the lower ids stay."""
-    lowest = logits.topk(k).values[:, -1:]
-    above, equal = logits > lowest, logits == lowest
+    values, ids = logits.topk(k + 1)
+    if logits.device.type == "cpu" and not (values[:, k - 1] == values[:, k]).any():  # no tie to settle; on a GPU asking would take longer
+        return torch.full_like(logits, -torch.inf).scatter_(1, ids[:, :k], values[:, :k])
+    lowest = values[:, k - 1 : k]
+    above, equal = ~(logits <= lowest), logits == lowest  # NaN stays, to be found
     spare = k - above.sum(-1, keepdim=True)
     return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= spare))), -torch.inf)
 

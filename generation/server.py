@@ -16,8 +16,8 @@ import re
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -277,12 +277,11 @@ def serve(
     name: str,
     sampling: SamplingOptions,
     options: ServerOptions,
-    autocast: Callable[[], AbstractContextManager[object]],
     start: Mapping[str, Any],
 ) -> int:
     """Serves the model until Ctrl-C. `start`: the prompt and the number of samples that the page begins with. Raises UserError."""
     first_kept(0, model.config.block_size, sampling.keep_head)  # raises where the option does not fit the model
-    queue = Queue(autocast)
+    queue = Queue()
     served = Served(name, model, tokenizer, sampling, int(time.time()))
     server = Server(make_app(served, options, queue, start), queue)
     listening = listen(options)

@@ -38,8 +38,12 @@ class Piece(NamedTuple):
     reason: str | None
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """The model of a model folder, in eval mode, with its tokenizer. Raises UserError."""
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
+    """The model of a model folder, in eval mode, with its tokenizer. Raises UserError.
+
+    dtype: what the weights are converted to, once; a token reads them all, and autocast would leave casts between them. The tables of fixed
+    positions stay in float32.
+    """
     saved = open_model_folder(folder)
     try:
         tokenizer = tokenizer_from_dict(saved.tokenizer)
@@ -53,7 +57,10 @@ def load_model(folder: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
         model.import_state(saved.model_tensors())
     except ValueError as error:
         raise UserError(f"{folder}: {error}; copy the folder again from where it was written, or take another checkpoint") from error
-    return model.to(device).eval(), tokenizer
+    model.to(device).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model, tokenizer
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, prepend_eos: bool) -> list[int]:

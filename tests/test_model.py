@@ -200,12 +200,15 @@ def test_a_token_is_embedded_with_the_ngrams_that_end_with_it():
     """Equal n-grams have equal rows wherever they stand, others hardly ever the same; the first tokens have shorter ones only."""
     model = GPT(dataclasses.replace(TINY, max_ngram=3, ngram_rows=10_000))
     ids = torch.tensor([[1, 2, 3, 9, 2, 3, 1, 2, 3, 2, 1]])
-    rows = model._ngram_rows(ids, None, None)[0]  # (T, 2)
+    rows = model._ngram_rows(ids, slice(0, ids.shape[1]), None)[0]  # (T, 2)
     assert torch.equal(rows[2], rows[8])  # 3 after 1 2
     assert (rows[2] == rows[5]).tolist() == [True, False]  # 3 after 9 2
     assert len(set(rows.flatten().tolist())) == len({(1, 2), (2, 3), (3, 9), (9, 2), (3, 1), (3, 2), (2, 1), (0, 1)}) + 10
-    cut = model._ngram_rows(ids[:, 1:], None, None)
-    assert torch.equal(cut, model._ngram_rows(ids[:, 1:], None, ids[:, :2]))  # positions start at 0: what lies before counts for nothing
+    positions = slice(0, ids.shape[1] - 1)
+    cut = model._ngram_rows(ids[:, 1:], positions, None)
+    assert torch.equal(
+        cut, model._ngram_rows(ids[:, 1:], positions, ids[:, :2])
+    )  # positions start at 0: what lies before counts for nothing
     assert torch.equal(model._ngram_rows(ids[:, 8:9], torch.tensor([[8]]), ids[:, 6:8])[0, 0], rows[8])
 
 

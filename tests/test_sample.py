@@ -58,6 +58,13 @@ def text_of(model_folder, prompt, **values):
     return sample_texts(model, tokenizer, prompt, **(defaults | values))
 
 
+def test_int8_weights_write_text_too_on_a_cpu_in_float32(runs, capsys):
+    flags = [f"--run={runs / 'char'}", "--quantize=int8", "--max_new_tokens=9", "--stop_at_eos=false"]
+    assert "9 tokens" in start(capsys, *flags).err
+    with pytest.raises(UserError, match="--quantize=int8 works on a CPU in float32"):
+        sample.main([*flags, "--dtype=bfloat16"])
+
+
 # ---- what it prints
 
 

@@ -44,7 +44,7 @@ ENDLESS = {"prompt": "x", "max_tokens": 30_000, "min_tokens": 30_000}  # a minut
 def running(served=SERVED, options=None):
     """A server in a thread → its address, and the queue."""
     options = options or ServerOptions(serve=True, port=0)
-    waiting = Queue(lambda: torch.autocast("cpu", enabled=False))
+    waiting = Queue()
     server, listening = Server(make_app(served, options, waiting, {"prompt": "Once", "n": 2}), waiting), listen(options)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -534,7 +534,7 @@ def test_sample_py_hands_its_flags_over(tmp_path, monkeypatch):
     monkeypatch.setattr("generation.server.serve", lambda *args: calls.append(args) or 0)
     for flags in (["--prompt=x", "--num_samples=3", "--seed=7", "--min_p=0.1"], []):
         assert sample.main([f"--run={tmp_path / 'notes'}", "--serve", *flags]) == 0
-    (_, _, name, sampling, _, _, start), (*_, without) = calls
+    (_, _, name, sampling, _, start), (*_, without) = calls
     assert (name, sampling.min_p, start) == ("notes", 0.1, {"prompt": "x", "n": 3, "seed": 7})
     assert without == {"prompt": "", "n": 1, "seed": None}
 

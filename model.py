@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -633,38 +633,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * grad, d_weight * grad, None, None
-
-
-# ---- The same model for generation ------------------------------------------------------------------------------------
-
-
-def bare(model: GPT) -> GPT:
-    """The same model without what nn.Module does at each attribute and call (look-ups, hooks): a third of a small model's token.
-
-    The tensors are shared, but for small matrices on a CPU: there their copies lie in memory as (in, out), which products with a few
-    rows read twice as fast. So make it anew for each use: it does not see modules that are replaced, nor all training.
-    """
-    return cast(GPT, _bare(model))
-
-
-def _bare(module: nn.Module) -> Any:
-    if isinstance(module, nn.ModuleList):
-        return [_bare(child) for child in module]
-    twin = object.__new__(_bare_class(type(module)))  # type: ignore[arg-type]  # a class can be a key
-    twin.__dict__.update(vars(module), **module._parameters, **module._buffers)
-    for name, child in module._modules.items():
-        twin.__dict__[name] = None if child is None else _bare(child)
-    if isinstance(module, nn.Linear) and module.weight.device.type == "cpu" and module.weight.numel() <= SMALL_MATRIX:
-        twin.__dict__["weight"] = module.weight.detach().t().contiguous().t()
-    return twin
-
-
-@cache
-def _bare_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (kind,), {"__call__": kind.forward})
-
-
-SMALL_MATRIX = 2**18  # numbers
 
 
 # ---- The key/value cache ---------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from generation.bare import bare
 from generation.options import SamplingOptions
 from generation.sampling import Penalties, draw, log_probabilities, uniform
 from generation.static import StaticDecoder
-from model import GPT, KVCache, bare
+from model import GPT, KVCache
 
 END_OF_SEQUENCE, STOP, LENGTH = "end of sequence", "stop string", "length"  # why a sample ends; the second is text.py's to say
 CACHE_BYTES = 2**30  # keys and values held at once; more samples than fit are generated one batch after the other

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import generation.engine as engine
 from errors import UserError
+from generation.bare import bare
 from generation.engine import END_OF_SEQUENCE, LENGTH, generate, next_logits, visible
 from generation.options import SamplingOptions
 from generation.sampling import weights
@@ -315,3 +316,18 @@ def test_little_work_runs_on_one_thread_and_the_number_is_left_as_it_was(monkeyp
     finally:
         torch.set_num_threads(before)
     assert threads == {"prefill": [1, 1, 1, 2], "decode": [1, 1, 1, 1, 1, 1, 2, 2]}
+
+
+# ---- the twin that generates
+
+
+def test_the_bare_twin_computes_the_same_and_shares_what_is_large(monkeypatch):
+    monkeypatch.setattr("generation.bare.SMALL_MATRIX", 600)
+    model = tiny_model(**MODELS["rotary"])
+    twin, ids = bare(model), torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.inference_mode():
+        assert torch.allclose(twin(ids), model(ids), rtol=1e-12, atol=1e-12)
+    assert twin.blocks[0].mlp.up.weight is model.blocks[0].mlp.up.weight  # 2 · 64 × 16 numbers
+    assert twin.blocks[0].attn.proj.weight is not model.blocks[0].attn.proj.weight  # 16 × 16
+    assert torch.equal(twin.blocks[0].attn.proj.weight, model.blocks[0].attn.proj.weight)
+    assert type(model)(model.config).state_dict().keys() == model.state_dict().keys()  # the model itself is as it was

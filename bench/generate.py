@@ -30,15 +30,11 @@ import torch.nn.functional as F  # noqa: E402
 
 from bench.hardware import Stopwatch, commit_of, hardware, write_results  # noqa: E402
 from bench.peer import import_model  # noqa: E402
-from checkpoint import open_latest, resolve_model_folder  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from generation.engine import generate  # noqa: E402
 from generation.options import SamplingOptions  # noqa: E402
 from generation.quantize import quantize  # noqa: E402
-from generation.text import load_model  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from prepare_data.shards import open_dataset  # noqa: E402
-from training.evaluation import evaluate  # noqa: E402
 
 TEMPERATURE, TOP_K, WARM_UP_TOKENS = 0.8, 200, 5
 CONTEXT, ROWS = 32, 16
@@ -232,6 +228,11 @@ def against_bandwidth(name: str, model: GPT, device: torch.device, dtype: torch.
 
 def losses_of_int8(run: Path) -> dict[str, float]:
     """Val loss of a run's best weights as they are and in int8. Raises UserError where its data is gone."""
+    from checkpoint import open_latest, resolve_model_folder  # the rest runs where torch, triton and numpy are all there is
+    from generation.text import load_model
+    from prepare_data.shards import open_dataset
+    from training.evaluation import evaluate
+
     saved = open_latest(run)
     val = open_dataset(Path(saved.state["dataset"]["path"])).val
     model, tokenizer = load_model(resolve_model_folder(run, "best"), torch.device("cpu"))

@@ -1,6 +1,7 @@
 """Other trainers beside us: reads a checkout that the user names with --peer. Nothing of it is part of this project.
 
 Reading order: parts of its code, the same text for both programs, nanoGPT's command, and `score`, which counts both alike.
+Two functions import what they read with, because the GPU benches take only import_model, on machines with torch, triton and numpy alone.
 """
 
 from __future__ import annotations
@@ -28,10 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.hardware import ROOT, Stopwatch
-from checkpoint import open_latest
 from errors import UserError
 from model import GPT, GPTConfig
-from prepare_data.shards import open_dataset
 
 SEED = 1337  # of both programs
 EVAL_INTERVAL = 250  # of the peer's own configuration
@@ -101,6 +100,8 @@ def peer_ids(peer: Path, split: str) -> np.ndarray:
 
 def check_same_ids(peer: Path, data_dir: Path) -> None:
     """Raises UserError unless both programs see the same ids in both splits, our EOS apart."""
+    from prepare_data.shards import open_dataset
+
     dataset = open_dataset(data_dir / "shakespeare")
     for name, split in (("train", dataset.train), ("val", dataset.val)):
         ours = split.read(0, len(split))
@@ -173,6 +174,8 @@ def load_peer(peer: Path) -> Callable[[Tensor], Tensor]:
 
 def load_ours(run: Path) -> GPT:
     """Our last weights: ids (B, T) → logits (B, T, V)."""
+    from checkpoint import open_latest
+
     saved = open_latest(run)
     model = GPT(GPTConfig.from_dict(saved.config), seed=None)
     model.import_state(saved.model_tensors())

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import subprocess
 import sys
 
 import numpy as np
@@ -25,6 +27,7 @@ from bench.peer import (
     score,
 )
 from errors import UserError
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("length", [2, 9, 16, 17, 18, 40])
@@ -160,3 +163,13 @@ def test_a_command_that_fails_shows_its_last_lines(tmp_path):
     done = run_process([sys.executable, "-c", "print(1); print(2)"], tmp_path)
     assert done["output"] == "1\n2\n"
     assert 0 < done["lines"][0][0] <= done["lines"][1][0] <= done["machine"]["seconds"] + 0.001  # which is rounded
+
+
+def test_the_gpu_benches_need_nothing_but_torch_triton_and_numpy():
+    """On machines with a GPU the other packages may be missing, so no bench imports them on the way to its first line."""
+    others = re.findall(r"^([a-z]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    missing = sorted({*others} - {"torch", "triton", "numpy"})
+    assert {"tiktoken", "safetensors"} <= {*missing}
+    benches = ", ".join(f"bench.{name}" for name in ("generate", "train_speed", "attention", "tune_attention"))
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import {benches}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

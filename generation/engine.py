@@ -169,8 +169,10 @@ def _continue(
 
 
 def decoder_for(model: GPT) -> Callable[[Tensor, KVCache], Tensor]:
-    """The step from ids (R,) to logits (R, V), as GPT.decode does it: recorded where a GPU can."""
-    return StaticDecoder(model).decode if model.embed.weight.device.type == "cuda" else model.decode
+    """The step from ids (R,) to logits (R, V), as GPT.decode does it: recorded on a GPU, but not for the short samples of a training run,
+    which are drawn under autocast and hardly longer than the recording takes."""
+    recorded = model.embed.weight.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+    return StaticDecoder(model).decode if recorded else model.decode
 
 
 @contextmanager

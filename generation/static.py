@@ -74,6 +74,10 @@ class StaticDecoder:
         """A function that runs the step on self.ids and static. What warming up writes, the first real step writes again."""
         if self.ids.device.type != "cuda":
             return lambda: self.model.decode(self.ids, static)
+        with torch.cuda.device(self.ids.device):
+            return self._record(static)
+
+    def _record(self, static: StaticCache) -> Callable[[], Tensor]:
         lengths = self.lengths.clone()
         side = torch.cuda.Stream(self.ids.device)
         side.wait_stream(torch.cuda.current_stream(self.ids.device))

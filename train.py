@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"the weights of step {training.step} are not saved ({kept}): make room on the disk, then {go_on}")
         if complete:
             say(f"\nnext: python sample.py --run={shlex.quote(str(run))} --num_samples=3")
+            say(f"      python sample.py --run={shlex.quote(str(run))} --serve   (a page to try prompts)")
             say(f"      python -m training.report {shlex.quote(str(run))}\n      {go_on} --max_steps={2 * training.step}")
             return 0
         say(f"stopped; everything up to step {training.step} is saved; go on with: {go_on}")

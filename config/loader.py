@@ -242,7 +242,8 @@ class Loader:
     def _flag(self, script: str, arg: str, rest: list[str], problems: list[str]) -> list[Setting]:
         name, equals, text = arg.removeprefix("--").partition("=")
         own = self.own(script)
-        if name in own and not equals and bool in own[name].kinds and arg.startswith("--"):
+        is_switch = name in own and bool in own[name].kinds and arg.startswith("--")
+        if is_switch and not equals and not (rest and rest[0].lower() in ("true", "false")):  # alone it means true
             return [Setting(show(arg), name, "true")]
         if not equals and rest and not rest[0].startswith("-") and not self._find(rest[0]):
             text = rest.pop(0)  # written as `--name value`

@@ -114,7 +114,7 @@ def keep_top_p(weight: Tensor, p: float) -> Tensor:
 @torch.inference_mode()
 def log_probabilities(logits: Tensor, drawn: Sequence[int], count: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
     """logits (R, V), the id that each row has drawn → for each row its log-probability, and the `count` likeliest ids with theirs."""
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_probs = widened(logits).log_softmax(-1)
     of_drawn = log_probs.gather(1, torch.tensor(drawn, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = log_probs.topk(min(count, logits.shape[-1]))
     tops = [tuple(zip(row, of_row, strict=True)) for row, of_row in zip(ids.tolist(), values.tolist(), strict=True)]

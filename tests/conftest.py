@@ -1,6 +1,7 @@
-"""What every test shares: one thread per worker, no network, paths to the project."""
+"""What every test shares: one thread per worker, no network, paths to the project, a browser."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,3 +27,18 @@ def small_text(tmp_path_factory) -> Path:
     path = folder / "sätze 1.txt"
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The system's Chromium, steered by playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        pytest.skip("there is no Chromium on this machine")
+    as_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=executable, args=["--no-sandbox"] if as_root else [])
+        yield launched
+        launched.close()

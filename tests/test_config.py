@@ -67,6 +67,8 @@ class Sampling:
     """Draw from the k likeliest tokens only."""
     prompt: str | None = None
     """Text to go on with."""
+    stop: tuple[str, ...] = ()
+    """Texts to end at."""
 
 
 LOADER = Loader(
@@ -271,6 +273,31 @@ def test_later_wins_and_sections_are_handed_out(loader: Loader) -> None:
     assert list(options.flat()) == [option.name for section in (Model, Train) for option in options_of(section)]
 
 
+def test_a_switch_alone_means_true(loader: Loader) -> None:
+    assert load(loader, "--overwrite", "--max_steps=5").section(Train) == Train(overwrite=True, max_steps=5)
+    assert load(loader, "--compile").section(Train).compile is True
+    assert load(loader, "--overwrite", "--overwrite=false").section(Train).overwrite is False
+    assert problems(loader, "--overwrite", "false") == ["--overwrite: write --overwrite=false"]
+
+
+def test_texts_of_one_flag_add_up_and_those_of_a_preset_are_replaced(loader: Loader) -> None:
+    def stop(*argv: str) -> tuple[str, ...]:
+        return loader.load("sample.py", argv).section(Sampling).stop
+
+    write_preset("two", "stop = ['a', 'b=c']\n")
+    assert stop() == ()
+    assert stop("--stop=a", "--top_k=3", "--stop=b=c", "--stop=a") == ("a", "b=c", "a")
+    assert stop("two") == ("a", "b=c")
+    assert stop("two", "--stop=x", "--stop=y") == ("x", "y")
+    assert stop("--stop=x", "two") == ("a", "b=c")
+    assert stop("--stop=x", "--stop=none", "--stop=y") == ("y",)
+    write_preset("wrong", "stop = [1]\n")
+    with pytest.raises(UserError, match=r"config/wrong.py:1: stop = \[1\]: expected a list of texts"):
+        stop("wrong")
+    with pytest.raises(UserError, match="--stop: write --stop=TEXT"):
+        stop("--stop")
+
+
 def test_the_default_preset_is_taken_when_none_is_given(loader: Loader) -> None:
     write_preset("small", "n_layer = 2\n")
     write_preset("wide", "n_embd = 128\n")
@@ -422,7 +449,7 @@ def test_presets_are_found_by_name_by_path_and_from_another_folder(loader: Loade
 def test_each_script_takes_its_own_part_of_a_preset(loader: Loader) -> None:
     write_preset("p", "n_layer = 2\ntop_k = 7\n")
     options = loader.load("sample.py", ["p"])
-    assert options.flat() == {"top_k": 7, "prompt": None}
+    assert options.flat() == {"top_k": 7, "prompt": None, "stop": ()}
     assert "top_k" not in load(loader, "p").flat()
 
 
@@ -443,7 +470,7 @@ def test_a_saved_config_is_a_preset_without_what_belonged_to_the_run(loader: Loa
     ]
     assert again.presets == ["one"]
     assert again.origin["max_steps"] == "preset one"
-    assert loader.load("sample.py", ["runs/one/config.json"]).flat() == {"top_k": None, "prompt": None}
+    assert loader.load("sample.py", ["runs/one/config.json"]).flat() == {"top_k": None, "prompt": None, "stop": ()}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The page of sample.py --inspect in a browser: what a reader can do with it. Needs Chromium."""
 
 import math
-import shutil
 
 import pytest
 import torch
@@ -13,20 +12,8 @@ from prepare_data.tokenizer import bytes_tokenizer
 from tests.test_inspection import EOS, KINDS, SMALL, TEXT, make, seen
 
 pytestmark = pytest.mark.slow
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser is steered by playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("there is no Chromium on this machine", allow_module_level=True)
 
 LAYER, HEAD, QUERY = 1, 2, 15
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # tests may run as root
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """The page of the local server in a real browser, the system's chromium; no test here reaches another machine."""
 
-import os
 import re
-import shutil
 import time
 from dataclasses import replace
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from generation import completions
 from generation.options import ServerOptions
@@ -15,18 +13,7 @@ from generation.text import Piece, Token
 from tests.test_server import SERVED, ids_of, post, running, wait_for, written
 
 pytestmark = pytest.mark.slow
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
 MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>&lt;b&gt;"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if BROWSER is None:
-        pytest.skip("no chromium or google-chrome on this machine")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"] if os.geteuid() == 0 else [])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
@@ -419,10 +419,10 @@ def test_requests_wait_their_turn_up_to_a_number(monkeypatch):
 
 
 def test_a_server_that_stops_ends_its_streams():
-    with running() as (address, waiting):
-        with sent(address, ENDLESS | {"stream": True}) as connection, sent(address, ENDLESS) as other:
+    with running() as (address, waiting), sent(address, ENDLESS | {"stream": True}) as connection:
+        received = connection.recv(65536)  # it has begun, so the other one has to wait
+        with sent(address, ENDLESS) as other:
             wait_for(lambda: len(waiting.jobs) == 2)
-            received = connection.recv(65536)  # it has begun
             waiting.close()
             while (part := connection.recv(65536)) and not part.endswith(b"0\r\n\r\n"):  # the last chunk
                 received += part
@@ -547,12 +547,11 @@ def test_ctrl_c_ends_the_server_at_once_with_exit_code_0(tmp_path):
     lines = iter(child.stderr.readline, "")
     address = next(found[1] for line in lines if (found := re.search(r"serving mine at (http://127.0.0.1:\d+) ", line)))
     assert ask(address, "GET", "/v1/models/mine")[0] == 200
-    with (
-        sent(address, ENDLESS | {"stream": True}) as streaming,
-        sent(address, ENDLESS),
-        socket.create_connection(streaming.getpeername()) as silent,
-    ):
-        assert streaming.recv(100)
+    with ExitStack() as connections:
+        streaming = connections.enter_context(sent(address, ENDLESS | {"stream": True}))
+        assert streaming.recv(100)  # it has begun, so the other one has to wait
+        connections.enter_context(sent(address, ENDLESS))
+        silent = connections.enter_context(socket.create_connection(streaming.getpeername()))
         silent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         started = time.monotonic()
         child.send_signal(signal.SIGINT)

@@ -52,7 +52,14 @@ class SaveFailed(UserError):
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, *, model: dict[str, Tensor], config: dict, tokenizer: dict, optimizer: dict[str, Tensor], state: dict
+    run_dir: Path,
+    step: int,
+    *,
+    model: dict[str, Tensor],
+    config: dict,
+    tokenizer: dict,
+    optimizer: dict[str, Tensor],
+    state: dict,
 ) -> Path:
     """Writes checkpoints/step-N, reads it back, and returns its path. The caller holds the RunLock.
 
@@ -90,7 +97,9 @@ def save_checkpoint(
                 os.rename(replaced, final)
             raise
     except (OSError, UserError) as error:
-        raise SaveFailed(f"the checkpoint of step {step} could not be saved in {home}: {error}. The earlier ones are untouched") from error
+        raise SaveFailed(
+            f"the checkpoint of step {step} could not be saved in {home}: {error}. The earlier ones are untouched"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _try_discard(left_behind)
@@ -119,7 +128,9 @@ def _check_space(home: Path, contents: dict[str, bytes | dict[str, Tensor]]) -> 
         needed += len(content) if isinstance(content, bytes) else sum(tensor.nbytes for tensor in content.values())
     free = shutil.disk_usage(home).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room on that disk")
+        raise OSError(
+            errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room on that disk"
+        )
 
 
 def _write_contents(directory: Path, contents: dict[str, bytes | dict[str, Tensor]]) -> None:
@@ -184,7 +195,9 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
         runs = sorted(str(path) for path in run_dir.iterdir() if path.is_dir() and _stages(path))
         if runs:
             raise UserError(f"the directory {run_dir} is no run itself; it holds these: {', '.join(runs)}")
-        raise UserError(f"the run directory {run_dir} has no checkpoint yet; start a run: python train.py --run=NEW_NAME")
+        raise UserError(
+            f"the run directory {run_dir} has no checkpoint yet; start a run: python train.py --run=NEW_NAME"
+        )
     paths = list(checkpoints.values())
     if which == "latest":
         return paths[-1]
@@ -284,7 +297,9 @@ def open_latest(run_dir: Path) -> Checkpoint:
             return open_checkpoint(path)
         except DamagedFile as error:
             print(f"WARNING: checkpoint skipped, an older one is tried: {error}", file=sys.stderr)
-    raise UserError(f"every checkpoint in {run_dir} is damaged; restore one from a copy, or start anew: python train.py --run=PATH")
+    raise UserError(
+        f"every checkpoint in {run_dir} is damaged; restore one from a copy, or start anew: python train.py --run=PATH"
+    )
 
 
 def open_model_folder(path: Path) -> ModelFolder:
@@ -322,7 +337,9 @@ def _check_files(directory: Path, names: Iterable[str]) -> None:
     if not intact:
         raise DamagedFile(path, "no intact manifest of a checkpoint")
     if version != VERSION:
-        raise UserError(f"{path}: format version {version!r} found, {VERSION} expected; open it with the Sprout that wrote it")
+        raise UserError(
+            f"{path}: format version {version!r} found, {VERSION} expected; open it with the Sprout that wrote it"
+        )
     if not isinstance(files, dict) or set(files) != FILES:
         raise DamagedFile(path, f"must list {sorted(FILES)} and nothing else; it lists {str(files)[:200]!r}")
     for name in names:
@@ -356,4 +373,6 @@ def _check_header(path: Path) -> None:
         raise DamagedFile(path, f"damaged ({error})") from error
     for name, dtype in dtypes.items():
         if len(name) > 256 or not name.isprintable() or dtype not in DTYPES:
-            raise DamagedFile(path, f"tensor {name[:300]!r} of dtype {dtype!r}: not a name and dtype that Sprout writes")
+            raise DamagedFile(
+                path, f"tensor {name[:300]!r} of dtype {dtype!r}: not a name and dtype that Sprout writes"
+            )

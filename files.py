@@ -20,7 +20,9 @@ class DamagedFile(UserError):
     """A file is missing, cut, altered or malformed."""
 
     def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}. Restore it from a copy, or take another checkpoint (sample.py --checkpoint=step-N)")
+        super().__init__(
+            f"{path}: {problem}. Restore it from a copy, or take another checkpoint (sample.py --checkpoint=step-N)"
+        )
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -115,7 +115,9 @@ class GPTConfig:
         if self.n_head % self.kv_heads:
             found.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.kv_heads}")
         if self.positions == "rotary" and self.head_size % 2:
-            found.append(f"positions=rotary needs an even head size; n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}")
+            found.append(
+                f"positions=rotary needs an even head size; n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}"
+            )
         if self.positions == "sinusoidal" and self.n_embd % 2:
             found.append(f"positions=sinusoidal needs an even n_embd; it is {self.n_embd}")
         if self.document_mask and self.eos_id is None:
@@ -170,7 +172,9 @@ class Embedding(nn.Embedding):
         pass
 
     def forward(self, ids: Tensor) -> Tensor:
-        return torch.embedding(self.weight, ids)  # what nn.Embedding comes to, after questions that a small model's token has no time for
+        return torch.embedding(
+            self.weight, ids
+        )  # what nn.Embedding comes to, after questions that a small model's token has no time for
 
 
 class LayerNorm(nn.LayerNorm):
@@ -255,7 +259,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     x: (B, T, heads, D); table: rows of rotary_table for its positions, (T, 2, D) or (B, T, 2, D). Same shape, same dtype.
     """
     cos, sin = table[..., None, 0, :], table[..., None, 1, :]
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)  # the halves swapped; compilers fuse a roll, but no cat
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(
+        x.dtype
+    )  # the halves swapped; compilers fuse a roll, but no cat
 
 
 # ---- The block -------------------------------------------------------------------------------------------------------
@@ -411,10 +417,14 @@ class GPT(nn.Module):
         if targets is None:
             return self._logits(hidden)
         if reduction != "none" and not label_smoothing and losses_in_chunks(hidden, self.config.vocab_size):
-            total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self._head_weight(), targets.flatten(), self.config.vocab_size)
+            total = ChunkedCrossEntropy.apply(
+                hidden.flatten(0, 1), self._head_weight(), targets.flatten(), self.config.vocab_size
+            )
             return total if reduction == "sum" else total / (targets != IGNORED_TARGET).sum()
         flat = self._logits(hidden).flatten(0, 1).float()
-        loss = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(
+            flat, targets.flatten(), ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing
+        )
         return loss.view_as(targets) if reduction == "none" else loss
 
     def observe(self, ids: Tensor, see: Callable[[int, Tensor, Tensor, Tensor], None]) -> Tensor:
@@ -551,7 +561,9 @@ class GPT(nn.Module):
     def n_params(self) -> int:
         """Parameters, without the rows that only pad the vocabulary."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd * len(self._vocabulary_matrices())
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd * len(
+            self._vocabulary_matrices()
+        )
 
     def flops_per_token(self) -> int:
         """FLOPs of forward and backward a token at the full context: six a number of every matrix that multiplies (Kaplan et al. 2020),
@@ -579,7 +591,9 @@ class GPT(nn.Module):
         for name, parameter in own.items():
             target = self.unpad(name, parameter)
             if target.shape != tensors[name].shape:
-                raise ValueError(f"{name!r} has the shape {tuple(tensors[name].shape)}, this model has {tuple(target.shape)}")
+                raise ValueError(
+                    f"{name!r} has the shape {tuple(tensors[name].shape)}, this model has {tuple(target.shape)}"
+                )
             parameter.zero_()
             target.copy_(tensors[name])
 
@@ -646,10 +660,14 @@ class KVCache:
     each row starts. A row's token t lies at index t, so its length is also its next position.
     """
 
-    def __init__(self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         shape = (2 * config.n_layer, rows, config.kv_heads, config.block_size, config.head_size)
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
-        self.ids = torch.zeros(rows, config.block_size, dtype=torch.int64, device=device) if config.max_ngram > 1 else None
+        self.ids = (
+            torch.zeros(rows, config.block_size, dtype=torch.int64, device=device) if config.max_ngram > 1 else None
+        )
         self.starts = torch.zeros(rows, dtype=torch.int64, device=device)
         self.host_lengths = [0] * rows
 
@@ -756,7 +774,9 @@ AttentionPath = Literal["triton", "sdpa"]
 LARGEST_FUSED_HEAD = 128  # a tile of rows this wide still fits into registers beside its accumulator
 
 
-def choose_attention(asked: AttentionPath | Literal["auto"], device: torch.device, head_size: int) -> tuple[AttentionPath, str]:
+def choose_attention(
+    asked: AttentionPath | Literal["auto"], device: torch.device, head_size: int
+) -> tuple[AttentionPath, str]:
     """The way to attend on this device, and the reason. Raises ValueError with the reason where "triton" is asked for in vain."""
     if asked == "sdpa":
         return "sdpa", "asked for"
@@ -796,7 +816,9 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
 
 
-def causal_attention(path: AttentionPath, n_head: int, first_visible: Tensor | None) -> Callable[[Tensor, Tensor | None], Tensor]:
+def causal_attention(
+    path: AttentionPath, n_head: int, first_visible: Tensor | None
+) -> Callable[[Tensor, Tensor | None], Tensor]:
     """The attention of one batch, a function (qk, v) → (B, T, H, D): token t sees tokens first_visible[t] … t.
 
     qk (B, T, H + K, D) holds queries, then keys, and v (B, T, K, D) the values; or v is None and qk (B, T, H + 2K, D) holds them
@@ -860,7 +882,9 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     grouped = q.shape[2] != keys.shape[1]
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
     return out.transpose(1, 2)
 
 
@@ -906,10 +930,14 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     blocks = (T + BLOCK_Q - 1) // BLOCK_Q
     b, h = (tl.program_id(0) // blocks // H).to(tl.int64), tl.program_id(0) // blocks % H
-    start_q = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q  # the longest rows first, so that no long one is left for the end
+    start_q = (
+        blocks - 1 - tl.program_id(0) % blocks
+    ) * BLOCK_Q  # the longest rows first, so that no long one is left for the end
     rows, cols, d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     own = (rows < T)[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=own, other=0.0).to(DOT)
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=own, other=0.0).to(
+        DOT
+    )
     k_tile = k_ptr + b * stride_qb + h // GROUP * stride_qh + cols[:, None] * stride_qt + d[None, :]
     v_tile = v_ptr + b * stride_vb + h // GROUP * stride_vh + cols[:, None] * stride_vt + d[None, :]
 
@@ -961,7 +989,9 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     start_q = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
     rows, cols, d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     own = (rows < T)[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=own, other=0.0).to(DOT)
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=own, other=0.0).to(
+        DOT
+    )
     k_tile = k_ptr + b * stride_qb + h // GROUP * stride_qh + cols[:, None] * stride_qt + d[None, :]
     v_tile = v_ptr + b * stride_vb + h // GROUP * stride_vh + cols[:, None] * stride_vt + d[None, :]
     out_tile = ((b * T + rows[:, None]) * H + h) * D + d[None, :]
@@ -1019,11 +1049,17 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
     start_k = tl.program_id(0) % blocks * BLOCK_K
     keys, cols, d = start_k + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     own = (keys < T)[:, None] & (d < D)[None, :]
-    k = tl.load(k_ptr + b * stride_qb + h_kv * stride_qh + keys[:, None] * stride_qt + d[None, :], mask=own, other=0.0).to(DOT)
-    v = tl.load(v_ptr + b * stride_vb + h_kv * stride_vh + keys[:, None] * stride_vt + d[None, :], mask=own, other=0.0).to(DOT)
+    k = tl.load(
+        k_ptr + b * stride_qb + h_kv * stride_qh + keys[:, None] * stride_qt + d[None, :], mask=own, other=0.0
+    ).to(DOT)
+    v = tl.load(
+        v_ptr + b * stride_vb + h_kv * stride_vh + keys[:, None] * stride_vt + d[None, :], mask=own, other=0.0
+    ).to(DOT)
 
     diagonal, whole = start_k // BLOCK_Q * BLOCK_Q, T // BLOCK_Q * BLOCK_Q
-    below = tl.minimum((start_k + BLOCK_K + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q)  # past the diagonal
+    below = tl.minimum(
+        (start_k + BLOCK_K + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+    )  # past the diagonal
     clear, end = tl.maximum(whole, below), T  # where blocks stop to be wholly visible, and to be visible at all
     MASKED: tl.constexpr = first_ptr is not None
     if MASKED:  # first_visible never falls, so both are found by bisection
@@ -1131,10 +1167,21 @@ def fused_backward(
 # The three launches fill their last arguments: out and lse; delta and dq; dk and dv.
 
 
-def launch_forward(launch: Launch, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, out: Tensor, lse: Tensor) -> Any:
+def launch_forward(
+    launch: Launch, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, out: Tensor, lse: Tensor
+) -> Any:
     B, T, H, D = q.shape
     tensors = (q, k, v, first_visible, out, lse)
-    return _run(_forward_kernel, B * H * -(-T // launch.block_q), launch, q, k, tensors, (q, v), (math.log2(math.e) / math.sqrt(D),))
+    return _run(
+        _forward_kernel,
+        B * H * -(-T // launch.block_q),
+        launch,
+        q,
+        k,
+        tensors,
+        (q, v),
+        (math.log2(math.e) / math.sqrt(D),),
+    )
 
 
 def launch_query_gradient(
@@ -1168,7 +1215,9 @@ def _run(
     """
     T, H, D = q.shape[1:]
     if any(x.stride(3) != 1 or T * x.stride(1) >= 2**31 for x in strided):
-        raise ValueError("the kernel needs heads whose numbers lie side by side, and sequences of less than 2³¹ numbers")
+        raise ValueError(
+            "the kernel needs heads whose numbers lie side by side, and sequences of less than 2³¹ numbers"
+        )
     jitted = _jitted(kernel)
     wide = q.dtype == torch.bfloat16 and q.device.type == "cpu"
     with torch.cuda.device_of(q):

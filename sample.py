@@ -23,29 +23,37 @@ from pathlib import Path
 
 import config
 from checkpoint import STATE, resolve_model_folder
+from common.hardware import HardwareOptions, choose_attention_path, choose_hardware
+from common.option import unescape
+from common.run_directory import RunOptions, newest_run
+from common.tokenizer import Tokenizer
 from errors import UserError, run_script
 from files import read_json
-from generation.inspection import look_inside, write_page
 from generation.interactive import interact
-from generation.options import SampleScriptOptions, SamplingOptions, ServerOptions
+from generation.options import SampleScriptOptions, SamplingOptions
 from generation.prompts import Prompt, encode_prompts, ends_in_a_lone_space, print_jsonl, print_texts, read_prompts
 from generation.quantize import quantize
 from generation.text import load_model, stream_texts
+from inspection.page import look_inside, write_page
 from model import GPT
-from prepare_data.sources import unescape
-from prepare_data.tokenizer import Tokenizer
-from training.hardware import HardwareOptions, choose_attention_path, choose_hardware
-from training.options import RunOptions
-from training.run_directory import newest_run
+from server.options import ServerOptions
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = config.load("sample.py", argv)
-    script, run, server = options.section(SampleScriptOptions), options.section(RunOptions), options.section(ServerOptions)
+    script, run, server = (
+        options.section(SampleScriptOptions),
+        options.section(RunOptions),
+        options.section(ServerOptions),
+    )
     sampling = sampling_options(options)
-    if server.serve and (script.interactive or script.inspect is not None or script.prompts is not None or script.output != "text"):
-        raise UserError("--serve takes its prompts over the network: leave --interactive, --inspect, --prompts and --output out")
+    if server.serve and (
+        script.interactive or script.inspect is not None or script.prompts is not None or script.output != "text"
+    ):
+        raise UserError(
+            "--serve takes its prompts over the network: leave --interactive, --inspect, --prompts and --output out"
+        )
     for note in options.notes:
         print(note, file=sys.stderr)
 
@@ -55,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     prompts = read_prompts(script)
     hardware = choose_hardware(options.section(HardwareOptions), generating=True)
     model, tokenizer = load_model(folder, hardware.device, hardware.dtype)
-    model.attention = choose_attention_path(options.section(HardwareOptions).attention, hardware, model.config.head_size).value
+    model.attention = choose_attention_path(
+        options.section(HardwareOptions).attention, hardware, model.config.head_size
+    ).value
     if script.quantize is not None:
         quantize(model)
     print(f"{describe(path, folder, script.checkpoint)}; {hardware.describe()}", file=sys.stderr)
@@ -64,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may use another encoding
     if server.serve:
-        from generation.server import serve  # the packages that it needs are not needed otherwise
+        from server.app import serve  # the packages that it needs are not needed otherwise
 
         seed = run.seed if options.origin["seed"] == "flag" else None
         start = {"prompt": prompts[0].text, "n": script.num_samples, "seed": seed}
@@ -72,17 +82,27 @@ def main(argv: list[str] | None = None) -> int:
     if script.interactive:
         return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
     if script.inspect is not None:
-        return inspect(model, tokenizer, prompts, sampling, Path(script.inspect), describe(path, folder, script.checkpoint))
+        return inspect(
+            model, tokenizer, prompts, sampling, Path(script.inspect), describe(path, folder, script.checkpoint)
+        )
     return print_samples(model, tokenizer, prompts, sampling, script, run.seed)
 
 
 def print_samples(
-    model: GPT, tokenizer: Tokenizer, prompts: list[Prompt], sampling: SamplingOptions, script: SampleScriptOptions, seed: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[Prompt],
+    sampling: SamplingOptions,
+    script: SampleScriptOptions,
+    seed: int,
 ) -> int:
     n = script.num_samples
     ids = [row for row in encode_prompts(tokenizer, prompts, sampling.prepend_eos) for _ in range(n)]
     if any(ends_in_a_lone_space(tokenizer, prompt.text) for prompt in prompts):
-        print("note: words of this model begin with their space; it goes on better where the prompt does not end in one", file=sys.stderr)
+        print(
+            "note: words of this model begin with their space; it goes on better where the prompt does not end in one",
+            file=sys.stderr,
+        )
     started = time.perf_counter()
     try:
         pieces = stream_texts(model, tokenizer, ids, sampling, seed, draws=[*range(n)] * len(prompts))
@@ -98,7 +118,9 @@ def print_samples(
     return 0
 
 
-def inspect(model: GPT, tokenizer: Tokenizer, prompts: list[Prompt], sampling: SamplingOptions, path: Path, title: str) -> int:
+def inspect(
+    model: GPT, tokenizer: Tokenizer, prompts: list[Prompt], sampling: SamplingOptions, path: Path, title: str
+) -> int:
     [ids] = encode_prompts(tokenizer, prompts, sampling.prepend_eos)
     data = look_inside(model, tokenizer, ids, sampling)
     write_page(path, data, title)

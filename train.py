@@ -21,15 +21,7 @@ import torch
 
 import config
 from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder
-from config.resume import resumed_options, with_model_options
-from errors import UserError, run_script
-from model import GPT, GPTConfig
-from prepare_data import PrepareOptions
-from prepare_data.pipeline import describe, resolve_data
-from prepare_data.shards import Dataset, open_dataset
-from prepare_data.tokenizer import PUBLISHED, tokenizer_from_dict
-from training.evaluation import evaluate
-from training.hardware import (
+from common.hardware import (
     EAGER_FLOPS,
     Hardware,
     HardwareOptions,
@@ -39,12 +31,20 @@ from training.hardware import (
     require_determinism,
     tune_allocator,
 )
+from common.run_directory import RunLock, RunOptions, claim_run, refuse_used_run
+from common.tokenizer import PUBLISHED, tokenizer_from_dict
+from config.resume import resumed_options, with_model_options
+from errors import UserError, run_script
+from model import GPT, GPTConfig
+from prepare_data import PrepareOptions
+from prepare_data.pipeline import describe, resolve_data
+from prepare_data.shards import Dataset, open_dataset
+from training.evaluation import evaluate
 from training.interrupt import STOPPED, StopRequest
 from training.metrics import say
 from training.micro_batch import choose_micro_batch
-from training.options import EvalOptions, RunOptions, TrainOptions
+from training.options import EvalOptions, TrainOptions
 from training.run import Training, refuse_unfit_data
-from training.run_directory import RunLock, claim_run, refuse_used_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,11 +101,15 @@ def main(argv: list[str] | None = None) -> int:
                 if training.saved_step is not None
                 else "there is no checkpoint"
             )
-            raise UserError(f"the weights of step {training.step} are not saved ({kept}): make room on the disk, then {go_on}")
+            raise UserError(
+                f"the weights of step {training.step} are not saved ({kept}): make room on the disk, then {go_on}"
+            )
         if complete:
             say(f"\nnext: python sample.py --run={shlex.quote(str(run))} --num_samples=3")
             say(f"      python sample.py --run={shlex.quote(str(run))} --serve   (a page to try prompts)")
-            say(f"      python -m training.report {shlex.quote(str(run))}\n      {go_on} --max_steps={2 * training.step}")
+            say(
+                f"      python -m training.report {shlex.quote(str(run))}\n      {go_on} --max_steps={2 * training.step}"
+            )
             return 0
         say(f"stopped; everything up to step {training.step} is saved; go on with: {go_on}")
         return STOPPED
@@ -135,7 +139,9 @@ def loop(training: Training, stop: StopRequest) -> bool:
     return complete
 
 
-def read_start(options: config.Options, stack: ExitStack) -> tuple[config.Options, Checkpoint | None, ModelFolder | None]:
+def read_start(
+    options: config.Options, stack: ExitStack
+) -> tuple[config.Options, Checkpoint | None, ModelFolder | None]:
     """Where a run starts from → its options, and the checkpoint of --resume (locked from here on) or the weights of --init_from."""
     asked = options.section(TrainOptions)
     if asked.resume is not None and asked.init_from is not None:
@@ -170,7 +176,9 @@ def one_length(options: config.Options) -> config.Options:
     return config.replace(options, budget_minutes=None)
 
 
-def choose_the_rest(options: config.Options, hardware: Hardware, resumed: Checkpoint | None) -> tuple[config.Options, dict[str, str]]:
+def choose_the_rest(
+    options: config.Options, hardware: Hardware, resumed: Checkpoint | None
+) -> tuple[config.Options, dict[str, str]]:
     """The options with every `auto` replaced by what it came to, and the reasons by option; prints them."""
     asked, model_options = options.section(TrainOptions), options.section(GPTConfig)
     if asked.deterministic:
@@ -187,7 +195,12 @@ def choose_the_rest(options: config.Options, hardware: Hardware, resumed: Checkp
     )
     for name, reason in auto.items():
         print(f"  {name}: {reason}")
-    chosen = {"device": str(hardware.device), "dtype": hardware.dtype_name, "threads": hardware.threads, "attention": attention.value}
+    chosen = {
+        "device": str(hardware.device),
+        "dtype": hardware.dtype_name,
+        "threads": hardware.threads,
+        "attention": attention.value,
+    }
     return config.replace(options, **chosen, micro_batch_size=micro_batch.value, compile=compiled.value), auto
 
 
@@ -207,8 +220,14 @@ def open_data(options: config.Options, resumed: Checkpoint | None, initial: Mode
         tokenizer = tokenizer_from_dict(initial.tokenizer) if initial else None
         dataset = resolve_data(data, options.section(PrepareOptions), tokenizer)
         named = options.section(PrepareOptions).tokenizer
-        if options.origin["tokenizer"] == "flag" and named in (*PUBLISHED, "bpe", "bytes", "char") and named != dataset.tokenizer.name:
-            raise UserError(f"--tokenizer={named}: {dataset.folder} was prepared with {dataset.tokenizer.name}; leave the flag out")
+        if (
+            options.origin["tokenizer"] == "flag"
+            and named in (*PUBLISHED, "bpe", "bytes", "char")
+            and named != dataset.tokenizer.name
+        ):
+            raise UserError(
+                f"--tokenizer={named}: {dataset.folder} was prepared with {dataset.tokenizer.name}; leave the flag out"
+            )
         return dataset
     known = resumed.state["dataset"]
     if options.origin["data"] != "flag" and (Path(known["path"]) / "dataset.json").exists():
@@ -228,7 +247,10 @@ def build_model(options: config.Options, dataset: Dataset, source: Checkpoint | 
     """The model for the dataset's vocabulary, with weights of its own or those of `source`."""
     tokenizer = dataset.tokenizer
     model_config = replace(options.section(GPTConfig), vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-    seed, attention = options.section(RunOptions).seed if source is None else None, options.section(HardwareOptions).attention
+    seed, attention = (
+        options.section(RunOptions).seed if source is None else None,
+        options.section(HardwareOptions).attention,
+    )
     assert attention != "auto"
     model = GPT(model_config, seed, attention)
     if source is not None:

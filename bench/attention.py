@@ -103,7 +103,9 @@ def flex(problem: Problem) -> Attend:
 
     mask = create_block_mask(visible, None if first is None else problem.B, None, T, T, device=problem.device.type)
     torch.compiler.reset()  # every shape is compiled anew; past a limit torch would run the last ones uncompiled, without an error
-    functorch_config.donated_buffer = False  # a graph whose backward pass is run many times may not give its tensors away
+    functorch_config.donated_buffer = (
+        False  # a graph whose backward pass is run many times may not give its tensors away
+    )
     kernel = torch.compile(flex_attention, dynamic=False) if problem.device.type == "cuda" else flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -126,7 +128,9 @@ CONTENDERS: dict[str, Callable[[Problem], Attend]] = {
 def leaves_of(problem: Problem) -> dict[str, list[Tensor]]:
     """The same random inputs for every contender: packed for ours, apart for the others."""
     packed = problem.random(3 * problem.H)
-    parts = [x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in split_heads(packed, None, problem.H)]
+    parts = [
+        x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in split_heads(packed, None, problem.H)
+    ]
     return {name: [packed.requires_grad_()] if name == "triton" else parts for name in CONTENDERS}
 
 
@@ -160,7 +164,9 @@ def measure(problem: Problem, seconds: float) -> list[dict[str, Any]]:
     return with_ratios(rows)
 
 
-def warm(prepare: dict[str, Callable[[], Run]], device: torch.device) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
+def warm(
+    prepare: dict[str, Callable[[], Run]], device: torch.device
+) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
     """Makes the runs and calls each a few times, the first of which compiles → the runs, their memory in MiB, and who does not run."""
     runs: dict[str, Run] = {}
     memory: dict[str, float] = {}
@@ -240,7 +246,10 @@ def signatures(problem: Problem) -> list[dict[str, Any]]:
     }
     torch.compiler.reset()
     backend = "inductor" if device.type == "cuda" else "aot_eager"
-    forms |= {f"{name}, compiled": torch.compile(form, fullgraph=True, dynamic=False, backend=backend) for name, form in forms.items()}
+    forms |= {
+        f"{name}, compiled": torch.compile(form, fullgraph=True, dynamic=False, backend=backend)
+        for name, form in forms.items()
+    }
     x, grad = problem.random(3 * H).requires_grad_(), problem.random(H)
 
     def step(form: Attend) -> object:
@@ -251,7 +260,9 @@ def signatures(problem: Problem) -> list[dict[str, Any]]:
         {"form": name, **summary(times), "memory_mib": memory[name]} for name, times in timed(runs, 2.0, device).items()
     ]
     shape = {"B": problem.B, "T": problem.T, "H": H, "D": problem.D}
-    return [{**shape, **row} for row in rows + [{"form": name, "unavailable": reason} for name, reason in refused.items()]]
+    return [
+        {**shape, **row} for row in rows + [{"form": name, "unavailable": reason} for name, reason in refused.items()]
+    ]
 
 
 # ---- The whole run ---------------------------------------------------------------------------------------------------
@@ -265,8 +276,19 @@ def main(argv: list[str] | None = None) -> int:
     device, quick = choose_device("bench/attention.py", "--interpret", arguments.interpret), arguments.quick
     torch.manual_seed(1337)
     deadline = Deadline(arguments.minutes or (1.0 if quick else 7.0))
-    figures: dict[str, Any] = {"bench": "attention", "commit": commit_of(ROOT), "hardware": {**hardware(), **card(device)}}
-    figures |= {"dtype": "bfloat16", "ceilings": ceilings(device), "errors": [], "speed": [], "signatures": [], "failed": {}}
+    figures: dict[str, Any] = {
+        "bench": "attention",
+        "commit": commit_of(ROOT),
+        "hardware": {**hardware(), **card(device)},
+    }
+    figures |= {
+        "dtype": "bfloat16",
+        "ceilings": ceilings(device),
+        "errors": [],
+        "speed": [],
+        "signatures": [],
+        "failed": {},
+    }
     print({**figures["hardware"], **figures["ceilings"]})
     work: list[tuple[str, Callable[[Problem], list[dict[str, Any]]], list[Problem]]] = [
         ("errors", errors, error_problems(device, quick)),
@@ -306,9 +328,19 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     parser.add_argument("--quick", action="store_true", help="two lengths and one head size")
     parser.add_argument("--signatures", action="store_true", help="only the forms of the inputs")
-    parser.add_argument("--minutes", type=float, help="after this long (7, quick 1) nothing new is begun, and what there is gets written")
-    parser.add_argument("--plot", type=Path, metavar="RESULT", help="draw a result's JSON beside it, and measure nothing")
-    parser.add_argument("--interpret", action="store_true", help="try the script out on a CPU, in tiny sizes; also with TRITON_INTERPRET=1")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="after this long (7, quick 1) nothing new is begun, and what there is gets written",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="RESULT", help="draw a result's JSON beside it, and measure nothing"
+    )
+    parser.add_argument(
+        "--interpret",
+        action="store_true",
+        help="try the script out on a CPU, in tiny sizes; also with TRITON_INTERPRET=1",
+    )
     return parser.parse_args(argv)
 
 
@@ -322,18 +354,25 @@ def signature_problems(device: torch.device, quick: bool) -> list[Problem]:
     """The attention of the 124M presets, and a long context."""
     if device.type == "cpu":
         return [Problem("signatures", 1, 32, 2, 16, device)]
-    return [Problem("signatures", B, T, 12, 64, device) for B, T in ([(32, 1024)] if quick else [(32, 1024), (4, 8192)])]
+    return [
+        Problem("signatures", B, T, 12, 64, device) for B, T in ([(32, 1024)] if quick else [(32, 1024), (4, 8192)])
+    ]
 
 
 def speed_problems(device: torch.device, quick: bool) -> list[Problem]:
     """Plain causal attention, long contexts of the head size 64 first; then documents and a window at T = 8192."""
     if device.type == "cpu":
-        return [Problem("causal", 1, 32, 2, 16, device), Problem("documents", 1, 32, 2, 16, device, documents(1, 32, 10, device))]
+        return [
+            Problem("causal", 1, 32, 2, 16, device),
+            Problem("documents", 1, 32, 2, 16, device, documents(1, 32, 10, device)),
+        ]
     lengths, sizes = ((1024, 4096), (64,)) if quick else (LENGTHS, HEAD_SIZES)
     found = [Problem("causal", TOKENS // T, T, CHANNELS // D, D, device) for D in sizes for T in lengths]
     B, T = TOKENS // 8192, 8192
     masks = {"documents of about 1000": documents(B, T, 1000, device), "window of 1024": window(B, T, 1024, device)}
-    return found + [Problem(name, B, T, CHANNELS // D, D, device, first) for D in sizes for name, first in masks.items()]
+    return found + [
+        Problem(name, B, T, CHANNELS // D, D, device, first) for D in sizes for name, first in masks.items()
+    ]
 
 
 def documents(B: int, T: int, mean: int, device: torch.device) -> Tensor:

@@ -14,10 +14,26 @@ from errors import UserError
 
 # TFLOP/s on a Hopper GPU at T = 1k, 2k, 4k, 8k, 16k: "must" is what FlashAttention-2 reaches, "stretch" about FlashAttention-3.
 TARGETS: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
-    ("forward", 64): {"must": (229, 262, 284, 295, 299), "good": (290, 340, 365, 375, 375), "stretch": (290, 371, 420, 460, 473)},
-    ("forward", 128): {"must": (260, 298, 319, 333, 335), "good": (350, 420, 460, 475, 480), "stretch": (423, 521, 579, 602, 616)},
-    ("backward", 64): {"must": (180, 222, 248, 265, 278), "good": (195, 255, 295, 315, 325), "stretch": (210, 310, 390, 450, 460)},
-    ("backward", 128): {"must": (208, 254, 285, 299, 325), "good": (215, 270, 315, 335, 345), "stretch": (219, 347, 468, 539)},
+    ("forward", 64): {
+        "must": (229, 262, 284, 295, 299),
+        "good": (290, 340, 365, 375, 375),
+        "stretch": (290, 371, 420, 460, 473),
+    },
+    ("forward", 128): {
+        "must": (260, 298, 319, 333, 335),
+        "good": (350, 420, 460, 475, 480),
+        "stretch": (423, 521, 579, 602, 616),
+    },
+    ("backward", 64): {
+        "must": (180, 222, 248, 265, 278),
+        "good": (195, 255, 295, 315, 325),
+        "stretch": (210, 310, 390, 450, 460),
+    },
+    ("backward", 128): {
+        "must": (208, 254, 285, 299, 325),
+        "good": (215, 270, 315, 335, 345),
+        "stretch": (219, 347, 468, 539),
+    },
 }
 TARGET_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
@@ -39,7 +55,9 @@ def target_met(direction: str, head_size: int, length: int, tflops: float) -> st
     levels = TARGETS.get((direction, head_size), {})
     if not levels or length not in TARGET_LENGTHS:
         return ""
-    asked = {level: dict(zip(TARGET_LENGTHS, values, strict=False)).get(length, math.inf) for level, values in levels.items()}
+    asked = {
+        level: dict(zip(TARGET_LENGTHS, values, strict=False)).get(length, math.inf) for level, values in levels.items()
+    }
     return next((level for level in ("stretch", "good", "must") if tflops >= asked[level]), "below must")
 
 
@@ -47,7 +65,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Errors and signatures: a line a row."""
     for row in rows:
         print(
-            "  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()), flush=True
+            "  ".join(
+                f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+            ),
+            flush=True,
         )
 
 
@@ -57,11 +78,15 @@ def show_speed(rows: list[dict[str, Any]]) -> None:
         mine = {row["contender"]: row for row in rows if row["direction"] == direction}
         if not mine:
             continue
-        parts = [", ".join(f"{name} {row['tflops']:.0f}" if "tflops" in row else f"{name} -" for name, row in mine.items())]
+        parts = [
+            ", ".join(f"{name} {row['tflops']:.0f}" if "tflops" in row else f"{name} -" for name, row in mine.items())
+        ]
         ours, where = mine.get("triton", {}), next(iter(mine.values()))
         parts += [f"{ours[f'of_{rival}']:.2f} x {rival}" for rival in ("flash", "cudnn") if f"of_{rival}" in ours]
         parts += [ours["target"]] if ours.get("target") else []
-        print(f"{where['problem']:24} T={where['T']:<6} D={where['D']:<4} {direction:8}  {'; '.join(parts)}", flush=True)
+        print(
+            f"{where['problem']:24} T={where['T']:<6} D={where['D']:<4} {direction:8}  {'; '.join(parts)}", flush=True
+        )
 
 
 def obstacles(rows: list[dict[str, Any]]) -> list[str]:
@@ -72,7 +97,10 @@ def obstacles(rows: list[dict[str, Any]]) -> list[str]:
             where.setdefault((row["contender"], row["unavailable"]), []).append(
                 f"{row['problem']} {row['direction']} T={row['T']} D={row['D']}"
             )
-    return [f"{name} did not run ({len(places)} times, first {places[0]}): {reason}" for (name, reason), places in where.items()]
+    return [
+        f"{name} did not run ({len(places)} times, first {places[0]}): {reason}"
+        for (name, reason), places in where.items()
+    ]
 
 
 def table(rows: list[dict[str, Any]], direction: str, head_size: int) -> str:
@@ -82,7 +110,10 @@ def table(rows: list[dict[str, Any]], direction: str, head_size: int) -> str:
         return ""
     lengths = sorted({row["T"] for row in mine})
     speeds = {(row["contender"], row["T"]): row.get("tflops") for row in mine}
-    lines = [f"| {direction}, D = {head_size} | " + " | ".join(f"{T:,}" for T in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
+    lines = [
+        f"| {direction}, D = {head_size} | " + " | ".join(f"{T:,}" for T in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
     for name in dict.fromkeys(row["contender"] for row in mine):
         cells = ("-" if speeds.get((name, T)) is None else f"{speeds[name, T]:.0f}" for T in lengths)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -99,7 +130,9 @@ def plot(result: Path) -> Path:
         figures = json.loads(result.read_text(encoding="utf-8"))
         rows = [row for row in figures["speed"] if row["problem"] == "causal" and "tflops" in row]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--plot={result}: no result of this bench ({error}); expected the JSON that it writes") from None
+        raise UserError(
+            f"--plot={result}: no result of this bench ({error}); expected the JSON that it writes"
+        ) from None
     if not rows:
         raise UserError(f"{result} holds no speeds to draw")
     panels = sorted({(row["D"], row["direction"]) for row in rows}, key=lambda panel: (panel[0], panel[1] != "forward"))
@@ -108,10 +141,14 @@ def plot(result: Path) -> Path:
         axes = figure.add_subplot((len(panels) + 1) // 2, 2, number + 1)
         for name in dict.fromkeys(row["contender"] for row in rows):
             points = sorted(
-                (row["T"], row["tflops"]) for row in rows if (row["D"], row["direction"], row["contender"]) == (head_size, direction, name)
+                (row["T"], row["tflops"])
+                for row in rows
+                if (row["D"], row["direction"], row["contender"]) == (head_size, direction, name)
             )
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", linewidth=2.5 if name == "triton" else 1.2, label=name)
+                axes.plot(
+                    *zip(*points, strict=True), marker="o", linewidth=2.5 if name == "triton" else 1.2, label=name
+                )
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths := sorted({row["T"] for row in rows}), [f"{T:,}" for T in lengths])
         axes.set(title=f"{direction}, head size {head_size}", xlabel="T", ylabel="TFLOP/s", ylim=(0, None))

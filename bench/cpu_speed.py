@@ -32,9 +32,9 @@ import torch  # noqa: E402
 
 from bench.hardware import Stopwatch, commit_of, hardware, write_results  # noqa: E402
 from bench.peer import import_model, rotated  # noqa: E402
+from common.hardware import Hardware, HardwareOptions, choose_hardware, tune_allocator  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from training.hardware import Hardware, HardwareOptions, choose_hardware, tune_allocator  # noqa: E402
 from training.micro_batch import choose_micro_batch  # noqa: E402
 from training.optim import OptimizerOptions, make_optimizer  # noqa: E402
 
@@ -48,13 +48,30 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "small": Setting(
-        {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65, "bias": False, "dropout": 0.0}, 12, 20, 15
+        {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65, "bias": False, "dropout": 0.0},
+        12,
+        20,
+        15,
     ),
     "baby": Setting(
-        {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65, "bias": False, "dropout": 0.2}, 64, 1, 4
+        {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65, "bias": False, "dropout": 0.2},
+        64,
+        1,
+        4,
     ),
     "124m": Setting(
-        {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 256, "vocab_size": 50_304, "bias": True, "dropout": 0.0}, 4, 1, 6
+        {
+            "n_layer": 12,
+            "n_head": 12,
+            "n_embd": 768,
+            "block_size": 256,
+            "vocab_size": 50_304,
+            "bias": True,
+            "dropout": 0.0,
+        },
+        4,
+        1,
+        6,
     ),
 }
 Step = Callable[[], object]
@@ -65,8 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of nanoGPT")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--rounds", type=int, help="blocks of each side; a number for each setting without it")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="ours; the peer's is float32")
-    parser.add_argument("--worker", choices=("nanogpt", "sprout"), help=argparse.SUPPRESS)  # a side's own process: see run_worker
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="ours; the peer's is float32"
+    )
+    parser.add_argument(
+        "--worker", choices=("nanogpt", "sprout"), help=argparse.SUPPRESS
+    )  # a side's own process: see run_worker
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     arguments = parser.parse_args(argv)
     names = arguments.settings.split(",")
@@ -78,7 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = choose_hardware(HardwareOptions(device="cpu", dtype=arguments.dtype))
     if arguments.worker is not None:
         setting = SETTINGS[names[0]]
-        run_worker(peer_step(peer, setting) if arguments.worker == "nanogpt" else our_step(setting, chosen), setting.steps)
+        run_worker(
+            peer_step(peer, setting) if arguments.worker == "nanogpt" else our_step(setting, chosen), setting.steps
+        )
         return 0
     figures: dict[str, Any] = {"hardware": hardware(), "sprout": commit_of(ROOT), "peer": commit_of(arguments.peer)}
     figures |= {"dtype": chosen.dtype_name}
@@ -107,7 +130,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     rates: dict[str, list[float]] = {side: [] for side in sides}
     with Stopwatch() as watch, ExitStack() as stack:
-        workers = {side: stack.enter_context(subprocess.Popen([*command, f"--worker={side}"], **pipes)) for side in sides}
+        workers = {
+            side: stack.enter_context(subprocess.Popen([*command, f"--worker={side}"], **pipes)) for side in sides
+        }
 
         def block(side: str) -> float:
             worker = workers[side]
@@ -143,7 +168,9 @@ def batch(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
 def peer_step(peer: ModuleType, setting: Setting) -> Step:
     with contextlib.redirect_stdout(io.StringIO()):  # its report of what it built
         model = peer.GPT(peer.GPTConfig(**setting.shape)).train()
-        optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.99), device_type="cpu")
+        optimizer = model.configure_optimizers(
+            weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.99), device_type="cpu"
+        )
     x, y = batch(setting)
 
     def step() -> float:

@@ -22,7 +22,11 @@ sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
 from bench.hardware import Stopwatch, hardware, write_results  # noqa: E402
 from errors import run_script  # noqa: E402
 
-MILESTONES = (("data:", "start"), ("prepared ", "prepare"), ("budget ", "measure the speed"))  # how a line begins: the part it ends
+MILESTONES = (
+    ("data:", "start"),
+    ("prepared ", "prepare"),
+    ("budget ", "measure the speed"),
+)  # how a line begins: the part it ends
 
 
 def main() -> None:
@@ -34,7 +38,9 @@ def main() -> None:
         parts = {"install": time.perf_counter() - began}
         began, left, lines = time.perf_counter(), list(MILESTONES), []
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        with subprocess.Popen(["make", "demo"], cwd=clone, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8") as demo:
+        with subprocess.Popen(
+            ["make", "demo"], cwd=clone, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        ) as demo:
             assert demo.stdout is not None
             for line in demo.stdout:
                 print(line, end="", flush=True)
@@ -43,7 +49,9 @@ def main() -> None:
                     now = time.perf_counter()
                     parts[left.pop(0)[1]], began = now - began, now
         rest = time.perf_counter() - began
-        metrics = [json.loads(line) for line in (clone / "runs/quickstart-1/metrics.jsonl").read_text("utf-8").splitlines()]
+        metrics = [
+            json.loads(line) for line in (clone / "runs/quickstart-1/metrics.jsonl").read_text("utf-8").splitlines()
+        ]
         last = [event for event in metrics if event["event"] == "step"][-1]
         parts["train, evaluations and saves included"] = last["timing"]["seconds"]
         parts["last evaluations and samples"] = rest - last["timing"]["seconds"]

@@ -59,7 +59,9 @@ def main() -> None:
     if unknown := [name for name in names if name not in SHAPES]:
         raise UserError(f"--shapes={options.shapes}: unknown {unknown[0]!r}; expected {', '.join(SHAPES)}")
     if (options.peer is None) == (options.run is None):
-        raise UserError("give one of --peer=PATH_TO_NANOGPT, to measure speed, and --run=RUN, to measure what int8 does to a val loss")
+        raise UserError(
+            "give one of --peer=PATH_TO_NANOGPT, to measure speed, and --run=RUN, to measure what int8 does to a val loss"
+        )
     torch.set_num_threads(options.threads)
     if options.run is not None:
         figures = {**hardware(), "run": options.run.name, **losses_of_int8(options.run)}
@@ -68,14 +70,26 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     peer = import_model(options.peer)
-    settings = {"temperature": TEMPERATURE, "top_k": TOP_K, "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
+    settings = {
+        "temperature": TEMPERATURE,
+        "top_k": TOP_K,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+    }
     figures = {**hardware(), "peer": commit_of(options.peer), **settings}
     if device.type == "cuda":
         figures["gpu"] = torch.cuda.get_device_name(device)
     for name in names:
         shape, tokens, runs = SHAPES[name]
         figures[name] = measure(
-            name, peer, shape, options.tokens or tokens, options.runs or runs, device=device, dtype=dtype, transformers=options.transformers
+            name,
+            peer,
+            shape,
+            options.tokens or tokens,
+            options.runs or runs,
+            device=device,
+            dtype=dtype,
+            transformers=options.transformers,
         )
     print(f"written: {write_results('generate', figures)}")
 
@@ -93,7 +107,10 @@ def measure(
 ) -> dict[str, Any]:
     """All sides in turns → shape, ratios, medians, all runs and the bound."""
     model = GPT(GPTConfig(**shape, eos_id=None)).eval()
-    sides = {"sprout": sprout(converted(model, device, dtype)), f"sprout x{ROWS}": sprout(converted(model, device, dtype), ROWS)}
+    sides = {
+        "sprout": sprout(converted(model, device, dtype)),
+        f"sprout x{ROWS}": sprout(converted(model, device, dtype), ROWS),
+    }
     if device.type == "cpu":
         sides["sprout int8"] = sprout(quantize(GPT(model.config).eval()))
     sides["nanogpt"] = nanogpt(peer, shape, device, dtype)
@@ -114,7 +131,14 @@ def measure(
     for side, ratio in ratios.items():
         print(f"{name:6} {side:12} {medians[side]:.1f} tokens/s, {ratio:.2f} times nanoGPT's speed")
     bound = against_bandwidth(name, model, device, dtype)
-    return {**shape, "tokens": tokens, "ratios": ratios, "median_tokens_per_second": medians, "bound": bound, "runs": measured}
+    return {
+        **shape,
+        "tokens": tokens,
+        "ratios": ratios,
+        "median_tokens_per_second": medians,
+        "bound": bound,
+        "runs": measured,
+    }
 
 
 def converted(model: GPT, device: torch.device, dtype: torch.dtype) -> GPT:
@@ -146,7 +170,9 @@ def nanogpt(peer: ModuleType, shape: dict[str, Any], device: torch.device, dtype
 
     def run(tokens: int) -> int:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            ids = model.generate(torch.zeros(1, 1, dtype=torch.int64, device=device), tokens, temperature=TEMPERATURE, top_k=TOP_K)
+            ids = model.generate(
+                torch.zeros(1, 1, dtype=torch.int64, device=device), tokens, temperature=TEMPERATURE, top_k=TOP_K
+            )
         assert ids.shape == (1, 1 + tokens)
         return tokens
 
@@ -160,10 +186,21 @@ def huggingface(model: GPT, device: torch.device, dtype: torch.dtype) -> Run:
     except ImportError:
         raise UserError("--transformers needs the package: pip install transformers") from None
     c = model.config
-    names = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size, "vocab_size": c.vocab_size}
+    names = {
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_embd": c.n_embd,
+        "n_positions": c.block_size,
+        "vocab_size": c.vocab_size,
+    }
     with contextlib.redirect_stderr(io.StringIO()):
-        other = transformers.GPT2LMHeadModel(transformers.GPT2Config(**names, bos_token_id=None, eos_token_id=None)).eval()
-    state = {"transformer.wte.weight": model.embed.weight[: c.vocab_size], "transformer.wpe.weight": model.position.weight}
+        other = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**names, bos_token_id=None, eos_token_id=None)
+        ).eval()
+    state = {
+        "transformer.wte.weight": model.embed.weight[: c.vocab_size],
+        "transformer.wpe.weight": model.position.weight,
+    }
     state |= {"lm_head.weight": model.embed.weight[: c.vocab_size]}
     places = {"attn_norm": "ln_1", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp_norm": "ln_2"}
     places |= {"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
@@ -179,13 +216,17 @@ def huggingface(model: GPT, device: torch.device, dtype: torch.dtype) -> Run:
     def ids(tokens: int, **how: Any) -> list[int]:
         prompt = torch.zeros(1, 1, dtype=torch.int64, device=device)
         with torch.inference_mode():
-            out = other.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, **how)
+            out = other.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, **how
+            )
         drawn: list[int] = out[0, 1:].tolist()
         return drawn
 
     count = min(16, c.block_size - 1)
     greedy = SamplingOptions(max_new_tokens=count, temperature=0.0, stop_at_eos=False)
-    ours = [event.token for event in generate(converted(model, device, dtype), [[0]], greedy, 0) if event.token is not None]
+    ours = [
+        event.token for event in generate(converted(model, device, dtype), [[0]], greedy, 0) if event.token is not None
+    ]
     if (theirs := ids(count, do_sample=False)) != ours and dtype == torch.float32:
         raise UserError(f"transformers draws other greedy ids with the same weights: {theirs} instead of {ours}")
 
@@ -201,7 +242,11 @@ def huggingface(model: GPT, device: torch.device, dtype: torch.dtype) -> Run:
 
 def against_bandwidth(name: str, model: GPT, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """The speed over the first CONTEXT tokens beside what reading all weights for each allows: medians of five, in turns."""
-    read = [*model.blocks.parameters(), *model.final_norm.parameters(), model.embed.weight]  # the last as the head; of positions one row
+    read = [
+        *model.blocks.parameters(),
+        *model.final_norm.parameters(),
+        model.embed.weight,
+    ]  # the last as the head; of positions one row
     weights = sum(parameter.numel() for parameter in read) * dtype.itemsize
     run = sprout(converted(model, device, dtype))
     reads, speeds = [], []
@@ -223,12 +268,20 @@ def against_bandwidth(name: str, model: GPT, device: torch.device, dtype: torch.
     bound = bandwidth / weights
     print(f"{name:6} context {CONTEXT}: {speed:.1f} tokens/s, {speed / bound:.0%} of the bound {bound:.1f}", end=" ")
     print(f"({weights / 1e6:.1f} MB a token at {bandwidth / 1e9:.1f} GB/s)")
-    return {"tokens_per_second": speed, "bytes": weights, "bytes_per_second": bandwidth, "share": round(speed / bound, 3)}
+    return {
+        "tokens_per_second": speed,
+        "bytes": weights,
+        "bytes_per_second": bandwidth,
+        "share": round(speed / bound, 3),
+    }
 
 
 def losses_of_int8(run: Path) -> dict[str, float]:
     """Val loss of a run's best weights as they are and in int8. Raises UserError where its data is gone."""
-    from checkpoint import open_latest, resolve_model_folder  # the rest runs where torch, triton and numpy are all there is
+    from checkpoint import (  # the rest runs where torch, triton and numpy are all there is
+        open_latest,
+        resolve_model_folder,
+    )
     from generation.text import load_model
     from prepare_data.shards import open_dataset
     from training.evaluation import evaluate

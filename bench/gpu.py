@@ -18,7 +18,9 @@ import torch
 
 from errors import UserError
 
-FLUSH_BYTES = 2**31  # written before every timed run: it evicts the caches, and takes longer than Python needs to queue that run
+FLUSH_BYTES = (
+    2**31
+)  # written before every timed run: it evicts the caches, and takes longer than Python needs to queue that run
 Run = Callable[[], object]
 
 
@@ -47,7 +49,9 @@ def choose_device(script: str, trial: str, interpret: bool) -> torch.device:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which nothing has done yet
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"{script} needs a CUDA GPU and finds none; {trial} tries the script out on a CPU, in tiny sizes, without figures")
+        raise UserError(
+            f"{script} needs a CUDA GPU and finds none; {trial} tries the script out on a CPU, in tiny sizes, without figures"
+        )
     return torch.device("cuda")
 
 
@@ -78,7 +82,10 @@ def ceilings(device: torch.device) -> dict[str, float]:
     runs: dict[str, Run] = {"product": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}
     in_turns(runs, 3, device)
     product, copy = (statistics.median(seconds) for seconds in in_turns(runs, rounds, device).values())
-    return {"matmul_tflops": round(2 * size**3 / product / 1e12, 1), "copy_tb_per_second": round(2 * source.numel() / copy / 1e12, 2)}
+    return {
+        "matmul_tflops": round(2 * size**3 / product / 1e12, 1),
+        "copy_tb_per_second": round(2 * source.numel() / copy / 1e12, 2),
+    }
 
 
 def in_turns(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:

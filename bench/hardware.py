@@ -18,7 +18,18 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "sve", "bf16", "i8mm")
+TELLING_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "sve",
+    "bf16",
+    "i8mm",
+)
 
 
 def hardware() -> dict[str, Any]:
@@ -65,7 +76,10 @@ class Stopwatch:
         self.measured = {"seconds": round(seconds, 3), "cpu_seconds": round(own, 2)}
         if busy > 0:
             available = seconds * (os.cpu_count() or 1)
-            self.measured |= {"others": round(max(0.0, busy - own) / available, 3), "steal": round(steal / available, 3)}
+            self.measured |= {
+                "others": round(max(0.0, busy - own) / available, 3),
+                "steal": round(steal / available, 3),
+            }
 
 
 def _own_cpu_seconds() -> float:
@@ -88,7 +102,9 @@ def commit_of(checkout: Path) -> str:
     git = ["git", "-C", str(checkout)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+changes" if changes.strip() else "")

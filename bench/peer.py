@@ -71,7 +71,9 @@ def plain_copy(text: Path, path: Path) -> Path:
     try:
         path.write_text(text.read_text(encoding="utf-8-sig"), encoding="utf-8", newline="\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"--text={text}: not UTF-8 at byte {error.start}; convert it first: iconv -f ENCODING -t UTF-8") from None
+        raise UserError(
+            f"--text={text}: not UTF-8 at byte {error.start}; convert it first: iconv -f ENCODING -t UTF-8"
+        ) from None
     return path
 
 
@@ -134,7 +136,12 @@ def run_process(command: Sequence[str], home: Path) -> dict[str, Any]:
     """Runs a command in the folder `home` → output, lines with the seconds when they came, and what it took. Raises UserError."""
     lines: list[tuple[float, str]] = []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    streams: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "encoding": "utf-8",
+        "errors": "replace",
+    }
     with Stopwatch() as watch:
         began = time.perf_counter()
         with subprocess.Popen(command, cwd=home, env=environment, **streams) as process:
@@ -188,12 +195,17 @@ def score(logits_of: Callable[[Tensor], Tensor], ids: np.ndarray, block_size: in
     """Nats a target, every one of ids[1:] once: windows at 0, T, 2T …, the short last one included."""
     inputs, targets = torch.from_numpy(ids[:-1]), torch.from_numpy(ids[1:])
     whole = len(targets) // block_size * block_size
-    windows = [(inputs[:whole].view(-1, block_size), targets[:whole].view(-1, block_size)), (inputs[None, whole:], targets[None, whole:])]
+    windows = [
+        (inputs[:whole].view(-1, block_size), targets[:whole].view(-1, block_size)),
+        (inputs[None, whole:], targets[None, whole:]),
+    ]
     nats = 0.0
     for x, y in windows:  # (B, T) whole windows, then (1, rest)
         for some_x, some_y in zip(x.split(rows), y.split(rows), strict=True):
             if some_y.numel():
-                nats += F.cross_entropy(logits_of(some_x).double().flatten(0, 1), some_y.flatten(), reduction="sum").item()
+                nats += F.cross_entropy(
+                    logits_of(some_x).double().flatten(0, 1), some_y.flatten(), reduction="sum"
+                ).item()
     return nats / len(targets)
 
 

@@ -57,10 +57,10 @@ from bench.peer import (  # noqa: E402
     run_process,
     score,
 )
+from common.hardware import HardwareOptions, choose_compile, choose_hardware, tune_allocator  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare_data.shards import open_dataset  # noqa: E402
-from training.hardware import HardwareOptions, choose_compile, choose_hardware, tune_allocator  # noqa: E402
 from training.interrupt import StopRequest  # noqa: E402
 from training.micro_batch import choose_micro_batch  # noqa: E402
 from training.options import TrainOptions  # noqa: E402
@@ -108,10 +108,14 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of nanoGPT")
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare, or any other text")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each program, and tens of rounds of the speed measurement")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of each program, and tens of rounds of the speed measurement"
+    )
     parser.add_argument("--steps", type=int, default=2000, help="steps of a run")
     parser.add_argument("--dropout", type=float, default=0.0, help="of both sides; their documented setting has none")
-    parser.add_argument("--dtype", help="our dtypes, separated by commas (default: float32, and what --dtype=auto takes here)")
+    parser.add_argument(
+        "--dtype", help="our dtypes, separated by commas (default: float32, and what --dtype=auto takes here)"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     arguments = parser.parse_args(argv)
     arguments.peer, arguments.text = arguments.peer.resolve(), arguments.text.resolve()
@@ -127,7 +131,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
-def measure_speed(peer: Path, data: Path, work: Path, dtypes: Sequence[str], rounds: int, steps: int, dropout: float) -> dict[str, Any]:
+def measure_speed(
+    peer: Path, data: Path, work: Path, dtypes: Sequence[str], rounds: int, steps: int, dropout: float
+) -> dict[str, Any]:
     """Tokens/s of whole training steps, in `rounds` rounds of one block of `steps` steps a side."""
     tune_allocator()
     with contextlib.redirect_stdout(io.StringIO()):  # their reports of what they built
@@ -139,14 +145,21 @@ def measure_speed(peer: Path, data: Path, work: Path, dtypes: Sequence[str], rou
     print(f"speed: {rounds} rounds of {steps} steps a side", flush=True)
     with Stopwatch() as watch:
         rates = alternate(sides, rounds, steps, ROWS * BLOCK_SIZE)
-    return {"steps_a_block": steps, "machine": watch.measured, "tokens_per_second": rates, "summary": summarise_speed(rates)}
+    return {
+        "steps_a_block": steps,
+        "machine": watch.measured,
+        "tokens_per_second": rates,
+        "summary": summarise_speed(rates),
+    }
 
 
 def peer_step(peer: Path, dropout: float) -> Step:
     """One step of the peer's training loop on its own model, optimizer and batches."""
     module = import_model(peer)
     torch.manual_seed(SEED)
-    model = module.GPT(module.GPTConfig(**PEER_SHAPE, dropout=dropout, vocab_size=int(peer_ids(peer, "train").max()) + 1))
+    model = module.GPT(
+        module.GPTConfig(**PEER_SHAPE, dropout=dropout, vocab_size=int(peer_ids(peer, "train").max()) + 1)
+    )
     optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.99), device_type="cpu")
     scope = {"os": os, "np": np, "torch": torch, "data_dir": str(peer / "data" / "shakespeare_char")}
     scope |= {"block_size": BLOCK_SIZE, "batch_size": ROWS, "device": "cpu", "device_type": "cpu"}
@@ -166,7 +179,9 @@ def peer_step(peer: Path, dropout: float) -> Step:
 
 def our_step(data: Path, run: Path, dtype: str, dropout: float) -> Step:
     """training/run.py's step, set up as train.py does it."""
-    options = config.load("train.py", [PRESET, f"--data_dir={data}", f"--dtype={dtype}", f"--dropout={dropout}", "--device=cpu"])
+    options = config.load(
+        "train.py", [PRESET, f"--data_dir={data}", f"--dtype={dtype}", f"--dropout={dropout}", "--device=cpu"]
+    )
     chosen = choose_hardware(options.section(HardwareOptions))
     asked, model_options = options.section(TrainOptions), options.section(GPTConfig)
     size = choose_micro_batch(asked.micro_batch_size, asked.tokens_per_step, model_options, chosen).value
@@ -208,7 +223,9 @@ def summarise_speed(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str,
 
 
 def show_speed(speed: Mapping[str, Any]) -> None:
-    print(f"{'whole steps, tokens/s':24}{'median':>10}{'best':>10}   ratio to nanoGPT: of medians, of bests, median of the rounds")
+    print(
+        f"{'whole steps, tokens/s':24}{'median':>10}{'best':>10}   ratio to nanoGPT: of medians, of bests, median of the rounds"
+    )
     for name, row in speed["summary"].items():
         ratios = f"{row['ratio_of_medians']:.2f}  {row['ratio_of_bests']:.2f}  {row['median_of_ratios']:.2f}"
         print(f"{name:24}{row['median']:10,.0f}{row['best']:10,.0f}   {ratios}")
@@ -240,14 +257,30 @@ def run_programs(
                 result = run_process([sys.executable, *command, f"--data_dir={data}", f"--run={run}"], ROOT)
                 logits, reported = load_ours(run), our_report(run)
             loss = score(logits, val, BLOCK_SIZE)
-            record = {"side": side, "seed": seed, "command": " ".join(["python", *command]), "val_loss": loss, "targets": len(val) - 1}
+            record = {
+                "side": side,
+                "seed": seed,
+                "command": " ".join(["python", *command]),
+                "val_loss": loss,
+                "targets": len(val) - 1,
+            }
             runs.append({**record, "reported_val_loss": reported, **result["machine"]})
-            print(f"{side}, seed {seed}: {loss:.4f} nats a character (it says {reported:.4f}); {result['machine']}", flush=True)
+            print(
+                f"{side}, seed {seed}: {loss:.4f} nats a character (it says {reported:.4f}); {result['machine']}",
+                flush=True,
+            )
     return runs
 
 
 def our_command(steps: int, interval: int, seed: int, dtype: str, dropout: float) -> list[str]:
-    flags = {"device": "cpu", "dtype": dtype, "seed": seed, "max_steps": steps, "eval_interval": interval, "dropout": dropout}
+    flags = {
+        "device": "cpu",
+        "dtype": dtype,
+        "seed": seed,
+        "max_steps": steps,
+        "eval_interval": interval,
+        "dropout": dropout,
+    }
     return ["train.py", PRESET, *(f"--{name}={value}" for name, value in flags.items())]
 
 
@@ -265,12 +298,17 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
     theirs = summary[PEER]
     for row in summary.values():
         row["loss_difference"] = row["val_loss"] - theirs["val_loss"]
-        row["speed_up"], row["best_speed_up"] = theirs["seconds"] / row["seconds"], theirs["best_seconds"] / row["best_seconds"]
+        row["speed_up"], row["best_speed_up"] = (
+            theirs["seconds"] / row["seconds"],
+            theirs["best_seconds"] / row["best_seconds"],
+        )
     return summary
 
 
 def show_programs(summary: Mapping[str, Mapping[str, float]]) -> None:
-    print(f"{'whole programs, medians':24}{'nats/char':>10}{'seconds':>10}{'best':>10}   beside nanoGPT: loss, times faster (of bests)")
+    print(
+        f"{'whole programs, medians':24}{'nats/char':>10}{'seconds':>10}{'best':>10}   beside nanoGPT: loss, times faster (of bests)"
+    )
     for name, row in summary.items():
         figures = f"{row['val_loss']:10.4f}{row['seconds']:10.1f}{row['best_seconds']:10.1f}"
         print(f"{name:24}{figures}   {row['loss_difference']:+.4f}  {row['speed_up']:.2f} ({row['best_speed_up']:.2f})")

@@ -77,7 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         text = plain_copy(arguments.text, work / "input.txt")
         figures: dict[str, Any] = {
             "bench": "time_to_loss",
-            "text": {"name": arguments.text.name, "sha256": hashlib.sha256(text.read_bytes()).hexdigest(), "bytes": text.stat().st_size},
+            "text": {
+                "name": arguments.text.name,
+                "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+                "bytes": text.stat().st_size,
+            },
             "hardware": hardware(),
             "sprout": commit_of(ROOT),
             "peer": commit_of(arguments.peer),
@@ -100,14 +104,27 @@ def main(argv: list[str] | None = None) -> int:
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of nanoGPT")
-    parser.add_argument("--text", type=Path, help="any UTF-8 text (default: the checkout's own tinyshakespeare, where it was prepared)")
+    parser.add_argument(
+        "--text", type=Path, help="any UTF-8 text (default: the checkout's own tinyshakespeare, where it was prepared)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
-    parser.add_argument("--sprout_steps", default="", help="lengths of our runs, separated by commas (default: the preset's)")
-    parser.add_argument("--evaluations", type=int, default=10, help="of a run of ours; their time does not count, but they take it")
-    parser.add_argument("--peer_steps", type=int, default=2000, help="length of its run; its documented command has 2000")
+    parser.add_argument(
+        "--sprout_steps", default="", help="lengths of our runs, separated by commas (default: the preset's)"
+    )
+    parser.add_argument(
+        "--evaluations", type=int, default=10, help="of a run of ours; their time does not count, but they take it"
+    )
+    parser.add_argument(
+        "--peer_steps", type=int, default=2000, help="length of its run; its documented command has 2000"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     parser.add_argument("--plot", type=Path, help="where the picture goes (default: beside the figures)")
-    parser.add_argument("sprout", nargs="*", metavar="-- PRESET --option=value", help=f"train.py's arguments (default: {DEFAULT_FLAGS[0]})")
+    parser.add_argument(
+        "sprout",
+        nargs="*",
+        metavar="-- PRESET --option=value",
+        help=f"train.py's arguments (default: {DEFAULT_FLAGS[0]})",
+    )
     arguments = parser.parse_args(argv)
     arguments.peer = arguments.peer.resolve()
     if not (arguments.peer / "train.py").is_file():
@@ -118,7 +135,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     if min(arguments.rounds, arguments.peer_steps, arguments.evaluations) < 1:
         raise UserError("--rounds, --peer_steps and --evaluations must be at least 1")
     if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", arguments.sprout_steps):
-        raise UserError(f"--sprout_steps={arguments.sprout_steps}: expected numbers of steps separated by commas, such as 400,800")
+        raise UserError(
+            f"--sprout_steps={arguments.sprout_steps}: expected numbers of steps separated by commas, such as 400,800"
+        )
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the curves are drawn with matplotlib, which is not installed: pip install matplotlib")
     if not Path("/proc/self/stat").exists():
@@ -131,11 +150,17 @@ def plan_runs(flags: Sequence[str], lengths: str, evaluations: int) -> dict[str,
     flags = flags or DEFAULT_FLAGS
     options = config.load("train.py", flags).section(TrainOptions)
     if not lengths and options.budget_minutes is not None:
-        raise UserError(f"{' '.join(flags)}: plans its length by time, which would count as training; give --sprout_steps=N")
+        raise UserError(
+            f"{' '.join(flags)}: plans its length by time, which would count as training; give --sprout_steps=N"
+        )
     plans = {}
     for steps in [int(length) for length in lengths.split(",") if length] or [options.max_steps]:
         arguments = [*flags, *([f"--max_steps={steps}"] if lengths else [])]
-        sizes = {"steps": steps, "eval_interval": max(1, steps // evaluations), "tokens_per_step": options.tokens_per_step}
+        sizes = {
+            "steps": steps,
+            "eval_interval": max(1, steps // evaluations),
+            "tokens_per_step": options.tokens_per_step,
+        }
         plans[" ".join(["Sprout", *arguments])] = {"arguments": arguments, **sizes}
     return plans
 
@@ -143,14 +168,20 @@ def plan_runs(flags: Sequence[str], lengths: str, evaluations: int) -> dict[str,
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
-def run_round(number: int, peer: Path, data: Path, folder: Path, plans: Mapping[str, Any], peer_steps: int) -> list[dict[str, Any]]:
+def run_round(
+    number: int, peer: Path, data: Path, folder: Path, plans: Mapping[str, Any], peer_steps: int
+) -> list[dict[str, Any]]:
     """One run of each side, with the curve of each and its last loss over all val targets."""
     seed, val, runs = SEED + number, peer_ids(peer, "val"), []
     for side in rotated([PEER, *plans], number):
         if side == PEER:
             command = peer_command(peer_steps, EVAL_INTERVAL if peer_steps % EVAL_INTERVAL == 0 else peer_steps)
             result = run_process([sys.executable, *command], peer)
-            curve, logits, block_size = peer_curve(result["lines"], PEER_TOKENS_PER_STEP), load_peer(peer), PEER_BLOCK_SIZE
+            curve, logits, block_size = (
+                peer_curve(result["lines"], PEER_TOKENS_PER_STEP),
+                load_peer(peer),
+                PEER_BLOCK_SIZE,
+            )
         else:
             plan = plans[side]
             run = folder / str(plan["steps"])
@@ -163,7 +194,13 @@ def run_round(number: int, peer: Path, data: Path, folder: Path, plans: Mapping[
         curve[-1]["loss"] = score(logits, val, block_size)
         shown = f"{curve[-1]['loss']:.4f} nats a character after {curve[-1]['seconds']:.1f} s of training (it says {run_says:.4f})"
         print(f"round {number + 1}: {side}: {shown}; {result['machine']}", flush=True)
-        facts = {"side": side, "seed": seed, "command": " ".join(["python", *command]), "block_size": block_size, "targets": len(val) - 1}
+        facts = {
+            "side": side,
+            "seed": seed,
+            "command": " ".join(["python", *command]),
+            "block_size": block_size,
+            "targets": len(val) - 1,
+        }
         runs.append({**facts, "machine": result["machine"], "run_says": run_says, "curve": curve})
     return runs
 
@@ -177,14 +214,20 @@ def our_command(plan: Mapping[str, Any], seed: int, targets: int) -> list[str]:
 def our_curve(metrics: str, tokens_per_step: int) -> list[Point]:
     """The evaluations in a metrics.jsonl."""
     events = [json.loads(line) for line in metrics.splitlines()]
-    points = [(event["step"], event["timing"]["train_seconds"], event["val_loss"]) for event in events if event["event"] == "eval"]
+    points = [
+        (event["step"], event["timing"]["train_seconds"], event["val_loss"])
+        for event in events
+        if event["event"] == "eval"
+    ]
     return [point(step, tokens_per_step, seconds, loss) for step, seconds, loss in points]
 
 
 def peer_curve(lines: Sequence[tuple[float, str]], tokens_per_step: int) -> list[Point]:
     """The peer's own estimates, from its lines and the seconds at which they came. Raises UserError where there are none."""
     estimates: dict[int, float] = {}
-    iterations: dict[int, tuple[float, float]] = {}  # of the update after step N: when it ended, and what it took, evaluation included
+    iterations: dict[
+        int, tuple[float, float]
+    ] = {}  # of the update after step N: when it ended, and what it took, evaluation included
     for came, line in lines:
         if found := re.match(r"step (\d+): train loss \S+, val loss (\S+)", line):
             estimates[int(found[1])] = float(found[2])
@@ -210,14 +253,20 @@ def point(step: int, tokens_per_step: int, seconds: float, loss: float) -> Point
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The target, and by side the medians of what reaching it takes (None where half of the runs or more do not) and of its losses."""
-    curves = {side: [run["curve"] for run in runs if run["side"] == side] for side in dict.fromkeys(run["side"] for run in runs)}
+    curves = {
+        side: [run["curve"] for run in runs if run["side"] == side]
+        for side in dict.fromkeys(run["side"] for run in runs)
+    }
     theirs = curves.pop(PEER)
     target, time = (statistics.median(curve[-1][name] for curve in theirs) for name in ("loss", "seconds"))
     tokens = theirs[0][-1]["tokens"]
     sides = {}
     for side, own in curves.items():
         hits = [first_at(curve, target) for curve in own]
-        reached = {name: median_or_none([hit[name] if hit else math.inf for hit in hits]) for name in ("seconds", "tokens", "step")}
+        reached = {
+            name: median_or_none([hit[name] if hit else math.inf for hit in hits])
+            for name in ("seconds", "tokens", "step")
+        }
         sides[side] = {
             "reached_in": f"{sum(hit is not None for hit in hits)} of {len(hits)}",
             **reached,
@@ -266,11 +315,16 @@ def draw(runs: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], text: st
     figure = Figure(figsize=(9, 5), dpi=90, layout="constrained")
     axes = figure.add_subplot()
     sides = list(dict.fromkeys([PEER, *(run["side"] for run in runs)]))
-    labels = {side: side if side != PEER else f"{PEER}: its estimates on 20 batches, at its end the whole split" for side in sides}
+    labels = {
+        side: side if side != PEER else f"{PEER}: its estimates on 20 batches, at its end the whole split"
+        for side in sides
+    }
     for run in runs:
         seconds, loss = ([entry[name] for entry in run["curve"]] for name in ("seconds", "loss"))
         color = "black" if run["side"] == PEER else f"C{sides.index(run['side']) - 1}"
-        axes.plot(seconds, loss, "o-", color=color, markersize=3, linewidth=1, alpha=0.8, label=labels.pop(run["side"], None))
+        axes.plot(
+            seconds, loss, "o-", color=color, markersize=3, linewidth=1, alpha=0.8, label=labels.pop(run["side"], None)
+        )
     target = summary["target"]
     axes.axhline(target, color="black", linestyle="--", linewidth=1, label=f"target {target:.4f}")
     ends = [run["curve"][-1]["loss"] for run in runs]

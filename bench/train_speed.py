@@ -40,9 +40,9 @@ import config  # noqa: E402
 from bench.gpu import Deadline, card, ceilings, choose_device, peak_memory, reasons  # noqa: E402
 from bench.hardware import commit_of, hardware, write_results  # noqa: E402
 from bench.peer import import_model  # noqa: E402
+from common.hardware import vendor_flops  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, AttentionPath, GPTConfig  # noqa: E402
-from training.hardware import vendor_flops  # noqa: E402
 from training.optim import OptimizerOptions, make_optimizer  # noqa: E402
 
 PRESETS = ("gpt2_124m", "modern_124m")
@@ -67,7 +67,10 @@ def make_sides(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
         if arguments.smoke:
             shape = replace(shape, **TINY, n_hidden=64)
         sides |= {f"{preset}, {path}": partial(make_ours, shape, path) for path in arguments.attention}
-    for name, checkout, file in (("nanogpt", arguments.peer_nanogpt, "model.py"), ("llmc", arguments.peer_llmc, "train_gpt2.py")):
+    for name, checkout, file in (
+        ("nanogpt", arguments.peer_nanogpt, "model.py"),
+        ("llmc", arguments.peer_llmc, "train_gpt2.py"),
+    ):
         if checkout is not None:
             sides[name] = partial(make_peer, name, import_model(checkout, file, name), arguments.smoke)
     return sides
@@ -166,7 +169,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments.smoke = device.type == "cpu"
     rows, T = (2, TINY["block_size"]) if arguments.smoke else (arguments.rows, GPTConfig().block_size)
     print({**facts, **peaks})
-    ids = torch.randint(GPTConfig().vocab_size - 1, (rows, T + 1)).to(device)  # without the last id, which ends documents
+    ids = torch.randint(GPTConfig().vocab_size - 1, (rows, T + 1)).to(
+        device
+    )  # without the last id, which ends documents
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     steps, figures, refused = prepare(make_sides(arguments), x, y, deadline)
@@ -178,16 +183,31 @@ def main(argv: list[str] | None = None) -> int:
             figures[name]["losses"].append(loss)
     for name, row in figures.items():
         row |= rates(row, rows * T, peaks["matmul_tflops"], vendor_flops(facts["gpu"]))
-        print("  ".join([f"{name:22}", *(f"{key} {row[key]}" for key in ("tokens_per_second", "spread", "of_matmul", "mfu"))]))
+        print(
+            "  ".join(
+                [f"{name:22}", *(f"{key} {row[key]}" for key in ("tokens_per_second", "spread", "of_matmul", "mfu"))]
+            )
+        )
     for name, reason in refused.items():
         print(f"{name:22}  not measured: {reason}")
     if device.type == "cpu":
         print("a trial on the CPU: the script works; the timings mean nothing and nothing is written")
         return 0
-    peers = {name: commit_of(checkout) for name in ("peer_nanogpt", "peer_llmc") if (checkout := getattr(arguments, name))}
+    peers = {
+        name: commit_of(checkout) for name in ("peer_nanogpt", "peer_llmc") if (checkout := getattr(arguments, name))
+    }
     settings = {"rows": rows, "T": T, "dtype": "bfloat16 autocast", "steps_a_block": arguments.steps}
-    result = {"bench": "train_speed", "commit": commit_of(ROOT), **peers, "hardware": facts, "ceilings": peaks, **settings}
-    print(f"written: {write_results('train_speed', {**result, 'sides': figures, 'unavailable': refused}, arguments.out)}")
+    result = {
+        "bench": "train_speed",
+        "commit": commit_of(ROOT),
+        **peers,
+        "hardware": facts,
+        "ceilings": peaks,
+        **settings,
+    }
+    print(
+        f"written: {write_results('train_speed', {**result, 'sides': figures, 'unavailable': refused}, arguments.out)}"
+    )
     return 0
 
 
@@ -214,7 +234,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="of a block")
     parser.add_argument("--rounds", type=int, default=7, help="blocks of each side")
     parser.add_argument("--minutes", type=float, default=6.5, help="after this long no other side is begun")
-    parser.add_argument("--smoke", action="store_true", help="try the script out on a CPU, in tiny sizes; also with TRITON_INTERPRET=1")
+    parser.add_argument(
+        "--smoke", action="store_true", help="try the script out on a CPU, in tiny sizes; also with TRITON_INTERPRET=1"
+    )
     arguments = parser.parse_args(argv)
     arguments.presets, arguments.attention = arguments.presets.split(","), arguments.attention.split(",")
     if not set(arguments.attention) <= {"triton", "sdpa"}:

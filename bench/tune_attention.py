@@ -39,7 +39,15 @@ import torch  # noqa: E402
 from bench.gpu import Deadline, card, choose_device, in_turns, reasons  # noqa: E402
 from bench.hardware import commit_of, hardware, write_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
-from model import Launch, fused_forward, launch_forward, launch_key_value_gradient, launch_query_gradient, launches_for, split_heads  # noqa: E402
+from model import (  # noqa: E402
+    Launch,
+    fused_forward,
+    launch_forward,
+    launch_key_value_gradient,
+    launch_query_gradient,
+    launches_for,
+    split_heads,
+)
 
 KERNELS = ("forward", "query_gradient", "key_value_gradient")  # the order in a row of LAUNCHES
 LENGTHS, TOKENS, CHANNELS = {"bfloat16": (1024, 4096, 16384), "float32": (1024, 4096)}, 16384, 2048
@@ -52,9 +60,17 @@ Timings = dict[int, dict[Launch, float]]  # by T: seconds of each launch
 def candidates(kernel: str, dtype: str) -> list[Launch]:
     """The launches to try. float32 multiplies without tensor cores; its code grows with the block, and large ones compile for minutes."""
     if dtype == "float32":
-        return [Launch(q, k, warps, stages) for q, k in ((32, 32), (32, 64), (64, 32)) for warps in (4, 8) for stages in (1, 2)]
+        return [
+            Launch(q, k, warps, stages)
+            for q, k in ((32, 32), (32, 64), (64, 32))
+            for warps in (4, 8)
+            for stages in (1, 2)
+        ]
     sizes = ((32, 64, 128), (64, 128)) if kernel == "key_value_gradient" else ((64, 128), (32, 64, 128))
-    return [Launch(*choice) for choice in itertools.product(*sizes, (4, 8), (1, 2, 3) if kernel == "key_value_gradient" else (2, 3, 4))]
+    return [
+        Launch(*choice)
+        for choice in itertools.product(*sizes, (4, 8), (1, 2, 3) if kernel == "key_value_gradient" else (2, 3, 4))
+    ]
 
 
 # ---- Compiling -------------------------------------------------------------------------------------------------------
@@ -95,7 +111,9 @@ def compile_some(todo: Any, done: Any) -> None:
         with reasons(refused, "unavailable"):
             compiled = kernels(1024, 1024, head_size, dtype, torch.device("cuda"), solved=False)[kernel](launch)
             torch.cuda.synchronize()
-            done.put((job, {"registers": compiled.n_regs, "spills": compiled.n_spills, "shared": compiled.metadata.shared}))
+            done.put(
+                (job, {"registers": compiled.n_regs, "spills": compiled.n_spills, "shared": compiled.metadata.shared})
+            )
         if refused:
             done.put((job, refused))
 
@@ -108,7 +126,9 @@ def kernels(
 ) -> dict[str, Callable[[Launch], Any]]:
     """Each kernel alone, as a function of its launch, on random numbers. Not solved: out and lse are made up."""
     B, H = tokens // T, channels // head_size
-    packed, grad = (torch.randn(B, T, heads, head_size, device=device, dtype=getattr(torch, dtype)) for heads in (3 * H, H))
+    packed, grad = (
+        torch.randn(B, T, heads, head_size, device=device, dtype=getattr(torch, dtype)) for heads in (3 * H, H)
+    )
     out, lse = fused_forward(packed, None, None, H) if solved else (grad.clone(), torch.zeros(B, H, T, device=device))
     q, k, v = split_heads(packed, None, H)
     dq, dk, dv = split_heads(torch.empty_like(packed), None, H)
@@ -120,7 +140,9 @@ def kernels(
     }
 
 
-def time_kernel(kernel: str, dtype: str, D: int, launches: list[Launch], device: torch.device, deadline: Deadline) -> Timings:
+def time_kernel(
+    kernel: str, dtype: str, D: int, launches: list[Launch], device: torch.device, deadline: Deadline
+) -> Timings:
     """A sweep at every T, once the time is over at the first one only; a T at which nothing runs is left out."""
     tokens, channels, lengths = (TOKENS, CHANNELS, LENGTHS[dtype]) if device.type == "cuda" else (32, 32, (32,))
     timings: Timings = {}
@@ -189,7 +211,9 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in arguments.dtypes
         for D in ((16,) if tiny else arguments.head_sizes)
         for place, kernel in enumerate(KERNELS)
-        for launch in with_present(candidates(kernel, dtype)[: 2 if tiny else None], launches_for(device, getattr(torch, dtype), D)[place])
+        for launch in with_present(
+            candidates(kernel, dtype)[: 2 if tiny else None], launches_for(device, getattr(torch, dtype), D)[place]
+        )
     ]
     compiled: dict[Job, dict[str, Any]] = {job: {} for job in jobs}
     if not tiny:
@@ -202,7 +226,9 @@ def main(argv: list[str] | None = None) -> int:
         row: list[Launch] = []
         for place, kernel in enumerate(KERNELS):
             own = {job[3]: compiled[job] for job in jobs if job[:3] == (kernel, dtype, D)}
-            timings = time_kernel(kernel, dtype, D, [launch for launch in own if "unavailable" not in own[launch]], device, deadline)
+            timings = time_kernel(
+                kernel, dtype, D, [launch for launch in own if "unavailable" not in own[launch]], device, deadline
+            )
             rows += [record(kernel, dtype, D, launch, timings, own[launch]) for launch in own]
             if not timings or not rank(timings):
                 print(f"{kernel:18} {dtype:8} D={D:<3} nothing runs; the compiler said: {next(iter(own.values()))}")
@@ -213,12 +239,20 @@ def main(argv: list[str] | None = None) -> int:
             print(describe(chosen[-1]), flush=True)
         if len(row) < len(KERNELS):
             continue
-        key = f'"{facts.get("architecture", "interpreted")}", {getattr(torch, dtype).itemsize}, {64 if D <= 64 else 128}'
+        key = (
+            f'"{facts.get("architecture", "interpreted")}", {getattr(torch, dtype).itemsize}, {64 if D <= 64 else 128}'
+        )
         print(f"    ({key}): ({', '.join(map(show, row))}),", flush=True)
     if tiny:
         print("interpreted on the CPU: the script works; the timings mean nothing and nothing is written")
         return 0
-    figures = {"bench": "tune_attention", "commit": commit_of(ROOT), "hardware": facts, "chosen": chosen, "launches": rows}
+    figures = {
+        "bench": "tune_attention",
+        "commit": commit_of(ROOT),
+        "hardware": facts,
+        "chosen": chosen,
+        "launches": rows,
+    }
     print(f"written: {write_results('tune_attention', figures, arguments.out)}")
     return 0
 
@@ -226,10 +260,16 @@ def main(argv: list[str] | None = None) -> int:
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
-    parser.add_argument("--dtypes", default="bfloat16,float32", help="bfloat16 (whose launches float16 shares), float32, or both")
+    parser.add_argument(
+        "--dtypes", default="bfloat16,float32", help="bfloat16 (whose launches float16 shares), float32, or both"
+    )
     parser.add_argument("--head_sizes", default="64,128", help="64 (for all up to 64), 128, or both")
     parser.add_argument("--minutes", type=float, default=7.0, help="time for everything; then what is left is left out")
-    parser.add_argument("--interpret", action="store_true", help="try the script out on a CPU, in tiny sizes; also with TRITON_INTERPRET=1")
+    parser.add_argument(
+        "--interpret",
+        action="store_true",
+        help="try the script out on a CPU, in tiny sizes; also with TRITON_INTERPRET=1",
+    )
     arguments = parser.parse_args(argv)
     arguments.dtypes, arguments.head_sizes = arguments.dtypes.split(","), arguments.head_sizes.split(",")
     if not set(arguments.dtypes) <= set(LENGTHS) or not set(arguments.head_sizes) <= {"64", "128"}:
@@ -242,7 +282,9 @@ def with_present(launches: list[Launch], present: Launch) -> list[Launch]:
     return launches if present in launches else [present, *launches]
 
 
-def record(kernel: str, dtype: str, D: int, launch: Launch, timings: Timings, compiled: dict[str, Any]) -> dict[str, Any]:
+def record(
+    kernel: str, dtype: str, D: int, launch: Launch, timings: Timings, compiled: dict[str, Any]
+) -> dict[str, Any]:
     """A launch's line in the JSON: microseconds by T, and what the compiler said."""
     microseconds = {T: round(1e6 * times[launch], 1) for T, times in timings.items() if launch in times}
     return {"kernel": kernel, "dtype": dtype, "D": D, "launch": launch, "microseconds": microseconds, **compiled}

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.hardware import HardwareOptions
+from common.run_directory import RunOptions
 from config.loader import Loader, Options, dump, replace
-from generation.options import SampleScriptOptions, SamplingOptions, ServerOptions
+from generation.options import SampleScriptOptions, SamplingOptions
 from model import GPTConfig
 from prepare_data import PrepareOptions, SourceOptions
-from training.hardware import HardwareOptions
+from server.options import ServerOptions
 from training.optim import OptimizerOptions
-from training.options import EvalOptions, LoggingOptions, RunOptions, TrainOptions
+from training.options import EvalOptions, LoggingOptions, TrainOptions
 
 __all__ = ["SCRIPTS", "SECTIONS", "Options", "check", "dump", "fixed_names", "load", "replace"]
 
@@ -33,7 +35,16 @@ SECTIONS: dict[str, type] = {
 }
 
 SCRIPTS: dict[str, tuple[type, ...]] = {
-    "train.py": (RunOptions, TrainOptions, GPTConfig, OptimizerOptions, EvalOptions, PrepareOptions, HardwareOptions, LoggingOptions),
+    "train.py": (
+        RunOptions,
+        TrainOptions,
+        GPTConfig,
+        OptimizerOptions,
+        EvalOptions,
+        PrepareOptions,
+        HardwareOptions,
+        LoggingOptions,
+    ),
     "sample.py": (RunOptions, SampleScriptOptions, SamplingOptions, ServerOptions, HardwareOptions),
     "prepare_data": (SourceOptions, PrepareOptions),
 }

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from config.option import Option, did_you_mean, options_of, show
+from common.option import Option, check_option, did_you_mean, options_of, show
 from errors import UserError
 
 T = TypeVar("T")
 BELONG_TO_THE_RUN = ("run", "resume", "wandb")  # what a saved config.json does not carry over to another run
-NO_PRESETS = ("__init__", "loader", "option", "resume")  # the other files beside the presets
+NO_PRESETS = ("__init__", "loader", "resume")  # the other files beside the presets
 HELP_WIDTH = 116
 NO_BREAK = "\u00a0"  # a space at which textwrap does not wrap
 
@@ -47,7 +47,12 @@ def read_preset(path: Path, shown: str, problems: list[str]) -> list[Setting]:
     settings = []
     for node in body:
         where = f"{shown}:{node.lineno}"
-        if node is body[0] and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            node is body[0]
+            and isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             continue  # the docstring
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
             problems.append(f"{where}: expected name = value; a preset holds nothing else")
@@ -102,7 +107,9 @@ def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) ->
         problems.append(f"{shown}: not readable as JSON: {error}")
         return []
     if not isinstance(saved, dict) or saved.get("format") != "sprout-config" or saved.get("version") != 1:
-        problems.append(f'{shown}: not the config.json of a run: expected an object with "format": "sprout-config" and "version": 1')
+        problems.append(
+            f'{shown}: not the config.json of a run: expected an object with "format": "sprout-config" and "version": 1'
+        )
         return []
     options, auto = saved.get("options"), saved.get("auto")
     if not isinstance(options, dict) or not isinstance(auto, dict):
@@ -110,8 +117,14 @@ def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) ->
         return []
     left_out = [name for name in options if name in BELONG_TO_THE_RUN or name in auto]
     if named := [name for name in left_out if options[name] is not None]:
-        notes.append(f"{shown}: not taken over, because they belong to that run or were chosen automatically: {', '.join(named)}")
-    return [Setting(f"{shown}: {name} = {show(json.dumps(value))}", name, value) for name, value in options.items() if name not in left_out]
+        notes.append(
+            f"{shown}: not taken over, because they belong to that run or were chosen automatically: {', '.join(named)}"
+        )
+    return [
+        Setting(f"{shown}: {name} = {show(json.dumps(value))}", name, value)
+        for name, value in options.items()
+        if name not in left_out
+    ]
 
 
 # ---- what a script receives ----------------------------------------------------------------------------------------------------------
@@ -136,7 +149,9 @@ class Options:
 
     def flat(self) -> dict[str, Any]:
         """Option name → value, section by section."""
-        return {name: getattr(self.sections[option.section], name) for name, option in self.loader.own(self.script).items()}
+        return {
+            name: getattr(self.sections[option.section], name) for name, option in self.loader.own(self.script).items()
+        }
 
 
 def replace(options: Options, /, **values: object) -> Options:
@@ -158,17 +173,26 @@ def dump(options: Options, auto: Mapping[str, str]) -> dict[str, Any]:
 class Loader:
     """The options of a project. scripts: name → its sections; usage: name → how its help begins; root/config/*.py are the presets."""
 
-    def __init__(self, sections: Mapping[str, type], scripts: Mapping[str, Sequence[type]], usage: Mapping[str, str], root: Path):
+    def __init__(
+        self, sections: Mapping[str, type], scripts: Mapping[str, Sequence[type]], usage: Mapping[str, str], root: Path
+    ):
         self.sections, self.scripts, self.usage, self.root = sections, scripts, usage, root
         self.options: dict[str, Option] = {}
         for section in sections.values():
             for option in options_of(section):
-                assert option.name not in self.options, f"{option.name} is declared twice, the second time in {section.__name__}"
+                assert option.name not in self.options, (
+                    f"{option.name} is declared twice, the second time in {section.__name__}"
+                )
                 self.options[option.name] = option
 
     def own(self, script: str) -> dict[str, Option]:
         """The options of one script, in order."""
-        return {name: option for cls in self.scripts[script] for name, option in self.options.items() if option.section is cls}
+        return {
+            name: option
+            for cls in self.scripts[script]
+            for name, option in self.options.items()
+            if option.section is cls
+        }
 
     def presets(self) -> dict[str, Path]:
         """Bare name → file."""
@@ -176,10 +200,7 @@ class Loader:
 
     def check(self, name: str, value: object) -> Any:
         """One Python value against its declaration. Raises UserError."""
-        try:
-            return self._option(name).check(value)
-        except ValueError as error:
-            raise UserError(f"{name} = {show(repr(value))}: {error}") from None
+        return check_option(self.options, name, value)
 
     def _option(self, name: str) -> Option:
         if name not in self.options:
@@ -194,7 +215,11 @@ class Loader:
         presets, notes, problems, refused = list[str](), list[str](), list[str](), set[str]()
         wants_help = "--help" in args or "-h" in args
         if wants_help:  # it shows the values of the presets before it
-            args = [arg for arg in itertools.takewhile(lambda arg: arg not in ("--help", "-h"), args) if not arg.startswith("-")]
+            args = [
+                arg
+                for arg in itertools.takewhile(lambda arg: arg not in ("--help", "-h"), args)
+                if not arg.startswith("-")
+            ]
         elif default_preset and all(arg.startswith("-") for arg in args):
             args.insert(0, default_preset)
         while args:
@@ -215,14 +240,18 @@ class Loader:
                     problems.append(f"{where}: {error}")
                     refused.add(name)
                 if name in own:
-                    added = is_flag and own[name].many and origin[name] == "flag" and name not in refused and value != ()
+                    added = (
+                        is_flag and own[name].many and origin[name] == "flag" and name not in refused and value != ()
+                    )
                     values[name], origin[name] = values[name] + value if added else value, source
         if wants_help and not problems:
             print(self.help(script, values, presets))
             raise SystemExit(0)
         return Options(script, self.build(script, values, problems, refused), origin, presets, notes, self)
 
-    def build(self, script: str, values: Mapping[str, Any], problems: Sequence[str] = (), refused: Iterable[str] = ()) -> dict[type, Any]:
+    def build(
+        self, script: str, values: Mapping[str, Any], problems: Sequence[str] = (), refused: Iterable[str] = ()
+    ) -> dict[type, Any]:
         """The sections of a script. Raises UserError with the given problems and those that the sections without refused values find."""
         sections, found = {}, list(problems)
         for cls in self.scripts[script]:
@@ -310,7 +339,9 @@ def _columns(cells: Sequence[str], widths: Sequence[int], text: str) -> Iterator
         if len(cell) > width:
             yield line
             line = ""
-    wrapped = textwrap.wrap(text, HELP_WIDTH, initial_indent=line.ljust(start), subsequent_indent=" " * start, break_on_hyphens=False)
+    wrapped = textwrap.wrap(
+        text, HELP_WIDTH, initial_indent=line.ljust(start), subsequent_indent=" " * start, break_on_hyphens=False
+    )
     yield from (part.replace(NO_BREAK, " ") for part in wrapped or [line])
 
 

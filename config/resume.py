@@ -29,14 +29,20 @@ def resumed_options(asked: config.Options, stored: Mapping[str, Any]) -> config.
         elif name == "run":
             refused.append(f"--run={value}: a resumed run stays in its directory {resume}; leave --run out")
         elif name in fixed:
-            refused.append(f"--{name}={value}: the run was started with {name}={stored.get(name)}, which a resumed run cannot change")
+            refused.append(
+                f"--{name}={value}: the run was started with {name}={stored.get(name)}, which a resumed run cannot change"
+            )
         else:
             changed[name] = value
     if refused:
-        raise UserError("\n".join([*refused, f"start a new run, from these weights if you like: --init_from={shlex.quote(resume)}"]))
+        raise UserError(
+            "\n".join([*refused, f"start a new run, from these weights if you like: --init_from={shlex.quote(resume)}"])
+        )
     merged = config.replace(asked, **{**stored, **changed, "resume": resume, "run": resume})
     changed.pop("eval_only", None)  # it changes nothing in the run
-    merged.notes.extend(f"changed on resume: {name}={value} (was {stored.get(name)})" for name, value in changed.items())
+    merged.notes.extend(
+        f"changed on resume: {name}={value} (was {stored.get(name)})" for name, value in changed.items()
+    )
     return merged
 
 
@@ -46,12 +52,16 @@ def with_model_options(asked: config.Options, model_options: Mapping[str, Any]) 
     taken, refused = {}, []
     for name in ("tokenizer", "vocab_size", "split_pattern"):
         if asked.origin[name] == "flag":
-            refused.append(f"--{name}={asked.flat()[name]}: the weights of --init_from={source} bring their tokenizer; leave the flag out")
+            refused.append(
+                f"--{name}={asked.flat()[name]}: the weights of --init_from={source} bring their tokenizer; leave the flag out"
+            )
     for name, value in model_options.items():
         if name not in asked.origin or name == "dropout":
             continue
         if asked.origin[name] == "flag" and asked.flat()[name] != value:
-            refused.append(f"--{name}={asked.flat()[name]}: the weights of --init_from={source} have {name}={value}; leave the flag out")
+            refused.append(
+                f"--{name}={asked.flat()[name]}: the weights of --init_from={source} have {name}={value}; leave the flag out"
+            )
         taken[name] = value
     if refused:
         raise UserError("\n".join(refused))

@@ -9,7 +9,9 @@ from torch import nn
 
 from model import GPT
 
-SMALL_MATRIX = 2**18  # numbers; products of a few rows with matrices up to this size take half the time where they lie as (in, out)
+SMALL_MATRIX = (
+    2**18
+)  # numbers; products of a few rows with matrices up to this size take half the time where they lie as (in, out)
 
 
 def bare(model: GPT) -> GPT:

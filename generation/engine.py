@@ -20,7 +20,11 @@ from generation.sampling import Penalties, draw, log_probabilities, uniform
 from generation.static import StaticDecoder
 from model import GPT, KVCache
 
-END_OF_SEQUENCE, STOP, LENGTH = "end of sequence", "stop string", "length"  # why a sample ends; the second is text.py's to say
+END_OF_SEQUENCE, STOP, LENGTH = (
+    "end of sequence",
+    "stop string",
+    "length",
+)  # why a sample ends; the second is text.py's to say
 CACHE_BYTES = 2**30  # keys and values held at once; more samples than fit are generated one batch after the other
 LARGE_MATRIX = 2**17  # numbers; several layers of such matrices do not stay in a core's cache
 SMALL_PRODUCT = 2**21  # multiplications of cached matrices, below which a second thread hardly pays
@@ -47,7 +51,9 @@ def first_kept(n: int, block_size: int, keep_head: int) -> int:
     token by token. Raises UserError where the head leaves no room.
     """
     if not 0 <= keep_head < block_size:
-        raise UserError(f"--keep_head={keep_head} must be less than the model's block_size={block_size}, so that new ids are seen too")
+        raise UserError(
+            f"--keep_head={keep_head} must be less than the model's block_size={block_size}, so that new ids are seen too"
+        )
     half = (block_size - keep_head + 1) // 2
     return keep_head + half * max(0, -((block_size - n) // half))
 
@@ -94,7 +100,9 @@ def generate(
     for first in range(0, len(prompts), size):
         samples = range(first, min(first + size, len(prompts)))
         texts = {sample: list(prompts[sample]) for sample in samples}
-        rows = {ids: row for row, ids in enumerate(dict.fromkeys(map(tuple, texts.values())))}  # equal prompts are read once
+        rows = {
+            ids: row for row, ids in enumerate(dict.fromkeys(map(tuple, texts.values())))
+        }  # equal prompts are read once
         cache = KVCache(config, len(rows), device, dtype)
         _read(model, cache, list(range(len(rows))), list(rows), options.keep_head)
         cache.keep([rows[tuple(ids)] for ids in texts.values()])
@@ -109,14 +117,24 @@ def _read(model: GPT, cache: KVCache, rows: list[int], texts: Sequence[Sequence[
     longest = max(map(len, windows))
     where, lengths = torch.tensor(rows, device=device), torch.tensor([len(window) for window in windows], device=device)
     if longest > 0:
-        padded = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)  # (R, longest)
+        padded = torch.tensor(
+            [window + [0] * (longest - len(window)) for window in windows], device=device
+        )  # (R, longest)
         with _threads_for(padded.numel(), model):
-            model.prefill(padded, lengths.clamp(min=1), cache, where)  # it takes no empty row; the next line makes it empty again
+            model.prefill(
+                padded, lengths.clamp(min=1), cache, where
+            )  # it takes no empty row; the next line makes it empty again
     cache.restart(where, lengths, cache.starts[where])
 
 
 def _continue(
-    model: GPT, cache: KVCache, texts: dict[int, list[int]], options: SamplingOptions, seed: int, draws: Sequence[int], leaving: Set[int]
+    model: GPT,
+    cache: KVCache,
+    texts: dict[int, list[int]],
+    options: SamplingOptions,
+    seed: int,
+    draws: Sequence[int],
+    leaving: Set[int],
 ) -> Iterator[Event]:
     """Draws tokens until every text, keyed by its sample, has ended. Row r of the cache belongs to the sample live[r]."""
     block_size, keep_head, eos_id = model.config.block_size, options.keep_head, model.config.eos_id
@@ -139,7 +157,11 @@ def _continue(
             return
         if step > 0:
             lengths = [len(texts[sample]) for sample in live]
-            cut = [row for row, n in enumerate(lengths) if first_kept(n, block_size, keep_head) > first_kept(n - 1, block_size, keep_head)]
+            cut = [
+                row
+                for row, n in enumerate(lengths)
+                if first_kept(n, block_size, keep_head) > first_kept(n - 1, block_size, keep_head)
+            ]
             if cut:
                 _read(model, cache, cut, [texts[live[row]] for row in cut], keep_head)
         newest = torch.tensor([texts[sample][-1] for sample in live], device=model.embed.weight.device)

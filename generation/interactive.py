@@ -11,12 +11,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 
+from common.tokenizer import Tokenizer
 from errors import UserError
 from generation.engine import END_OF_SEQUENCE, STOP
 from generation.options import SamplingOptions
 from generation.text import prompt_ids, stream_texts
 from model import GPT
-from prepare_data.tokenizer import Tokenizer
 
 OPTIONS = [field.name for field in fields(SamplingOptions)]
 HELP = """\
@@ -32,7 +32,9 @@ Type, and the model goes on from the end of your line; an empty line lets it wri
   //…                         a line of text that begins with /"""
 
 
-def interact(model: GPT, tokenizer: Tokenizer, prompt: str, load: Callable[[list[str]], tuple[SamplingOptions, int]]) -> int:
+def interact(
+    model: GPT, tokenizer: Tokenizer, prompt: str, load: Callable[[list[str]], tuple[SamplingOptions, int]]
+) -> int:
     """Reads lines until their end and returns 0. `load`: flags to add to the command line → sampling options and seed. Raises UserError
     where `prompt`, the beginning of the text, cannot be encoded."""
     with suppress(ImportError):  # Windows has none, and its console does the same
@@ -71,7 +73,9 @@ def interact(model: GPT, tokenizer: Tokenizer, prompt: str, load: Callable[[list
 class _Session:
     """The text so far, as turns: what was typed and what was answered, both ids, and how often an answer was drawn."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, load: Callable[[list[str]], tuple[SamplingOptions, int]]) -> None:
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, load: Callable[[list[str]], tuple[SamplingOptions, int]]
+    ) -> None:
         self.model, self.tokenizer, self.load = model, tokenizer, load
         self.flags: list[str] = []
         self.sampling, self.seed = load([])
@@ -80,7 +84,11 @@ class _Session:
 
     def type(self, text: str) -> None:
         first = self.ended or not self.turns
-        typed = prompt_ids(self.tokenizer, text, self.sampling.prepend_eos) if first else self.tokenizer.encode(text).tolist()
+        typed = (
+            prompt_ids(self.tokenizer, text, self.sampling.prepend_eos)
+            if first
+            else self.tokenizer.encode(text).tolist()
+        )
         if self.ended:
             print("(the document has ended; this begins a new one)", file=sys.stderr)
             self.turns = []
@@ -90,7 +98,12 @@ class _Session:
         if name == "help":
             print(HELP, file=sys.stderr)
         elif name == "options":
-            print(*(f"  {name} = {getattr(self.sampling, name)!r}" for name in OPTIONS), f"  seed = {self.seed}", sep="\n", file=sys.stderr)
+            print(
+                *(f"  {name} = {getattr(self.sampling, name)!r}" for name in OPTIONS),
+                f"  seed = {self.seed}",
+                sep="\n",
+                file=sys.stderr,
+            )
         elif name == "text":
             ids = [token for typed, answer, _ in self.turns for token in typed + answer]
             print(self.tokenizer.decode(token for token in ids if token != self.tokenizer.eos_id))

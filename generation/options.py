@@ -1,7 +1,5 @@
 """The options of sample.py: what to sample from, how it is shown, how tokens are drawn, and the local server."""
 
-import ipaddress
-import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -36,7 +34,9 @@ class SampleScriptOptions:
             found.append("--interactive reads from the keyboard: give it --prompt or --prompt_file=FILE at most")
         if self.interactive and (self.num_samples > 1 or self.output != "text"):
             found.append("--interactive shows one sample as text: leave --num_samples and --output out")
-        if self.inspect is not None and (self.prompts is not None or self.interactive or self.num_samples > 1 or self.output != "text"):
+        if self.inspect is not None and (
+            self.prompts is not None or self.interactive or self.num_samples > 1 or self.output != "text"
+        ):
             found.append(
                 "--inspect shows one prompt and draws no samples: give it --prompt or --prompt_file, and leave --prompts, "
                 "--interactive, --num_samples and --output out"
@@ -83,32 +83,4 @@ class SamplingOptions:
             found.append(f"--min_new_tokens={self.min_new_tokens} is more than --max_new_tokens={self.max_new_tokens}")
         if "" in self.stop:
             found.append("--stop= is empty; leave it out, or give a text")
-        return found
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    serve: bool = False
-    """Serve the model on this machine: a page to try prompts, and OpenAI's /v1/completions for other programs."""
-    host: str = "127.0.0.1"
-    """Address to listen at; any but this machine's own needs --api_token."""
-    port: Annotated[int, "0 <= x <= 65535"] = 8000
-    """Port to listen at; 0: any free one, which is printed."""
-    api_token: str | None = None
-    """Answer only requests that bring this token (Authorization: Bearer TOKEN); the page asks for it."""
-
-    @property
-    def is_local(self) -> bool:
-        """Reachable from this machine alone."""
-        try:
-            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # another name
-            return False
-
-    def problems(self) -> list[str]:
-        found = []
-        if not self.is_local and self.api_token is None:
-            found.append(f"--host={self.host} lets other machines use it: give them a token by --api_token=TOKEN, or leave --host out")
-        if self.api_token is not None and not re.fullmatch(r"[!-~]{8,}", self.api_token):
-            found.append("--api_token must have 8 characters or more, all of them ASCII and none a space, so that it can stand in a header")
         return found

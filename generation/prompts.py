@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.tokenizer import Tokenizer
 from errors import UserError
 from generation.options import SampleScriptOptions
 from generation.text import Piece, Token, prompt_ids
-from prepare_data.tokenizer import Tokenizer
 
 
 class Prompt(NamedTuple):
@@ -34,7 +34,9 @@ def _read(path: str, option: str) -> str:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return data.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
-        raise UserError(f"--{option}={path} cannot be read: {error.strerror}; give a text file, or - for standard input") from None
+        raise UserError(
+            f"--{option}={path} cannot be read: {error.strerror}; give a text file, or - for standard input"
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"--{option}={path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; "
@@ -51,11 +53,15 @@ def parse_prompts(text: str, where: str) -> list[Prompt]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f'{where}, line {number}: not JSON ({error}); expected a line like {{"prompt": "Once"}} or "Once"') from None
+            raise UserError(
+                f'{where}, line {number}: not JSON ({error}); expected a line like {{"prompt": "Once"}} or "Once"'
+            ) from None
         given = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(given, str) or (isinstance(value, dict) and (unknown := value.keys() - {"prompt", "id"})):
             found = f"unknown {sorted(unknown)[0]!r}" if isinstance(given, str) else "no text"
-            raise UserError(f'{where}, line {number}: {found}; expected a string, or an object with "prompt" and, if you like, "id"')
+            raise UserError(
+                f'{where}, line {number}: {found}; expected a string, or an object with "prompt" and, if you like, "id"'
+            )
         prompts.append(Prompt(given, f"{where}, line {number}: ", value.get("id") if isinstance(value, dict) else None))
     if not prompts:
         raise UserError(f'{where}: there is no prompt in it; expected lines like {{"prompt": "Once"}}')
@@ -104,7 +110,9 @@ def print_texts(pieces: Iterable[Piece], prompts: list[str]) -> int:
     return sum(tokens)
 
 
-def print_jsonl(pieces: Iterable[Piece], prompts: list[Prompt], num_samples: int, tokenizer: Tokenizer, *, logprobs: bool) -> int:
+def print_jsonl(
+    pieces: Iterable[Piece], prompts: list[Prompt], num_samples: int, tokenizer: Tokenizer, *, logprobs: bool
+) -> int:
     """Prints each sample as a line of JSON as soon as it and all before it have ended → tokens in all.
 
     The samples of a prompt follow each other. ids, logprobs and top_logprobs are those of the tokens that begin in the text.

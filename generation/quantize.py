@@ -39,7 +39,19 @@ class Int8Linear(nn.Module):
         largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=SMALLEST)  # NaN stays NaN
         whole = torch.addcdiv(self.zero, rows, largest, value=levels).to(torch.uint8)
         out = torch.ops.onednn.qlinear_pointwise(
-            whole, 1 / levels, 0, self.weight, self.scales, self.zeros, self.offset, 1.0, 0, torch.float32, "none", [], ""
+            whole,
+            1 / levels,
+            0,
+            self.weight,
+            self.scales,
+            self.zeros,
+            self.offset,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
         )  # (rows, out)
         out = out * largest if self.bias is None else torch.addcmul(self.bias, out, largest)
         return out.view(*x.shape[:-1], self.outputs)
@@ -50,7 +62,9 @@ def quantize(model: GPT) -> GPT:
     and be evaluated, not be trained or saved. Raises UserError where this machine, or the dtype, cannot have it."""
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     if device.type != "cpu" or dtype != torch.float32:
-        raise UserError(f"--quantize=int8 works on a CPU in float32, not on {device} in {dtype}; add --device=cpu --dtype=float32")
+        raise UserError(
+            f"--quantize=int8 works on a CPU in float32, not on {device} in {dtype}; add --device=cpu --dtype=float32"
+        )
     if not torch.backends.mkldnn.is_available():
         raise UserError("--quantize=int8 needs a PyTorch with oneDNN, which this one lacks; leave --quantize out")
     levels = input_levels()

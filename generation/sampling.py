@@ -12,7 +12,9 @@ from errors import UserError
 from generation.options import SamplingOptions
 from model import widened
 
-LOWEST_TEMPERATURE = 1e-30  # lower ones would make infinities of logits; here already every token but the likeliest has the weight 0
+LOWEST_TEMPERATURE = (
+    1e-30  # lower ones would make infinities of logits; here already every token but the likeliest has the weight 0
+)
 
 
 def uniform(seed: int, sample: int, position: int) -> float:
@@ -25,7 +27,9 @@ class Penalties:
     """Lowers the logits of tokens that a text holds already. A row for each text; `generated` (R, V) counts what was drawn,
     `seen` (R, V) also has the prompt's tokens (its counts do not matter)."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, options: SamplingOptions, device: torch.device) -> None:
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], vocab_size: int, options: SamplingOptions, device: torch.device
+    ) -> None:
         self.options = options
         self.generated = torch.zeros(len(prompts), vocab_size, device=device)
         self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
@@ -66,7 +70,9 @@ def draw(logits: Tensor, uniforms: Sequence[float], options: SamplingOptions) ->
     if options.temperature > 0:
         cumulated = weights(logits, options).cumsum(-1, dtype=torch.float64)
         points = torch.tensor([[u] for u in uniforms], dtype=torch.float64, device=logits.device) * cumulated[:, -1:]
-        ids = torch.searchsorted(cumulated, points, right=True)  # the first sum above the point: never an id of weight 0; NaN: past the end
+        ids = torch.searchsorted(
+            cumulated, points, right=True
+        )  # the first sum above the point: never an id of weight 0; NaN: past the end
     else:
         highest, ids = logits.max(dim=-1, keepdim=True)  # NaN is higher than any number
         ids = torch.where(highest.isfinite(), ids, logits.shape[-1])
@@ -95,7 +101,9 @@ def weights(logits: Tensor, options: SamplingOptions) -> Tensor:
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """−∞ for all but exactly k logits of each row; of equal ones the lower ids stay."""
     values, ids = logits.topk(k + 1)
-    if logits.device.type == "cpu" and not (values[:, k - 1] == values[:, k]).any():  # no tie to settle; on a GPU asking would take longer
+    if (
+        logits.device.type == "cpu" and not (values[:, k - 1] == values[:, k]).any()
+    ):  # no tie to settle; on a GPU asking would take longer
         return torch.full_like(logits, -torch.inf).scatter_(1, ids[:, :k], values[:, :k])
     lowest = values[:, k - 1 : k]
     above, equal = ~(logits <= lowest), logits == lowest  # NaN stays, to be found
@@ -112,7 +120,9 @@ def keep_top_p(weight: Tensor, p: float) -> Tensor:
 
 
 @torch.inference_mode()
-def log_probabilities(logits: Tensor, drawn: Sequence[int], count: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+def log_probabilities(
+    logits: Tensor, drawn: Sequence[int], count: int
+) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
     """logits (R, V), the id that each row has drawn → for each row its log-probability, and the `count` likeliest ids with theirs."""
     log_probs = widened(logits).log_softmax(-1)
     of_drawn = log_probs.gather(1, torch.tensor(drawn, device=logits.device)[:, None])[:, 0].tolist()

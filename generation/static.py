@@ -58,7 +58,12 @@ class StaticDecoder:
         cache.check_room()
         if cache.memory is not self.memory:
             self.steps.clear()
-            self.memory, self.ids, self.lengths, self.on_device = cache.memory, ids.clone(), cache.lengths, cache.host_lengths.copy()
+            self.memory, self.ids, self.lengths, self.on_device = (
+                cache.memory,
+                ids.clone(),
+                cache.lengths,
+                cache.host_lengths.copy(),
+            )
         self.ids.copy_(ids)
         if self.on_device != cache.host_lengths:  # a window was cut
             self.lengths.copy_(cache.lengths)
@@ -81,7 +86,9 @@ class StaticDecoder:
         lengths = self.lengths.clone()
         side = torch.cuda.Stream(self.ids.device)
         side.wait_stream(torch.cuda.current_stream(self.ids.device))
-        with torch.cuda.stream(side):  # libraries allocate what they need at their first call, which must not be recorded
+        with torch.cuda.stream(
+            side
+        ):  # libraries allocate what they need at their first call, which must not be recorded
             for _ in range(2):
                 self.lengths.copy_(lengths)
                 self.model.decode(self.ids, static)

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import open_model_folder
+from common.tokenizer import Tokenizer, tokenizer_from_dict
 from errors import UserError
 from generation.engine import STOP, Event, generate
 from generation.options import SamplingOptions
 from model import GPT, GPTConfig
-from prepare_data.tokenizer import Tokenizer, tokenizer_from_dict
 
 
 class Token(NamedTuple):
@@ -56,7 +56,9 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
         model = GPT(config, seed=None)
         model.import_state(saved.model_tensors())
     except ValueError as error:
-        raise UserError(f"{folder}: {error}; copy the folder again from where it was written, or take another checkpoint") from error
+        raise UserError(
+            f"{folder}: {error}; copy the folder again from where it was written, or take another checkpoint"
+        ) from error
     model.to(device).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -67,7 +69,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, prepend_eos: bool) -> list[int
     """Raises UserError where nothing is left to start from, or the tokenizer does not know a character."""
     ids = [tokenizer.eos_id] * prepend_eos + tokenizer.encode(prompt).tolist()
     if not ids:
-        raise UserError("an empty prompt with --prepend_eos=false leaves nothing to start from; give a --prompt, or leave the flag out")
+        raise UserError(
+            "an empty prompt with --prepend_eos=false leaves nothing to start from; give a --prompt, or leave the flag out"
+        )
     return ids
 
 
@@ -102,7 +106,9 @@ class _SampleText:
     def add(self, event: Event) -> Piece:
         data = b"" if event.token is None else self.tokenizer.token_bytes[event.token]
         if event.token is not None:
-            self.tokens.append(Token(event.token, data.decode("utf-8", errors="replace"), self.length, event.logprob, event.top))
+            self.tokens.append(
+                Token(event.token, data.decode("utf-8", errors="replace"), self.length, event.logprob, event.top)
+            )
         new = self.decoder.decode(data, final=event.token is None)
         self.length += len(new)
         self.held += new
@@ -126,7 +132,10 @@ def first_stop(text: str, stop: Sequence[str]) -> int | None:
 
 def open_stop(text: str, stop: Sequence[str]) -> int:
     """How many characters at the end of the text may be the beginning of a stop string."""
-    return max((n for string in stop for n in range(1, min(len(string) - 1, len(text)) + 1) if text.endswith(string[:n])), default=0)
+    return max(
+        (n for string in stop for n in range(1, min(len(string) - 1, len(text)) + 1) if text.endswith(string[:n])),
+        default=0,
+    )
 
 
 def sample_texts(

@@ -23,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = config.load("prepare_data", rest)
     if source not in SOURCES:
         near = difflib.get_close_matches(source, SOURCES, n=1)
-        raise UserError(f"{source}: no such source" + (f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(SOURCES)}"))
+        raise UserError(
+            f"{source}: no such source"
+            + (f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(SOURCES)}")
+        )
     for note in options.notes:
         print(note)
     asked, how = options.section(SourceOptions), options.section(PrepareOptions)
@@ -39,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    print(f"next: python train.py --data={shlex.quote(name if how.data_dir == 'data' else str(Path(how.data_dir) / name))}")
+    print(
+        f"next: python train.py --data={shlex.quote(name if how.data_dir == 'data' else str(Path(how.data_dir) / name))}"
+    )
     return 0
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.option import unescape
+from common.tokenizer import PUBLISHED, Tokenizer, char_tokenizer, named_tokenizer, train_bpe
 from errors import UserError
 from prepare_data import PrepareOptions, folders
 from prepare_data.shard_writer import ShardWriter, write_dataset
 from prepare_data.shards import SPLITS, Dataset, is_dataset, open_dataset
-from prepare_data.sources import Corpus, python_stdlib, shakespeare, text, unescape
+from prepare_data.sources import Corpus, python_stdlib, shakespeare, text
 from prepare_data.split import HASHES, Counts, LabelledPiece, SplitRule, choose_rule, count
-from prepare_data.tokenizer import PUBLISHED, Tokenizer, char_tokenizer, named_tokenizer, train_bpe
 
 SOURCES = ("text", "shakespeare", "python_stdlib")
 BATCH = 1 << 22  # characters encoded at a time
@@ -117,8 +118,12 @@ def dry_run(corpus: Corpus, options: PrepareOptions) -> None:
     print(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} ids; {about}{counts.bytes / total:.2f} bytes a token")
     for split in SPLITS:
         share = characters[split] / counts.characters
-        print(f"{split} (by {rule.name}): {characters[split]:,} characters ({share:.1%}), {about}{tokens[split]:,} tokens and the EOS")
-    print(f"the first {len(sample)} ids of train: {' '.join(map(str, sample[:20]))} …\n{tokenizer.decode(sample.tolist())}")
+        print(
+            f"{split} (by {rule.name}): {characters[split]:,} characters ({share:.1%}), {about}{tokens[split]:,} tokens and the EOS"
+        )
+    print(
+        f"the first {len(sample)} ids of train: {' '.join(map(str, sample[:20]))} …\n{tokenizer.decode(sample.tolist())}"
+    )
     print("dry run: nothing was written")
 
 
@@ -162,7 +167,9 @@ def _checked(dataset: Dataset, options: PrepareOptions, tokenizer: Tokenizer | N
         )
     print(f"data: {dataset.folder} ({describe(dataset)})")
     if not tokenizer and options.tokenizer not in ("bpe", own.name):
-        print(f"data: --tokenizer={options.tokenizer} is for text that is yet to be prepared; this dataset keeps {own.name}")
+        print(
+            f"data: --tokenizer={options.tokenizer} is for text that is yet to be prepared; this dataset keeps {own.name}"
+        )
     return dataset
 
 
@@ -172,7 +179,11 @@ def _make_tokenizer(corpus: Corpus, counts: Counts, rule: SplitRule, options: Pr
     if options.tokenizer != "bpe":
         return named_tokenizer(options.tokenizer)
     share = min(1.0, BPE_BYTES / counts.bytes)
-    texts = (piece.text for piece in rule.pieces(corpus) if piece.split == "train" and (share == 1 or _sampled(piece.text, share)))
+    texts = (
+        piece.text
+        for piece in rule.pieces(corpus)
+        if piece.split == "train" and (share == 1 or _sampled(piece.text, share))
+    )
     tokenizer = train_bpe(texts, options.vocab_size, options.split_pattern)
     if tokenizer.vocab_size < options.vocab_size:
         print(
@@ -207,7 +218,11 @@ def _build(
         _encode(rule.pieces(corpus), tokenizer, writers, counts.bytes)
         shards = {split: writer.close() for split, writer in writers.items()}
         how = {key: value for key, value in asdict(options).items() if key != "data_dir"}
-        about: dict[str, Any] = {"source": {"name": corpus.name, "origin": corpus.origin}, "options": how, "request": request}
+        about: dict[str, Any] = {
+            "source": {"name": corpus.name, "origin": corpus.origin},
+            "options": how,
+            "request": request,
+        }
         about |= {"split": {"rule": rule.name, "val_fraction": options.val_fraction}}
         about |= {"documents": counts.documents, "characters": counts.characters, "bytes": counts.bytes}
         write_dataset(folder, tokenizer, shards, about)
@@ -216,7 +231,9 @@ def _build(
         else:
             folders.publish(folder, final)  # or another process was first; then its dataset is taken
     except OSError as error:
-        raise UserError(f"{final}: could not be written ({error}); nothing was changed: make room or choose another --data_dir") from None
+        raise UserError(
+            f"{final}: could not be written ({error}); nothing was changed: make room or choose another --data_dir"
+        ) from None
     finally:
         for writer in writers.values():
             writer.abort()
@@ -228,12 +245,16 @@ def _build(
     tokens = len(dataset.train) + len(dataset.val)
     for note in corpus.notes:
         print(f"note: {note}")
-    print(f"prepared {final}: {counts.documents:,} documents, {counts.bytes:,} bytes → {describe(dataset)}, split by {rule.name};")
+    print(
+        f"prepared {final}: {counts.documents:,} documents, {counts.bytes:,} bytes → {describe(dataset)}, split by {rule.name};"
+    )
     print(f"  {counts.bytes / tokens:.2f} bytes a token, {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
     return dataset
 
 
-def _encode(pieces: Iterator[LabelledPiece], tokenizer: Tokenizer, writers: dict[str, ShardWriter], total_bytes: int) -> None:
+def _encode(
+    pieces: Iterator[LabelledPiece], tokenizer: Tokenizer, writers: dict[str, ShardWriter], total_bytes: int
+) -> None:
     """Writes `EOS document EOS document … EOS` for each split; a split that begins within a document begins without EOS."""
     eos = np.array([tokenizer.eos_id], dtype=np.int64)
     began = time.perf_counter()

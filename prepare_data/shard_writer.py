@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from common.tokenizer import Tokenizer
 from errors import UserError
 from files import sync_directory
 from prepare_data.shards import FORMAT, HEADER_BYTES, KINDS, VERSION, fingerprint, kind_for
-from prepare_data.tokenizer import Tokenizer
 
 BUFFER = 1 << 20  # tokens held back before a write
 
@@ -20,7 +20,9 @@ BUFFER = 1 << 20  # tokens held back before a write
 class ShardWriter:
     """Writes one split: `append` ids (and their mask) as they come, `close` gives the entries for dataset.json."""
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int = 10**8, masked: bool = False) -> None:
+    def __init__(
+        self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int = 10**8, masked: bool = False
+    ) -> None:
         self.folder, self.split, self.shard_tokens, self.masked = folder, split, shard_tokens, masked
         self.dtype = kind_for(tokenizer.vocab_size)
         self.eos_id = tokenizer.eos_id
@@ -76,7 +78,9 @@ class ShardWriter:
     def _write(self, ids: np.ndarray, mask: np.ndarray | None) -> None:
         wrong = ids[(ids < 0) | (ids >= len(self.byte_lengths))]
         if len(wrong):
-            raise UserError(f"token id {wrong[0]} does not fit the vocabulary of {len(self.byte_lengths)} ids; nothing of it was written")
+            raise UserError(
+                f"token id {wrong[0]} does not fit the vocabulary of {len(self.byte_lengths)} ids; nothing of it was written"
+            )
         if self._file is None:
             name = f"{self.split}_{len(self.entries):06d}"
             self._file = (self.folder / f"{name}.bin").open("xb", buffering=0)
@@ -119,13 +123,23 @@ def _write_all(file: FileIO, data: bytes) -> None:
         view = view[file.write(view) :]
 
 
-def write_dataset(folder: Path, tokenizer: Tokenizer, shards: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> None:
+def write_dataset(
+    folder: Path, tokenizer: Tokenizer, shards: dict[str, list[dict[str, Any]]], about: dict[str, Any]
+) -> None:
     """Writes dataset.json, the last file of a dataset. `about`: source, options and split rule, for people and for the pipeline."""
-    meta = {"format": FORMAT, "version": VERSION, **about, "dtype": kind_for(tokenizer.vocab_size), "eos_id": tokenizer.eos_id}
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        **about,
+        "dtype": kind_for(tokenizer.vocab_size),
+        "eos_id": tokenizer.eos_id,
+    }
     meta |= {"vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.content_hash, "shards": shards}
     meta |= {"fingerprint": fingerprint(meta, tokenizer)}
     text = json.dumps(meta, ensure_ascii=False, indent=1)
-    text = text[:-2] + ',\n "tokenizer": ' + json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n}\n"  # on one line: it is long
+    text = (
+        text[:-2] + ',\n "tokenizer": ' + json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n}\n"
+    )  # on one line: it is long
     with (folder / "dataset.json").open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from common.tokenizer import Tokenizer, named_tokenizer, tokenizer_from_dict
 from errors import UserError
-from prepare_data.tokenizer import Tokenizer, named_tokenizer, tokenizer_from_dict
 
 KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # dtype: (magic, version)
 HEADER_BYTES = 1024
@@ -136,10 +136,16 @@ class Split:
             largest = max(largest, int(np.frombuffer(data, shard.dtype).max()))
         _compare_crc(shard.path, crc, shard.crc32)
         if shard.mask_crc32 is not None:
-            _compare_crc(shard.mask_path, zlib.crc32(self._read_bytes(shard.mask_path, 0, (shard.tokens + 7) // 8)), shard.mask_crc32)
+            _compare_crc(
+                shard.mask_path,
+                zlib.crc32(self._read_bytes(shard.mask_path, 0, (shard.tokens + 7) // 8)),
+                shard.mask_crc32,
+            )
         if largest >= self.vocab_size:
             advice = "name the tokenizer it was made with (--tokenizer=…)" if shard.crc32 is None else AGAIN
-            raise UserError(f"{shard.path}: holds the id {largest}, but the vocabulary has {self.vocab_size} ids; {advice}")
+            raise UserError(
+                f"{shard.path}: holds the id {largest}, but the vocabulary has {self.vocab_size} ids; {advice}"
+            )
         shard.checked = True
 
 
@@ -195,7 +201,9 @@ def is_dataset(folder: Path) -> bool:
 def _open_shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
     path = folder / entry["file"]
     offset = entry.get("offset", HEADER_BYTES)
-    shard = Shard(path, offset, np.dtype(dtype).newbyteorder("<"), entry["tokens"], entry.get("crc32"), entry.get("mask_crc32"))
+    shard = Shard(
+        path, offset, np.dtype(dtype).newbyteorder("<"), entry["tokens"], entry.get("crc32"), entry.get("mask_crc32")
+    )
     files = [(path, offset + shard.tokens * shard.dtype.itemsize)]
     if shard.mask_crc32 is not None:
         files.append((shard.mask_path, (shard.tokens + 7) // 8))
@@ -218,7 +226,9 @@ def _read_header(path: Path) -> tuple[str, int]:
         data = file.read(HEADER_BYTES)
     size = path.stat().st_size
     if len(data) < HEADER_BYTES:
-        raise UserError(f"{path}: {size} bytes are too few for a shard's header of {HEADER_BYTES}; the file was cut: {AGAIN}")
+        raise UserError(
+            f"{path}: {size} bytes are too few for a shard's header of {HEADER_BYTES}; the file was cut: {AGAIN}"
+        )
     magic, version, tokens = np.frombuffer(data, "<i4")[:3].tolist()
     dtype = next((name for name, kind in KINDS.items() if kind[0] == magic), None)
     if dtype is None:
@@ -227,7 +237,9 @@ def _read_header(path: Path) -> tuple[str, int]:
     if version != KINDS[dtype][1]:
         raise UserError(f"{path}: shard of version {version}, expected {KINDS[dtype][1]}; {AGAIN}")
     if tokens < 1 or size != HEADER_BYTES + tokens * np.dtype(dtype).itemsize:
-        raise UserError(f"{path}: its header says {tokens} ids of {dtype}, but the file has {size} bytes; it was cut: {AGAIN}")
+        raise UserError(
+            f"{path}: its header says {tokens} ids of {dtype}, but the file has {size} bytes; it was cut: {AGAIN}"
+        )
     return dtype, tokens
 
 
@@ -258,11 +270,23 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], Tokenizer]:
         expect(isinstance(entries, list) and len(entries) > 0, f"the {split} split has no shards")
         for i, entry in enumerate(entries):
             name = f"{split}_{i:06d}.bin"
-            expect(isinstance(entry, dict) and entry.get("file") == name, f"shard {i} of {split} must be the file {name}")
-            numbers = [entry.get(key) for key in ("tokens", "documents", "bytes", "crc32")] + [entry.get("mask_crc32", 0)]
-            expect(all(type(number) is int and number >= 0 for number in numbers), f"the numbers of {name} are {numbers}")
-            expect(set(entry) == set(entries[0]) <= {"file", "tokens", "documents", "bytes", "crc32", "mask_crc32"}, f"the keys of {name}")
-    expect(meta.get("fingerprint") == fingerprint(meta, tokenizer), "it was changed after it was written: the fingerprint does not fit")
+            expect(
+                isinstance(entry, dict) and entry.get("file") == name, f"shard {i} of {split} must be the file {name}"
+            )
+            numbers = [entry.get(key) for key in ("tokens", "documents", "bytes", "crc32")] + [
+                entry.get("mask_crc32", 0)
+            ]
+            expect(
+                all(type(number) is int and number >= 0 for number in numbers), f"the numbers of {name} are {numbers}"
+            )
+            expect(
+                set(entry) == set(entries[0]) <= {"file", "tokens", "documents", "bytes", "crc32", "mask_crc32"},
+                f"the keys of {name}",
+            )
+    expect(
+        meta.get("fingerprint") == fingerprint(meta, tokenizer),
+        "it was changed after it was written: the fingerprint does not fit",
+    )
     return meta, tokenizer
 
 
@@ -271,7 +295,9 @@ def _describe_foreign(folder: Path, tokenizer_name: str | None) -> tuple[dict[st
     found = {split: sorted(path for path in folder.glob(f"*{split}*.bin") if path.is_file()) for split in SPLITS}
     for split, paths in found.items():
         if not paths:
-            raise UserError(f"{folder}: no dataset: it has neither a dataset.json nor a file like {split}.bin or {split}_000000.bin")
+            raise UserError(
+                f"{folder}: no dataset: it has neither a dataset.json nor a file like {split}.bin or {split}_000000.bin"
+            )
     if tokenizer_name in (None, "bpe", "char"):
         raise UserError(
             f"{folder}: has no dataset.json, so name the tokenizer its ids come from: --tokenizer=gpt2, for example, or a tokenizer's file"
@@ -295,7 +321,9 @@ def _describe_shard(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if path.name in ("train.bin", "val.bin") and not _has_magic(path):
         if size == 0 or size % 2:
-            raise UserError(f"{path}: {size} bytes are no row of uint16 ids; expected an even number of bytes, at least 2: {AGAIN}")
+            raise UserError(
+                f"{path}: {size} bytes are no row of uint16 ids; expected an even number of bytes, at least 2: {AGAIN}"
+            )
         dtype, tokens, offset = "uint16", size // 2, 0
     else:
         dtype, tokens = _read_header(path)
@@ -304,7 +332,13 @@ def _describe_shard(path: Path) -> dict[str, Any]:
         ends = [file.read(1 << 20)]
         file.seek(max(0, size - (1 << 20)))
         ends.append(file.read(1 << 20))
-    return {"file": path.name, "offset": offset, "dtype": dtype, "tokens": tokens, "ends_crc32": zlib.crc32(ends[1], zlib.crc32(ends[0]))}
+    return {
+        "file": path.name,
+        "offset": offset,
+        "dtype": dtype,
+        "tokens": tokens,
+        "ends_crc32": zlib.crc32(ends[1], zlib.crc32(ends[0])),
+    }
 
 
 def _has_magic(path: Path) -> bool:

@@ -70,7 +70,9 @@ def document_hash(first_piece: bytes) -> int:
 def count(corpus: Corpus, alphabet: bool) -> Counts:
     """Reads the corpus once, checking that all of it decodes; collects its characters where asked (a third of the time)."""
     counts, digest, starts = Counts(), hashlib.blake2b(digest_size=32), True
-    with tqdm(unit="B", unit_scale=True, desc=f"reading {corpus.name}", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        unit="B", unit_scale=True, desc=f"reading {corpus.name}", leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
         for text, ends in corpus.pieces():
             data = text.encode()
             digest.update(data + b"\xff" if ends else data)  # no UTF-8 text holds this byte
@@ -100,6 +102,8 @@ def choose_rule(counts: Counts, options: PrepareOptions) -> SplitRule:
         train = int(counts.characters * (1 - options.val_fraction))
         return SplitRule("tail", min(max(train, 1), counts.characters - 1))
     if counts.lowest == counts.highest:
-        raise UserError(f"--split=documents: {counts.documents} documents with one content cannot be divided; use --split=tail")
+        raise UserError(
+            f"--split=documents: {counts.documents} documents with one content cannot be divided; use --split=tail"
+        )
     limit = int(options.val_fraction * HASHES)
     return SplitRule("documents", min(max(limit, counts.lowest + 1), counts.highest))

@@ -80,7 +80,10 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = [subprocess.run([str(tool), flag, file.name], capture_output=True, text=True, check=True) for flag in ("-sass", "-res-usage")]
+        run = [
+            subprocess.run([str(tool), flag, file.name], capture_output=True, text=True, check=True)
+            for flag in ("-sass", "-res-usage")
+        ]
     return run[0].stdout, run[1].stdout + run[1].stderr
 
 

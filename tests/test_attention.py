@@ -18,7 +18,9 @@ pytest.importorskip("triton", reason="the kernel is Triton's")
 import triton
 
 if triton.__version__.startswith("3.6.") and [int(part) for part in np.__version__.split(".")[:2]] >= [2, 4]:
-    pytest.skip("triton 3.6 and numpy from 2.4 on break run-time loop bounds in the interpreter", allow_module_level=True)
+    pytest.skip(
+        "triton 3.6 and numpy from 2.4 on break run-time loop bounds in the interpreter", allow_module_level=True
+    )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHOICES = {
@@ -36,13 +38,18 @@ CHOICES = {
 def pairwise(choices: dict[str, tuple]) -> list[dict]:
     """Cases in which every pair of values of two different choices occurs at least once: greedy, always the same."""
     names = list(choices)
-    missing = {((a, x), (b, y)): None for a, b in itertools.combinations(names, 2) for x in choices[a] for y in choices[b]}  # in order
+    missing = {
+        ((a, x), (b, y)): None for a, b in itertools.combinations(names, 2) for x in choices[a] for y in choices[b]
+    }  # in order
     cases = []
     while missing:
         case: dict = dict(next(iter(missing)))
         for name in names:
             if name not in case:
-                found = [sum(_pair(names, name, value, other, case[other]) in missing for other in case) for value in choices[name]]
+                found = [
+                    sum(_pair(names, name, value, other, case[other]) in missing for other in case)
+                    for value in choices[name]
+                ]
                 case[name] = choices[name][found.index(max(found))]
         for a, b in itertools.combinations(names, 2):
             missing.pop(((a, case[a]), (b, case[b])), None)
@@ -87,11 +94,15 @@ def by_definition(q, k, v, first):
 def launched(monkeypatch):
     """The names of the kernels that were launched."""
     names = []
-    monkeypatch.setattr(model_module, "_jitted", lambda kernel, way=model_module._jitted: names.append(kernel.__name__) or way(kernel))
+    monkeypatch.setattr(
+        model_module, "_jitted", lambda kernel, way=model_module._jitted: names.append(kernel.__name__) or way(kernel)
+    )
     return names
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value).removeprefix("torch.") for value in case.values()))
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: "-".join(str(value).removeprefix("torch.") for value in case.values())
+)
 def test_outputs_and_gradients_are_as_good_as_plain_pytorch(case, launched, monkeypatch):
     """Error against float64 at most 2 × (gradients 3 ×) that of PyTorch in the same dtype, beside 4 units of rounding of the largest.
 
@@ -137,7 +148,9 @@ def test_the_cases_cover_all_pairs_and_are_few():
 TINY = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, block_size=96, vocab_size=40, eos_id=39)
 MODELS = {
     "learned": TINY,
-    "modern": dataclasses.replace(TINY, positions="rotary", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False, sliding_window=50),
+    "modern": dataclasses.replace(
+        TINY, positions="rotary", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False, sliding_window=50
+    ),
 }
 
 
@@ -163,7 +176,12 @@ def test_losses_of_a_document_do_not_depend_on_what_stood_before_it(path):
     draw = torch.Generator().manual_seed(2)
     document = [39, *torch.randint(0, 39, (20,), generator=draw).tolist(), 39]
     losses = []
-    for before in ([], [39, 1, 2, 3], [39, *range(38), 39], [39, *torch.randint(0, 39, (70,), generator=draw).tolist()]):
+    for before in (
+        [],
+        [39, 1, 2, 3],
+        [39, *range(38), 39],
+        [39, *torch.randint(0, 39, (70,), generator=draw).tolist()],
+    ):
         ids = torch.tensor([before + document], device=DEVICE)
         losses.append(model(ids[:, :-1], ids[:, 1:], reduction="none")[0, len(before) :].detach())
     for other in losses[1:]:
@@ -191,7 +209,9 @@ def test_hidden_blocks_are_skipped_not_computed(monkeypatch):
 
 def test_gradients_are_the_same_bits_every_time():
     qkv = torch.randn(2, 70, 4, 32, generator=torch.Generator().manual_seed(4)).to(DEVICE).requires_grad_()
-    first, second = (torch.autograd.grad(causal_attention("triton", 2, None)(qkv, None).square().sum(), qkv)[0] for _ in range(2))
+    first, second = (
+        torch.autograd.grad(causal_attention("triton", 2, None)(qkv, None).square().sum(), qkv)[0] for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
@@ -227,7 +247,11 @@ def test_the_kernel_is_chosen_by_what_the_machine_can(monkeypatch):
     monkeypatch.setattr(model_module.shutil, "which", lambda name: "/usr/bin/cc")
     assert choose_attention("auto", gpu, 64)[0] == choose_attention("triton", gpu, 128)[0] == "triton"
     assert choose_attention("sdpa", gpu, 64)[0] == choose_attention("auto", gpu, 256)[0] == "sdpa"
-    for device, head_size, reason in ((cpu, 64, "needs a GPU"), (torch.device("mps"), 64, "device is mps"), (gpu, 192, "up to 128 wide")):
+    for device, head_size, reason in (
+        (cpu, 64, "needs a GPU"),
+        (torch.device("mps"), 64, "device is mps"),
+        (gpu, 192, "up to 128 wide"),
+    ):
         with pytest.raises(ValueError, match=reason):
             choose_attention("triton", device, head_size)
     monkeypatch.setattr(model_module.shutil, "which", lambda name: None)

@@ -100,7 +100,9 @@ def test_a_function_of_a_script_runs_without_the_script(tmp_path):
 
 
 def test_the_peers_model_does_not_take_the_place_of_ours(tmp_path):
-    (tmp_path / "model.py").write_text("from dataclasses import dataclass\n\n@dataclass\nclass GPTConfig:\n    n_layer: int = 1\n")
+    (tmp_path / "model.py").write_text(
+        "from dataclasses import dataclass\n\n@dataclass\nclass GPTConfig:\n    n_layer: int = 1\n"
+    )
     import model
 
     assert import_model(tmp_path).GPTConfig(n_layer=2).n_layer == 2

@@ -22,11 +22,16 @@ def interpretable() -> bool:
         import triton
     except ImportError:
         return False
-    broken = triton.__version__.startswith("3.6.") and [int(part) for part in numpy.__version__.split(".")[:2]] >= [2, 4]
+    broken = triton.__version__.startswith("3.6.") and [int(part) for part in numpy.__version__.split(".")[:2]] >= [
+        2,
+        4,
+    ]
     return not torch.cuda.is_available() and not broken
 
 
-needs_interpreter = pytest.mark.skipif(not interpretable(), reason="Triton's interpreter is not there, or broken, or Triton compiles here")
+needs_interpreter = pytest.mark.skipif(
+    not interpretable(), reason="Triton's interpreter is not there, or broken, or Triton compiles here"
+)
 
 
 # ---- attention.py ----------------------------------------------------------------------------------------------------
@@ -87,11 +92,17 @@ def test_ratios_are_given_where_there_is_a_rival():
 def test_a_line_tells_everybodys_speed_and_how_ours_stands(capsys):
     attention_report.show_speed(speed_rows())
     line = capsys.readouterr().out.strip()
-    assert line == "causal                   T=1024   D=64   forward   triton 300, flash 200, cudnn -; 1.50 x flash; stretch"
+    assert (
+        line
+        == "causal                   T=1024   D=64   forward   triton 300, flash 200, cudnn -; 1.50 x flash; stretch"
+    )
 
 
 def test_the_table_is_markdown_with_a_column_a_length():
-    rows = [*speed_rows(), {"problem": "causal", "T": 512, "D": 64, "direction": "forward", "contender": "flash", "tflops": 150.4}]
+    rows = [
+        *speed_rows(),
+        {"problem": "causal", "T": 512, "D": 64, "direction": "forward", "contender": "flash", "tflops": 150.4},
+    ]
     assert attention_report.table(rows, "forward", 64).splitlines() == [
         "| forward, D = 64 | 512 | 1,024 |",
         "|---|---|---|",
@@ -141,7 +152,9 @@ def test_what_does_not_run_is_a_line_and_what_is_wrong_is_not():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_a_gpu_one_line_says_so(script, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UserError, match=f"^bench/{script}.py needs a CUDA GPU and finds none; --(interpret|smoke) tries"):
+    with pytest.raises(
+        UserError, match=f"^bench/{script}.py needs a CUDA GPU and finds none; --(interpret|smoke) tries"
+    ):
         SCRIPTS[script].main([])
 
 
@@ -158,7 +171,9 @@ def test_a_whole_run_in_tiny_sizes_writes_nothing(script, arguments, tmp_path, m
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if script == "attention":  # its compiled forms, and SDPA's backends that a CPU lacks, are left to a run by hand
         monkeypatch.setattr(torch, "compile", lambda form, **options: form)
-        monkeypatch.setattr(attention, "CONTENDERS", {name: attention.CONTENDERS[name] for name in ("triton", "flash", "cudnn", "math")})
+        monkeypatch.setattr(
+            attention, "CONTENDERS", {name: attention.CONTENDERS[name] for name in ("triton", "flash", "cudnn", "math")}
+        )
     assert SCRIPTS[script].main([*arguments, f"--out={tmp_path}"]) == 0
     assert not list(tmp_path.iterdir())
     lines = capsys.readouterr().out.splitlines()
@@ -166,7 +181,10 @@ def test_a_whole_run_in_tiny_sizes_writes_nothing(script, arguments, tmp_path, m
     if script == "attention":
         speeds = [line for line in lines if "triton 0, flash 0" in line]
         assert [line.split()[0] for line in speeds] == ["causal", "causal", "documents", "documents"]
-        assert any(line.startswith("cudnn did not run (2 times, first causal forward T=32 D=16): No viable backend") for line in lines)
+        assert any(
+            line.startswith("cudnn did not run (2 times, first causal forward T=32 D=16): No viable backend")
+            for line in lines
+        )
         assert sum("form" in line and "unavailable" not in line for line in lines) == 8
     elif script == "tune_attention":
         assert any(line.startswith('    ("interpreted", 2, 64): (Launch(') for line in lines)
@@ -192,7 +210,9 @@ def test_the_launch_that_is_good_everywhere_is_chosen():
 
 
 def test_launches_that_spill_are_told_but_not_chosen():
-    choice = tune_attention.choose({1024: {A: 1.0, B: 1.2}}, present=Launch(1, 1, 1, 1), compiled={A: {"spills": 8}, B: {"spills": 0}})
+    choice = tune_attention.choose(
+        {1024: {A: 1.0, B: 1.2}}, present=Launch(1, 1, 1, 1), compiled={A: {"spills": 8}, B: {"spills": 0}}
+    )
     assert (choice["best"], choice["ahead_but_spills"], choice["present_behind"]) == (B, [A], None)
 
 

@@ -26,7 +26,13 @@ class GPT(torch.nn.Module):
 def test_both_sides_work_in_turns_and_the_ratio_is_written(tmp_path, capsys):
     (tmp_path / "a peer").mkdir()
     (tmp_path / "a peer" / "model.py").write_text(PEER)
-    arguments = [f"--peer={tmp_path / 'a peer'}", "--settings=small", "--rounds=2", f"--results={tmp_path}", "--dtype=float32"]
+    arguments = [
+        f"--peer={tmp_path / 'a peer'}",
+        "--settings=small",
+        "--rounds=2",
+        f"--results={tmp_path}",
+        "--dtype=float32",
+    ]
     assert cpu_speed.main(arguments) == 0
     figures = json.loads(next(tmp_path.glob("*-cpu_speed.json")).read_text())
     rates = figures["small"]["tokens_per_second"]

@@ -6,10 +6,10 @@ import pytest
 
 from bench import generate as bench
 from checkpoint import save_checkpoint
+from common.tokenizer import bytes_tokenizer
 from errors import UserError
 from model import GPT, GPTConfig
 from prepare_data.__main__ import main as prepare
-from prepare_data.tokenizer import bytes_tokenizer
 
 PEER = """
 import time
@@ -35,7 +35,9 @@ def test_both_sides_are_measured_and_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "model.py").write_text(PEER)
     written = []
     monkeypatch.setattr(bench, "write_results", lambda name, figures: written.append(json.dumps(figures)))
-    monkeypatch.setattr(bench, "SHAPES", {"tiny": ({"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 4, "vocab_size": 5}, 50, 3)})
+    monkeypatch.setattr(
+        bench, "SHAPES", {"tiny": ({"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 4, "vocab_size": 5}, 50, 3)}
+    )
     monkeypatch.setattr("sys.argv", ["generate.py", f"--peer={tmp_path}", "--threads=1"])
     bench.main()
     figures = json.loads(written[0])
@@ -43,7 +45,9 @@ def test_both_sides_are_measured_and_written(tmp_path, monkeypatch, capsys):
     assert {side: len(runs) for side, runs in figures["tiny"]["runs"].items()} == dict.fromkeys([*sides, "nanogpt"], 3)
     assert figures["tiny"]["tokens"] == 50
     assert set(figures["tiny"]["ratios"]) == sides
-    assert figures["tiny"]["bound"]["bytes"] == 4 * (8 * 8 * 12 + 8 * 9 + 2 * 8 * 3 + 5 * 8)  # of a block, its biases, norms, the head
+    assert figures["tiny"]["bound"]["bytes"] == 4 * (
+        8 * 8 * 12 + 8 * 9 + 2 * 8 * 3 + 5 * 8
+    )  # of a block, its biases, norms, the head
     assert figures["tiny"]["bound"]["share"] > 0
     out = capsys.readouterr().out
     assert "times nanoGPT's speed" in out
@@ -64,9 +68,20 @@ def test_speed_and_losses_are_asked_for_one_at_a_time(tmp_path, monkeypatch):
 
 def test_the_loss_of_a_run_with_and_without_int8(tmp_path, capsys):
     tokenizer = bytes_tokenizer()
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id))
+    model = GPT(
+        GPTConfig(
+            n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
+        )
+    )
     (tmp_path / "text.txt").write_text("so many words " * 200)
-    prepared = ["text", "--name=mini", f"--input={tmp_path}/text.txt", "--tokenizer=bytes", "--split=tail", f"--data_dir={tmp_path}"]
+    prepared = [
+        "text",
+        "--name=mini",
+        f"--input={tmp_path}/text.txt",
+        "--tokenizer=bytes",
+        "--split=tail",
+        f"--data_dir={tmp_path}",
+    ]
     assert prepare(prepared) == 0
     save_checkpoint(
         tmp_path / "run", 1, model=model.export_state(), config=model.config.to_dict(), tokenizer=tokenizer.to_dict(), optimizer={},

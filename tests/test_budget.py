@@ -9,7 +9,9 @@ from training.optim import OptimizerOptions, learning_rate
 def simulate(speed, *, seconds=180.0, schedule="wsd", pause=2.0, interval=250, log_interval=10):
     """Runs a plan against `speed(now)`, the seconds of a step at that time → (seconds used, steps, final plan, all plans)."""
     now = 0.0
-    budget = Budget(seconds, start=0.0, pause_interval=interval, options=OptimizerOptions(schedule=schedule), pause_seconds=pause)
+    budget = Budget(
+        seconds, start=0.0, pause_interval=interval, options=OptimizerOptions(schedule=schedule), pause_seconds=pause
+    )
     plan = budget.first_plan(speed(0.0), now)
     plans, step, since, started = [plan], 0, 0, 0.0
     while step < plan.max_steps and not budget.spent(now):

@@ -52,7 +52,12 @@ def save(run: Path, step: int, value: float | None = None, **state: object) -> P
 def value_of(opened: Checkpoint) -> float:
     """The value that save() was given, after a proof that all parts agree on it."""
     tensors = [*opened.model_tensors().values(), *opened.optimizer_tensors().values()]
-    values = {opened.state["value"], opened.config["value"], opened.tokenizer["value"], *(v for t in tensors for v in t.flatten().tolist())}
+    values = {
+        opened.state["value"],
+        opened.config["value"],
+        opened.tokenizer["value"],
+        *(v for t in tensors for v in t.flatten().tolist()),
+    }
     assert len(values) == 1, values
     return values.pop()
 
@@ -78,7 +83,9 @@ def steps(run: Path) -> list[str]:
 )
 def test_random_tensors_come_back_bit_for_bit(tmp_path, shapes, seed):
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: (100 * torch.randn(shape, generator=generator)).to(dtype) for name, (dtype, shape) in shapes.items()}
+    tensors = {
+        name: (100 * torch.randn(shape, generator=generator)).to(dtype) for name, (dtype, shape) in shapes.items()
+    }
     path = save_checkpoint(tmp_path, 1, model=tensors, config={}, tokenizer={}, optimizer=tensors, state={})
     for loaded in (open_checkpoint(path).model_tensors(), open_checkpoint(path).optimizer_tensors()):
         assert loaded.keys() == tensors.keys()
@@ -91,9 +98,13 @@ def test_random_tensors_come_back_bit_for_bit(tmp_path, shapes, seed):
 def test_transposed_views_and_slices_are_saved_as_they_look(tmp_path):
     whole = torch.arange(24.0).view(6, 4)
     model = {"rows": whole[:3], "transposed": whole.T, "parameter": torch.nn.Parameter(torch.ones(2))}
-    path = save_checkpoint(tmp_path, 1, model={"transposed": model["transposed"]}, config={}, tokenizer={}, optimizer={}, state={})
+    path = save_checkpoint(
+        tmp_path, 1, model={"transposed": model["transposed"]}, config={}, tokenizer={}, optimizer={}, state={}
+    )
     assert open_checkpoint(path).model_tensors()["transposed"].equal(whole.T)
-    path = save_checkpoint(tmp_path, 2, model={k: model[k] for k in ("rows", "parameter")}, config={}, tokenizer={}, optimizer={}, state={})
+    path = save_checkpoint(
+        tmp_path, 2, model={k: model[k] for k in ("rows", "parameter")}, config={}, tokenizer={}, optimizer={}, state={}
+    )
     loaded = open_checkpoint(path).model_tensors()
     assert loaded["rows"].equal(whole[:3])
     loaded["rows"].zero_()  # memory of its own: the file does not change
@@ -105,7 +116,10 @@ def test_equal_states_give_equal_files(tmp_path):
     for name in EVERY_FILE:
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert (first / "state.json").read_text() == '{\n "samples": 21,\n "step": 3,\n "value": 3\n}\n'
-    assert json.loads((first / "manifest.json").read_text())["files"]["state.json"]["bytes"] == (first / "state.json").stat().st_size
+    assert (
+        json.loads((first / "manifest.json").read_text())["files"]["state.json"]["bytes"]
+        == (first / "state.json").stat().st_size
+    )
 
 
 def test_nan_in_the_state_is_a_bug_found_before_anything_is_written(tmp_path):
@@ -121,11 +135,17 @@ def test_which_checkpoint_is_latest_best_or_named(tmp_path):
     for step, val_loss in ((10, 3.0), (20, 2.0), (30, 2.0), (40, 2.5), (100_000_000, None)):
         save(tmp_path, step, **({} if val_loss is None else {"val_loss": val_loss}))
     for path in list_checkpoints(tmp_path):
-        os.utime(path, (2e9 - open_checkpoint(path).step, 2e9 - open_checkpoint(path).step))  # clocks that run backwards
+        os.utime(
+            path, (2e9 - open_checkpoint(path).step, 2e9 - open_checkpoint(path).step)
+        )  # clocks that run backwards
     assert [path.name for path in list_checkpoints(tmp_path)][-2:] == ["step-00000040", "step-100000000"]
     assert find_checkpoint(tmp_path, "latest").name == "step-100000000"
     assert find_checkpoint(tmp_path, "best").name == "step-00000020"
-    assert find_checkpoint(tmp_path, "step-30") == find_checkpoint(tmp_path, "step-00000030") == tmp_path / "checkpoints/step-00000030"
+    assert (
+        find_checkpoint(tmp_path, "step-30")
+        == find_checkpoint(tmp_path, "step-00000030")
+        == tmp_path / "checkpoints/step-00000030"
+    )
     for wrong in ("step-31", "newest", "../step-30", "step-" + "9" * 300):
         with pytest.raises(UserError, match=r"best, latest, step-10, step-20, step-30, step-40"):
             find_checkpoint(tmp_path, wrong)
@@ -145,7 +165,13 @@ def test_prune_keeps_the_newest_two_and_the_best_and_nobody_elses_files(tmp_path
     for step, val_loss in ((1, 5.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)):
         save(tmp_path, step, val_loss=val_loss)
     home = tmp_path / "checkpoints"
-    for name in ("step-00000009.writing/model", "step-00000001.removing", "step-00000003.replaced", "step-00000001.mine", "notes"):
+    for name in (
+        "step-00000009.writing/model",
+        "step-00000001.removing",
+        "step-00000003.replaced",
+        "step-00000001.mine",
+        "notes",
+    ):
         (home / name).mkdir(parents=True)
     (home / "step-00000007").write_text("a file")
     prune_checkpoints(tmp_path)
@@ -175,7 +201,12 @@ def test_a_model_folder_is_reached_from_run_checkpoint_and_itself(tmp_path, monk
     save(tmp_path, 1, val_loss=1.0)
     path = save(tmp_path, 2, val_loss=2.0)
     assert resolve_model_folder(tmp_path).parent.name == "step-00000001"
-    assert resolve_model_folder(tmp_path, "latest") == resolve_model_folder(path) == resolve_model_folder(path / "model") == path / "model"
+    assert (
+        resolve_model_folder(tmp_path, "latest")
+        == resolve_model_folder(path)
+        == resolve_model_folder(path / "model")
+        == path / "model"
+    )
     copy = shutil.copytree(path / "model", tmp_path / "a copy")
     folder = open_model_folder(resolve_model_folder(copy))
     assert (folder.config["value"], folder.tokenizer["value"], folder.model_tensors()["scale"]) == (2, 2, 2)
@@ -219,7 +250,10 @@ def test_cut_missing_and_foreign_files_are_named(tmp_path, capsys, name, cut):
     elif cut == "longer":
         file.write_bytes(file.read_bytes() + b"\0")
     else:
-        os.truncate(file, {"mid header": 30, "mid data": size - 20, "-1": size - 1 - (name == "manifest.json")}.get(cut) or int(cut))
+        os.truncate(
+            file,
+            {"mid header": 30, "mid data": size - 20, "-1": size - 1 - (name == "manifest.json")}.get(cut) or int(cut),
+        )
     assert_skipped(tmp_path, name.rpartition("/")[2], capsys)
 
 
@@ -274,12 +308,19 @@ def forge_manifest(path: Path, **changes: object) -> None:
     (path / "manifest.json").write_bytes(json_bytes({**manifest, "crc32": zlib.crc32(json_bytes(manifest))}))
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "model/\0", "model/../state.json", "x" * 300, "\x1b[31mred"])
+@pytest.mark.parametrize(
+    "name", ["../../outside", "/etc/passwd", "model/\0", "model/../state.json", "x" * 300, "\x1b[31mred"]
+)
 def test_a_manifest_names_no_other_files(tmp_path, name):
     path = save(tmp_path, 1)
     entry = {"bytes": 1, "crc32": 1}
     files = read_json(path / "manifest.json")["files"]
-    for forged in ({**files, name: entry}, {**{k: v for k, v in files.items() if k != "state.json"}, name: entry}, [name], name):
+    for forged in (
+        {**files, name: entry},
+        {**{k: v for k, v in files.items() if k != "state.json"}, name: entry},
+        [name],
+        name,
+    ):
         forge_manifest(path, files=forged)
         with pytest.raises(DamagedFile, match="and nothing else") as caught:
             open_checkpoint(path)
@@ -294,7 +335,18 @@ def test_entries_that_are_no_numbers_and_odd_json_are_damage(tmp_path):
         with pytest.raises(DamagedFile):
             open_checkpoint(path)
     deep = b'{"format":' + b"[" * 900 + b"]" * 900 + b"}"
-    for data in (b"", b"[]", b"null", b"{", b"\xff", b'{"a": NaN}', b'{"a": 1e999}', b"[" * 100_000, deep, b'{"a": ' + b"9" * 5000 + b"}"):
+    for data in (
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b"\xff",
+        b'{"a": NaN}',
+        b'{"a": 1e999}',
+        b"[" * 100_000,
+        deep,
+        b'{"a": ' + b"9" * 5000 + b"}",
+    ):
         (path / "manifest.json").write_bytes(data)
         with pytest.raises(DamagedFile):
             open_checkpoint(path)
@@ -462,7 +514,9 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_state(tmp_path, no_fsync
 def test_an_error_at_any_moment_is_a_save_failed_or_a_warning(tmp_path, no_fsync, step):
     base_run(tmp_path / "base")
     failures = 0
-    for point in range(step // 10 % 2, 1000, 2):  # every other call, the other half in the other case: forking takes time
+    for point in range(
+        step // 10 % 2, 1000, 2
+    ):  # every other call, the other half in the other case: forking takes time
         run = shutil.copytree(tmp_path / "base", tmp_path / f"run{point}")
 
         def save_and_prune(point=point, run=run) -> int:
@@ -516,7 +570,9 @@ def test_a_file_size_limit_is_a_save_failed_that_can_be_retried(tmp_path):
 def test_a_disk_with_too_little_room_is_said_beforehand(tmp_path, monkeypatch):
     save(tmp_path, 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 500_000, 500_000))
-    with pytest.raises(SaveFailed, match=r"step 20 could not be saved in .*checkpoints.* MB are needed and 0\.5 MB are free"):
+    with pytest.raises(
+        SaveFailed, match=r"step 20 could not be saved in .*checkpoints.* MB are needed and 0\.5 MB are free"
+    ):
         save(tmp_path, 20)
     assert steps(tmp_path) == ["step-00000010"]
 

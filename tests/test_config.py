@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import config
+from common.option import Option, options_of
 from config.loader import NO_PRESETS, Loader, Options, dump, replace
-from config.option import Option, options_of
 from errors import UserError
 from tests.conftest import ROOT
 
@@ -118,7 +118,14 @@ def problems(loader: Loader, *argv: str) -> list[str]:
 
 
 def test_declarations_are_read_from_the_source() -> None:
-    assert [option.name for option in options_of(Model)] == ["n_layer", "n_embd", "n_head", "n_kv_head", "norm", "dropout"]  # no derived
+    assert [option.name for option in options_of(Model)] == [
+        "n_layer",
+        "n_embd",
+        "n_head",
+        "n_kv_head",
+        "norm",
+        "dropout",
+    ]  # no derived
     assert OPTIONS["n_head"].help == "Heads; divides n_embd."
     assert OPTIONS["n_layer"].fixed
     assert not OPTIONS["n_embd"].fixed
@@ -149,7 +156,12 @@ def test_incomplete_declarations_are_refused() -> None:
         size: Annotated[int, "1 <= x"] = 0
         """Size."""
 
-    for section, message in [(NoMeaning, "no line"), (NoDefault, "no default"), (NoType, "no type"), (NoRange, "no range")]:
+    for section, message in [
+        (NoMeaning, "no line"),
+        (NoDefault, "no default"),
+        (NoType, "no type"),
+        (NoRange, "no range"),
+    ]:
         with pytest.raises(AssertionError, match=message):
             list(options_of(section))
     with pytest.raises(ValueError, match="expected a whole number >= 1"):
@@ -228,7 +240,13 @@ def test_a_wrong_value_says_what_was_expected(loader: Loader, flag: str, expecte
 
 @pytest.mark.parametrize(
     ("name", "given", "value"),
-    [("n_layer", 1e3, 1000), ("dropout", 0, 0.0), ("learning_rate", 1, 1.0), ("compile", True, True), ("n_kv_head", None, None)],
+    [
+        ("n_layer", 1e3, 1000),
+        ("dropout", 0, 0.0),
+        ("learning_rate", 1, 1.0),
+        ("compile", True, True),
+        ("n_kv_head", None, None),
+    ],
 )
 def test_python_values_pass_the_same_check(loader: Loader, name: str, given: object, value: object) -> None:
     checked = loader.check(name, given)
@@ -269,7 +287,11 @@ def test_later_wins_and_sections_are_handed_out(loader: Loader) -> None:
     options = load(loader, "--n_layer=1", "small", "--n_embd=16", "--n_embd=8", "tall")
     assert options.section(Model) == Model(n_layer=9, n_embd=8)
     assert options.presets == ["small", "tall"]
-    assert (options.origin["n_layer"], options.origin["n_embd"], options.origin["dropout"]) == ("preset tall", "flag", "default")
+    assert (options.origin["n_layer"], options.origin["n_embd"], options.origin["dropout"]) == (
+        "preset tall",
+        "flag",
+        "default",
+    )
     assert list(options.flat()) == [option.name for section in (Model, Train) for option in options_of(section)]
 
 
@@ -371,7 +393,8 @@ def test_a_section_that_checks_itself_is_heard(tmp_path: Path) -> None:
 
 def test_a_preset_is_read_never_executed(loader: Loader) -> None:
     write_preset(
-        "p", '"""Doc."""\n# comment\nn_layer = 2 ** 3 - -1 * 2\nlearning_rate = 6e-4 / 2\nn_embd = 7 // 2 * 10 % 64  # here\nrun = None\n'
+        "p",
+        '"""Doc."""\n# comment\nn_layer = 2 ** 3 - -1 * 2\nlearning_rate = 6e-4 / 2\nn_embd = 7 // 2 * 10 % 64  # here\nrun = None\n',
     )
     options = load(loader, "p", "--n_head=1")
     assert options.section(Model) == Model(n_layer=10, n_embd=30, n_head=1)
@@ -435,7 +458,9 @@ def test_any_bytes_are_a_preset_or_clear_errors(tmp_path_factory: pytest.TempPat
         assert "p.py" in str(error) or "n_head" in str(error)  # noqa: PT017 (any bytes may be either)
 
 
-def test_presets_are_found_by_name_by_path_and_from_another_folder(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presets_are_found_by_name_by_path_and_from_another_folder(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_preset("small", "n_layer = 2\n")
     Path("other folder ü").mkdir()
     monkeypatch.chdir("other folder ü")
@@ -459,7 +484,12 @@ def test_each_script_takes_its_own_part_of_a_preset(loader: Loader) -> None:
 def test_a_saved_config_is_a_preset_without_what_belonged_to_the_run(loader: Loader) -> None:
     options = load(loader, "--n_layer=2", "--run=runs/one", "--max_steps=70", "--compile=true")
     saved = dump(options, {"compile": "CUDA is there"})
-    assert saved == {"format": "sprout-config", "version": 1, "options": options.flat(), "auto": {"compile": "CUDA is there"}}
+    assert saved == {
+        "format": "sprout-config",
+        "version": 1,
+        "options": options.flat(),
+        "auto": {"compile": "CUDA is there"},
+    }
     Path("runs/one").mkdir(parents=True)
     Path("runs/one/config.json").write_text(json.dumps(saved))
     again = load(loader, "runs/one/config.json")
@@ -481,13 +511,22 @@ def test_a_saved_config_is_a_preset_without_what_belonged_to_the_run(loader: Loa
         ("[1]", 'not the config.json of a run: expected an object with "format": "sprout-config" and "version": 1'),
         ('{"n_layer": 2}', "not the config.json of a run"),
         ('{"format": "sprout-config", "version": 2, "options": {}, "auto": {}}', "not the config.json of a run"),
-        ('{"format": "sprout-config", "version": 1, "options": [], "auto": {}}', 'damaged: expected "options" and "auto" to be objects'),
-        ('{"format": "sprout-config", "version": 1, "options": {}, "auto": 3}', 'damaged: expected "options" and "auto" to be objects'),
+        (
+            '{"format": "sprout-config", "version": 1, "options": [], "auto": {}}',
+            'damaged: expected "options" and "auto" to be objects',
+        ),
+        (
+            '{"format": "sprout-config", "version": 1, "options": {}, "auto": 3}',
+            'damaged: expected "options" and "auto" to be objects',
+        ),
         (
             '{"format": "sprout-config", "version": 1, "options": {"n_layer": "2"}, "auto": {}}',
             'n_layer = "2": expected a whole number >= 1',
         ),
-        ('{"format": "sprout-config", "version": 1, "options": {"dropout": NaN}, "auto": {}}', "dropout = NaN: expected a number"),
+        (
+            '{"format": "sprout-config", "version": 1, "options": {"dropout": NaN}, "auto": {}}',
+            "dropout = NaN: expected a number",
+        ),
         (
             '{"format": "sprout-config", "version": 1, "options": {"n_layr": 2}, "auto": {}}',
             "n_layr = 2: no such option; did you mean n_layer?",
@@ -518,7 +557,9 @@ def test_replace_checks_and_leaves_the_original_alone(loader: Loader) -> None:
 # ---- help
 
 
-def test_help_lists_presets_groups_values_ranges_and_meanings(loader: Loader, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_presets_groups_values_ranges_and_meanings(
+    loader: Loader, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_preset("small", '"""Two blocks.\n\nMore."""\nn_layer = 2\nlearning_rate = 5e-05\n')
     with pytest.raises(SystemExit) as stopped:
         load(loader, "--help", "nonsense")
@@ -564,7 +605,9 @@ def test_every_preset_loads_for_every_script(script: str, preset: str) -> None:
 def test_flags_of_another_script_are_named() -> None:
     with pytest.raises(UserError, match=r"--top_k=3: belongs to sample.py, not to train.py"):
         config.load("train.py", ["--top_k=3"])
-    with pytest.raises(UserError, match=r"--n_layer=3: belongs to train.py, not to prepare_data\n`python -m prepare_data --help`"):
+    with pytest.raises(
+        UserError, match=r"--n_layer=3: belongs to train.py, not to prepare_data\n`python -m prepare_data --help`"
+    ):
         config.load("prepare_data", ["--n_layer=3"])
     with pytest.raises(UserError, match="n_embd=10 is not divisible by n_head=3"):
         config.load("train.py", ["--n_head=3", "--n_embd=10"])

@@ -33,11 +33,23 @@ def test_samples_end_by_themselves_and_their_lengths_follow_the_corpus(capsys):
     lengths = [draw.randint(10, 30) for _ in range(4000)]
     letters = "abcdefghijklmnopqrstuvwxyz"
     starts = [draw.randrange(26) for _ in lengths]
-    documents = ["".join(letters[(start + i) % 26] for i in range(length)) for start, length in zip(starts, lengths, strict=True)]
+    documents = [
+        "".join(letters[(start + i) % 26] for i in range(length)) for start, length in zip(starts, lengths, strict=True)
+    ]
     Path("walks.txt").write_text("\n".join(documents), encoding="utf-8")
-    shape = ("--n_layer=2", "--n_embd=64", "--block_size=64", "--positions=learned", "--document_mask=true", "--tokens_per_step=2048")
+    shape = (
+        "--n_layer=2",
+        "--n_embd=64",
+        "--block_size=64",
+        "--positions=learned",
+        "--document_mask=true",
+        "--tokens_per_step=2048",
+    )
     steps = ("--max_steps=250", "--eval_interval=250", "--learning_rate=3e-3", "--warmup_steps=20")
-    assert train(*COMMON, *shape, *steps, "--data=walks.txt", r"--separator=\n", "--tokenizer=bytes", "--run=runs/walks") == 0
+    assert (
+        train(*COMMON, *shape, *steps, "--data=walks.txt", r"--separator=\n", "--tokenizer=bytes", "--run=runs/walks")
+        == 0
+    )
     capsys.readouterr()
     assert sample("--run=runs/walks", "--num_samples=200", "--temperature=1", "--max_new_tokens=60") == 0
     out, err = capsys.readouterr()
@@ -49,13 +61,19 @@ def test_samples_end_by_themselves_and_their_lengths_follow_the_corpus(capsys):
     assert abs(drawn.mean() - np.mean(lengths)) < 1.5
     every = np.arange(61)
     of_corpus, of_samples = ((np.asarray(values)[:, None] <= every).mean(axis=0) for values in (lengths, drawn))
-    assert np.abs(of_corpus - of_samples).max() < 0.15  # Kolmogorov-Smirnov, 200 draws: 0.115 at 1 %, and some room for the model
+    assert (
+        np.abs(of_corpus - of_samples).max() < 0.15
+    )  # Kolmogorov-Smirnov, 200 draws: 0.115 at 1 %, and some room for the model
     steps_of_one = [(ord(b) - ord(a)) % 26 == 1 for text in texts for a, b in itertools.pairwise(text)]
     assert np.mean(steps_of_one) > 0.95  # and it says what the corpus says
 
 
 def chinese_text() -> str:
-    who, does, what = ("小明", "老师", "我的朋友", "那只猫"), ("喜欢", "看见了", "正在画"), ("月亮。", "一本书！", "春天的花。", "大海？")
+    who, does, what = (
+        ("小明", "老师", "我的朋友", "那只猫"),
+        ("喜欢", "看见了", "正在画"),
+        ("月亮。", "一本书！", "春天的花。", "大海？"),
+    )
     draw = random.Random(1)
     return "\n".join(draw.choice(who) + draw.choice(does) + draw.choice(what) for _ in range(4000))
 
@@ -67,8 +85,18 @@ def test_chinese_from_preparation_to_streamed_samples(capsys):
         train(*COMMON, "--data=中文.txt")
     assert "--encoding=gb18030" in str(caught.value)
     assert re.search(r"offset \d+|byte \d+", str(caught.value))
-    assert prepare(["text", "--input=中文.txt", "--encoding=gb18030", "--name=汉语", "--tokenizer=bpe", "--vocab_size=300"]) == 0
-    assert train(*COMMON, "--data=汉语", "--run=runs/汉语", "--max_steps=120", "--eval_interval=60", "--learning_rate=2e-2") == 0
+    assert (
+        prepare(
+            ["text", "--input=中文.txt", "--encoding=gb18030", "--name=汉语", "--tokenizer=bpe", "--vocab_size=300"]
+        )
+        == 0
+    )
+    assert (
+        train(
+            *COMMON, "--data=汉语", "--run=runs/汉语", "--max_steps=120", "--eval_interval=60", "--learning_rate=2e-2"
+        )
+        == 0
+    )
     assert read_events("runs/汉语", "eval")[-1]["val_loss"] < 2.5
     capsys.readouterr()
     assert sample("--run=runs/汉语", "--prompt=小明", "--max_new_tokens=80", "--temperature=0.5") == 0

@@ -56,7 +56,9 @@ def test_standard_error_shrinks_with_the_text_and_vanishes_without_spread():
     short = evaluate(model, split, TOKEN_BYTES, autocast=nullcontext, max_tokens=200)
     long = evaluate(model, split, TOKEN_BYTES, autocast=nullcontext)
     assert 0 < long.standard_error < short.standard_error
-    assert evaluate(model, Tokens([5] * 49), TOKEN_BYTES, autocast=nullcontext).standard_error == pytest.approx(0, abs=1e-6)
+    assert evaluate(model, Tokens([5] * 49), TOKEN_BYTES, autocast=nullcontext).standard_error == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_it_changes_nothing():
@@ -80,7 +82,9 @@ def test_it_breaks_off_when_asked():
 
 
 def history(*losses: tuple[float, float]) -> list[dict[str, float]]:
-    return [{"step": 10.0 * i, "val_loss": v, "train_loss": t, "standard_error": 0.01} for i, (v, t) in enumerate(losses)]
+    return [
+        {"step": 10.0 * i, "val_loss": v, "train_loss": t, "standard_error": 0.01} for i, (v, t) in enumerate(losses)
+    ]
 
 
 def test_memorising_is_said_once_and_only_when_true():

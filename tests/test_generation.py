@@ -89,7 +89,14 @@ MODELS = {
 def test_greedy_ids_with_and_without_the_cache_are_equal(name, keep_head):
     model = tiny_model(**MODELS[name])
     B, eos = model.config.block_size, model.config.eos_id
-    prompts = [[eos], [eos, 3, 1, 4], list(range(1, B)), [eos, 2, 7, eos, 1, 8, 2, 8], [eos, *range(20), eos, 5], [5, 6] * (B + 1)]
+    prompts = [
+        [eos],
+        [eos, 3, 1, 4],
+        list(range(1, B)),
+        [eos, 2, 7, eos, 1, 8, 2, 8],
+        [eos, *range(20), eos, 5],
+        [5, 6] * (B + 1),
+    ]
     options = replace(GREEDY, max_new_tokens=3 * B + 3, keep_head=keep_head)
     cached = run(model, prompts, options)
     for prompt, (ids, reason) in zip(prompts, cached, strict=True):
@@ -157,7 +164,9 @@ def test_a_sample_is_the_same_in_every_batch():
     model = tiny_model(scale=5.0)
     alone = run(model, [[30, 1]] * 7, SAMPLED, seed=5, batch_size=1)
     assert len({tuple(ids) for ids, _ in alone}) == 7
-    assert {reason for _, reason in alone} == {END_OF_SEQUENCE, LENGTH}, "both ends should occur, so that rows leave the batch"
+    assert {reason for _, reason in alone} == {END_OF_SEQUENCE, LENGTH}, (
+        "both ends should occur, so that rows leave the batch"
+    )
     for count, size in ((7, 7), (7, None), (7, 3), (4, 4), (1, 1)):
         assert run(model, [[30, 1]] * count, SAMPLED, seed=5, batch_size=size) == alone[:count]
     mixed = run(model, [[30, 1], [30] * 11, [30, 1], [4, 5, 6]], SAMPLED, seed=5)
@@ -175,8 +184,12 @@ def test_samples_that_fill_more_than_the_memory_for_keys_and_values(monkeypatch)
     model, sizes = tiny_model(scale=5.0), []
     expected = run(model, [[30]] * 5, SAMPLED)
     init = KVCache.__init__
-    monkeypatch.setattr(KVCache, "__init__", lambda self, config, rows, *args: sizes.append(init(self, config, rows, *args) or self))
-    monkeypatch.setattr(engine, "CACHE_BYTES", 2 * (2 * 2 * 8 * 16 * 8))  # keys and values · layers · block_size · channels · bytes, twice
+    monkeypatch.setattr(
+        KVCache, "__init__", lambda self, config, rows, *args: sizes.append(init(self, config, rows, *args) or self)
+    )
+    monkeypatch.setattr(
+        engine, "CACHE_BYTES", 2 * (2 * 2 * 8 * 16 * 8)
+    )  # keys and values · layers · block_size · channels · bytes, twice
     assert run(model, [[30], [30], [30], [30], [30]], SAMPLED) == expected
     assert len(sizes) == 3
 
@@ -213,7 +226,10 @@ def test_a_batch_of_unequal_prompts_is_each_alone(name):
     """Greedy and drawn, past block_size, with penalties, which belong to a row."""
     model = tiny_model(scale=6.0, **MODELS[name])
     prompts = [[30, 1, 2], [30], [4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [30, 1, 2], [3]]
-    for options in (GREEDY, replace(SAMPLED, repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1, min_new_tokens=3)):
+    for options in (
+        GREEDY,
+        replace(SAMPLED, repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1, min_new_tokens=3),
+    ):
         together = run(model, prompts, options)
         for sample, prompt in enumerate(prompts):
             ids = [(token, reason) for _, token, reason, *_ in generate(model, [prompt], options, 0, draws=[sample])]
@@ -225,7 +241,10 @@ def test_draws_names_the_samples_whose_numbers_are_drawn():
     model = tiny_model(scale=5.0)
     usual = run(model, [[30, 1]] * 4, SAMPLED, seed=5)
     events = list(generate(model, [[30, 1]] * 2, SAMPLED, 5, draws=[3, 1]))
-    assert [[e.token for e in events if e.sample == sample and e.reason is None] for sample in (0, 1)] == [usual[3][0], usual[1][0]]
+    assert [[e.token for e in events if e.sample == sample and e.reason is None] for sample in (0, 1)] == [
+        usual[3][0],
+        usual[1][0],
+    ]
 
 
 # ---- log-probabilities
@@ -240,7 +259,9 @@ def test_log_probabilities_are_those_before_all_filters():
             expected = next_logits(model, text, 1).log_softmax(-1)
             assert event.logprob == pytest.approx(float(expected[event.token]), abs=1e-9)
             assert [i for i, _ in event.top] == expected.argsort(descending=True)[:3].tolist()
-            assert [p for _, p in event.top] == pytest.approx(expected.sort(descending=True).values[:3].tolist(), abs=1e-9)
+            assert [p for _, p in event.top] == pytest.approx(
+                expected.sort(descending=True).values[:3].tolist(), abs=1e-9
+            )
             text.append(event.token)
     assert len(text) == 27
     assert next((e.logprob, e.top) for e in generate(model, [[30]], replace(options, logprobs=None), 0)) == (None, ())
@@ -270,7 +291,9 @@ def test_no_end_of_sequence_before_min_new_tokens():
     assert all(len(ids) >= 6 and 30 not in ids for ids, _ in longer)
     assert any(6 <= len(ids) < 25 for ids, _ in longer)
     for options in (replace(GREEDY, stop_at_eos=True), SAMPLED):
-        assert all(30 not in ids[:6] for ids, _ in run(model, prompts, replace(options, min_new_tokens=6, stop_at_eos=False)))
+        assert all(
+            30 not in ids[:6] for ids, _ in run(model, prompts, replace(options, min_new_tokens=6, stop_at_eos=False))
+        )
 
 
 def test_samples_leave_when_the_caller_says_so():
@@ -303,7 +326,9 @@ def test_little_work_runs_on_one_thread_and_the_number_is_left_as_it_was(monkeyp
     threads = {"prefill": [], "decode": []}
     for name, seen in threads.items():
         method = getattr(GPT, name)
-        monkeypatch.setattr(GPT, name, lambda *args, seen=seen, method=method: seen.append(torch.get_num_threads()) or method(*args))
+        monkeypatch.setattr(
+            GPT, name, lambda *args, seen=seen, method=method: seen.append(torch.get_num_threads()) or method(*args)
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     options = SamplingOptions(max_new_tokens=2, stop_at_eos=False)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import model as model_module
+from common.hardware import Hardware, choose_compile, vendor_flops
 from config import load
 from model import GPT, GPTConfig
-from training.hardware import Hardware, choose_compile, vendor_flops
 
 
 def hardware(device: str, dtype: torch.dtype = torch.bfloat16) -> Hardware:
@@ -40,4 +40,6 @@ def test_utilisation_needs_a_known_device(monkeypatch):
 def test_flops_of_gpt2_are_those_of_the_field():
     """855 MFLOP a token: six of 123.65M parameters that multiply, and attention at 1,024 tokens."""
     with torch.device("meta"):
-        assert GPT(load("train.py", ["gpt2_124m"]).section(GPTConfig), seed=None).flops_per_token() == pytest.approx(855e6, rel=2e-3)
+        assert GPT(load("train.py", ["gpt2_124m"]).section(GPTConfig), seed=None).flops_per_token() == pytest.approx(
+            855e6, rel=2e-3
+        )

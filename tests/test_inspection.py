@@ -14,24 +14,41 @@ import torch
 import config
 import sample
 from checkpoint import save_checkpoint
+from common.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
 from errors import UserError
 from generation.engine import next_logits, visible
-from generation.inspection import head_kinds, look_inside, page, shown_positions, shown_text
 from generation.options import SamplingOptions
 from generation.sampling import Penalties, weights
+from inspection.page import head_kinds, look_inside, page, shown_positions, shown_text
 from model import GPT, GPTConfig, attention_weights, dense_mask
-from prepare_data.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
 
 EOS = 256
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=128, vocab_size=257, eos_id=EOS)
 KINDS = {
     "learned": {},
-    "sinusoidal, after the norm": {"positions": "sinusoidal", "norm_position": "post", "scale_embeddings": True, "mlp": "relu"},
-    "rotary, QK-norm, grouped": {"positions": "rotary", "qk_norm": True, "n_kv_head": 2, "norm": "rmsnorm", "bias": False},
+    "sinusoidal, after the norm": {
+        "positions": "sinusoidal",
+        "norm_position": "post",
+        "scale_embeddings": True,
+        "mlp": "relu",
+    },
+    "rotary, QK-norm, grouped": {
+        "positions": "rotary",
+        "qk_norm": True,
+        "n_kv_head": 2,
+        "norm": "rmsnorm",
+        "bias": False,
+    },
     "one key head, untied": {"n_kv_head": 1, "tie_embeddings": False, "mlp": "swiglu"},
     "window": {"sliding_window": 5, "positions": "rotary"},
     "documents": {"document_mask": True},
-    "documents, window, n-grams": {"document_mask": True, "sliding_window": 7, "max_ngram": 3, "positions": "rotary", "n_kv_head": 2},
+    "documents, window, n-grams": {
+        "document_mask": True,
+        "sliding_window": 7,
+        "max_ngram": 3,
+        "positions": "rotary",
+        "n_kv_head": 2,
+    },
 }
 TEXT = [EOS, *b"the cat and the hat", EOS, *b"and the rat sat"]
 PLAIN = SamplingOptions()
@@ -50,8 +67,12 @@ def make(kind, **changes):
 
 def unpack(packed, heads, tokens, size):
     """As the page does it."""
-    integers, scales = (np.frombuffer(base64.b64decode(packed[name]), dtype) for name, dtype in (("integers", "<i2"), ("scales", "<f4")))
-    return torch.from_numpy((integers.reshape(-1, size) * scales[:, None].astype(np.float64)).reshape(-1, heads, tokens, size))
+    integers, scales = (
+        np.frombuffer(base64.b64decode(packed[name]), dtype) for name, dtype in (("integers", "<i2"), ("scales", "<f4"))
+    )
+    return torch.from_numpy(
+        (integers.reshape(-1, size) * scales[:, None].astype(np.float64)).reshape(-1, heads, tokens, size)
+    )
 
 
 def unpacked(data):
@@ -69,7 +90,9 @@ def page_weights(data):
     scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~sees, -torch.inf)
     if data["rest"] is None:
         return torch.softmax(scores, dim=-1), torch.zeros(scores.shape[:-1])
-    rest = torch.from_numpy(np.frombuffer(base64.b64decode(data["rest"]), "<f4").reshape(scores.shape[:-1]).astype(np.float64))
+    rest = torch.from_numpy(
+        np.frombuffer(base64.b64decode(data["rest"]), "<f4").reshape(scores.shape[:-1]).astype(np.float64)
+    )
     both = torch.softmax(torch.cat((scores, rest[..., None]), dim=-1), dim=-1)
     return both[..., :-1], both[..., -1]
 
@@ -93,7 +116,9 @@ def test_the_weights_on_the_page_are_the_models(kind):
     for layer, (q, k) in enumerate(seen(model, TEXT)):
         first = model.first_visible(torch.tensor([TEXT]))
         mask = dense_mask(torch.zeros(1, len(TEXT)) if first is None else first)[0, 0]
-        assert torch.equal(shares[layer] > 0, mask.expand_as(shares[layer])), "hidden tokens have the weight 0, all others more"
+        assert torch.equal(shares[layer] > 0, mask.expand_as(shares[layer])), (
+            "hidden tokens have the weight 0, all others more"
+        )
         for head in range(SMALL.n_head):
             key = k[:, head // (SMALL.n_head // model.config.kv_heads)]
             for t in (0, 7, len(TEXT) - 1):
@@ -106,7 +131,10 @@ def test_the_weights_on_the_page_are_the_models(kind):
 def test_the_weighted_sums_are_what_the_blocks_go_on_with(kind):
     """The plain forward pass, watched at the output projections: independent of how the page got its numbers."""
     model, outputs = make(kind), []
-    hooks = [block.attn.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0][0].detach())) for block in model.blocks]
+    hooks = [
+        block.attn.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0][0].detach()))
+        for block in model.blocks
+    ]
     with torch.no_grad():
         model(torch.tensor([TEXT]))
     for hook in hooks:
@@ -167,7 +195,9 @@ def test_the_next_token_is_what_generation_draws_from(options):
             assert q == pytest.approx(float(drawn[token]), rel=1e-3, abs=1e-9)
             assert rank == 1 + int((own > own[token]).sum())
         assert entry["allowed"] == int((drawn > 0).sum())
-        assert entry["bits"] == pytest.approx([float(-(x * x.clamp(min=1e-300).log2()).sum()) for x in (own, drawn)], rel=1e-3, abs=1e-6)
+        assert entry["bits"] == pytest.approx(
+            [float(-(x * x.clamp(min=1e-300).log2()).sum()) for x in (own, drawn)], rel=1e-3, abs=1e-6
+        )
     assert [entry["came"][0][0] for entry in data["next"][:-1]] == TEXT[1:]
     assert data["next"][-1]["came"] == []
 
@@ -217,9 +247,25 @@ def test_heads_are_named_by_where_their_weight_goes():
         weight = (1 - share) * mask / mask.sum(dim=1, keepdim=True)
         return weight.scatter_add(1, keys.clamp(min=0)[:, None], torch.full((T, 1), share))
 
-    heads = [to(steps), to(steps - 1), to(steps - 2), to(0 * steps), to(steps - 3), to(steps - 4), mask / mask.sum(dim=1, keepdim=True)]
+    heads = [
+        to(steps),
+        to(steps - 1),
+        to(steps - 2),
+        to(0 * steps),
+        to(steps - 3),
+        to(steps - 4),
+        mask / mask.sum(dim=1, keepdim=True),
+    ]
     kinds = head_kinds(torch.stack(heads), mask, ids, starts)
-    assert [name for name, _ in kinds] == ["itself", "one back", "two back", "first token", "after same", "same token", "spread"]
+    assert [name for name, _ in kinds] == [
+        "itself",
+        "one back",
+        "two back",
+        "first token",
+        "after same",
+        "same token",
+        "spread",
+    ]
     assert all(0.9 <= share < 1 for _, share in kinds[:-1])
     assert kinds[-1][1] == pytest.approx(8.0, abs=0.01), "the mean of 4 … 12 tokens"
     [(name, _)] = head_kinds((heads[1] + heads[2])[None] / 2, mask, ids + 4 * steps, starts)
@@ -271,8 +317,20 @@ class Scripts(HTMLParser):
 
 
 def test_texts_cannot_leave_their_place_and_the_page_asks_nobody():
-    evil = ["</script>", "<script>", "<!--", "&lt;", "<img src=x onerror=alert(1)>", "]]>", "DATA_OF_THE_PAGE", "'\"`${alert(1)}", "\u2028"]
-    tokenizer = Tokenizer("bpe", "gpt2", [*(bytes([i]) for i in range(256)), *(text.encode() for text in evil), None], 256 + len(evil))
+    evil = [
+        "</script>",
+        "<script>",
+        "<!--",
+        "&lt;",
+        "<img src=x onerror=alert(1)>",
+        "]]>",
+        "DATA_OF_THE_PAGE",
+        "'\"`${alert(1)}",
+        "\u2028",
+    ]
+    tokenizer = Tokenizer(
+        "bpe", "gpt2", [*(bytes([i]) for i in range(256)), *(text.encode() for text in evil), None], 256 + len(evil)
+    )
     model = make("learned", vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     data = look_inside(model, tokenizer, list(range(256, tokenizer.vocab_size)), PLAIN)
     made = page(data, "</title><script>alert(1)</script>")

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from generation.inspection import look_inside, page
+from common.tokenizer import bytes_tokenizer
 from generation.options import SamplingOptions
+from inspection.page import look_inside, page
 from model import attention_weights
-from prepare_data.tokenizer import bytes_tokenizer
 from tests.test_inspection import EOS, KINDS, SMALL, TEXT, make, seen
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,9 @@ def visit(browser, tmp_path):
 
 def scores(tab):
     """The rows of the table: key's position, then the numbers as they are shown."""
-    rows = tab.locator("#scores tbody tr").evaluate_all("rows => rows.map(row => [...row.cells].map(cell => cell.textContent))")
+    rows = tab.locator("#scores tbody tr").evaluate_all(
+        "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
+    )
     return {int("".join(filter(str.isdigit, row[0][:3]))): row[1:5] for row in rows}
 
 

@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 import torch
 
+from common.tokenizer import char_tokenizer
 from errors import UserError
 from generation.interactive import interact
-from prepare_data.tokenizer import char_tokenizer
 from sample import changed
 from tests.conftest import ROOT
 from tests.test_generation import tiny_model
@@ -74,7 +74,9 @@ def test_retry_draws_another_answer_and_undo_takes_it_back(session):
 
 
 def test_commands_change_options_as_flags_do(session):
-    out, err = session("/temperature 0", "once ", "/options", "/seed 9", "/options", "/temperature -1", "/top_p", "/nonsense", "/help")
+    out, err = session(
+        "/temperature 0", "once ", "/options", "/seed 9", "/options", "/temperature -1", "/top_p", "/nonsense", "/help"
+    )
     assert "temperature = 0.0" in err
     assert "seed = 5" in err
     assert "seed = 9" in err
@@ -121,7 +123,9 @@ def test_ctrl_c_at_a_terminal_stops_the_answer_and_what_was_written_stays(tmp_pa
     options = "--interactive", "--max_new_tokens=1_000_000", "--stop_at_eos=false"
     command = [sys.executable, ROOT / "sample.py", f"--run={tmp_path / 'run'}", *options]
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=partial(os.login_tty, theirs))
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=partial(os.login_tty, theirs)
+    )
     os.close(theirs)
     seen = ""
 

@@ -15,21 +15,29 @@ pytest.importorskip("triton", reason="the kernel is Triton's")
 from tests.ahead_of_time import KERNELS
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-NARROW_STACK = 8  # bytes that the assembler takes once for 16-wide heads on sm_80, at 80 of 255 registers: no lack of them
-GROUPED_STACK = (
-    128  # bytes of stack that the key and value gradient may take where several heads share keys: a loop more, the same registers
+NARROW_STACK = (
+    8  # bytes that the assembler takes once for 16-wide heads on sm_80, at 80 of 255 registers: no lack of them
 )
+GROUPED_STACK = 128  # bytes of stack that the key and value gradient may take where several heads share keys: a loop more, the same registers
 
 
 def table_rows(architecture: int, dtype: str, head_size: int, *variant) -> list[tuple]:
     """The rows of ahead_of_time for what launches_for would choose; variant: masked, group, tail."""
     key = 4 if dtype == "float32" else 2, 64 if head_size <= 64 else 128
     launches = model.LAUNCHES.get((f"sm_{architecture}", *key)) or model.LAUNCHES["other", *key]
-    return [(kernel, architecture, dtype, head_size, *launch, *variant) for kernel, launch in zip(KERNELS, launches, strict=True)]
+    return [
+        (kernel, architecture, dtype, head_size, *launch, *variant)
+        for kernel, launch in zip(KERNELS, launches, strict=True)
+    ]
 
 
 MASKED = (True, 1, True)  # documents, ungrouped, T not divisible: the largest code
-FEW = [row for architecture in (80, 90) for head_size in (64, 128) for row in table_rows(architecture, "bfloat16", head_size, *MASKED)]
+FEW = [
+    row
+    for architecture in (80, 90)
+    for head_size in (64, 128)
+    for row in table_rows(architecture, "bfloat16", head_size, *MASKED)
+]
 FEW += [row for head_size in (64, 128) for row in table_rows(80, "float32", head_size, *MASKED)]
 FEW += table_rows(90, "float16", 96, *MASKED)
 MANY = [

@@ -26,7 +26,10 @@ def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
     log.metrics("step", 2, loss=1.9)
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert lines == [{"event": "step", "step": 1, "loss": 2.5, "timing": {"seconds": 0.1}}, {"event": "step", "step": 2, "loss": 1.9}]
+    assert lines == [
+        {"event": "step", "step": 1, "loss": 2.5, "timing": {"seconds": 0.1}},
+        {"event": "step", "step": 2, "loss": 1.9},
+    ]
     assert (tmp_path / "samples.txt").read_text("utf-8") == "==== step 1 (length) ====\n猫 and text\n\n"
 
 
@@ -90,5 +93,7 @@ def test_console_lines_have_fixed_columns():
 def test_time_counts_from_the_start_of_the_process():
     code = "import time; time.sleep(0.3); from training.metrics import process_start as s; s(); print(time.perf_counter() - s())"
     started = time.perf_counter()
-    age = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    age = float(
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
     assert 0.3 <= age <= time.perf_counter() - started + 0.02

@@ -31,7 +31,9 @@ VARIANTS = {
     "gpt2": TINY,
     "modern": MODERN,
     "grouped": dataclasses.replace(MODERN, n_kv_head=2),
-    "vaswani": dataclasses.replace(TINY, positions="sinusoidal", norm_position="post", mlp="relu", scale_embeddings=True),
+    "vaswani": dataclasses.replace(
+        TINY, positions="sinusoidal", norm_position="post", mlp="relu", scale_embeddings=True
+    ),
     "untied relu2": dataclasses.replace(TINY, tie_embeddings=False, mlp="relu2", n_hidden=48),
     "window": dataclasses.replace(MODERN, sliding_window=5),
     "documents": dataclasses.replace(TINY, document_mask=True),
@@ -64,7 +66,9 @@ def sensitivity(model: GPT, ids: torch.Tensor) -> torch.Tensor:
     handle = model.embed.register_forward_hook(lambda module, args, out: embedded.append(out))
     logits = model(ids)
     handle.remove()
-    gradients = [torch.autograd.grad(logits[0, t].square().sum(), embedded, retain_graph=True)[0] for t in range(ids.shape[1])]
+    gradients = [
+        torch.autograd.grad(logits[0, t].square().sum(), embedded, retain_graph=True)[0] for t in range(ids.shape[1])
+    ]
     return torch.stack([gradient[0].abs().sum(dim=-1) > 0 for gradient in gradients])
 
 
@@ -136,7 +140,9 @@ def test_the_ways_to_attend_agree_with_float64(dtype, length, kv_heads, monkeypa
     """Outputs and gradients are as close to float64 as those of PyTorch's own attention in the same dtype, give or take a half."""
     q, k, v, grad = (torch.randn(2, length, heads, 16, dtype=dtype) for heads in (4, kv_heads, kv_heads, 4))
     took_part = []
-    monkeypatch.setattr(model_module, "_written_out", lambda *args, way=model_module._written_out: took_part.append(1) or way(*args))
+    monkeypatch.setattr(
+        model_module, "_written_out", lambda *args, way=model_module._written_out: took_part.append(1) or way(*args)
+    )
 
     def outputs(convert, attend):
         inputs = [convert(x).requires_grad_() for x in (q, k, v)]
@@ -203,7 +209,9 @@ def test_a_token_is_embedded_with_the_ngrams_that_end_with_it():
     rows = model._ngram_rows(ids, slice(0, ids.shape[1]), None)[0]  # (T, 2)
     assert torch.equal(rows[2], rows[8])  # 3 after 1 2
     assert (rows[2] == rows[5]).tolist() == [True, False]  # 3 after 9 2
-    assert len(set(rows.flatten().tolist())) == len({(1, 2), (2, 3), (3, 9), (9, 2), (3, 1), (3, 2), (2, 1), (0, 1)}) + 10
+    assert (
+        len(set(rows.flatten().tolist())) == len({(1, 2), (2, 3), (3, 9), (9, 2), (3, 1), (3, 2), (2, 1), (0, 1)}) + 10
+    )
     positions = slice(0, ids.shape[1] - 1)
     cut = model._ngram_rows(ids[:, 1:], positions, None)
     assert torch.equal(
@@ -340,7 +348,12 @@ def test_options_that_do_not_fit(change, message):
 
 def test_config_survives_a_file_and_refuses_a_hostile_one():
     assert GPTConfig.from_dict(MODERN.to_dict()) == MODERN
-    for change, message in (({"n_layer": "4"}, "n_layer"), ({"__class__": 1}, "unknown"), ({"mlp": "evil"}, "mlp"), ({"bias": 1}, "bias")):
+    for change, message in (
+        ({"n_layer": "4"}, "n_layer"),
+        ({"__class__": 1}, "unknown"),
+        ({"mlp": "evil"}, "mlp"),
+        ({"bias": 1}, "bias"),
+    ):
         with pytest.raises(ValueError, match=message):
             GPTConfig.from_dict({**MODERN.to_dict(), **change})
 
@@ -372,7 +385,9 @@ def test_the_loss_in_chunks_equals_the_plain_one(dtype, reduction, monkeypatch):
         model.zero_grad(set_to_none=True)
         assert not model.embed.weight[1100:].any()
     for plain, chunked in zip(*results, strict=True):
-        tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # the plain loss is in float32 at best
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[
+            dtype
+        ]  # the plain loss is in float32 at best
         assert (chunked - plain).norm() <= tolerance * plain.norm()
 
 

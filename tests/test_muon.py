@@ -22,7 +22,9 @@ PLAIN = OptimizerOptions(optimizer="muon", learning_rate=0.01, weight_decay=0.0)
 def test_singular_values_come_near_one_and_vectors_stay(shape, dtype):
     torch.manual_seed(0)
     u, s, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-    matrices = u * torch.linspace(1.0, 0.02, s.shape[-1]) @ vt * 1e-3  # condition 50, as gradients have it, and of any size
+    matrices = (
+        u * torch.linspace(1.0, 0.02, s.shape[-1]) @ vt * 1e-3
+    )  # condition 50, as gradients have it, and of any size
     out = orthogonalize(matrices, dtype).float()
     values = torch.linalg.svdvals(out)
     assert values.min() > 0.65
@@ -47,7 +49,9 @@ def updates_of(model: GPT, options: OptimizerOptions = PLAIN) -> dict[str, torch
     return {name: tensor - before[name] for name, tensor in model.export_state().items()}
 
 
-@pytest.mark.parametrize("variant", [TINY, MODERN, dataclasses.replace(MODERN, n_kv_head=2)], ids=["gpt2", "modern", "grouped"])
+@pytest.mark.parametrize(
+    "variant", [TINY, MODERN, dataclasses.replace(MODERN, n_kv_head=2)], ids=["gpt2", "modern", "grouped"]
+)
 def test_the_matrices_in_blocks_get_orthogonal_updates_of_adamw_s_size(variant):
     model = GPT(variant)
     updates = updates_of(model)

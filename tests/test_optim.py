@@ -117,4 +117,6 @@ def test_foreign_optimizer_state_is_refused():
     with pytest.raises(ValueError, match=r"'blocks\.9'"):
         load_optimizer_tensors(make_optimizer(model, OptimizerOptions()), model, {"blocks.9/exp_avg": torch.zeros(3)})
     with pytest.raises(ValueError, match="shape"):
-        load_optimizer_tensors(make_optimizer(model, OptimizerOptions()), model, {"final_norm.weight/exp_avg": torch.zeros(3)})
+        load_optimizer_tensors(
+            make_optimizer(model, OptimizerOptions()), model, {"final_norm.weight/exp_avg": torch.zeros(3)}
+        )

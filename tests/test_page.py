@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from playwright.sync_api import expect
 
-from generation import completions
-from generation.options import ServerOptions
 from generation.text import Piece, Token
+from server import completions
+from server.options import ServerOptions
 from tests.test_server import SERVED, ids_of, post, running, wait_for, written
 
 pytestmark = pytest.mark.slow
@@ -34,8 +34,13 @@ def open_page(browser):
         page = contexts[-1].new_page()
         page.set_default_timeout(15_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("request", lambda request: None if request.url.startswith((address, "data:")) else problems.append(request.url))
+        page.on(
+            "console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on(
+            "request",
+            lambda request: None if request.url.startswith((address, "data:")) else problems.append(request.url),
+        )
         page.goto(address)
         expect(page.locator(ready)).to_be_visible()
         return page
@@ -43,7 +48,9 @@ def open_page(browser):
     yield open_page
     for context in contexts:
         context.close()
-    assert [problem for problem in problems if "Failed to load" not in problem] == []  # the browser's own line on an answer of 400
+    assert [
+        problem for problem in problems if "Failed to load" not in problem
+    ] == []  # the browser's own line on an answer of 400
 
 
 def fill(page, prompt=None, **values):
@@ -92,7 +99,9 @@ def test_several_samples_stand_side_by_side_and_below_each_other_on_a_phone(serv
         places = [(box["x"], box["y"]) for box in boxes]
         assert len({y for _, y in places}) == (3 if phone else 1)
         assert len({x for x, _ in places}) == (1 if phone else 3)
-        assert page.evaluate_handle("document.documentElement").get_property("scrollWidth").json_value() <= (390 if phone else 1440)
+        assert page.evaluate_handle("document.documentElement").get_property("scrollWidth").json_value() <= (
+            390 if phone else 1440
+        )
 
 
 def test_stop_and_escape_free_the_model(server, open_page):
@@ -101,7 +110,9 @@ def test_stop_and_escape_free_the_model(server, open_page):
     fill(page, "a", n=2, max_tokens=20_000, seed=1)
     for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
         page.click("#generate")
-        page.locator(".sample").nth(1).locator(".token").nth(5).wait_for(state="attached")  # it streams: the text is there before the end
+        page.locator(".sample").nth(1).locator(".token").nth(5).wait_for(
+            state="attached"
+        )  # it streams: the text is there before the end
         assert len(queue.jobs) == 1
         stop()
         ended(page, "stopped")
@@ -120,7 +131,9 @@ def test_a_token_shows_its_probability_and_the_alternatives(server, open_page):
     fill(page, "a", n=1, max_tokens=20, seed=3, temperature=0.7)
     page.click("#generate")
     ended(page)
-    answer = post(server[0], prompt="a", max_tokens=20, seed=3, temperature=0.7, logprobs=8, min_tokens=20)["choices"][0]["logprobs"]
+    answer = post(server[0], prompt="a", max_tokens=20, seed=3, temperature=0.7, logprobs=8, min_tokens=20)["choices"][
+        0
+    ]["logprobs"]
     offsets = answer["text_offset"]
     at = next(i for i, offset in enumerate(offsets) if offsets.count(offset) == 1 and answer["tokens"][i].isalnum())
     token = page.locator(".token").nth(len(set(offsets[: at + 1])) - 1)
@@ -150,7 +163,9 @@ def test_a_token_shows_its_probability_and_the_alternatives(server, open_page):
 
 def test_a_tap_shows_the_card_and_an_alternative_goes_into_the_prompt(server, open_page, monkeypatch):
     tokens = [Token(72, "H", 0, -0.5, ((72, -0.5), (104, -1.5))), Token(105, "i", 1, -3.0, ((101, -0.25), (105, -3.0)))]
-    monkeypatch.setattr(completions, "stream_texts", lambda *_, **__: iter([Piece(0, "Hi", tuple(tokens), "end of sequence")]))
+    monkeypatch.setattr(
+        completions, "stream_texts", lambda *_, **__: iter([Piece(0, "Hi", tuple(tokens), "end of sequence")])
+    )
     page = open_page(server[0], phone=True)
     page.click("summary")
     fill(page, "Oh ", n=1)
@@ -182,7 +197,10 @@ def test_markup_in_a_text_is_text(server, open_page, monkeypatch):
 
 
 def test_characters_of_several_tokens_and_of_other_planes_stay_whole(server, open_page, monkeypatch):
-    parts = [Piece(0, "😀", (), None), Piece(0, "", tuple(Token(byte, "�", 0, -1.0, ()) for byte in "😀".encode()), None)]
+    parts = [
+        Piece(0, "😀", (), None),
+        Piece(0, "", tuple(Token(byte, "�", 0, -1.0, ()) for byte in "😀".encode()), None),
+    ]
     parts.append(Piece(0, "!", (Token(33, "!", 1, -0.1, ()),), "length"))
     monkeypatch.setattr(completions, "stream_texts", lambda *_, **__: iter(parts))
     page = open_page(server[0])

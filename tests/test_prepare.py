@@ -15,14 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.option import unescape
+from common.tokenizer import bytes_tokenizer, char_tokenizer
 from errors import UserError
 from prepare_data import PrepareOptions, folders, pipeline, sources
 from prepare_data.__main__ import main
 from prepare_data.pipeline import make_corpus, resolve_data
 from prepare_data.shards import open_dataset
-from prepare_data.sources import documents, python_stdlib, shakespeare, text, unescape
+from prepare_data.sources import documents, python_stdlib, shakespeare, text
 from prepare_data.split import choose_rule, count
-from prepare_data.tokenizer import bytes_tokenizer, char_tokenizer
 from tests.conftest import ROOT
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -139,7 +140,14 @@ def test_newlines_stay_and_a_byte_order_mark_goes():
 def test_folder_glob_gz_and_their_order(folder):
     (folder / "in" / "b").mkdir(parents=True)
     (folder / "in" / ".git").mkdir()
-    for name, content in {"b/1.txt": "B1", "a.txt": "A", "z.md": "Z", ".hidden": "no", ".git/x": "no", "empty.txt": ""}.items():
+    for name, content in {
+        "b/1.txt": "B1",
+        "a.txt": "A",
+        "z.md": "Z",
+        ".hidden": "no",
+        ".git/x": "no",
+        "empty.txt": "",
+    }.items():
         (folder / "in" / name).write_text(content, encoding="utf-8")
     (folder / "in" / "c é.txt.gz").write_bytes(gzip.compress(b"C", mtime=0))
     assert list(text.corpus("in").pieces()) == [("A", True), ("B1", True), ("C", True), ("Z", True)]
@@ -215,7 +223,13 @@ def test_bad_command(argv, said, folder):
 
 
 def test_separator():
-    assert [unescape(text) for text in (r"\n", r"a\tb", r"\\n", r"\x\n", "--\\")] == ["\n", "a\tb", "\\n", "\\x\n", "--\\"]
+    assert [unescape(text) for text in (r"\n", r"a\tb", r"\\n", r"\x\n", "--\\")] == [
+        "\n",
+        "a\tb",
+        "\\n",
+        "\\x\n",
+        "--\\",
+    ]
     assert list(documents(iter(["a||b|", "|c", "||||"]), "||")) == [("a", True), ("b", True), ("c", True)]
 
 
@@ -427,7 +441,13 @@ def test_text_is_prepared_once_then_reused(folder, monkeypatch, capsys):
         assert resolve_data(first.name, options).fingerprint == first.fingerprint
         assert resolve_data(str(first.folder), options).fingerprint == first.fingerprint
     seen = {first.name}
-    for changed in ({"vocab_size": 290}, {"split_pattern": "gpt2"}, {"val_fraction": 0.2}, {"split": "tail"}, {"tokenizer": "char"}):
+    for changed in (
+        {"vocab_size": 290},
+        {"split_pattern": "gpt2"},
+        {"val_fraction": 0.2},
+        {"split": "tail"},
+        {"tokenizer": "char"},
+    ):
         seen.add(resolve_data("my növel.txt", dataclasses.replace(options, **changed)).name)
     (folder / "my növel.txt").write_text("The night was sultry. " * 60, encoding="utf-8")
     seen.add(resolve_data("my növel.txt", options).name)
@@ -481,7 +501,10 @@ def test_counting_matches_the_text(folder):
     assert counts.alphabet == set("日本語 text\nmore")
     rule = choose_rule(counts, PrepareOptions(val_fraction=0.5))
     assert (rule.name, rule.limit) == ("tail", 6)
-    assert ["".join(piece.text for piece in group) for _, group in itertools.groupby(rule.pieces(corpus), lambda piece: piece.split)] == [
+    assert [
+        "".join(piece.text for piece in group)
+        for _, group in itertools.groupby(rule.pieces(corpus), lambda piece: piece.split)
+    ] == [
         "日本語 te",
         "xt\nmore",
     ]
@@ -490,4 +513,8 @@ def test_counting_matches_the_text(folder):
 def test_dataset_json_is_for_people_too(folder):
     prepared("some text " * 30)
     meta = json.loads((folder / "data" / "d" / "dataset.json").read_text(encoding="utf-8"))
-    assert (meta["source"], meta["options"]["val_fraction"], meta["characters"]) == ({"name": "in", "origin": "in.txt"}, 0.1, 300)
+    assert (meta["source"], meta["options"]["val_fraction"], meta["characters"]) == (
+        {"name": "in", "origin": "in.txt"},
+        0.1,
+        300,
+    )

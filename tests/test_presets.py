@@ -7,7 +7,11 @@ import pytest
 import config
 from tests.test_train import read_events, train
 
-PRESETS = sorted(path.stem for path in (Path(__file__).parent.parent / "config").glob("*.py") if "\ndata = " in path.read_text("utf-8"))
+PRESETS = sorted(
+    path.stem
+    for path in (Path(__file__).parent.parent / "config").glob("*.py")
+    if "\ndata = " in path.read_text("utf-8")
+)
 EXPECTED = {
     "quickstart",
     "shakespeare_char",
@@ -18,8 +22,23 @@ EXPECTED = {
     "debug",
     "speedrun_char_cpu",
 }
-SMALLER = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--n_hidden=none", "--n_kv_head=none", "--block_size=32", "--tokens_per_step=256")
-QUICK = ("--max_steps=20", "--warmup_steps=2", "--learning_rate=1e-2", "--min_learning_rate=0", "--budget_minutes=none", "--log_interval=1")
+SMALLER = (
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--n_hidden=none",
+    "--n_kv_head=none",
+    "--block_size=32",
+    "--tokens_per_step=256",
+)
+QUICK = (
+    "--max_steps=20",
+    "--warmup_steps=2",
+    "--learning_rate=1e-2",
+    "--min_learning_rate=0",
+    "--budget_minutes=none",
+    "--log_interval=1",
+)
 SILENT = ("--eval_interval=20", "--eval_tokens=2000", "--sample_tokens=0", "--threads=1", "--dtype=float32")
 
 
@@ -40,7 +59,9 @@ def test_every_preset_learns_when_made_small(preset, tmp_path, monkeypatch, smal
     """Twenty steps with the preset's own kind of model, optimizer and schedule."""
     monkeypatch.chdir(tmp_path)
     options = config.load("train.py", [preset])
-    tokenizer = "bytes" if options.flat()["tokenizer"] == "gpt2" else options.flat()["tokenizer"]  # GPT-2's files are not everywhere
+    tokenizer = (
+        "bytes" if options.flat()["tokenizer"] == "gpt2" else options.flat()["tokenizer"]
+    )  # GPT-2's files are not everywhere
     data = (f"--data={small_text}", f"--tokenizer={tokenizer}", "--vocab_size=300")
     assert train(preset, *SMALLER, *QUICK, *SILENT, *data, "--run=run") == 0
     losses = [event["loss"] for event in read_events("run", "step")]

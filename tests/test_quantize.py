@@ -26,7 +26,9 @@ def test_products_are_those_of_rounded_numbers(levels, bias):
     actual = Int8Linear(weight, offset, levels)(x)
     assert actual.dtype == torch.float32
     expected = expected if offset is None else expected + offset
-    torch.testing.assert_close(actual.double(), expected, atol=0.02, rtol=1e-4)  # 0.02: an input that lies halfway between two steps
+    torch.testing.assert_close(
+        actual.double(), expected, atol=0.02, rtol=1e-4
+    )  # 0.02: an input that lies halfway between two steps
     assert torch.equal(Int8Linear(weight, offset, levels)(x[1:, 1:2]), actual[1:, 1:2])  # whatever the other rows hold
 
 

@@ -16,21 +16,37 @@ from training.report import main as report_main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
 COMMANDS = [re.sub(r"    #.*", "", command) for command in COMMANDS if command]
-RUN = [command for command in COMMANDS if command.startswith("python ")]  # the others set up the environment: make and pip
-SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--tokens_per_step=64", "--budget_minutes=none", "--warmup_steps=1"]
+RUN = [
+    command for command in COMMANDS if command.startswith("python ")
+]  # the others set up the environment: make and pip
+SMALL = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=16",
+    "--tokens_per_step=64",
+    "--budget_minutes=none",
+    "--warmup_steps=1",
+]
 QUICK = ["--max_steps=2", "--eval_tokens=300", "--sample_tokens=3", "--final_samples=1", "--threads=1"]
 
 
 @pytest.fixture
 def _a_users_folder(tmp_path, monkeypatch, small_text):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("generation.server.Server.run", lambda server, sockets: None)  # it would serve for ever
+    monkeypatch.setattr("server.app.Server.run", lambda server, sockets: None)  # it would serve for ever
     text = small_text.read_text("utf-8")
     Path("my_novel.txt").write_text(text, encoding="utf-8")
     Path("letters.txt").write_text(text[:20_000], encoding="utf-8")
-    Path("names.txt").write_text("\n".join(line.split()[0] + str(i) for i, line in enumerate(text.splitlines())), encoding="utf-8")
+    Path("names.txt").write_text(
+        "\n".join(line.split()[0] + str(i) for i, line in enumerate(text.splitlines())), encoding="utf-8"
+    )
     Path("prompt.txt").write_text("Anna sees", encoding="utf-8")
     Path("many.jsonl").write_text('"Anna"\n{"prompt": "Once", "id": 7}\n', encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("Anna sees\n/retry\n"))  # for --interactive
@@ -43,7 +59,13 @@ def start(command: str) -> int:
     script, *args = shlex.split(command.partition(" > ")[0])[1:]
     if script == "train.py":
         resuming = any(arg.startswith(("--resume", "--init_from")) for arg in args)
-        args += QUICK if not resuming else ["--threads=1"] if any("max_steps" in arg for arg in args) else ["--max_steps=3", "--threads=1"]
+        args += (
+            QUICK
+            if not resuming
+            else ["--threads=1"]
+            if any("max_steps" in arg for arg in args)
+            else ["--max_steps=3", "--threads=1"]
+        )
         if not resuming:
             args += SMALL
         elif any(arg.startswith("--init_from") for arg in args):
@@ -85,6 +107,8 @@ def test_make_demo_in_a_fresh_clone_twice(tmp_path):
     clone = tmp_path / "a clone é"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     for arguments in ("", "ARGS=--budget_minutes=0.2"):
-        done = subprocess.run(["make", "demo", *filter(None, [arguments])], cwd=clone, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["make", "demo", *filter(None, [arguments])], cwd=clone, check=True, capture_output=True, text=True
+        )
         assert done.stdout.count("---- sample") > 3
     assert sorted(path.name for path in (clone / "runs").iterdir()) == ["quickstart-1", "quickstart-2"]

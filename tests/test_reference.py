@@ -36,7 +36,8 @@ def test_a_band_is_students_prediction_interval():
 
 
 @pytest.mark.parametrize(
-    ("loss", "place"), [(2.01, "inside the band"), (2.048, "inside"), (2.1481, "0.1000 above the band"), (1.8519, "0.1000 below")]
+    ("loss", "place"),
+    [(2.01, "inside the band"), (2.048, "inside"), (2.1481, "0.1000 above the band"), (1.8519, "0.1000 below")],
 )
 def test_the_distance_from_the_band_is_told(loss, place):
     text = Reference("abc", OPTIONS, FIVE).describe(50, loss, Plan(100, 20))
@@ -46,7 +47,12 @@ def test_the_distance_from_the_band_is_told(loss, place):
 
 @pytest.mark.parametrize(
     ("fingerprint", "options", "step"),
-    [("other", OPTIONS, 50), ("abc", {**OPTIONS, "n_layer": 3}, 50), ("abc", {**OPTIONS, "learning_rate": 0.02}, 50), ("abc", OPTIONS, 51)],
+    [
+        ("other", OPTIONS, 50),
+        ("abc", {**OPTIONS, "n_layer": 3}, 50),
+        ("abc", {**OPTIONS, "learning_rate": 0.02}, 50),
+        ("abc", OPTIONS, 51),
+    ],
 )
 def test_about_what_is_unknown_nothing_is_said(fingerprint, options, step):
     assert Reference(fingerprint, options, FIVE).describe(step, 2.0, Plan(100, 20)) is None
@@ -55,7 +61,15 @@ def test_about_what_is_unknown_nothing_is_said(fingerprint, options, step):
 
 
 def test_what_does_not_move_the_loss_may_differ():
-    same = {**OPTIONS, "seed": 5, "dtype": "bfloat16", "data": "elsewhere", "micro_batch_size": 3, "log_interval": 7, "max_steps": 9}
+    same = {
+        **OPTIONS,
+        "seed": 5,
+        "dtype": "bfloat16",
+        "data": "elsewhere",
+        "micro_batch_size": 3,
+        "log_interval": 7,
+        "max_steps": 9,
+    }
     assert len(Reference("abc", same, FIVE).runs) == 5
 
 
@@ -67,7 +81,12 @@ def test_an_option_that_is_newer_than_the_record_had_its_default():
 
 @pytest.mark.parametrize(
     ("schedule", "plan", "steps"),
-    [("wsd", (200, 40), (0, 50)), ("wsd", (100, 60), (0,)), ("cosine", (200, 40), ()), ("constant", (200, 40), (0, 50, 90))],
+    [
+        ("wsd", (200, 40), (0, 50)),
+        ("wsd", (100, 60), (0,)),
+        ("cosine", (200, 40), ()),
+        ("constant", (200, 40), (0, 50, 90)),
+    ],
 )
 def test_plans_are_compared_as_far_as_their_learning_rates_are_the_same(schedule, plan, steps):
     options = {**OPTIONS, "schedule": schedule}
@@ -121,10 +140,16 @@ def test_a_resumed_run_says_the_same(tmp_path, small_text, monkeypatch, capsys):
     straight = capsys.readouterr().out.splitlines()
     log_if_due = train_script.Training.log_if_due
     with monkeypatch.context() as patch:
-        patch.setattr(train_script.Training, "log_if_due", lambda self: log_if_due(self) or (self.step == 12 and raise_signal(SIGTERM)))
+        patch.setattr(
+            train_script.Training,
+            "log_if_due",
+            lambda self: log_if_due(self) or (self.step == 12 and raise_signal(SIGTERM)),
+        )
         assert train_script.main([*TINY, f"--data={small_text}", "--run=cut", "--seed=4"]) == STOPPED
     assert train_script.main(["--resume=cut", "--threads=1"]) == 0
-    said = [[line for line in lines if "the band" in line] for lines in (straight, capsys.readouterr().out.splitlines())]
+    said = [
+        [line for line in lines if "the band" in line] for lines in (straight, capsys.readouterr().out.splitlines())
+    ]
     assert said[0] == said[1]
     assert len(said[0]) == 3
 

@@ -14,12 +14,28 @@ from errors import UserError
 from tests.conftest import ROOT
 from training.report import main, read_facts, read_metrics
 
-OPTIONS = {"data": "notes", "max_steps": 50, "tokens_per_step": 512, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
+OPTIONS = {
+    "data": "notes",
+    "max_steps": 50,
+    "tokens_per_step": 512,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 32,
+}
 
 
 def step(at, loss=3.0, seconds=None, **fields):
     timing = {"tokens_per_second": 50_000, "seconds": at / 10 if seconds is None else seconds, "memory_bytes": 1}
-    return {"event": "step", "step": at, "loss": loss, "learning_rate": 0.01, "grad_norm": 0.5, "timing": timing, **fields}
+    return {
+        "event": "step",
+        "step": at,
+        "loss": loss,
+        "learning_rate": 0.01,
+        "grad_norm": 0.5,
+        "timing": timing,
+        **fields,
+    }
 
 
 def evaluation(at, val_loss=3.1, event="eval"):
@@ -69,7 +85,15 @@ def report(run):
     return page
 
 
-NORMAL = [evaluation(0, 5.4), step(10, 4.0), step(20), evaluation(25, 2.9), step(30), evaluation(50, 3.0), evaluation(50, 3.05, "final")]
+NORMAL = [
+    evaluation(0, 5.4),
+    step(10, 4.0),
+    step(20),
+    evaluation(25, 2.9),
+    step(30),
+    evaluation(50, 3.0),
+    evaluation(50, 3.05, "final"),
+]
 NOISY = [step(at, 3 + np.sin(at) / 9) for at in range(10, 5000, 10)]
 
 
@@ -82,9 +106,19 @@ NOISY = [step(at, 3 + np.sin(at) / 9) for at in range(10, 5000, 10)]
         pytest.param([skip(0)], id="nothing but a skipped update"),
         pytest.param([step(10, float("nan")), evaluation(10, float("nan"))], id="nothing finite"),
         pytest.param(
-            [*NOISY, step(5000, 1e300, grad_norm=float("inf")), step(5010, 1e5), evaluation(4000), evaluation(5000, 1e308)], id="huge"
+            [
+                *NOISY,
+                step(5000, 1e300, grad_norm=float("inf")),
+                step(5010, 1e5),
+                evaluation(4000),
+                evaluation(5000, 1e308),
+            ],
+            id="huge",
         ),
-        pytest.param([{"event": "step", "step": 5}, {"event": "eval", "step": 5}, {"event": "new", "step": 6}, [1]], id="fields missing"),
+        pytest.param(
+            [{"event": "step", "step": 5}, {"event": "eval", "step": 5}, {"event": "new", "step": 6}, [1]],
+            id="fields missing",
+        ),
     ],
 )
 @pytest.mark.parametrize("options", [OPTIONS, None], ids=["config", "no config"])
@@ -126,7 +160,9 @@ def test_a_line_that_is_still_being_written_is_ignored(tmp_path):
 
 
 def test_the_time_of_a_resumed_run_is_the_sum_of_its_sessions(tmp_path):
-    run = make_run(tmp_path / "run", [step(10, seconds=100), step(20, seconds=200), step(30, seconds=50), step(40, seconds=160)])
+    run = make_run(
+        tmp_path / "run", [step(10, seconds=100), step(20, seconds=200), step(30, seconds=50), step(40, seconds=160)]
+    )
     assert read_facts(run, read_metrics(run))["time"] == "6:00 in 2 sessions"
 
 
@@ -142,7 +178,9 @@ def test_it_leaves_matplotlib_as_it_was(tmp_path):
     report(make_run(tmp_path / "run", NORMAL))
     assert dict(matplotlib.rcParams) == before
     code = "import sys, training.report; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "importing the module must not import matplotlib"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, (
+        "importing the module must not import matplotlib"
+    )
 
 
 def test_without_matplotlib_the_pip_line_is_named(tmp_path, monkeypatch):
@@ -154,7 +192,11 @@ def test_without_matplotlib_the_pip_line_is_named(tmp_path, monkeypatch):
 def test_what_is_no_run_is_refused_with_the_next_command(tmp_path):
     (tmp_path / "empty").mkdir()
     make_run(tmp_path / "silent", [])
-    for name, problem in (("missing", "no such directory"), ("empty", "no run directory"), ("silent", "nothing has been logged")):
+    for name, problem in (
+        ("missing", "no such directory"),
+        ("empty", "no run directory"),
+        ("silent", "nothing has been logged"),
+    ):
         with pytest.raises(UserError, match=rf"{name}.*{problem}.*python train\.py"):
             main([str(tmp_path / name)])
     with pytest.raises(UserError, match=r"python -m training\.report"):

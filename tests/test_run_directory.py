@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from common.run_directory import RunLock, claim_run, newest_run, refuse_used_run
 from errors import UserError
 from tests.conftest import ROOT
-from training.run_directory import RunLock, claim_run, newest_run, refuse_used_run
 
 HOLDER = """
 import pathlib, sys, time
-from training.run_directory import RunLock
+from common.run_directory import RunLock
 with RunLock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -24,7 +24,9 @@ with RunLock(pathlib.Path(sys.argv[1])):
 
 
 def test_a_second_process_is_refused_and_a_killed_one_holds_nothing(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     with holder:
         assert holder.stdout.readline() == "held\n"

@@ -16,11 +16,11 @@ import torch
 
 import sample
 from checkpoint import save_checkpoint
+from common.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
 from errors import UserError
 from generation.prompts import ends_in_a_lone_space, print_texts
 from generation.text import Piece, load_model, sample_texts
 from model import GPT, GPTConfig
-from prepare_data.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
 CPU = torch.device("cpu")
@@ -31,7 +31,13 @@ def save(run, step, tokenizer, seed=0, val_loss=None, **changes):
     model = GPT(config, seed=seed)
     state = {} if val_loss is None else {"val_loss": val_loss}
     path = save_checkpoint(
-        run, step, model=model.export_state(), config=config.to_dict(), tokenizer=tokenizer.to_dict(), optimizer={}, state=state
+        run,
+        step,
+        model=model.export_state(),
+        config=config.to_dict(),
+        tokenizer=tokenizer.to_dict(),
+        optimizer={},
+        state=state,
     )
     return path, model
 
@@ -86,19 +92,27 @@ def test_checkpoints_by_name(runs, capsys, which, step):
 def test_a_checkpoint_a_model_folder_and_the_newest_run(runs, capsys, tmp_path, monkeypatch):
     checkpoint = runs / "bytes/checkpoints/step-00000030"
     shutil.copytree(checkpoint / "model", tmp_path / "exported")
-    outputs = [start(capsys, f"--run={path}", "--max_new_tokens=20") for path in (checkpoint, checkpoint / "model", tmp_path / "exported")]
+    outputs = [
+        start(capsys, f"--run={path}", "--max_new_tokens=20")
+        for path in (checkpoint, checkpoint / "model", tmp_path / "exported")
+    ]
     assert outputs[0].out == outputs[1].out == outputs[2].out
     assert all("(step 30, val loss 1.5000)" in output.err for output in outputs[:2])
     assert f"model folder {tmp_path / 'exported'}" in outputs[2].err
     monkeypatch.chdir(runs.parent)
-    assert "runs/char/checkpoints/step-00000005 (step 5, best, no val loss)" in start(capsys, "--max_new_tokens=2").err.replace("\\", "/")
+    assert "runs/char/checkpoints/step-00000005 (step 5, best, no val loss)" in start(
+        capsys, "--max_new_tokens=2"
+    ).err.replace("\\", "/")
 
 
 def test_several_samples_stand_in_order_and_do_not_depend_on_their_number(runs, capsys):
     flags = [f"--run={runs / 'bytes'}", "--prompt=x", "--temperature=2", "--max_new_tokens=200"]
     out, err = start(capsys, *flags, "--num_samples=4")
     texts = [
-        text for text, _ in text_of(runs / "bytes/checkpoints/step-00000020/model", "x", num_samples=4, max_new_tokens=200, temperature=2)
+        text
+        for text, _ in text_of(
+            runs / "bytes/checkpoints/step-00000020/model", "x", num_samples=4, max_new_tokens=200, temperature=2
+        )
     ]
     assert out == "\n---\n".join(texts) + "\n"
     assert re.findall(r"^sample (\d): (?:end of sequence|length), \d+ tokens$", err, re.M) == ["1", "2", "3", "4"]
@@ -147,14 +161,22 @@ def test_many_prompts_in_json_lines_out(runs, capsys, tmp_path, monkeypatch):
     ]  # fmt: skip
     tokenizer = char_tokenizer("abc \n世")
     for line in lines:  # each is what its prompt alone would have given
-        texts = text_of(runs / "char/checkpoints/step-00000005/model", line["prompt"], num_samples=2, max_new_tokens=40, temperature=1.5)
+        texts = text_of(
+            runs / "char/checkpoints/step-00000005/model",
+            line["prompt"],
+            num_samples=2,
+            max_new_tokens=40,
+            temperature=1.5,
+        )
         text, reason = texts[line["sample"]]
         assert (line["prompt"] + line["text"], line["finish_reason"]) == (text, reason)
         assert tokenizer.decode(line["ids"]) == line["text"]
         assert len(line["ids"]) == len(line["logprobs"]) == len(line["top_logprobs"])
         for logprob, top in zip(line["logprobs"], line["top_logprobs"], strict=True):
             assert logprob <= top[0]["logprob"] + 1e-6 <= 0.000001
-            assert [alternative["text"] for alternative in top] == [tokenizer.decode([alternative["id"]]) for alternative in top]
+            assert [alternative["text"] for alternative in top] == [
+                tokenizer.decode([alternative["id"]]) for alternative in top
+            ]
     assert f"{sum(len(line['ids']) for line in lines)} tokens in" in err
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
     assert start(capsys, *flags, "--prompts=-", "--logprobs=2").out == out
@@ -178,7 +200,18 @@ def test_many_prompts_in_json_lines_out(runs, capsys, tmp_path, monkeypatch):
         (b'"a"\n"z"\n', r", line 2: the char tokenizer knows .* but not 'z'"),
         (b'"\xff"\n', r"not UTF-8: byte 0xff at offset 1"),
     ],
-    ids=["a number", "no prompt", "unknown key", "no JSON", "deep", "null", "empty", "surrogate", "unknown character", "no UTF-8"],
+    ids=[
+        "a number",
+        "no prompt",
+        "unknown key",
+        "no JSON",
+        "deep",
+        "null",
+        "empty",
+        "surrogate",
+        "unknown character",
+        "no UTF-8",
+    ],
 )
 def test_bad_files_of_prompts(runs, capsys, tmp_path, content, message):
     (tmp_path / "p q.jsonl").write_bytes(content)
@@ -198,7 +231,9 @@ def test_options_of_prompts_that_contradict_each_other(capsys):
     assert "--prompt and --prompts all give the prompt" in bad(capsys, "--prompt=a", "--prompts=b")
     assert "--interactive reads from the keyboard" in bad(capsys, "--interactive", "--prompt_file=-")
     assert "--interactive shows one sample" in bad(capsys, "--interactive", "--num_samples=2")
-    assert "--min_new_tokens=9 is more than --max_new_tokens=5" in bad(capsys, "--min_new_tokens=9", "--max_new_tokens=5")
+    assert "--min_new_tokens=9 is more than --max_new_tokens=5" in bad(
+        capsys, "--min_new_tokens=9", "--max_new_tokens=5"
+    )
     assert "--stop= is empty" in bad(capsys, "--stop=")
 
 
@@ -237,14 +272,18 @@ def bad(capsys, *argv):
 def test_runs_and_checkpoints_that_are_not_there(runs, capsys, tmp_path, monkeypatch):
     assert re.search(r"runs.nowhere does not exist.*python train.py", bad(capsys, f"--run={runs / 'nowhere'}"))
     assert re.search(r"runs.empty has no checkpoint.*python train.py", bad(capsys, f"--run={runs / 'empty'}"))
-    assert re.search(r"'step-11' is not in .*best, latest, step-10", bad(capsys, f"--run={runs / 'bytes'}", "--checkpoint=step-11"))
+    assert re.search(
+        r"'step-11' is not in .*best, latest, step-10", bad(capsys, f"--run={runs / 'bytes'}", "--checkpoint=step-11")
+    )
     assert "did you mean" in bad(capsys, "--temprature=1")
     monkeypatch.chdir(tmp_path)
     assert "no run with a checkpoint in runs" in bad(capsys)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "sprout_tokenizer.json"])
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:]])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:]]
+)
 def test_damaged_checkpoints(runs, capsys, tmp_path, name, damage):
     shutil.copytree(runs / "char", tmp_path / "run")
     path = next((tmp_path / "run").glob(f"checkpoints/*/model/{name}"))
@@ -253,7 +292,10 @@ def test_damaged_checkpoints(runs, capsys, tmp_path, name, damage):
 
 
 def test_folders_whose_files_do_not_belong_together(runs, capsys, tmp_path):
-    bytes_model, char_model = runs / "bytes/checkpoints/step-00000010/model", runs / "char/checkpoints/step-00000005/model"
+    bytes_model, char_model = (
+        runs / "bytes/checkpoints/step-00000010/model",
+        runs / "char/checkpoints/step-00000005/model",
+    )
     for name, message in {
         "sprout_tokenizer.json": "257 ids with end-of-sequence 256, its tokenizer 7 with 6",
         "model.safetensors": r"'embed.weight' has the shape \(7, 16\), this model has \(257, 16\)",
@@ -288,9 +330,14 @@ def test_bad_prompts(runs, capsys, tmp_path, monkeypatch):
     assert "--prepend_eos=false" in bad(capsys, flag, "--prepend_eos=false")
     assert "--prompt_file" in bad(capsys, flag, "--prompt=a", "--prompt_file=-")
     assert "surrogate" in bad(capsys, f"--run={runs / 'bytes'}", "--prompt=a\udcff")
-    assert re.search("missing.txt cannot be read: No such file", bad(capsys, flag, f"--prompt_file={tmp_path / 'missing.txt'}"))
+    assert re.search(
+        "missing.txt cannot be read: No such file", bad(capsys, flag, f"--prompt_file={tmp_path / 'missing.txt'}")
+    )
     (tmp_path / "gb.txt").write_bytes("abc世界".encode("gb18030"))
-    assert re.search(r"gb.txt is not UTF-8: byte 0xca at offset 3.*GB18030", bad(capsys, flag, f"--prompt_file={tmp_path / 'gb.txt'}"))
+    assert re.search(
+        r"gb.txt is not UTF-8: byte 0xca at offset 3.*GB18030",
+        bad(capsys, flag, f"--prompt_file={tmp_path / 'gb.txt'}"),
+    )
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     assert "offset 2" in bad(capsys, flag, "--prompt_file=-")
 

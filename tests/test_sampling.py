@@ -19,7 +19,9 @@ def test_uniform():
     assert 0 <= min(values) < 0.001 < 0.999 < max(values) < 1
     assert abs(sum(values) / 10_000 - 0.5) < 0.01
     assert uniform(1, 23, 4) != uniform(12, 3, 4)
-    assert uniform(1337, 0, 1) == 0.208437298079438, "the hash has changed: every seed now gives other samples; say so in the notes"
+    assert uniform(1337, 0, 1) == 0.208437298079438, (
+        "the hash has changed: every seed now gives other samples; say so in the notes"
+    )
 
 
 def chi_square_bound(df):
@@ -114,7 +116,9 @@ def test_log_probabilities_are_the_models_own():
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.integers(1, 30))
 def test_top_k_keeps_exactly_k_lower_ids_first(values, k):
-    kept = weights(torch.tensor([values]).float(), SamplingOptions(temperature=1.0, top_k=k))[0].nonzero()[:, 0].tolist()
+    kept = (
+        weights(torch.tensor([values]).float(), SamplingOptions(temperature=1.0, top_k=k))[0].nonzero()[:, 0].tolist()
+    )
     assert kept == sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:k])
 
 
@@ -122,7 +126,9 @@ def test_top_k_keeps_exactly_k_lower_ids_first(values, k):
 def test_top_p_keeps_the_smallest_set_that_suffices(values, p):
     logits = torch.tensor([values], dtype=torch.float64)
     probs = logits.softmax(-1)[0]
-    kept = sorted(float(probs[i]) for i in weights(logits, SamplingOptions(temperature=1.0, top_p=p))[0].nonzero()[:, 0])
+    kept = sorted(
+        float(probs[i]) for i in weights(logits, SamplingOptions(temperature=1.0, top_p=p))[0].nonzero()[:, 0]
+    )
     assert kept
     assert sum(kept) >= p - 1e-9
     assert sum(kept[1:]) < p + 1e-9  # without its smallest it would not suffice
@@ -147,6 +153,9 @@ def test_the_ends_of_the_interval_draw_ids_that_are_allowed(u):
 def test_weights_that_are_not_finite_are_said(temperature, value):
     logits = torch.zeros(3, 5)
     logits[1, 2] = value
-    for options in (SamplingOptions(temperature=temperature), SamplingOptions(temperature=temperature, top_k=2, top_p=0.5)):
+    for options in (
+        SamplingOptions(temperature=temperature),
+        SamplingOptions(temperature=temperature, top_k=2, top_p=0.5),
+    ):
         with pytest.raises(UserError, match=r"not finite.*--checkpoint=latest"):
             draw(logits, [0.5] * 3, options)

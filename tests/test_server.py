@@ -23,20 +23,23 @@ from hypothesis import strategies as st
 
 import config
 import sample
+from common.tokenizer import bytes_tokenizer
 from errors import UserError
-from generation import completions, queue
-from generation.completions import MAX_PROMPT_TOKENS, MAX_SAMPLES, Refused, Served, read_request
-from generation.options import SamplingOptions, ServerOptions
-from generation.server import MAX_BODY, PAGE, Queue, Server, listen, make_app
+from generation.options import SamplingOptions
 from generation.text import stream_texts
 from model import GPT, GPTConfig
-from prepare_data.tokenizer import bytes_tokenizer
+from server import completions, queue
+from server.app import MAX_BODY, PAGE, Queue, Server, listen, make_app
+from server.completions import MAX_PROMPT_TOKENS, MAX_SAMPLES, Refused, Served, read_request
+from server.options import ServerOptions
 from tests.test_sample import save
 
 TOKENIZER = bytes_tokenizer()
 EOS = TOKENIZER.eos_id
 MODEL = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=257, eos_id=EOS), seed=3).eval()
-SERVED = Served("notes", MODEL, TOKENIZER, SamplingOptions(max_new_tokens=50, temperature=0.7, stop=("\n",)), 1_700_000_000)
+SERVED = Served(
+    "notes", MODEL, TOKENIZER, SamplingOptions(max_new_tokens=50, temperature=0.7, stop=("\n",)), 1_700_000_000
+)
 ENDLESS = {"prompt": "x", "max_tokens": 30_000, "min_tokens": 30_000}  # a minute and more
 
 
@@ -121,7 +124,15 @@ def test_the_openai_package_gets_completions_with_openais_defaults(client):
 
 
 def test_the_openai_package_streams_the_same_samples(client):
-    asked = {"model": "notes", "prompt": ["Once", "世"], "n": 2, "seed": 9, "max_tokens": 60, "temperature": 1.5, "logprobs": 2}
+    asked = {
+        "model": "notes",
+        "prompt": ["Once", "世"],
+        "n": 2,
+        "seed": 9,
+        "max_tokens": 60,
+        "temperature": 1.5,
+        "logprobs": 2,
+    }
     whole = client.completions.create(**asked)
     texts, reasons, usages, tokens = [""] * 4, [None] * 4, [], [[] for _ in range(4)]
     for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
@@ -146,7 +157,9 @@ def test_the_openai_package_passes_our_own_options(client):
     changes = {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.3, "temperature": 0.9, "top_p": 0.8}
     penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.25}
     extra = {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.3, "min_tokens": 12}
-    answer = client.completions.create(model="notes", prompt="a", seed=1, temperature=0.9, top_p=0.8, **penalties, extra_body=extra)
+    answer = client.completions.create(
+        model="notes", prompt="a", seed=1, temperature=0.9, top_p=0.8, **penalties, extra_body=extra
+    )
     assert [answer.choices[0].text] == written(ids_of("a"), 1, **changes, **penalties, min_new_tokens=12)
 
 
@@ -166,7 +179,14 @@ def test_the_openai_package_raises_its_own_errors(client):
 
 def test_samples_are_those_of_sample_py(tmp_path, capsys):
     _, model = save(tmp_path, 1, TOKENIZER, seed=5)
-    flags = [f"--run={tmp_path}", "--prompt=Es war", "--num_samples=3", "--max_new_tokens=40", "--temperature=1.2", "--seed=11"]
+    flags = [
+        f"--run={tmp_path}",
+        "--prompt=Es war",
+        "--num_samples=3",
+        "--max_new_tokens=40",
+        "--temperature=1.2",
+        "--seed=11",
+    ]
     assert sample.main([*flags, "--stop=e"]) == 0
     texts = capsys.readouterr().out.removesuffix("\n").split("\n---\n")
     with running(replace(SERVED, model=model.eval())) as (address, _):
@@ -180,14 +200,20 @@ def test_a_seed_is_drawn_and_told(url):
     assert post(url, seed=first["seed"])["choices"] == first["choices"]
 
 
-@pytest.mark.parametrize("prompt", ["né", ["né"], [EOS, 110, 195, 169], [[EOS, 110, 195, 169]]], ids=["text", "texts", "ids", "lists"])
+@pytest.mark.parametrize(
+    "prompt", ["né", ["né"], [EOS, 110, 195, 169], [[EOS, 110, 195, 169]]], ids=["text", "texts", "ids", "lists"]
+)
 def test_prompts_as_text_and_as_ids(url, prompt):
     assert post(url, prompt=prompt, seed=2)["choices"][0]["text"] == written(ids_of("né"), 2)[0]
 
 
 def test_ids_are_taken_as_they_are_and_no_prompt_is_a_new_document(url):
     assert post(url, prompt=[110], seed=2)["choices"][0]["text"] == written([110], 2)[0]
-    assert post(url, seed=2)["choices"][0]["text"] == post(url, prompt="", seed=2)["choices"][0]["text"] == written([EOS], 2)[0]
+    assert (
+        post(url, seed=2)["choices"][0]["text"]
+        == post(url, prompt="", seed=2)["choices"][0]["text"]
+        == written([EOS], 2)[0]
+    )
 
 
 def test_reasons_of_the_end(url):
@@ -296,7 +322,12 @@ def test_what_is_wrong_with_a_request(url, body, param, message):
     status, _, content = ask(url, "POST", body=body)
     assert status == 400
     assert content.keys() == {"error"}
-    assert content["error"] == {"message": content["error"]["message"], "type": "invalid_request_error", "param": param, "code": None}
+    assert content["error"] == {
+        "message": content["error"]["message"],
+        "type": "invalid_request_error",
+        "param": param,
+        "code": None,
+    }
     assert re.search(message, content["error"]["message"])
     assert len(content["error"]["message"]) < 500
 
@@ -323,7 +354,12 @@ def test_other_statuses(url):
     | st.dictionaries(
         st.sampled_from([*completions.SAMPLING, *completions.OTHERS]),
         st.recursive(
-            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["notes", 1, 0.5]),
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats()
+            | st.text(max_size=5)
+            | st.sampled_from(["notes", 1, 0.5]),
             lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
             max_leaves=5,
         ),
@@ -451,21 +487,39 @@ def test_other_web_pages_and_names_are_refused(url):
         assert "another web page" in content["error"]["message"]
         assert "access-control-allow-origin" not in headers
     assert ask(url, "POST", body={}, headers={"Origin": url})[0] == 200
-    assert ask(url, "OPTIONS", headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})[0] == 403
+    assert (
+        ask(url, "OPTIONS", headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})[0]
+        == 403
+    )
 
 
 def test_a_token_is_asked_of_all_but_the_page():
     options = ServerOptions(serve=True, host="0.0.0.0", port=0, api_token="a-long-secret")
     with running(options=options) as (address, _):
-        for method, path in (("GET", "/v1/models"), ("GET", "/health"), ("POST", "/v1/completions"), ("GET", "/nothing"), ("POST", "/")):
+        for method, path in (
+            ("GET", "/v1/models"),
+            ("GET", "/health"),
+            ("POST", "/v1/completions"),
+            ("GET", "/nothing"),
+            ("POST", "/"),
+        ):
             for given in (None, "Bearer wrong", "a-long-secret", "Bearer a-long-secret2", "Bearer \xe9"):
-                status, headers, content = ask(address, method, path, headers={} if given is None else {"Authorization": given})
-                assert (status, headers["www-authenticate"], content["error"]["code"]) == (401, "Bearer", "invalid_api_key")
+                status, headers, content = ask(
+                    address, method, path, headers={} if given is None else {"Authorization": given}
+                )
+                assert (status, headers["www-authenticate"], content["error"]["code"]) == (
+                    401,
+                    "Bearer",
+                    "invalid_api_key",
+                )
                 assert "a-long-secret" not in content["error"]["message"]
         assert ask(address, "GET", "/", headers={"Host": "any.example"})[0] == 200
         with openai.OpenAI(base_url=f"{address}/v1", api_key="a-long-secret", max_retries=0) as client:
             assert client.completions.create(model="notes", prompt="a").choices
-        with openai.OpenAI(base_url=f"{address}/v1", api_key="other", max_retries=0) as client, pytest.raises(openai.AuthenticationError):
+        with (
+            openai.OpenAI(base_url=f"{address}/v1", api_key="other", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
             client.models.list()
 
 
@@ -494,7 +548,10 @@ def test_addresses_of_this_machine_need_no_token():
 
 
 def test_a_port_that_is_taken_and_a_host_that_is_not_ours():
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"--port=\d+: cannot listen there.*--port=0"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(UserError, match=r"--port=\d+: cannot listen there.*--port=0"),
+    ):
         listen(ServerOptions(port=taken.getsockname()[1]))
     with pytest.raises(UserError, match="cannot listen there"):
         listen(ServerOptions(host="203.0.113.1", api_token="a-long-secret"))
@@ -502,9 +559,11 @@ def test_a_port_that_is_taken_and_a_host_that_is_not_ours():
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "generation.server")
-    with pytest.raises(UserError, match="--serve needs the package uvicorn, which is not installed: pip install starlette uvicorn"):
-        importlib.import_module("generation.server")
+    monkeypatch.delitem(sys.modules, "server.app")
+    with pytest.raises(
+        UserError, match="--serve needs the package uvicorn, which is not installed: pip install starlette uvicorn"
+    ):
+        importlib.import_module("server.app")
 
 
 # ---- the page, and the process
@@ -531,7 +590,7 @@ def test_the_page_begins_with_the_flags_of_sample_py(url):
 def test_sample_py_hands_its_flags_over(tmp_path, monkeypatch):
     save(tmp_path / "notes", 1, TOKENIZER)
     calls = []
-    monkeypatch.setattr("generation.server.serve", lambda *args: calls.append(args) or 0)
+    monkeypatch.setattr("server.app.serve", lambda *args: calls.append(args) or 0)
     for flags in (["--prompt=x", "--num_samples=3", "--seed=7", "--min_p=0.1"], []):
         assert sample.main([f"--run={tmp_path / 'notes'}", "--serve", *flags]) == 0
     (_, _, name, sampling, _, start), (*_, without) = calls

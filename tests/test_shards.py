@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.tokenizer import Tokenizer, bytes_tokenizer
 from errors import UserError
 from prepare_data.shard_writer import ShardWriter, write_dataset
 from prepare_data.shards import Split, open_dataset
-from prepare_data.tokenizer import Tokenizer, bytes_tokenizer
 
 EOS = 256
 
@@ -208,13 +208,19 @@ def test_shards_of_other_programs(kind, tmp_path):
 def test_ids_of_other_programs_beyond_the_vocabulary(tmp_path):
     for name in ("train.bin", "val.bin"):
         (tmp_path / name).write_bytes(np.array([5, 60_000], dtype="<u2").tobytes())
-    with pytest.raises(UserError, match=r"train.bin: holds the id 60000, but the vocabulary has 257 ids; name the tokenizer"):
+    with pytest.raises(
+        UserError, match=r"train.bin: holds the id 60000, but the vocabulary has 257 ids; name the tokenizer"
+    ):
         open_dataset(tmp_path, "bytes").train.read(0, 1)
 
 
 @pytest.mark.parametrize(
     ("name", "data", "said"),
-    [("train.bin", b"", "0 bytes"), ("train.bin", b"abc", "3 bytes"), ("train_000000.bin", b"abcd" * 500, "not a token shard")],
+    [
+        ("train.bin", b"", "0 bytes"),
+        ("train.bin", b"abc", "3 bytes"),
+        ("train_000000.bin", b"abcd" * 500, "not a token shard"),
+    ],
 )
 def test_files_of_other_programs_that_are_no_shards(name, data, said, tmp_path):
     (tmp_path / name).write_bytes(data)

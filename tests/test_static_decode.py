@@ -44,7 +44,9 @@ def test_generated_ids_are_the_same_and_each_length_is_recorded_once(monkeypatch
     plain = run(model, prompts, options)
     recorded = []
     prepare = StaticDecoder._prepare
-    monkeypatch.setattr(StaticDecoder, "_prepare", lambda self, static: recorded.append(static.places) or prepare(self, static))
+    monkeypatch.setattr(
+        StaticDecoder, "_prepare", lambda self, static: recorded.append(static.places) or prepare(self, static)
+    )
     monkeypatch.setattr(engine, "decoder_for", lambda model: StaticDecoder(model).decode)
     assert run(model, prompts, options) == plain
     assert recorded == [16]  # a row of 15 is there from the start

@@ -8,11 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import generation.engine as engine
+from common.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
 from errors import UserError
 from generation.engine import END_OF_SEQUENCE, LENGTH, STOP
 from generation.options import SamplingOptions
 from generation.text import prompt_ids, sample_texts, stream_texts
-from prepare_data.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
 from tests.test_generation import tiny_model
 
 
@@ -71,7 +71,12 @@ def test_sample_texts_changes_nothing_and_repeats(training):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(text.startswith("ab") and reason in (LENGTH, END_OF_SEQUENCE) for text, reason in once)
     autocast = torch.inference_mode  # any context
-    assert sample_texts(model, tokenizer, "ab", num_samples=2, max_new_tokens=20, temperature=1.0, seed=4, autocast=autocast) == once[:2]
+    assert (
+        sample_texts(
+            model, tokenizer, "ab", num_samples=2, max_new_tokens=20, temperature=1.0, seed=4, autocast=autocast
+        )
+        == once[:2]
+    )
 
 
 # ---- stop strings
@@ -148,4 +153,6 @@ def test_a_sample_that_meets_its_stop_string_leaves_the_batch_and_the_others_go_
     stop = (whole[0][0][5:7], whole[1][0][20:22])
     expected = [before_the_first_stop(text, stop) for text, _ in whole]
     assert any(stopped for _, stopped in expected)
-    assert texts(replace(options, stop=stop), prompts) == [(text, STOP if stopped else LENGTH) for text, stopped in expected]
+    assert texts(replace(options, stop=stop), prompts) == [
+        (text, STOP if stopped else LENGTH) for text, stopped in expected
+    ]

@@ -39,7 +39,9 @@ def test_a_peer_that_prints_something_else_is_an_error():
 
 def test_our_curve_is_that_of_the_evaluations():
     def event(kind, step, seconds):
-        return json.dumps({"event": kind, "step": step, "val_loss": 2.0, "loss": 2.0, "timing": {"train_seconds": seconds}})
+        return json.dumps(
+            {"event": kind, "step": step, "val_loss": 2.0, "loss": 2.0, "timing": {"train_seconds": seconds}}
+        )
 
     log = "\n".join([event("eval", 0, 3.0), event("step", 5, 4.0), event("eval", 10, 5.0), event("final", 10, 5.0)])
     assert [(p["step"], p["tokens"], p["seconds"]) for p in bench.our_curve(log, 100)] == [(0, 0, 3.0), (10, 1000, 5.0)]

@@ -13,9 +13,8 @@ import tiktoken_ext.openai_public
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import UserError
-from prepare_data import tokenizer as tokenizers
-from prepare_data.tokenizer import (
+from common import tokenizer as tokenizers
+from common.tokenizer import (
     PATTERNS,
     TRAINING_PATTERNS,
     bytes_tokenizer,
@@ -27,6 +26,7 @@ from prepare_data.tokenizer import (
     tokenizer_from_dict,
     train_bpe,
 )
+from errors import UserError
 from tests.conftest import ROOT
 
 CACHE = ROOT.parent / "shared" / "data" / "tiktoken"
@@ -66,7 +66,12 @@ def test_rustbpe_and_tiktoken_give_identical_ids(pattern):
 def test_patterns_are_the_published_ones(monkeypatch):
     monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: {})
     makers = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS
-    for name, pattern in {"r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "gpt4o"}.items():
+    for name, pattern in {
+        "r50k_base": "gpt2",
+        "p50k_base": "gpt2",
+        "cl100k_base": "gpt4",
+        "o200k_base": "gpt4o",
+    }.items():
         assert makers[name]()["pat_str"] == PATTERNS[pattern], f"tiktoken changed the pattern of {name}"
 
 
@@ -85,7 +90,9 @@ def test_round_trip(text):
 
 @given(
     st.lists(
-        st.sampled_from(["\n", " ", "\r\n", "\t", "ab", "Ab", "'s", "12", "1234", "字", "🎉", ".", "/", "_", "\u0301", "²", "\x1c"]),
+        st.sampled_from(
+            ["\n", " ", "\r\n", "\t", "ab", "Ab", "'s", "12", "1234", "字", "🎉", ".", "/", "_", "\u0301", "²", "\x1c"]
+        ),
         max_size=80,
     )
 )
@@ -226,7 +233,9 @@ def test_gpt2(monkeypatch):
         pytest.skip("GPT-2's vocabulary files are not on this machine (TIKTOKEN_CACHE_DIR)")
     if CACHE.is_dir():
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
-    monkeypatch.setattr(tokenizers, "download", lambda *args: pytest.skip("GPT-2's vocabulary files are not on this machine"))
+    monkeypatch.setattr(
+        tokenizers, "download", lambda *args: pytest.skip("GPT-2's vocabulary files are not on this machine")
+    )
     gpt2 = published_tokenizer("gpt2")
     assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256)
     assert gpt2.encode("hello world").tolist() == [31373, 995]

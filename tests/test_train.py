@@ -95,7 +95,13 @@ def run(finished, tmp_path) -> Path:
 
 
 def test_a_run_leaves_what_the_design_says(run, small_text):
-    assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl", "samples.txt", "checkpoints", "lock"}
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "samples.txt",
+        "checkpoints",
+        "lock",
+    }
     assert [event["step"] for event in read_events(run, "step")] == [4, 8, 12, 16, 20]
     evaluations = read_events(run, "eval")
     assert [event["step"] for event in evaluations] == [0, 10, 20]
@@ -164,7 +170,9 @@ def test_a_resumed_run_ends_in_the_same_bits(run):
     shutil.copytree(run, "cut")
     shutil.rmtree("cut/checkpoints/step-00000020")
     with open("cut/metrics.jsonl", "a") as file:
-        file.write('{"event": "step", "step": 12, "loss": 1.0}\n{"event": "st')  # what a killed process wrote after its checkpoint
+        file.write(
+            '{"event": "step", "step": 12, "loss": 1.0}\n{"event": "st'
+        )  # what a killed process wrote after its checkpoint
     assert train("--resume=cut") == 0
     assert tensors_of("cut", 20) == tensors_of(run, 20)
     assert reproducible("cut") == reproducible(run)
@@ -327,7 +335,9 @@ def test_init_from_refuses_a_dataset_of_another_tokenizer(run, small_text):
     other = ("--tokenizer=char", "--max_steps=1")
     assert train(*TINY, f"--data={small_text}", *other) == 0
     dataset = next(
-        path for path in Path("data").iterdir() if json.loads((path / "dataset.json").read_text())["tokenizer"]["name"] == "char"
+        path
+        for path in Path("data").iterdir()
+        if json.loads((path / "dataset.json").read_text())["tokenizer"]["name"] == "char"
     )
     message = message_of(*TINY, f"--init_from={run}", f"--data={dataset}")
     assert "bytes" in message
@@ -347,7 +357,7 @@ def test_eval_only_prints_and_writes_nothing(run, capsys):
 
 def test_a_used_or_locked_directory_is_refused(run, small_text):
     assert "--resume=runs/straight" in message_of(*TINY, f"--data={small_text}", "--run=runs/straight")
-    from training.run_directory import RunLock
+    from common.run_directory import RunLock
 
     with RunLock(run):
         before = sorted(run.rglob("*"))
@@ -371,7 +381,10 @@ def test_a_used_or_locked_directory_is_refused(run, small_text):
         (["--device=cuda:99"], ["--device=cuda:99"]),
         (["--device=abacus"], ["--device=abacus"]),
         (["--dtype=float16", "--device=cpu"], ["--dtype=float16"]),
-        (["--block_size=65536", "--tokens_per_step=65536", "--micro_batch_size=auto"], ["block_size + 1 = 65537", "--block_size"]),
+        (
+            ["--block_size=65536", "--tokens_per_step=65536", "--micro_batch_size=auto"],
+            ["block_size + 1 = 65537", "--block_size"],
+        ),
         (["--tokenizer=char", "--sample_prompt=猫"], ["猫"]),
     ],
 )
@@ -408,7 +421,10 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_never_saved(small_text, mo
 
     monkeypatch.setattr(Training, "_gradient", broken_at({5, 6}))
     assert train(*TINY, f"--data={small_text}", "--run=spiky") == 0
-    assert [event["step"] for event in read_events("spiky", "skip")] == [6, 7]  # numbered by the step that they would have ended
+    assert [event["step"] for event in read_events("spiky", "skip")] == [
+        6,
+        7,
+    ]  # numbered by the step that they would have ended
     monkeypatch.setattr(Training, "_gradient", broken_at(range(12, 20)))
     message = message_of(*TINY, f"--data={small_text}", "--run=broken")
     assert "--resume=broken --learning_rate=" in message
@@ -432,14 +448,20 @@ def test_a_full_disk_stops_no_training(small_text, monkeypatch, capsys):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_budget_becomes_a_number_of_steps_that_can_be_repeated(optimizer, small_text, monkeypatch):
     """The discarded steps that measure the speed leave no trace: the repeated run measures nothing and has the same bits."""
-    monkeypatch.setattr("training.budget.Budget.spent", lambda self, now: False)  # however slow this machine becomes meanwhile
-    Path("timed.py").write_text(f"optimizer = '{optimizer}'\nschedule = 'wsd'\nbudget_minutes = 3\nwarmup_steps = 5\neval_interval = 1000")
+    monkeypatch.setattr(
+        "training.budget.Budget.spent", lambda self, now: False
+    )  # however slow this machine becomes meanwhile
+    Path("timed.py").write_text(
+        f"optimizer = '{optimizer}'\nschedule = 'wsd'\nbudget_minutes = 3\nwarmup_steps = 5\neval_interval = 1000"
+    )
     flags = [flag for flag in TINY if not flag.startswith(("--max_steps", "--eval_interval"))]
     assert train("debug", "timed.py", *flags[1:], f"--data={small_text}", "--budget_minutes=0.01", "--run=timed") == 0
     saved = json.loads(Path("timed/config.json").read_text())["options"]
     assert saved["budget_minutes"] is None
     assert saved["max_steps"] == read_events("timed", "step")[-1]["step"]
-    plans = [json.loads(line)["timing"] for line in Path("timed/metrics.jsonl").read_text().splitlines() if '"plan"' in line]
+    plans = [
+        json.loads(line)["timing"] for line in Path("timed/metrics.jsonl").read_text().splitlines() if '"plan"' in line
+    ]
     assert plans[-1] == {"max_steps": saved["max_steps"], "decay_steps": saved["decay_steps"]}
     assert train("timed/config.json", "--threads=1", "--run=timed again") == 0
     assert tensors_of("timed again", saved["max_steps"]) == tensors_of("timed", saved["max_steps"])
@@ -493,9 +515,17 @@ def test_attention_triton_trains_and_samples_as_sdpa_does(small_text, capsys):
         short = ("--max_steps=2", "--eval_interval=2", "--eval_tokens=256", "--sample_tokens=4", "--final_samples=0")
         assert train(*TINY, *SHAPE, f"--data={small_text}", f"--run=runs/{path}", f"--attention={path}", *short) == 0
         assert f"attention: {path}," in capsys.readouterr().out
-    ours, its = ([event.get("loss", event.get("val_loss")) for event in read_events(f"runs/{path}")] for path in ("triton", "sdpa"))
+    ours, its = (
+        [event.get("loss", event.get("val_loss")) for event in read_events(f"runs/{path}")]
+        for path in ("triton", "sdpa")
+    )
     assert ours == pytest.approx(its, rel=1e-5)
-    assert sample_script.main(["--run=runs/triton", "--attention=triton", "--max_new_tokens=5", "--device=cpu", "--dtype=float32"]) == 0
+    assert (
+        sample_script.main(
+            ["--run=runs/triton", "--attention=triton", "--max_new_tokens=5", "--device=cpu", "--dtype=float32"]
+        )
+        == 0
+    )
 
 
 def test_attention_that_cannot_run_is_refused_with_the_reason(small_text, monkeypatch):

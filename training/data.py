@@ -84,12 +84,16 @@ class TrainWindows:
         numbers = np.arange(first, first + count)
         epochs = numbers // self.per_epoch
         starts = np.empty(count, dtype=np.int64)
-        phases = self.n_tokens - self.per_epoch * self.block_size  # at the last one the last window ends with the last token
+        phases = (
+            self.n_tokens - self.per_epoch * self.block_size
+        )  # at the last one the last window ends with the last token
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             phase = keyed_integer(self.seed, "phase", int(epoch)) % phases
             key = keyed_integer(self.seed, "order", int(epoch))
-            starts[chosen] = phase + self.block_size * keyed_permutation(numbers[chosen] % self.per_epoch, self.per_epoch, key)
+            starts[chosen] = phase + self.block_size * keyed_permutation(
+                numbers[chosen] % self.per_epoch, self.per_epoch, key
+            )
         return starts
 
 

@@ -37,7 +37,9 @@ def process_start() -> float:
     status = Path("/proc/self/stat")
     if not status.exists():
         return time.perf_counter()
-    ticks = int(status.read_text().rpartition(")")[2].split()[19])  # proc(5), starttime; before it the name, which may hold anything
+    ticks = int(
+        status.read_text().rpartition(")")[2].split()[19]
+    )  # proc(5), starttime; before it the name, which may hold anything
     return time.perf_counter() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
@@ -51,7 +53,11 @@ class RunLog:
             for name, path in self._paths.items():
                 size, expected = path.stat().st_size if path.exists() else 0, lengths.get(name, 0)
                 if size < expected:
-                    print(f"{path}: {size} bytes, {expected} at the checkpoint: the end of this log is lost", file=sys.stderr, flush=True)
+                    print(
+                        f"{path}: {size} bytes, {expected} at the checkpoint: the end of this log is lost",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 elif size > expected:
                     with path.open("r+b") as file:
                         file.truncate(expected)
@@ -111,12 +117,22 @@ class WandbLog:
         except ImportError:
             raise UserError("--wandb needs the wandb package: pip install wandb") from None
         if options.wandb == "online" and not wandb.api.api_key:
-            raise UserError("--wandb=online: no API key on this machine; run `wandb login` once, or use --wandb=offline")
+            raise UserError(
+                "--wandb=online: no API key on this machine; run `wandb login` once, or use --wandb=offline"
+            )
         self._error: type[Exception] = wandb.errors.Error
-        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in the same place
+        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[
+            :16
+        ]  # a resumed run goes on in the same place
         try:
             self._run = wandb.init(
-                project=options.wandb_project, name=run.name, id=identity, resume="allow", mode=options.wandb, dir=run, config=dict(config)
+                project=options.wandb_project,
+                name=run.name,
+                id=identity,
+                resume="allow",
+                mode=options.wandb,
+                dir=run,
+                config=dict(config),
             )
         except (wandb.errors.Error, OSError) as error:
             print(f"wandb did not start ({error}); metrics.jsonl has everything", file=sys.stderr, flush=True)
@@ -135,13 +151,22 @@ class WandbLog:
 
 
 def console_line(
-    step: int, max_steps: int, loss: float, lr: float, grad_norm: float, tok_s: float, left: float, memory: int, mfu: str = ""
+    step: int,
+    max_steps: int,
+    loss: float,
+    lr: float,
+    grad_norm: float,
+    tok_s: float,
+    left: float,
+    memory: int,
+    mfu: str = "",
 ) -> str:
     """A logged step in fixed columns; `left` in seconds, `memory` in bytes, `mfu` the model FLOP utilisation where there is one to tell."""
     width = len(str(max_steps))
     return (
         f"step {step:>{width}}/{max_steps}  loss {loss:7.4f}  lr {lr:.2e}  grad {grad_norm:7.3f}  "
-        f"{tok_s:>9,.0f} tok/s  left {clock(left):>7}  mem {memory / 2**30:5.2f} GiB" + (f"  mfu {mfu:>7}" if mfu else "")
+        f"{tok_s:>9,.0f} tok/s  left {clock(left):>7}  mem {memory / 2**30:5.2f} GiB"
+        + (f"  mfu {mfu:>7}" if mfu else "")
     )
 
 

@@ -7,16 +7,18 @@ from typing import Literal
 
 import torch
 
+from common.hardware import Choice, Hardware
 from errors import UserError
 from model import GPT, GPTConfig
-from training.hardware import Choice, Hardware
 
 CPU_TOKENS = 4096
 MOST_TOKENS = 65_536  # more at once make no GPU faster
 MEMORY_SHARE = 0.9  # of what is free; fragments take the rest
 
 
-def choose_micro_batch(option: int | Literal["auto"], tokens_per_step: int, config: GPTConfig, hardware: Hardware) -> Choice:
+def choose_micro_batch(
+    option: int | Literal["auto"], tokens_per_step: int, config: GPTConfig, hardware: Hardware
+) -> Choice:
     """A divisor of the rows of a step, on a GPU the most that pays, which fit_to_memory lowers. Raises UserError where there is none."""
     rows, rest = divmod(tokens_per_step, config.block_size)
     if rest or rows == 0:
@@ -33,9 +35,13 @@ def choose_micro_batch(option: int | Literal["auto"], tokens_per_step: int, conf
         return Choice(option, {})
     if hardware.device.type == "cuda":
         size = divisor(rows, max(1, MOST_TOKENS // config.block_size))
-        return Choice(size, {"micro_batch_size": f"at most {MOST_TOKENS:,} tokens, and what a trial shows to fit into memory"})
+        return Choice(
+            size, {"micro_batch_size": f"at most {MOST_TOKENS:,} tokens, and what a trial shows to fit into memory"}
+        )
     size = divisor(rows, max(1, CPU_TOKENS // config.block_size))
-    return Choice(size, {"micro_batch_size": f"about {CPU_TOKENS:,} tokens, whose activations stay near a CPU's caches"})
+    return Choice(
+        size, {"micro_batch_size": f"about {CPU_TOKENS:,} tokens, whose activations stay near a CPU's caches"}
+    )
 
 
 def divisor(rows: int, most: int) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from common.option import fixed
 from model import GPT
 from training.muon import muon
-from training.options import fixed
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class OptimizerOptions:
         if self.min_learning_rate > self.learning_rate:
             found.append(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
         if self.muon_learning_rate is not None and self.learning_rate == 0:
-            found.append(f"muon_learning_rate={self.muon_learning_rate} needs a learning_rate above 0, whose schedule it follows")
+            found.append(
+                f"muon_learning_rate={self.muon_learning_rate} needs a learning_rate above 0, whose schedule it follows"
+            )
         return found
 
 
@@ -121,8 +123,12 @@ class Optimizer:
                         self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             settings = {name: value for name, value in group.items() if name not in ("kind", "params", "scale")}
             gradients = [parameter.grad for parameter in parameters]
-            memories: list[list[Tensor]] = [[self.state[parameter][name] for parameter in parameters] for name in MOMENTS[kind]]
-            if kind == "adamw":  # its function wants an empty list for the largest second moments, which amsgrad would keep
+            memories: list[list[Tensor]] = [
+                [self.state[parameter][name] for parameter in parameters] for name in MOMENTS[kind]
+            ]
+            if (
+                kind == "adamw"
+            ):  # its function wants an empty list for the largest second moments, which amsgrad would keep
                 memories += [[], [self.state[parameter]["step"] for parameter in parameters]]
             UPDATES[kind](parameters, gradients, *memories, **settings)
 
@@ -140,7 +146,11 @@ UPDATES: dict[str, Callable[..., None]] = {
     "muon": muon,
     "sgd": partial(sgd, dampening=0.0, nesterov=False, maximize=False),
 }
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",), "sgd": ("momentum_buffer",)}  # as torch.optim calls them
+MOMENTS = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "muon": ("momentum",),
+    "sgd": ("momentum_buffer",),
+}  # as torch.optim calls them
 
 
 def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = torch.float32) -> Optimizer:
@@ -161,9 +171,14 @@ def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = t
         {**common, "params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     if matrices:
-        orthogonalization = {"steps": options.muon_steps, "dtype": torch.bfloat16 if dtype == torch.bfloat16 else torch.float32}
+        orthogonalization = {
+            "steps": options.muon_steps,
+            "dtype": torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        }
         rates = {"lr": options.learning_rate, "scale": options.muon_scale, "weight_decay": options.weight_decay}
-        groups.insert(0, {"kind": "muon", "params": matrices, "momentum": options.muon_momentum, **rates, **orthogonalization})
+        groups.insert(
+            0, {"kind": "muon", "params": matrices, "momentum": options.muon_momentum, **rates, **orthogonalization}
+        )
     return Optimizer([group for group in groups if group["params"]])
 
 
@@ -191,6 +206,8 @@ def load_optimizer_tensors(optimizer: Optimizer, model: GPT, tensors: dict[str, 
         value = torch.zeros_like(parameter)
         target = model.unpad(name, value)
         if target.shape != tensor.shape:
-            raise ValueError(f"the optimizer's {full_name!r} has the shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
+            raise ValueError(
+                f"the optimizer's {full_name!r} has the shape {tuple(tensor.shape)}, expected {tuple(target.shape)}"
+            )
         target.copy_(tensor)
         optimizer.state.setdefault(parameter, {})[key] = value

@@ -1,23 +1,9 @@
 """The options of a training run, apart from the model's, the optimizer's and the data preparation's own."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-
-def fixed(default: Any) -> Any:
-    """An option that a resumed run may not change, because the rest of the run would no longer be the same experiment."""
-    return field(default=default, metadata={"resume": "fixed"})
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    run: str | None = None
-    """train.py: the run directory to write (none: runs/PRESET-N). sample.py: a run, checkpoint or model folder (none: newest run)."""
-    seed: Annotated[int, "0 <= x"] = fixed(1337)
-    """Seed of everything drawn: initial weights, data order and dropout in train.py, tokens in sample.py."""
-
-    def problems(self) -> list[str]:
-        return ["--run= is empty"] if self.run == "" else []
+from common.option import fixed
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,20 @@ FREE = {"data", "resume", "max_steps", "budget_minutes", "micro_batch_size", "co
 FEWEST = 3  # runs that make a band
 STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantiles of Student's t for 3 … 10 runs
 
-Run = dict[str, Any]  # dataset (fingerprint), options (those that move the loss), seed, max_steps, decay_steps, steps, val_loss
+Run = dict[
+    str, Any
+]  # dataset (fingerprint), options (those that move the loss), seed, max_steps, decay_steps, steps, val_loss
 
 
 def _declared() -> dict[str, Any]:
     """The options that move the loss at a step, with their defaults; max_steps and decay_steps, which do so only late, are the plan's."""
     sections = (TrainOptions, GPTConfig, OptimizerOptions)
-    fields = [field for section in sections for field in dataclasses.fields(section) if not field.metadata.get("derived")]
-    return {field.name: field.default for field in fields if field.name not in FREE} | {"eval_tokens": EvalOptions.eval_tokens}
+    fields = [
+        field for section in sections for field in dataclasses.fields(section) if not field.metadata.get("derived")
+    ]
+    return {field.name: field.default for field in fields if field.name not in FREE} | {
+        "eval_tokens": EvalOptions.eval_tokens
+    }
 
 
 class Reference:
@@ -95,7 +101,9 @@ def read_curves() -> list[Run]:
         return []
     value = read_json(CURVES)
     if (value.get("format"), value.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{CURVES}: expected format {FORMAT}, version {VERSION}; take the file of this Sprout, or delete it")
+        raise UserError(
+            f"{CURVES}: expected format {FORMAT}, version {VERSION}; take the file of this Sprout, or delete it"
+        )
     return list(value["runs"])
 
 
@@ -108,7 +116,9 @@ def dataset_of(run: Path) -> str | None:
 def plan_of(options: Mapping[str, Any]) -> Plan:
     """The plan of a run's own options."""
     names = {field.name for field in dataclasses.fields(OptimizerOptions)}
-    return planned(options["max_steps"], OptimizerOptions(**{name: value for name, value in options.items() if name in names}))
+    return planned(
+        options["max_steps"], OptimizerOptions(**{name: value for name, value in options.items() if name in names})
+    )
 
 
 def read_run(run: Path) -> Run:
@@ -121,9 +131,13 @@ def read_run(run: Path) -> Run:
     events = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     losses = {event["step"]: event["val_loss"] for event in events if event["event"] == "eval"}
     if plan.max_steps not in losses:
-        raise UserError(f"{run}: not finished: no evaluation at its last step {plan.max_steps}; first: python train.py --resume={run}")
+        raise UserError(
+            f"{run}: not finished: no evaluation at its last step {plan.max_steps}; first: python train.py --resume={run}"
+        )
     if options.get("init_from") is not None:
-        raise UserError(f"{run}: starts from the weights of {options['init_from']}, which nobody else has; record runs that start anew")
+        raise UserError(
+            f"{run}: starts from the weights of {options['init_from']}, which nobody else has; record runs that start anew"
+        )
     return {
         "dataset": fingerprint,
         "options": {name: options[name] for name in _declared() if name in options},
@@ -139,7 +153,9 @@ def merge(known: Sequence[Run], new: Sequence[Run]) -> list[Run]:
     """Both, but of runs that are the same in all but their losses the newer one."""
 
     def identity(run: Run) -> str:
-        return json.dumps({name: value for name, value in run.items() if name not in ("steps", "val_loss")}, sort_keys=True)
+        return json.dumps(
+            {name: value for name, value in run.items() if name not in ("steps", "val_loss")}, sort_keys=True
+        )
 
     return list({identity(run): run for run in [*known, *new]}.values())
 
@@ -150,16 +166,23 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     if not argv or any(arg.startswith("-") for arg in argv):
-        raise UserError("name finished runs; for example: python -m training.reference runs/debug-1 runs/debug-2 runs/debug-3")
+        raise UserError(
+            "name finished runs; for example: python -m training.reference runs/debug-1 runs/debug-2 runs/debug-3"
+        )
     runs = merge(read_curves(), [read_run(Path(arg)) for arg in argv])
     lines = ",\n".join(json.dumps(run, sort_keys=True, allow_nan=False) for run in runs)  # a line a run: fit for diffs
     try:
         write_file(CURVES, f'{{"format": "{FORMAT}", "version": {VERSION}, "runs": [\n{lines}\n]}}\n'.encode())
     except OSError as error:
-        raise UserError(f"cannot write {CURVES} ({error.strerror}); check its permissions and the free space") from error
+        raise UserError(
+            f"cannot write {CURVES} ({error.strerror}); check its permissions and the free space"
+        ) from error
     for arg in argv:
         alike = Reference(str(dataset_of(Path(arg))), read_json(Path(arg) / CONFIG)["options"], runs).runs
-        print(f"{arg}: one of {len(alike)} runs with these options and data" + f"; {FEWEST} make a band" * (len(alike) < FEWEST))
+        print(
+            f"{arg}: one of {len(alike)} runs with these options and data"
+            + f"; {FEWEST} make a band" * (len(alike) < FEWEST)
+        )
     print(f"wrote {CURVES}: {len(runs)} runs")
     return 0
 

@@ -29,10 +29,20 @@ from training.metrics import METRICS, SAMPLES, clock
 from training.reference import Reference, plan_of, read_curves
 
 TRAIN, VAL = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito: told apart by all eyes
-MOST_SAMPLES, SAMPLE_BYTES = 6, 200_000  # how many of the last step are shown, and how much of samples.txt is read for them
-STYLE: dict[str, Any] = {"axes.edgecolor": "#b0b0b0", "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True}
+MOST_SAMPLES, SAMPLE_BYTES = (
+    6,
+    200_000,
+)  # how many of the last step are shown, and how much of samples.txt is read for them
+STYLE: dict[str, Any] = {
+    "axes.edgecolor": "#b0b0b0",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+}
 STYLE |= {"axes.spines.right": False, "axes.spines.top": False, "lines.markersize": 3.5}
-SCORE = "{X[val_loss]:.4f} ± {X[standard_error]:.4f}, {X[bits_per_byte]:.4f} bits per byte, perplexity {X[perplexity]:.5g}"
+SCORE = (
+    "{X[val_loss]:.4f} ± {X[standard_error]:.4f}, {X[bits_per_byte]:.4f} bits per byte, perplexity {X[perplexity]:.5g}"
+)
 SCORE += " (step {X[step]:,}, {X[targets]:,} tokens)"
 ROWS = {  # a row that names something unknown is left out
     "Best val loss": SCORE.replace("X", "best"),
@@ -86,7 +96,9 @@ def read_metrics(run: Path) -> Lines:
             if isinstance(line, dict) and line.get("event") in lines and type(line.get("step")) is int:
                 lines[line["event"]].append(line)
     if not any(lines.values()):
-        raise UserError(f"{run / METRICS}: nothing has been logged yet; try again after the first steps, or train: python train.py")
+        raise UserError(
+            f"{run / METRICS}: nothing has been logged yet; try again after the first steps, or train: python train.py"
+        )
     return lines
 
 
@@ -94,9 +106,18 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
     """By name, what ROWS may mention; what is not known is not there."""
     options = read_json(run / CONFIG).get("options", {}) if (run / CONFIG).is_file() else {}
     step, val_loss = max(line["step"] for found in lines.values() for line in found), column(lines["eval"], "val_loss")
-    facts = {"dataset": options.get("data"), **options, "step": step, "tokens": step * options.get("tokens_per_step", 0)}
+    facts = {
+        "dataset": options.get("data"),
+        **options,
+        "step": step,
+        "tokens": step * options.get("tokens_per_step", 0),
+    }
     facts |= {"skipped": len(lines["skip"]), "plans": len(lines["plan"])}
-    facts |= {name: lines[event][-1] for name, event in (("last", "step"), ("final", "final"), ("plan", "plan")) if lines[event]}
+    facts |= {
+        name: lines[event][-1]
+        for name, event in (("last", "step"), ("final", "final"), ("plan", "plan"))
+        if lines[event]
+    }
     if np.isfinite(val_loss).any():
         facts["best"] = lines["eval"][int(np.nanargmin(val_loss))]
     if lines["step"]:
@@ -124,9 +145,13 @@ def read_samples(run: Path) -> list[tuple[str, str]]:
         return []
     with (run / SAMPLES).open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES))
-        _, *parts = re.split(r"^==== step (\d+) (\(.*\)) ====\n", file.read().decode("utf-8", errors="replace"), flags=re.MULTILINE)
+        _, *parts = re.split(
+            r"^==== step (\d+) (\(.*\)) ====\n", file.read().decode("utf-8", errors="replace"), flags=re.MULTILINE
+        )
     found = list(zip(parts[0::3], parts[1::3], parts[2::3], strict=True))
-    return [(f"step {step} {reason}", text.rstrip("\n")) for step, reason, text in found if step == found[-1][0]][-MOST_SAMPLES:]
+    return [(f"step {step} {reason}", text.rstrip("\n")) for step, reason, text in found if step == found[-1][0]][
+        -MOST_SAMPLES:
+    ]
 
 
 def draw(lines: Lines, facts: dict[str, Any]) -> bytes:
@@ -140,13 +165,22 @@ def draw(lines: Lines, facts: dict[str, Any]) -> bytes:
     with matplotlib.rc_context():  # a person's matplotlibrc does not show, and nothing set here stays
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its keys are a Literal of all names
-        figure, buffer, steps, last = Figure(figsize=(11, 7), dpi=160, layout="constrained"), io.BytesIO(), lines["step"], facts["step"]
+        figure, buffer, steps, last = (
+            Figure(figsize=(11, 7), dpi=160, layout="constrained"),
+            io.BytesIO(),
+            lines["step"],
+            facts["step"],
+        )
         grid = figure.add_gridspec(2, 6, height_ratios=[2.2, 1])
         is_long = len(column(steps, "step", last / 2)) >= 10 and len(column(lines["eval"], "step", last / 2)) >= 2
         draw_loss(figure.add_subplot(grid[0, : 4 if is_long else 6]), "Loss (nats per token)", lines, facts, 0)
         if is_long:
             draw_loss(figure.add_subplot(grid[0, 4:]), "Loss, second half", lines, facts, last / 2)
-        panels = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm before clipping", "tokens_per_second": "Tokens per second"}
+        panels = {
+            "learning_rate": "Learning rate",
+            "grad_norm": "Gradient norm before clipping",
+            "tokens_per_second": "Tokens per second",
+        }
         for i, (name, title) in enumerate(panels.items()):
             axes = figure.add_subplot(grid[1, 2 * i : 2 * i + 2])
             plot(axes, column(steps, "step"), fit(axes, title, 0, last, column(steps, name), low=0.0), TRAIN)
@@ -164,9 +198,26 @@ def draw_loss(axes: Any, title: str, lines: Lines, facts: dict[str, Any], first:
     axes.fill_between(val_x, val_loss - error, val_loss + error, color=VAL, alpha=0.25, linewidth=0)
     if (best := facts.get("best")) and best["step"] >= first:
         label = f"best val loss: {best['val_loss']:.4f} at step {best['step']:,}"
-        axes.plot(best["step"], best["val_loss"], "*", color=VAL, markeredgecolor="black", markersize=13, label=label, zorder=5)
+        axes.plot(
+            best["step"],
+            best["val_loss"],
+            "*",
+            color=VAL,
+            markeredgecolor="black",
+            markersize=13,
+            label=label,
+            zorder=5,
+        )
     if len(skips := column(lines["skip"], "step", first)):
-        axes.plot(skips, 0.02 + 0 * skips, "x", color="black", markersize=6, transform=axes.get_xaxis_transform(), label="skipped update")
+        axes.plot(
+            skips,
+            0.02 + 0 * skips,
+            "x",
+            color="black",
+            markersize=6,
+            transform=axes.get_xaxis_transform(),
+            label="skipped update",
+        )
     if facts["tokens"]:
         top = axes.twiny()
         top.set_xlim([step * facts["tokens_per_step"] for step in axes.get_xlim()])
@@ -189,7 +240,9 @@ def fit(axes: Any, title: str, first: float, last: float, values: np.ndarray, lo
     axes.yaxis.set_major_formatter(short)
     finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
     median, usual = float(np.median(finite)), float(np.quantile(finite, 0.95))
-    high = min(float(finite.max()), 5 * median, 3 * usual - 2 * median if first else math.inf)  # a whole run's first loss is no extreme
+    high = min(
+        float(finite.max()), 5 * median, 3 * usual - 2 * median if first else math.inf
+    )  # a whole run's first loss is no extreme
     low = float(finite.min()) if low is None else low
     margin = 0.06 * (high - low) or 1.0
     axes.set_ylim(low - margin * (low != 0), high + margin)
@@ -200,7 +253,9 @@ def fit(axes: Any, title: str, first: float, last: float, values: np.ndarray, lo
 
 def plot(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str | None = None) -> None:
     few, many = len(x) <= 40, len(x) > 300
-    axes.plot(x, y, "o-" if few else "-", color=color, linewidth=0.8 if many else 1.6, alpha=0.8 if many else 1, label=label)
+    axes.plot(
+        x, y, "o-" if few else "-", color=color, linewidth=0.8 if many else 1.6, alpha=0.8 if many else 1, label=label
+    )
 
 
 def short(value: float, _position: object = None) -> str:
@@ -249,7 +304,9 @@ def main(argv: list[str] | None = None) -> int:
             write_file(run / f"{name}.writing", data)
             os.replace(run / f"{name}.writing", run / name)
     except OSError as error:
-        raise UserError(f"cannot write the report in {run} ({error.strerror}); check its permissions and the free space") from error
+        raise UserError(
+            f"cannot write the report in {run} ({error.strerror}); check its permissions and the free space"
+        ) from error
     print(f"wrote {run / 'report.html'} (open it in a browser) and {run / 'loss.png'}")
     return 0
 

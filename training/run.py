@@ -19,6 +19,8 @@ import torch
 
 import config
 from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
+from common.hardware import Hardware
+from common.run_directory import RunOptions
 from errors import UserError
 from files import write_json
 from generation.text import sample_texts
@@ -27,12 +29,19 @@ from prepare_data.shards import Dataset
 from training.budget import Budget
 from training.data import TrainWindows, keyed_integer, read_windows
 from training.evaluation import Evaluation, evaluate, memorising
-from training.hardware import Hardware
 from training.interrupt import StopRequest
 from training.metrics import RunLog, WandbLog, clock, console_line, process_start, say
 from training.micro_batch import divisor, fit_to_memory, measure_peak
-from training.optim import OptimizerOptions, Plan, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, planned
-from training.options import EvalOptions, LoggingOptions, RunOptions, TrainOptions
+from training.optim import (
+    OptimizerOptions,
+    Plan,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    planned,
+)
+from training.options import EvalOptions, LoggingOptions, TrainOptions
 from training.reference import Reference, read_curves
 
 MOST_SKIPPED = 3  # updates in a row that may be dropped because their gradient is not finite
@@ -43,7 +52,9 @@ def refuse_unfit_data(dataset: Dataset, block_size: int, options: EvalOptions) -
     """Raises UserError for what would only fail in mid-run: too short a split, a sample prompt that the tokenizer cannot encode."""
     TrainWindows(len(dataset.train), block_size, seed=0)  # raises
     if len(dataset.val) < 2:
-        raise UserError(f"the val split holds {len(dataset.val)} tokens and nothing to score; raise --val_fraction or give more text")
+        raise UserError(
+            f"the val split holds {len(dataset.val)} tokens and nothing to score; raise --val_fraction or give more text"
+        )
     try:
         dataset.tokenizer.encode(options.sample_prompt)
     except UserError as error:
@@ -61,7 +72,9 @@ class Progress:
     eval_loss: float = 0.0
     eval_count: int = 0
     skipped: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)  # an entry an evaluation: step, val_loss, standard_error, train_loss
+    history: list[dict[str, float]] = field(
+        default_factory=list
+    )  # an entry an evaluation: step, val_loss, standard_error, train_loss
     grad_scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,7 +92,14 @@ class Training:
         resumed: Checkpoint | None,
         stop: StopRequest,
     ) -> None:
-        self.run, self.options, self.auto, self.hardware, self.dataset, self.model = run, options, auto, hardware, dataset, model
+        self.run, self.options, self.auto, self.hardware, self.dataset, self.model = (
+            run,
+            options,
+            auto,
+            hardware,
+            dataset,
+            model,
+        )
         self.train_options, self.optimizer_options = options.section(TrainOptions), options.section(OptimizerOptions)
         self.eval_options, self.logging = options.section(EvalOptions), options.section(LoggingOptions)
         self.seed = options.section(RunOptions).seed
@@ -89,7 +109,9 @@ class Training:
         self.windows = TrainWindows(len(dataset.train), self.T, self.seed)
         self.reference = Reference(dataset.fingerprint, options.flat(), read_curves())
         self.compiled = torch.compile(model) if self.train_options.compile else model
-        self.optimizer: Any = make_optimizer(model, self.optimizer_options, hardware.dtype)  # GradScaler's types ask for torch's class
+        self.optimizer: Any = make_optimizer(
+            model, self.optimizer_options, hardware.dtype
+        )  # GradScaler's types ask for torch's class
         self.scaler = self._new_scaler()
         self.progress = Progress()
         self.val_loss: float | None = None  # of this very step, for the checkpoint
@@ -117,7 +139,9 @@ class Training:
         if self.step >= self.plan.max_steps and self.progress.evaluated_step == self.step:
             say(f"the run is complete at step {self.step}; --max_steps=MORE goes on")
         elif self.plan.max_steps <= self.optimizer_options.warmup_steps:
-            say(f"note: the learning rate rises over warmup_steps={self.optimizer_options.warmup_steps}, to the end of the run and beyond")
+            say(
+                f"note: the learning rate rises over warmup_steps={self.optimizer_options.warmup_steps}, to the end of the run and beyond"
+            )
         self.model.train()
         if self.hardware.device.type == "cuda" and "micro_batch_size" in self.auto and self.step == 0:
             self._fit_micro_batch()
@@ -145,7 +169,9 @@ class Training:
             progress.eval_loss, progress.eval_count = progress.eval_loss + loss, progress.eval_count + 1
         elif not (math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() > 1):
             self._skip(loss, self.grad_norm)
-        if self.scaler.is_enabled():  # else float16's scale was too large: it is halved here, and no update is counted as skipped
+        if (
+            self.scaler.is_enabled()
+        ):  # else float16's scale was too large: it is halved here, and no update is counted as skipped
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
@@ -174,7 +200,9 @@ class Training:
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_options.grad_clip)
         if device.type != "cpu":  # it is still at work: time to read what comes next
             self._ahead = (first_sample + self.rows, size), self._batches(first_sample + self.rows, size)
-        mean_loss, norm = torch.stack((total, grad_norm.to(total.dtype))).tolist()  # the one wait for the device in a step
+        mean_loss, norm = torch.stack(
+            (total, grad_norm.to(total.dtype))
+        ).tolist()  # the one wait for the device in a step
         return mean_loss, norm
 
     def _batches(self, first_sample: int, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -183,7 +211,9 @@ class Training:
             return self._ahead[1]
         firsts = range(first_sample, first_sample + self.rows, size)
         batches = [read_windows(self.dataset.train, self.windows.starts(first, size), self.T) for first in firsts]
-        return [(x.pin_memory(), y.pin_memory()) for x, y in batches] if self.hardware.device.type == "cuda" else batches
+        return (
+            [(x.pin_memory(), y.pin_memory()) for x, y in batches] if self.hardware.device.type == "cuda" else batches
+        )
 
     # ---- the micro-batch ---------------------------------------------------------------------------------------------
 
@@ -207,9 +237,13 @@ class Training:
             raise UserError("one row does not fit into the device's memory; take a smaller model or --block_size")
         smaller = divisor(size, size // 2)
         if "micro_batch_size" not in self.auto:
-            raise UserError(f"--micro_batch_size={size} does not fit into the device's memory; take --micro_batch_size={smaller}, or auto")
+            raise UserError(
+                f"--micro_batch_size={size} does not fit into the device's memory; take --micro_batch_size={smaller}, or auto"
+            )
         self._set_micro_batch(smaller)
-        say(f"step {self.step}: out of memory; micro-batch {size} → {smaller}. Bits may differ from those of a run that began with it")
+        say(
+            f"step {self.step}: out of memory; micro-batch {size} → {smaller}. Bits may differ from those of a run that began with it"
+        )
 
     def _set_micro_batch(self, size: int) -> None:
         self.options = config.replace(self.options, micro_batch_size=size)
@@ -243,7 +277,12 @@ class Training:
         left = (self.plan.max_steps - self.step) * seconds / (self.step - since)
         memory = self.hardware.memory_bytes()
         lr, grad_norm = self.learning_rate, self.grad_norm
-        fields = {"loss": loss, "learning_rate": lr, "grad_norm": grad_norm, "tokens": self.step * self.train_options.tokens_per_step}
+        fields = {
+            "loss": loss,
+            "learning_rate": lr,
+            "grad_norm": grad_norm,
+            "tokens": self.step * self.train_options.tokens_per_step,
+        }
         timing: dict[str, float | None] = {
             "tokens_per_second": round(tokens_per_second),
             "seconds": round(time.perf_counter() - self._started, 3),
@@ -273,7 +312,15 @@ class Training:
         """The weights as they are, on the first max_tokens tokens of the val split or all of it; None where a signal broke it off."""
         rows = int(self.train_options.micro_batch_size)
         token_bytes, autocast = self.dataset.tokenizer.token_bytes, self.hardware.autocast
-        return evaluate(self.model, self.dataset.val, token_bytes, autocast=autocast, max_tokens=max_tokens, rows=rows, stop=self.stop)
+        return evaluate(
+            self.model,
+            self.dataset.val,
+            token_bytes,
+            autocast=autocast,
+            max_tokens=max_tokens,
+            rows=rows,
+            stop=self.stop,
+        )
 
     def evaluate_and_save(self) -> bool:
         """The evaluation of this step with its sample and checkpoint; False where a signal broke it off, before anything was written."""
@@ -292,7 +339,12 @@ class Training:
         self._record_evaluation("eval", result, train_loss, started)
         is_best = result.loss < min((entry["val_loss"] for entry in progress.history), default=math.inf)
         if train_loss is not None:
-            entry = {"step": self.step, "val_loss": result.loss, "standard_error": result.standard_error, "train_loss": train_loss}
+            entry = {
+                "step": self.step,
+                "val_loss": result.loss,
+                "standard_error": result.standard_error,
+                "train_loss": train_loss,
+            }
             progress.history.append(entry)
         if warning := memorising(progress.history):
             say(warning)
@@ -349,7 +401,11 @@ class Training:
             "samples": self.step * self.rows,
             "progress": asdict(self.progress),
             "val_loss": self.val_loss,
-            "dataset": {"name": self.dataset.name, "path": str(self.dataset.folder.resolve()), "fingerprint": self.dataset.fingerprint},
+            "dataset": {
+                "name": self.dataset.name,
+                "path": str(self.dataset.folder.resolve()),
+                "fingerprint": self.dataset.fingerprint,
+            },
             "logs": self.log.lengths(),
             "environment": environment(self.hardware),
         }
@@ -375,7 +431,9 @@ class Training:
             self.progress = Progress(**saved.state["progress"])
             self.val_loss, then = saved.state["val_loss"], saved.state["environment"]
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{saved.path}: its state is not this version's ({error}); resume it with the Sprout that wrote it") from error
+            raise UserError(
+                f"{saved.path}: its state is not this version's ({error}); resume it with the Sprout that wrote it"
+            ) from error
         if self.progress.grad_scaler:
             self.scaler.load_state_dict(self.progress.grad_scaler)
         self.saved_step = self.step
@@ -426,7 +484,9 @@ class Training:
         )
         step_seconds = float(np.median(seconds[1:]))
         n_targets = min(self.eval_options.eval_tokens or len(self.dataset.val), len(self.dataset.val))
-        forward_seconds = step_seconds / 3 / self.train_options.tokens_per_step  # a token's; a forward pass is a third of a step
+        forward_seconds = (
+            step_seconds / 3 / self.train_options.tokens_per_step
+        )  # a token's; a forward pass is a third of a step
         self.budget.pause_seconds = forward_seconds * n_targets
         self.budget.closing_seconds = forward_seconds * len(self.dataset.val)
         self._adopt(self.budget.first_plan(step_seconds, time.perf_counter()))
@@ -440,7 +500,9 @@ class Training:
         """Whether the time budget is spent beyond its tolerance; says so."""
         if self.budget is None or not self.budget.spent(time.perf_counter()):
             return False
-        say(f"the time budget is spent at step {self.step} of {self.plan.max_steps}: the machine slowed down in the decay")
+        say(
+            f"the time budget is spent at step {self.step} of {self.plan.max_steps}: the machine slowed down in the decay"
+        )
         return True
 
     def _follow_budget(self) -> None:
@@ -464,7 +526,11 @@ class Training:
 
     def _smaller_step(self) -> str:
         """The command that goes on with a third of the learning rates."""
-        rates = [name for name in ("learning_rate", "muon_learning_rate") if getattr(self.optimizer_options, name) is not None]
+        rates = [
+            name
+            for name in ("learning_rate", "muon_learning_rate")
+            if getattr(self.optimizer_options, name) is not None
+        ]
         flags = [f"--{name}={getattr(self.optimizer_options, name) / 3:.1e}" for name in rates]
         return " ".join(["python train.py", f"--resume={shlex.quote(str(self.run))}", *flags])
 
@@ -491,7 +557,9 @@ def environment(hardware: Hardware) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "device": torch.cuda.get_device_name(hardware.device) if hardware.device.type == "cuda" else hardware.device.type,
+        "device": torch.cuda.get_device_name(hardware.device)
+        if hardware.device.type == "cuda"
+        else hardware.device.type,
         "cuda": torch.version.cuda,
         "threads": hardware.threads,
         "world_size": 1,

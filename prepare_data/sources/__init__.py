@@ -3,11 +3,10 @@
 `Corpus.pieces()` may be called again and gives the same pieces in the same order: (text, whether a document ends with it).
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from prepare_data.tokenizer import PIECE, cut_point
+from common.tokenizer import PIECE, cut_point
 
 Piece = tuple[str, bool]
 
@@ -39,9 +38,3 @@ def documents(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:
             pending, cut = pending[end:], True
     if cut or pending.strip():
         yield pending, True
-
-
-def unescape(separator: str) -> str:
-    r"""\n, \r, \t and \\ of a command line as the characters they stand for; everything else as it is."""
-    known = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
-    return re.sub(r"\\([nrt\\])", lambda match: known[match[1]], separator)

@@ -44,5 +44,7 @@ def source_files(folder: Path) -> list[Path]:
     for parent, names, files in os.walk(folder):
         names[:] = [name for name in names if name not in LEFT_OUT]
         # _sysconfigdata… describes one machine's build
-        found += [Path(parent, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+        found += [
+            Path(parent, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())

@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from common.download import download
 from errors import UserError
-from prepare_data.download import download
 from prepare_data.sources import Corpus, text
 
 ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

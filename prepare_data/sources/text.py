@@ -27,14 +27,18 @@ def corpus(source: str, encoding: str = "utf-8", separator: str | None = None) -
     try:
         " ".encode(encoding)
     except (LookupError, UnicodeError):
-        raise UserError(f"--encoding={encoding}: Python knows no such encoding; try utf-8, gb18030, utf-16 or latin-1") from None
+        raise UserError(
+            f"--encoding={encoding}: Python knows no such encoding; try utf-8, gb18030, utf-16 or latin-1"
+        ) from None
     if source == "-":
         spool = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the corpus
         shutil.copyfileobj(sys.stdin.buffer, spool)
         return Corpus("stdin", "standard input", lambda: _read(spool, "standard input", encoding, separator))
     paths = find_files(source)
     if not paths:
-        raise UserError(f"--input={source}: no such file or folder, and no file fits it as a glob; check the path from {Path.cwd()}")
+        raise UserError(
+            f"--input={source}: no such file or folder, and no file fits it as a glob; check the path from {Path.cwd()}"
+        )
 
     def pieces() -> Iterator[Piece]:
         for path in paths:
@@ -67,7 +71,9 @@ def find_files(source: str) -> list[Path]:
             names[:] = sorted(name for name in names if not name.startswith("."))
             found += [Path(folder, name) for name in files if not name.startswith(".") and Path(folder, name).is_file()]
         if not found:
-            raise UserError(f"{path}: the folder holds no files (names that begin with a dot are passed over); expected text files")
+            raise UserError(
+                f"{path}: the folder holds no files (names that begin with a dot are passed over); expected text files"
+            )
         return sorted(found, key=lambda file: file.relative_to(path).as_posix())
     if path.exists():
         return [path]
@@ -98,9 +104,13 @@ def _decode(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise UserError(_undecodable(data, name, encoding, position - held + error.start, first=position == 0)) from None
+            raise UserError(
+                _undecodable(data, name, encoding, position - held + error.start, first=position == 0)
+            ) from None
         except UnicodeError as error:  # a missing byte order mark
-            raise UserError(f"{name}: {error}; name the byte order: --encoding=utf-16-le or utf-16-be (utf-32 likewise)") from None
+            raise UserError(
+                f"{name}: {error}; name the byte order: --encoding=utf-16-le or utf-16-be (utf-32 likewise)"
+            ) from None
         if "\0" in text:
             raise UserError(f"{name}: holds NUL characters, so it is a binary file{_way_out(name)}")
         if position == 0:
@@ -116,7 +126,9 @@ def _undecodable(data: bytes, name: str, encoding: str, offset: int, first: bool
     if first and data[:2] in (b"\xff\xfe", b"\xfe\xff") and "16" not in encoding:
         return f"{name}: begins with the mark of UTF-16 text (byte offset 0); try --encoding=utf-16"
     if b"\0" in data:
-        return f"{name}: is a binary file (not {encoding} at byte offset {offset}, and it holds NUL bytes){_way_out(name)}"
+        return (
+            f"{name}: is a binary file (not {encoding} at byte offset {offset}, and it holds NUL bytes){_way_out(name)}"
+        )
     others = [other for other in ("gb18030", "latin-1", "utf-8") if codecs.lookup(other) != codecs.lookup(encoding)]
     return f"{name}: not {encoding} text at byte offset {offset}; try --encoding={others[0]} (or {others[1]}), whichever it was written in"
 

@@ -25,8 +25,8 @@ import numpy as np
 import tiktoken
 import tiktoken_ext.openai_public
 
+from common.download import download
 from errors import UserError
-from prepare_data.download import download
 
 # How text is split before byte pairs merge; the exact patterns of the published encodings, so that other programs know them.
 PATTERNS = {
@@ -52,8 +52,10 @@ PUBLISHED = {  # name: (pattern, {address: sha256})
     "gpt2": (
         "gpt2",
         {
-            ADDRESS + "gpt-2/encodings/main/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-            ADDRESS + "gpt-2/encodings/main/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+            ADDRESS
+            + "gpt-2/encodings/main/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            ADDRESS
+            + "gpt-2/encodings/main/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
         },
     ),
     "r50k_base": (
@@ -66,7 +68,10 @@ PUBLISHED = {  # name: (pattern, {address: sha256})
     ),
     "cl100k_base": (
         "gpt4",
-        {ADDRESS + "encodings/cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"},
+        {
+            ADDRESS
+            + "encodings/cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+        },
     ),
     "o200k_base": (
         "gpt4o",
@@ -74,7 +79,9 @@ PUBLISHED = {  # name: (pattern, {address: sha256})
     ),
 }
 
-PIECE = 1 << 19  # characters tokenized at a time; the regular expressions give up on 2^20 characters of white space in a row
+PIECE = (
+    1 << 19
+)  # characters tokenized at a time; the regular expressions give up on 2^20 characters of white space in a row
 SAFE_CUT = re.compile(r"(?<=[^\W_])(?=\s)")  # in no pattern does a token go on from a letter or digit to white space
 FORMAT = "sprout-tokenizer"
 VERSION = 1
@@ -145,7 +152,9 @@ class Tokenizer:
     def _encoding(self) -> tiktoken.Encoding:
         ranks = {token: i for i, token in enumerate(self.token_bytes) if token}
         special = {"<|endoftext|>": self.eos_id}  # known to tiktoken, never asked for
-        return tiktoken.Encoding(self.name, pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.Encoding(
+            self.name, pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks, special_tokens=special
+        )
 
     def _encode_piece(self, text: str) -> np.ndarray:
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
@@ -166,7 +175,9 @@ class CharTokenizer(Tokenizer):
         ids = self._table[np.minimum(points, len(self._table) - 1)]
         if len(ids) and ids.min() < 0:
             unknown = sorted({chr(point) for point in points[ids < 0]})
-            shown = ", ".join(repr(char) for char in unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+            shown = ", ".join(repr(char) for char in unknown[:10]) + (
+                f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            )
             advice = "leave them out, or prepare with --tokenizer=bpe or bytes, which know every character"
             raise UserError(f"the char tokenizer knows {len(self.chars)} characters, but not {shown}; {advice}")
         return ids
@@ -188,12 +199,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
     import rustbpe
 
     if vocab_size < 257:
-        raise UserError(f"--vocab_size={vocab_size} is too small for --tokenizer=bpe: 256 bytes and end-of-sequence make at least 257")
+        raise UserError(
+            f"--vocab_size={vocab_size} is too small for --tokenizer=bpe: 256 bytes and end-of-sequence make at least 257"
+        )
     trainer = rustbpe.Tokenizer()
     pieces = chain.from_iterable(cut_pieces(text) for text in texts)
     trainer.train_from_iterator(pieces, vocab_size=vocab_size - 1, buffer_size=64, pattern=TRAINING_PATTERNS[pattern])
     # Two different merges may spell the same token; the first one keeps it.
-    tokens = dict.fromkeys(bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1]))
+    tokens = dict.fromkeys(
+        bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
+    )
     return Tokenizer("bpe", pattern, [*tokens, None], len(tokens))
 
 
@@ -202,7 +217,9 @@ def published_tokenizer(name: str) -> Tokenizer:
     pattern, files = PUBLISHED[name]
     cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     if cache == "":
-        raise UserError("TIKTOKEN_CACHE_DIR is set to nothing, which turns tiktoken's cache off; unset it, or name a folder")
+        raise UserError(
+            "TIKTOKEN_CACHE_DIR is set to nothing, which turns tiktoken's cache off; unset it, or name a folder"
+        )
     folder = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
     paths = {address: folder / hashlib.sha1(address.encode()).hexdigest() for address in files}
     for address, path in paths.items():
@@ -232,8 +249,13 @@ def tokenizer_from_dict(content: Any) -> Tokenizer:
         if not condition:
             raise UserError(f"this is no valid tokenizer: {rule}; take the file again from where it was written")
 
-    expect(isinstance(content, dict) and content.get("format") == FORMAT, f'expected an object with "format": "{FORMAT}"')
-    expect(content.get("version") == VERSION, f"expected version {VERSION}, found {content.get('version')!r}; a newer Sprout may read it")
+    expect(
+        isinstance(content, dict) and content.get("format") == FORMAT, f'expected an object with "format": "{FORMAT}"'
+    )
+    expect(
+        content.get("version") == VERSION,
+        f"expected version {VERSION}, found {content.get('version')!r}; a newer Sprout may read it",
+    )
     name, eos_id = content.get("name"), content.get("eos_id")
     expect(name in ("bpe", "bytes", "char", *PUBLISHED), f"unknown name {name!r}")
     expect(type(eos_id) is int, f"eos_id is {eos_id!r}, expected an integer")
@@ -245,15 +267,27 @@ def tokenizer_from_dict(content: Any) -> Tokenizer:
         expect(eos_id == len(chars), f"eos_id is {eos_id}, expected {len(chars)}")
         return CharTokenizer(chars)
     pattern, encoded = content.get("pattern"), content.get("tokens")
-    expect(isinstance(pattern, str) and pattern in PATTERNS, f"unknown split pattern {pattern!r}, expected one of {', '.join(PATTERNS)}")
-    expect(isinstance(encoded, list) and all(token is None or isinstance(token, str) for token in encoded), "tokens is no list of text")
-    expect(0 <= eos_id < len(encoded) and encoded[eos_id] is None, f"eos_id is {eos_id}, which is no free id among {len(encoded)}")
+    expect(
+        isinstance(pattern, str) and pattern in PATTERNS,
+        f"unknown split pattern {pattern!r}, expected one of {', '.join(PATTERNS)}",
+    )
+    expect(
+        isinstance(encoded, list) and all(token is None or isinstance(token, str) for token in encoded),
+        "tokens is no list of text",
+    )
+    expect(
+        0 <= eos_id < len(encoded) and encoded[eos_id] is None,
+        f"eos_id is {eos_id}, which is no free id among {len(encoded)}",
+    )
     try:
         tokens = [None if token is None else base64.b64decode(token, validate=True) for token in encoded]
     except (binascii.Error, ValueError):
         expect(False, "tokens holds text that is not base64")
     known = [token for token in tokens if token is not None]
-    expect(name in PUBLISHED or (len(known) == len(tokens) - 1 and eos_id == len(known)), "ids are not contiguous with EOS as the last")
+    expect(
+        name in PUBLISHED or (len(known) == len(tokens) - 1 and eos_id == len(known)),
+        "ids are not contiguous with EOS as the last",
+    )
     expect(b"" not in known and len(set(known)) == len(known), "a token is empty or stands twice")
     expect(set(known[:256]) == {bytes([i]) for i in range(256)}, "the first 256 tokens are not the single bytes")
     return Tokenizer(name, pattern, tokens, eos_id)
@@ -270,7 +304,9 @@ def named_tokenizer(name: str) -> Tokenizer:
     near = difflib.get_close_matches(name, ["bpe", "bytes", "char", *PUBLISHED], n=1)
     names = f"bpe, bytes, char, {', '.join(PUBLISHED)}, or the path of a sprout_tokenizer.json or dataset.json"
     raise UserError(
-        f"--tokenizer={name}: no such tokenizer or file" + (f"; did you mean {near[0]}?" if near else "") + f" Expected {names}"
+        f"--tokenizer={name}: no such tokenizer or file"
+        + (f"; did you mean {near[0]}?" if near else "")
+        + f" Expected {names}"
     )
 
 

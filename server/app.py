@@ -23,15 +23,16 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
-from config.option import show
+from common.option import show
+from common.tokenizer import Tokenizer
 from errors import UserError
-from generation.completions import Answer, Refused, Served, read_request, write
 from generation.engine import first_kept
-from generation.options import SamplingOptions, ServerOptions
-from generation.queue import Job, Queue
+from generation.options import SamplingOptions
 from generation.text import Piece
 from model import GPT
-from prepare_data.tokenizer import Tokenizer
+from server.completions import Answer, Refused, Served, read_request, write
+from server.options import ServerOptions
+from server.queue import Job, Queue
 
 try:
     import uvicorn
@@ -45,7 +46,9 @@ try:
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
 except ImportError as error:
-    raise UserError(f"--serve needs the package {error.name}, which is not installed: pip install starlette uvicorn") from None
+    raise UserError(
+        f"--serve needs the package {error.name}, which is not installed: pip install starlette uvicorn"
+    ) from None
 
 PAGE = Path(__file__).with_name("page.html")
 ROUTES = "GET /, /health, /v1/models, /v1/models/NAME and POST /v1/completions (a base model: it has no chat)"
@@ -63,13 +66,18 @@ class Gate:
         self.app, self.options = app, options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = self.refusal(scope["method"], scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
+        refused = (
+            self.refusal(scope["method"], scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
+        )
         await (self.app if refused is None else error_response(refused))(scope, receive, send)
 
     def refusal(self, method: str, path: str, headers: Headers) -> Refused | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.options.is_local and _hostname(host) not in (*LOCAL_NAMES, self.options.host):
-            return Refused(f"the Host {show(repr(host))} is not this machine's own name; use one of {', '.join(LOCAL_NAMES)}", status=403)
+            return Refused(
+                f"the Host {show(repr(host))} is not this machine's own name; use one of {', '.join(LOCAL_NAMES)}",
+                status=403,
+            )
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
             return Refused(f"requests from another web page ({show(repr(origin))}) are not answered", status=403)
         token, given = self.options.api_token, headers.get("authorization", "")
@@ -77,7 +85,11 @@ class Gate:
             return None
         if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             found = "a wrong one was given" if given else "none was given"
-            return Refused(f"this server expects its token, as Authorization: Bearer TOKEN; {found}", status=401, code="invalid_api_key")
+            return Refused(
+                f"this server expects its token, as Authorization: Bearer TOKEN; {found}",
+                status=401,
+                code="invalid_api_key",
+            )
         return None
 
 
@@ -174,8 +186,19 @@ def error_response(error: Exception) -> Response:
 def page_response() -> Response:
     """The page. Its browser runs the one script in it and nothing else, and lets that talk to this server alone."""
     page = PAGE.read_bytes()
-    sources = {"connect-src": "'self'", "img-src": "data:", "script-src": _source(page, "script"), "style-src": _source(page, "style")}
-    rules = {"default-src": "'none'", **sources, "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'"}
+    sources = {
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "script-src": _source(page, "script"),
+        "style-src": _source(page, "style"),
+    }
+    rules = {
+        "default-src": "'none'",
+        **sources,
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
     headers = {
         "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in rules.items()),
         "X-Content-Type-Options": "nosniff",
@@ -204,7 +227,12 @@ def make_app(served: Served, options: ServerOptions, queue: Queue, start: Mappin
 
     async def model(request: Request) -> Response:
         if (name := request.path_params["name"]) != served.name:
-            raise Refused(f"no model {show(repr(name))} here; there is {served.name!r}", param="model", status=404, code="model_not_found")
+            raise Refused(
+                f"no model {show(repr(name))} here; there is {served.name!r}",
+                param="model",
+                status=404,
+                code="model_not_found",
+            )
         return json_response(entry)
 
     async def health(_: Request) -> Response:
@@ -221,7 +249,9 @@ def make_app(served: Served, options: ServerOptions, queue: Queue, start: Mappin
         return response
 
     async def on_failure(_: Request, error: Exception) -> Response:
-        return error_response(Refused(f"the server failed ({type(error).__name__}); what it prints says more", status=500))
+        return error_response(
+            Refused(f"the server failed ({type(error).__name__}); what it prints says more", status=500)
+        )
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -238,7 +268,12 @@ def make_app(served: Served, options: ServerOptions, queue: Queue, start: Mappin
             Route("/v1/completions", Completions(served, queue), methods=["POST"]),
         ],
         middleware=[Middleware(Gate, options)],
-        exception_handlers={Refused: on_error, UserError: on_error, HTTPException: on_http_error, Exception: on_failure},
+        exception_handlers={
+            Refused: on_error,
+            UserError: on_error,
+            HTTPException: on_http_error,
+            Exception: on_failure,
+        },
         lifespan=lifespan,
     )
 
@@ -251,7 +286,15 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, queue: Queue) -> None:
         super().__init__(
-            uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none", http="h11", timeout_graceful_shutdown=1)
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                http="h11",
+                timeout_graceful_shutdown=1,
+            )
         )
         self.queue = queue
 

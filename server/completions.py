@@ -15,24 +15,40 @@ from typing import Any, NamedTuple
 
 import torch
 
-import config
-from config.option import did_you_mean, show
+from common.option import check_option, did_you_mean, options_of, show
+from common.run_directory import RunOptions
+from common.tokenizer import Tokenizer
 from errors import UserError
 from generation.engine import LENGTH
-from generation.options import SamplingOptions
+from generation.options import SampleScriptOptions, SamplingOptions
 from generation.sampling import log_probabilities
 from generation.text import Piece, Token, prompt_ids, stream_texts
 from model import GPT
-from prepare_data.tokenizer import Tokenizer
 
 SAMPLING = {  # a field of the request → the option that declares it
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
-    **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")},
+    **{
+        name: name
+        for name in (
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        )
+    },
     "stop": "stop",
     "logprobs": "logprobs",
 }
 OTHERS = ("model", "prompt", "n", "best_of", "seed", "echo", "stream", "stream_options", "suffix", "logit_bias", "user")
+OPTIONS = {
+    option.name: option
+    for section in (SamplingOptions, SampleScriptOptions, RunOptions)
+    for option in options_of(section)
+}
 DEFAULTS = {"max_new_tokens": 16, "temperature": 1.0}  # where OpenAI's differ from those of the options
 
 # What one request may take of memory; each is far beyond what a person asks for.
@@ -68,9 +84,22 @@ class Served:
 
     def to_dict(self, **start: Any) -> dict[str, Any]:
         """An entry of /v1/models, with what the page needs: the values to start from (`start` among them) and the limits."""
-        values = {name: getattr(self.sampling, option) for name, option in SAMPLING.items() if name != "logprobs"} | start
-        limits = {"max_tokens": MAX_TOKENS, "block_size": self.model.config.block_size, "vocab_size": self.tokenizer.vocab_size}
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "sprout", "start": values, "limits": limits}
+        values = {
+            name: getattr(self.sampling, option) for name, option in SAMPLING.items() if name != "logprobs"
+        } | start
+        limits = {
+            "max_tokens": MAX_TOKENS,
+            "block_size": self.model.config.block_size,
+            "vocab_size": self.tokenizer.vocab_size,
+        }
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "sprout",
+            "start": values,
+            "limits": limits,
+        }
 
 
 class Prompt(NamedTuple):
@@ -102,14 +131,19 @@ def read_request(body: bytes, served: Served) -> Completion:
     fields = _read_object(body)
     if unknown := sorted(fields.keys() - SAMPLING.keys() - set(OTHERS)):
         name, known = unknown[0], [*SAMPLING, *OTHERS]
-        raise Refused(f"unknown field {show(repr(name))}{did_you_mean(name, known)}; there are {', '.join(known)}", param=name)
+        raise Refused(
+            f"unknown field {show(repr(name))}{did_you_mean(name, known)}; there are {', '.join(known)}", param=name
+        )
     fields = {name: value for name, value in fields.items() if value is not None}  # null is as good as absent
     if (name := fields.get("model", served.name)) != served.name:
         message = f"model = {show(repr(name))}: this server has one model, {served.name!r}; use that name, or leave the field out"
         raise Refused(message, param="model", status=404, code="model_not_found")
     n = _checked("n", "num_samples", fields.get("n", 1))
     if fields.get("best_of", n) not in (1, n):
-        raise Refused("best_of: choosing among more samples than are returned is not supported; leave it out, and raise n", param="best_of")
+        raise Refused(
+            "best_of: choosing among more samples than are returned is not supported; leave it out, and raise n",
+            param="best_of",
+        )
     for name in ("suffix", "logit_bias"):
         if fields.get(name):
             raise Refused(f"{name} is not supported by this server; leave it out", param=name)
@@ -144,7 +178,7 @@ def _read_object(body: bytes) -> dict[str, Any]:
 def _checked(name: str, option: str, value: object) -> Any:
     """The value of a field, by the rule of the option that declares it."""
     try:
-        return config.check(option, value)
+        return check_option(OPTIONS, option, value)
     except UserError as error:
         raise Refused(str(error).replace(option, name, 1), param=name) from None
 
@@ -168,7 +202,9 @@ def _read_options(fields: dict[str, Any], sampling: SamplingOptions) -> Sampling
     if options.max_new_tokens > MAX_TOKENS:
         raise Refused(f"max_tokens = {options.max_new_tokens}: expected at most {MAX_TOKENS}", param="max_tokens")
     if options.min_new_tokens > options.max_new_tokens:
-        message = f"min_tokens = {options.min_new_tokens}: expected at most max_tokens, which is {options.max_new_tokens}"
+        message = (
+            f"min_tokens = {options.min_new_tokens}: expected at most max_tokens, which is {options.max_new_tokens}"
+        )
         raise Refused(message, param="min_tokens")
     return options
 
@@ -178,7 +214,9 @@ def _read_prompts(value: Any, served: Served) -> list[Prompt]:
     single = isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int)
     given = [value] if single else value
     if not isinstance(given, list) or not given:
-        raise Refused(f"prompt = {show(repr(value))}: expected a text, a list of token ids, or a list of these", param="prompt")
+        raise Refused(
+            f"prompt = {show(repr(value))}: expected a text, a list of token ids, or a list of these", param="prompt"
+        )
     if len(given) > MAX_SAMPLES:
         raise Refused(f"prompt: {len(given)} prompts, expected at most {MAX_SAMPLES}", param="prompt")
     return [_read_prompt(prompt, "prompt" if single else f"prompt[{i}]", served) for i, prompt in enumerate(given)]
@@ -188,14 +226,22 @@ def _read_prompt(value: Any, where: str, served: Served) -> Prompt:
     vocab_size = served.tokenizer.vocab_size
     try:
         if isinstance(value, str):
-            return Prompt(value, prompt_ids(served.tokenizer, value, served.sampling.prepend_eos), int(served.sampling.prepend_eos))
+            return Prompt(
+                value,
+                prompt_ids(served.tokenizer, value, served.sampling.prepend_eos),
+                int(served.sampling.prepend_eos),
+            )
     except UserError as error:
         raise Refused(f"{where}: {error}", param="prompt") from None
     if not isinstance(value, list) or not value:
-        raise Refused(f"{where} = {show(repr(value))}: expected a text, or a list of at least one token id", param="prompt")
+        raise Refused(
+            f"{where} = {show(repr(value))}: expected a text, or a list of at least one token id", param="prompt"
+        )
     for i, token in enumerate(value):
         if type(token) is not int or not 0 <= token < vocab_size:
-            raise Refused(f"{where}[{i}] = {show(repr(token))}: expected a token id, 0 to {vocab_size - 1}", param="prompt")
+            raise Refused(
+                f"{where}[{i}] = {show(repr(token))}: expected a token id, 0 to {vocab_size - 1}", param="prompt"
+            )
     return Prompt(served.tokenizer.decode(value), value, 0)
 
 
@@ -239,7 +285,9 @@ def prompt_tokens(served: Served, prompt: Prompt, alternatives: int) -> tuple[To
     if len(prompt.ids) > 1:
         logits = served.model(ids)[0, :-1]
         if not logits.isfinite().all():
-            raise UserError("the model computes NaN or infinity instead of probabilities; take another checkpoint, or --dtype=float32")
+            raise UserError(
+                "the model computes NaN or infinity instead of probabilities; take another checkpoint, or --dtype=float32"
+            )
         scored = [(None, ()), *log_probabilities(logits, prompt.ids[1:], alternatives)]
     decoder, start, tokens = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0, list[Token]()
     for token, (logprob, top) in list(zip(prompt.ids, scored, strict=True))[prompt.before :]:
@@ -257,7 +305,12 @@ class Answer:
 
     def __init__(self, served: Served, asked: Completion) -> None:
         self.served, self.asked = served, asked
-        self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": served.name}
+        self.head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": served.name,
+        }
         self.head["seed"] = asked.seed  # ours: what to ask with for the same samples again
         self.generated = 0
         self.echoed = set[int]()

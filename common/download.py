@@ -25,7 +25,9 @@ def download(address: str, path: Path, sha256: str) -> None:
                     file.write(block)
                     bar.update(len(block))
         if digest.hexdigest() != sha256:
-            raise OSError(f"what came is not what was expected: {part.stat().st_size} bytes with sha256 {digest.hexdigest()}, not {sha256}")
+            raise OSError(
+                f"what came is not what was expected: {part.stat().st_size} bytes with sha256 {digest.hexdigest()}, not {sha256}"
+            )
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

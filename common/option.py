@@ -14,8 +14,15 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+
+from errors import UserError
+
+
+def fixed(default: Any) -> Any:
+    """An option that a resumed run may not change, because the rest of the run would no longer be the same experiment."""
+    return dataclasses.field(default=default, metadata={"resume": "fixed"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +70,9 @@ class Option:
             return value
         if isinstance(value, bool) and bool in self.kinds:
             return value
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63:  # nan and inf fail this too
+        if (
+            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+        ):  # nan and inf fail this too
             if int in self.kinds and value == int(value) and _in_range(self.rule, value):
                 return int(value)
             if float in self.kinds and _in_range(self.rule, value):
@@ -75,7 +84,9 @@ class Option:
         if self.many:
             raise ValueError("expected a list of texts")
         *most, last = [words.rstrip() for kind, words in kinds.items() if kind in self.kinds] + self._words()
-        raise ValueError(f"expected {', '.join(most) + ' or ' if most else ''}{last}{did_you_mean(str(value), self.choices)}")
+        raise ValueError(
+            f"expected {', '.join(most) + ' or ' if most else ''}{last}{did_you_mean(str(value), self.choices)}"
+        )
 
     def _words(self) -> list[str]:
         return ["true", "false"] * (bool in self.kinds) + list(self.choices) + ["none"] * self.none
@@ -110,7 +121,9 @@ def options_of(section: type) -> Iterator[Option]:
         choices = [part for part in parts if isinstance(part, str)]
         none = any(part in (None, types.NoneType) for part in parts)
         many = hints[field.name] == tuple[str, ...]
-        assert many or len(rules + kinds + choices) + none == len(parts), f"{where}: no type of an option: {hints[field.name]}"
+        assert many or len(rules + kinds + choices) + none == len(parts), (
+            f"{where}: no type of an option: {hints[field.name]}"
+        )
         option = Option(
             field.name,
             section,
@@ -125,6 +138,16 @@ def options_of(section: type) -> Iterator[Option]:
         )
         assert option.check(option.default) == option.default, f"{where}: wrong default"
         yield option
+
+
+def check_option(options: Mapping[str, Option], name: str, value: object) -> Any:
+    """A Python value checked against the option `name`, as that option's type. Raises UserError."""
+    try:
+        if name not in options:
+            raise ValueError(f"no such option{did_you_mean(name, options)}")
+        return options[name].check(value)
+    except ValueError as error:
+        raise UserError(f"{name} = {show(repr(value))}: {error}") from None
 
 
 class _Range(NamedTuple):
@@ -189,3 +212,9 @@ def show(value: object) -> str:
     if not text or not text.isprintable() or text != text.strip():
         text = repr(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def unescape(text: str) -> str:
+    r"""\n, \r, \t and \\ of a command line as the characters they stand for; everything else as it is."""
+    known = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\])", lambda match: known[match[1]], text)

@@ -53,7 +53,11 @@ class Hardware:
         return str(self.dtype).removeprefix("torch.")
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or platform.machine()
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else platform.processor() or platform.machine()
+        )
         products = " (TF32 products)" if self.device.type == "cuda" and self.dtype == torch.float32 else ""
         return f"device {self.device} ({name}), {self.dtype_name}{products}, {self.threads} threads"
 
@@ -166,7 +170,9 @@ def _check_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"--device={name} is no device; expected auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"--device={name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device=auto")
+        raise UserError(
+            f"--device={name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device=auto"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device=mps: this machine has no MPS; try --device=auto")
     if device.type not in ("cpu", "cuda", "mps"):

@@ -9,8 +9,8 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
-from generation.completions import Refused
 from generation.text import Piece
+from server.completions import Refused
 
 MAX_REQUESTS = 16  # in the queue, the one that is generated included
 PAUSE = 0.02  # seconds between deliveries at least, so that the network does not slow a fast model down

@@ -19,19 +19,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.tokenizer import Tokenizer
 from errors import UserError
 from files import replace_file
 from generation.engine import visible
 from generation.options import SamplingOptions
 from generation.sampling import Penalties, weights
 from model import GPT, GPTConfig, dense_mask
-from prepare_data.tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("inspection.html")
 MOST_TOKENS, FEWEST_TOKENS = 96, 8  # shown at once
-MOST_NUMBERS = 2_000_000  # of queries, keys and values, where FEWEST_TOKENS do not need more: with them the page is about 5 MB
+MOST_NUMBERS = (
+    2_000_000  # of queries, keys and values, where FEWEST_TOKENS do not need more: with them the page is about 5 MB
+)
 TOP = 20  # likeliest next tokens that are shown
-FILTERS = ("repetition_penalty", "min_new_tokens", "temperature", "top_k", "top_p", "min_p")  # what the first draw depends on
+FILTERS = (
+    "repetition_penalty",
+    "min_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+)  # what the first draw depends on
 CLEAR_SHARE, NEARBY_SHARE = 0.4, 0.6  # of a head's weight; less does not name its kind
 FEWEST_ROWS = 3  # queries that such a share must be the mean of
 
@@ -44,7 +53,9 @@ def look_inside(model: GPT, tokenizer: Tokenizer, ids: Sequence[int], options: S
     positions = shown_positions(config, len(window))
     read = torch.tensor([window], device=model.embed.weight.device)
     layers: list[tuple[Tensor, ...]] = []  # q (H, T, D), k and v (K, T, D)
-    logits = model.observe(read, lambda layer, *heads: layers.append(tuple(x[0].transpose(0, 1).float().cpu() for x in heads)))
+    logits = model.observe(
+        read, lambda layer, *heads: layers.append(tuple(x[0].transpose(0, 1).float().cpu() for x in heads))
+    )
     logits = logits[0, positions].float().cpu()  # (N, V)
     if not logits.isfinite().all():
         raise UserError(
@@ -61,7 +72,10 @@ def look_inside(model: GPT, tokenizer: Tokenizer, ids: Sequence[int], options: S
     texts = [ids[: position + 1 + (unseen if position >= options.keep_head else 0)] for position in positions]
     drawn = to_be_drawn(logits, texts, config.eos_id, options)
     nexts = next_tokens(logits, drawn, [[*window, None][position + 1] for position in positions])
-    named = {*(window[position] for position in positions), *(choice[0] for entry in nexts for choice in [*entry["top"], *entry["came"]])}
+    named = {
+        *(window[position] for position in positions),
+        *(choice[0] for entry in nexts for choice in [*entry["top"], *entry["came"]]),
+    }
     q, k, v = (packed(torch.stack([layer[i][:, positions] for layer in layers])) for i in range(3))
     return {
         "model": {"n_layer": config.n_layer, "n_head": config.n_head, "kv_heads": config.kv_heads, "head_size": config.head_size,
@@ -105,7 +119,9 @@ def write_page(path: Path, data: dict[str, Any], title: str) -> None:
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         replace_file(path, page(data, title).encode())
     except OSError as error:
-        raise UserError(f"--inspect={path} cannot be written: {error.strerror}; name a file in a folder of yours: out.html") from None
+        raise UserError(
+            f"--inspect={path} cannot be written: {error.strerror}; name a file in a folder of yours: out.html"
+        ) from None
 
 
 def page(data: dict[str, Any], title: str) -> str:
@@ -120,7 +136,9 @@ def left_out(shown: int, read: int, given: int, block_size: int) -> str | None:
     if read < given:
         parts.append(f"the model sees {read:,} of the prompt's {given:,} tokens, since its context is {block_size:,}")
     if shown < read:
-        parts.append(f"of the {read:,} tokens that the model reads, the page shows the first and the last {shown - 1:,}")
+        parts.append(
+            f"of the {read:,} tokens that the model reads, the page shows the first and the last {shown - 1:,}"
+        )
     return "; ".join(parts) or None
 
 
@@ -177,7 +195,9 @@ def flags_of(options: SamplingOptions) -> list[str]:
     """The flags that change what may be drawn after a prompt, and always the temperature."""
     usual = SamplingOptions()
     values = {name: getattr(options, name) for name in FILTERS}
-    return [f"--{name}={value}" for name, value in values.items() if name == "temperature" or value != getattr(usual, name)]
+    return [
+        f"--{name}={value}" for name, value in values.items() if name == "temperature" or value != getattr(usual, name)
+    ]
 
 
 def to_be_drawn(logits: Tensor, texts: list[Sequence[int]], eos_id: int | None, options: SamplingOptions) -> Tensor:
@@ -203,7 +223,9 @@ def next_tokens(logits: Tensor, drawn: Tensor, came: Sequence[int | None]) -> li
         ranked = [(int(token), rank) for rank, token in enumerate(order[row, :TOP], start=1)]
         if follower is not None:
             ranked.append((follower, int((order[row] == follower).nonzero()) + 1))
-        numbers = [(token, significant(own[row, token]), significant(drawn[row, token]), rank) for token, rank in ranked]
+        numbers = [
+            (token, significant(own[row, token]), significant(drawn[row, token]), rank) for token, rank in ranked
+        ]
         shown = min(TOP, logits.shape[1])
         entries.append({"top": numbers[:shown], "came": numbers[shown:], "bits": [significant(x[row]) for x in bits],
                         "allowed": int((drawn[row] > 0).sum())})  # fmt: skip

@@ -11,11 +11,25 @@ import itertools
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from checkpoint import list_checkpoints
+from common.option import fixed
 from errors import UserError
 from files import DamagedFile, read_json, write_json
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    run: str | None = None
+    """train.py: the run directory to write (none: runs/PRESET-N). sample.py: a run, checkpoint or model folder (none: newest run)."""
+    seed: Annotated[int, "0 <= x"] = fixed(1337)
+    """Seed of everything drawn: initial weights, data order and dropout in train.py, tokens in sample.py."""
+
+    def problems(self) -> list[str]:
+        return ["--run= is empty"] if self.run == "" else []
 
 
 def claim_run(run: str | None, preset: str, runs_dir: Path = Path("runs")) -> Path:
@@ -32,7 +46,9 @@ def claim_run(run: str | None, preset: str, runs_dir: Path = Path("runs")) -> Pa
         ordinal = 1 + max((_ordinal(sibling) for sibling in home.iterdir()), default=0)
         write_json(path / "run.json", {"ordinal": ordinal})
     except OSError as error:
-        raise UserError(f"cannot write in the run directory {run or home}: {error}; name another one with --run=PATH") from error
+        raise UserError(
+            f"cannot write in the run directory {run or home}: {error}; name another one with --run=PATH"
+        ) from error
     return path
 
 
@@ -40,7 +56,9 @@ def refuse_used_run(run: str | None) -> None:
     """Raises UserError where the directory of a new run holds one already."""
     used = [name for name in ("config.json", "metrics.jsonl", "checkpoints") if run and (Path(run) / name).exists()]
     if used:
-        raise UserError(f"--run={run} holds a run already ({used[0]} is there); go on with it by --resume={run}, or name a new directory")
+        raise UserError(
+            f"--run={run} holds a run already ({used[0]} is there); go on with it by --resume={run}, or name a new directory"
+        )
 
 
 def _make_numbered(runs_dir: Path, preset: str) -> Path:
@@ -85,15 +103,15 @@ class RunLock:
         try:
             self.file = open(self.run_dir / "lock", "ab")
         except OSError as error:
-            raise UserError(f"cannot write in the run directory {self.run_dir}: {error}; check its path and permissions") from error
+            raise UserError(
+                f"cannot write in the run directory {self.run_dir}: {error}; check its path and permissions"
+            ) from error
         try:
             _lock(self.file.fileno())
         except OSError as error:
             self.file.close()
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                text = (
-                    f"{self.run_dir}: another process is writing there; wait for it or stop it, or name another directory with --run=PATH"
-                )
+                text = f"{self.run_dir}: another process is writing there; wait for it or stop it, or name another directory with --run=PATH"
             else:
                 text = f"{self.run_dir}: its file system cannot lock files ({error}); name a directory on another one with --run=PATH"
             raise UserError(text) from error

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,25 +134,6 @@ class GPTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
-        """The config in a checkpoint's model/config.json. Raises ValueError on unknown names and wrong types."""
-        hints = get_type_hints(cls)
-        if unknown := sorted(set(values) - set(hints)):
-            raise ValueError(f"unknown model options {unknown}; this version of Sprout knows {sorted(hints)}")
-        for name, value in values.items():
-            if not _has_type(value, hints[name]):
-                raise ValueError(f"{name}={value!r} is not of the type {hints[name]}")
-        return cls(**values)
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if choices := get_args(hint):
-        return any(_has_type(value, choice) for choice in choices)
-    return type(value) is hint or (hint is float and type(value) is int)
 
 
 # ---- The small parts -------------------------------------------------------------------------------------------------

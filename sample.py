@@ -25,7 +25,8 @@ import config
 from checkpoint import STATE, resolve_model_folder
 from common.hardware import HardwareOptions, choose_attention_path, choose_hardware
 from common.option import unescape
-from common.run_directory import RunOptions, newest_run
+from common.options import RunOptions
+from common.run_directory import newest_run
 from common.tokenizer import Tokenizer
 from errors import UserError, run_script
 from files import read_json

@@ -31,7 +31,8 @@ from common.hardware import (
     require_determinism,
     tune_allocator,
 )
-from common.run_directory import RunLock, RunOptions, claim_run, refuse_used_run
+from common.options import RunOptions
+from common.run_directory import RunLock, claim_run, refuse_used_run
 from common.tokenizer import PUBLISHED, tokenizer_from_dict
 from config.resume import resumed_options, with_model_options
 from errors import UserError, run_script

@@ -182,9 +182,10 @@ def load_peer(peer: Path) -> Callable[[Tensor], Tensor]:
 def load_ours(run: Path) -> GPT:
     """Our last weights: ids (B, T) → logits (B, T, V)."""
     from checkpoint import open_latest
+    from common.option import section_from
 
     saved = open_latest(run)
-    model = GPT(GPTConfig.from_dict(saved.config), seed=None)
+    model = GPT(section_from(GPTConfig, saved.config), seed=None)
     model.import_state(saved.model_tensors())
     model.eval()
     return model

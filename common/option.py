@@ -15,9 +15,12 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from errors import UserError
+
+T = TypeVar("T")
+RETIRED = frozenset[str]()  # options of earlier versions, which stored files may still hold; they are left out
 
 
 def fixed(default: Any) -> Any:
@@ -106,13 +109,14 @@ class Option:
         return f"{above.replace('<', '>')} {low}" if low else f"{below} {high}" if high else ""
 
 
-def options_of(section: type) -> Iterator[Option]:
-    """What a section declares, in order, without derived fields. AssertionError where a declaration is incomplete."""
+def options_of(section: type, derived: bool = False) -> Iterator[Option]:
+    """What a section declares, in order; derived fields, which are no options, only where asked for. AssertionError where a
+    declaration is incomplete."""
     hints, meanings = typing.get_type_hints(section, include_extras=True), _field_docstrings(section)
     for field in dataclasses.fields(section):
         where = f"{section.__name__}.{field.name}"
         assert field.default is not dataclasses.MISSING, f"{where} has no default"
-        if field.metadata.get("derived"):
+        if field.metadata.get("derived") and not derived:
             continue
         assert meanings.get(field.name), f"{where} has no line of meaning under it"
         parts = list(_parts(hints[field.name]))
@@ -148,6 +152,23 @@ def check_option(options: Mapping[str, Option], name: str, value: object) -> Any
         return options[name].check(value)
     except ValueError as error:
         raise UserError(f"{name} = {show(repr(value))}: {error}") from None
+
+
+def section_from(section: type[T], values: Mapping[str, Any]) -> T:
+    """The section that stored values (such as a checkpoint's model/config.json) describe; missing ones keep their defaults.
+
+    Raises ValueError on unknown names, wrong types and values out of range.
+    """
+    known = {option.name: option for option in options_of(section, derived=True)}
+    values = {name: value for name, value in values.items() if name not in RETIRED}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise ValueError(f"unknown options {unknown}; this version of Sprout knows {sorted(known)}")
+    for name, value in values.items():
+        try:
+            known[name].check(value)
+        except ValueError as error:
+            raise ValueError(f"{name} = {show(repr(value))}: {error}") from None
+    return section(**values)
 
 
 class _Range(NamedTuple):

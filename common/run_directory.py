@@ -11,25 +11,11 @@ import itertools
 import os
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from checkpoint import list_checkpoints
-from common.option import fixed
 from errors import UserError
 from files import DamagedFile, read_json, write_json
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    run: str | None = None
-    """train.py: the run directory to write (none: runs/PRESET-N). sample.py: a run, checkpoint or model folder (none: newest run)."""
-    seed: Annotated[int, "0 <= x"] = fixed(1337)
-    """Seed of everything drawn: initial weights, data order and dropout in train.py, tokens in sample.py."""
-
-    def problems(self) -> list[str]:
-        return ["--run= is empty"] if self.run == "" else []
 
 
 def claim_run(run: str | None, preset: str, runs_dir: Path = Path("runs")) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.hardware import HardwareOptions
-from common.run_directory import RunOptions
+from common.options import RunOptions
 from config.loader import Loader, Options, dump, replace
 from generation.options import SampleScriptOptions, SamplingOptions
 from model import GPTConfig

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import open_model_folder
+from common.option import section_from
 from common.tokenizer import Tokenizer, tokenizer_from_dict
 from errors import UserError
 from generation.engine import STOP, Event, generate
@@ -47,7 +48,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
     saved = open_model_folder(folder)
     try:
         tokenizer = tokenizer_from_dict(saved.tokenizer)
-        config = GPTConfig.from_dict(saved.config)
+        config = section_from(GPTConfig, saved.config)
         if (config.vocab_size, config.eos_id) != (tokenizer.vocab_size, tokenizer.eos_id):
             raise ValueError(
                 f"the model has {config.vocab_size} ids with end-of-sequence {config.eos_id}, "

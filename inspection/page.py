@@ -27,7 +27,7 @@ from generation.options import SamplingOptions
 from generation.sampling import Penalties, weights
 from model import GPT, GPTConfig, dense_mask
 
-PAGE = Path(__file__).with_name("inspection.html")
+PAGE = Path(__file__).with_name("page.html")
 MOST_TOKENS, FEWEST_TOKENS = 96, 8  # shown at once
 MOST_NUMBERS = (
     2_000_000  # of queries, keys and values, where FEWEST_TOKENS do not need more: with them the page is about 5 MB

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from common.option import check_option, did_you_mean, options_of, show
-from common.run_directory import RunOptions
+from common.options import RunOptions
 from common.tokenizer import Tokenizer
 from errors import UserError
 from generation.engine import LENGTH

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import config
-from common.option import Option, options_of
+from common.option import Option, options_of, section_from
 from config.loader import NO_PRESETS, Loader, Options, dump, replace
 from errors import UserError
+from model import GPTConfig
 from tests.conftest import ROOT
 
 
@@ -617,3 +618,17 @@ def test_what_a_resumed_run_may_not_change() -> None:
     assert {"n_layer", "seed"} <= config.fixed_names()
     assert not {"max_steps", "run", "device", "dropout"} & config.fixed_names()
     assert config.check("n_layer", 1e1) == 10
+
+
+def test_a_stored_section_comes_back_and_a_hostile_one_is_refused():
+    written = GPTConfig(n_layer=2, mlp="swiglu", vocab_size=40, eos_id=39)
+    stored = written.to_dict()
+    assert section_from(GPTConfig, stored) == written
+    for change, message in (
+        ({"n_layer": "4"}, "n_layer"),
+        ({"__class__": 1}, "unknown"),
+        ({"mlp": "evil"}, "mlp"),
+        ({"bias": 1}, "bias"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            section_from(GPTConfig, {**stored, **change})

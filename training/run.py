@@ -20,7 +20,7 @@ import torch
 import config
 from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
 from common.hardware import Hardware
-from common.run_directory import RunOptions
+from common.options import RunOptions
 from errors import UserError
 from files import write_json
 from generation.text import sample_texts

@@ -167,7 +167,7 @@ def section_from(section: type[T], values: Mapping[str, Any]) -> T:
         try:
             known[name].check(value)
         except ValueError as error:
-            raise ValueError(f"{name} = {show(repr(value))}: {error}") from None
+            raise ValueError(f"{name}={show(repr(value))}: {error}") from None
     return section(**values)
 
 

@@ -306,7 +306,7 @@ def test_folders_whose_files_do_not_belong_together(runs, capsys, tmp_path):
         shutil.rmtree(tmp_path / "mixed")
     shutil.copytree(bytes_model, tmp_path / "mixed")
     for text, message in {
-        '{"n_layers": 1}': "unknown model options",
+        '{"n_layers": 1}': "unknown options",
         '{"n_layer": "1"}': "n_layer='1'",
         '{"n_embd": 7}': "not divisible",
     }.items():

@@ -8,12 +8,15 @@ import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
 from errors import UserError
 from model import choose_attention, triton_obstacle
+
+if TYPE_CHECKING:
+    from annotated_types import Ge
 
 # TFLOP/s of dense 16-bit products by the vendors' data sheets, by a part of the device's name; the first that fits counts.
 VENDOR_TFLOPS = {
@@ -32,7 +35,7 @@ class HardwareOptions:
     """cpu, cuda, cuda:1, mps …; auto: the first of cuda, mps and cpu that is there."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the matrix products; auto: bfloat16 on a GPU or CPU that has it, else float16 on a GPU, float32 on a CPU."""
-    threads: Annotated[int, "1 <= x"] | Literal["auto"] = "auto"
+    threads: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     """CPU threads; auto: one a core. A CPU run repeats bit for bit at the same number only."""
     attention: Literal["auto", "triton", "sdpa"] = "auto"
     """The fused Triton kernel, or PyTorch's scaled_dot_product_attention; auto: the kernel where it runs (GPUs of compute

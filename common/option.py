@@ -1,9 +1,14 @@
 """One option: what a field of a section declares (type, range, default, meaning), and the check of a value against it.
 
 A section is a frozen dataclass beside the code that it configures. Its fields have the types int, float, bool, str, Literal[words] and
-unions of these with None, or tuple[str, ...] for a flag that may be given several times; a range is a string in Annotated ("1 <= x",
-"0 <= x < 1"); the string literal under a field is its meaning.
+unions of these with None, or tuple[str, ...] for a flag that may be given several times. Ranges are those of annotated_types:
+Annotated[int, Ge(1)], Annotated[float, Interval(ge=0, lt=1)]. The string literal under a field is its help text.
+
+A module that declares a section imports the names of annotated_types under `if TYPE_CHECKING:` only, with
+`from __future__ import annotations`; options_of resolves them. So model.py and the benches run where the package is missing.
 """
+
+from __future__ import annotations
 
 import ast
 import dataclasses
@@ -14,10 +19,13 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from errors import UserError
+
+if TYPE_CHECKING:
+    from annotated_types import Interval
 
 T = TypeVar("T")
 RETIRED = frozenset[str]()  # options of earlier versions, which stored files may still hold; they are left out
@@ -30,7 +38,7 @@ def fixed(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """`kinds` are the plain types that it takes, `choices` the words; `none`: it may be absent; `rule` is its range."""
+    """`kinds` are the plain types that it takes, `choices` the words; `none`: it may be absent; `interval`: the bounds of a number."""
 
     name: str
     section: type
@@ -39,7 +47,7 @@ class Option:
     kinds: frozenset[type]
     choices: tuple[str, ...]
     none: bool
-    rule: str
+    interval: Interval
     fixed: bool  # a resumed run may not change it
     many: bool = False  # a tuple of texts
 
@@ -76,9 +84,9 @@ class Option:
         if (
             isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
         ):  # nan and inf fail this too
-            if int in self.kinds and value == int(value) and _in_range(self.rule, value):
+            if int in self.kinds and value == int(value) and self._in_range(value):
                 return int(value)
-            if float in self.kinds and _in_range(self.rule, value):
+            if float in self.kinds and self._in_range(value):
                 return float(value)
         return self._refuse(value)
 
@@ -103,16 +111,26 @@ class Option:
 
     def limits(self) -> str:
         """The range in words: ">= 1" where one end is open, else "with 0 <= x < 1"."""
-        low, above, below, high = _parse_range(self.rule)
-        if low and high:
-            return f"with {self.rule}"
-        return f"{above.replace('<', '>')} {low}" if low else f"{below} {high}" if high else ""
+        bounds = self.interval
+        low, above = (bounds.gt, ">") if bounds.ge is None else (bounds.ge, ">=")
+        high, below = (bounds.lt, "<") if bounds.le is None else (bounds.le, "<=")
+        if low is not None and high is not None:
+            return f"with {low} {above.replace('>', '<')} x {below} {high}"
+        return f"{above} {low}" if low is not None else f"{below} {high}" if high is not None else ""
+
+    def _in_range(self, x: float) -> bool:
+        comparisons = ("ge", operator.ge), ("gt", operator.gt), ("le", operator.le), ("lt", operator.lt)
+        bounds = [(compare, getattr(self.interval, name)) for name, compare in comparisons]
+        return all(bound is None or compare(x, bound) for compare, bound in bounds)
 
 
 def options_of(section: type, derived: bool = False) -> Iterator[Option]:
     """What a section declares, in order; derived fields, which are no options, only where asked for. AssertionError where a
     declaration is incomplete."""
-    hints, meanings = typing.get_type_hints(section, include_extras=True), _field_docstrings(section)
+    import annotated_types
+
+    hints = typing.get_type_hints(section, localns=vars(annotated_types), include_extras=True)
+    meanings = _field_docstrings(section)
     for field in dataclasses.fields(section):
         where = f"{section.__name__}.{field.name}"
         assert field.default is not dataclasses.MISSING, f"{where} has no default"
@@ -120,12 +138,12 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
             continue
         assert meanings.get(field.name), f"{where} has no line of meaning under it"
         parts = list(_parts(hints[field.name]))
-        rules = [part.text for part in parts if isinstance(part, _Range)]
+        ranges = [_interval(part.bounds) for part in parts if isinstance(part, _Range)]
         kinds = [part for part in parts if part in (int, float, bool, str)]
         choices = [part for part in parts if isinstance(part, str)]
         none = any(part in (None, types.NoneType) for part in parts)
         many = hints[field.name] == tuple[str, ...]
-        assert many or len(rules + kinds + choices) + none == len(parts), (
+        assert many or len(ranges) + len(kinds + choices) + none == len(parts), (
             f"{where}: no type of an option: {hints[field.name]}"
         )
         option = Option(
@@ -136,7 +154,7 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
             kinds=frozenset(kinds),
             choices=tuple(choices),
             none=none,
-            rule=rules[0] if rules else "x",
+            interval=ranges[0] if ranges else annotated_types.Interval(),
             fixed=field.metadata.get("resume") == "fixed",
             many=many,
         )
@@ -172,7 +190,20 @@ def section_from(section: type[T], values: Mapping[str, Any]) -> T:
 
 
 class _Range(NamedTuple):
-    text: str
+    bounds: Any  # what stands in the Annotated: Ge, Gt, Le, Lt or Interval
+
+
+def _interval(bounds: Any) -> Interval:
+    from annotated_types import Ge, Gt, Interval, Le, Lt
+
+    if isinstance(bounds, str):  # the former form, "0 <= x < 1"
+        match = re.fullmatch(r"(?:(\S+) (<=?) )?x(?: (<=?) (\S+))?", bounds)
+        assert match, f"no range: {bounds!r}"
+        low, above, below, high = match.groups()
+        ends = {above and "g" + "te"[above == "<="]: low, below and "l" + "te"[below == "<="]: high}
+        return Interval(**{end: ast.literal_eval(number) for end, number in ends.items() if end})
+    assert isinstance(bounds, Ge | Gt | Le | Lt | Interval), f"no range: {bounds!r}"
+    return Interval(**dataclasses.asdict(bounds))
 
 
 def _parts(hint: Any) -> Iterator[Any]:
@@ -199,19 +230,6 @@ def _field_docstrings(section: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
             found[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value)).partition("\n")[0]
     return found
-
-
-def _parse_range(rule: str) -> tuple[str | Any, ...]:
-    """("0", "<=", "<", "1") of "0 <= x < 1"; None for an open end."""
-    match = re.fullmatch(r"(?:(\S+) (<=?) )?x(?: (<=?) (\S+))?", rule)
-    assert match, f"no range: {rule!r}"
-    return match.groups()
-
-
-def _in_range(rule: str, x: float) -> bool:
-    low, above, below, high = _parse_range(rule)
-    compare: dict[str, Callable[[float, float], bool]] = {"<": operator.lt, "<=": operator.le}
-    return (not low or compare[above](float(low), x)) and (not high or compare[below](x, float(high)))
 
 
 def did_you_mean(name: str, names: Iterable[str], flag: str = "") -> str:

@@ -1,37 +1,43 @@
-"""Raw text → tokenized shards. This file declares the options; it imports none of the work, so that --help stays quick.
+"""Raw text → tokenized shards. This file declares the options and imports none of the work, so that --help is fast.
 
-Reading order: sources/ (documents), tokenizer.py (text ↔ ids), shards.py (ids ↔ disk), pipeline.py (how they follow each other).
+Reading order: sources/ (documents), split.py (train and val), shards.py (the format on disk and its reader), shard_writer.py,
+folders.py (atomic renames), pipeline.py (the order of these steps). Tokenizers are in common/tokenizer.py.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+if TYPE_CHECKING:
+    from annotated_types import Ge, Interval
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How text becomes tokens; train.py uses the same options where it prepares a text on the way."""
+    """How text becomes tokens. train.py has the same options, for a text that it prepares itself."""
 
     tokenizer: str = "bpe"
-    """bpe (trained on the corpus), bytes, char, a published encoding (gpt2, o200k_base, …), or the path of a sprout_tokenizer.json."""
-    vocab_size: Annotated[int, "257 <= x"] = 4096
-    """Ids of a bpe tokenizer, end-of-sequence included; larger reads faster and needs a larger model. Other tokenizers bring their own."""
+    """bpe (trained on the corpus), bytes, char, a published encoding (gpt2, o200k_base, …), or a sprout_tokenizer.json."""
+    vocab_size: Annotated[int, Ge(257)] = 4096
+    """Vocabulary size of bpe, EOS included. Larger: fewer tokens per text, more parameters. Other tokenizers have their own."""
     split_pattern: Literal["gpt4o", "gpt2"] = "gpt4o"
-    """How bpe splits text before merging: GPT-4o's pattern or GPT-2's."""
+    """Regular expression that splits text before byte pairs are merged: GPT-4o's or GPT-2's."""
     encoding: str = "utf-8"
     """Encoding of the text files: utf-8, gb18030, utf-16, latin-1, … A byte order mark is removed."""
     separator: str | None = None
-    r"""Ends a document within a file; \n, \t and \\ are understood: '\n' is one document a line. None: a file is a document."""
+    r"""Text that ends a document within a file; \n, \t and \\ are escapes: '\n' is one document per line. none: one per file."""
     split: Literal["auto", "documents", "tail"] = "auto"
-    """Validation part: whole documents chosen by their content, or the tail of the text. auto: tail under 20 documents."""
-    val_fraction: Annotated[float, "0 < x < 1"] = 0.1
-    """Share of the documents (or of the characters, by tail) kept for validation."""
-    shard_tokens: Annotated[int, "8 <= x <= 2147483647"] = 100_000_000
-    """Tokens a file of the dataset holds at most."""
+    """Validation split: whole documents, chosen by content hash, or the tail of the text. auto: tail below 20 documents."""
+    val_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.1
+    """Fraction of the documents (with tail: of the characters) kept for validation."""
+    shard_tokens: Annotated[int, Interval(ge=8, le=2**31 - 1)] = 100_000_000
+    """Maximum number of tokens per shard file."""
     data_dir: str = "data"
-    """Folder of the datasets and downloads."""
+    """Folder for datasets and downloads."""
 
     def problems(self) -> list[str]:
-        return ["--separator must not be empty; none means that a file is a document"] if self.separator == "" else []
+        return ["--separator must not be empty; use none for one document per file"] if self.separator == "" else []
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,10 @@ class SourceOptions:
     """What `python -m prepare_data SOURCE` reads and writes; SOURCE is text, shakespeare or python_stdlib."""
 
     input: str | None = None
-    """Source text: a file, a folder, a glob in quotes, or - for standard input. Files that end in .gz are unpacked."""
+    """Source text: a file, a folder, a quoted glob, or - for standard input. Gzip files are decompressed."""
     name: str | None = None
-    """Name of the dataset, a folder under --data_dir. By default the input's name without its ending, or the source's."""
+    """Name of the dataset, a folder under --data_dir. Default: the input's file name without extension, or the source."""
     dry_run: bool = False
-    """Print counts and a decoded sample; write nothing."""
+    """Print counts and a decoded sample without writing anything."""
     overwrite: bool = False
-    """Replace a dataset of that name that was made from another content or with other options."""
+    """Replace a dataset of the same name that has other content or other options."""

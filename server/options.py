@@ -1,9 +1,14 @@
 """The options of the local server."""
 
+from __future__ import annotations
+
 import ipaddress
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    from annotated_types import Interval
 
 
 @dataclass(frozen=True)
@@ -12,7 +17,7 @@ class ServerOptions:
     """Serve the model on this machine: a page to try prompts, and OpenAI's /v1/completions for other programs."""
     host: str = "127.0.0.1"
     """Address to listen at; any but this machine's own needs --api_token."""
-    port: Annotated[int, "0 <= x <= 65535"] = 8000
+    port: Annotated[int, Interval(ge=0, le=65535)] = 8000
     """Port to listen at; 0: any free one, which is printed."""
     api_token: str | None = None
     """Answer only requests that bring this token (Authorization: Bearer TOKEN); the page asks for it."""

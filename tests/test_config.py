@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from annotated_types import Ge, Gt, Interval, Le, MultipleOf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,20 +22,20 @@ from tests.conftest import ROOT
 
 @dataclass(frozen=True)
 class Model:
-    n_layer: Annotated[int, "1 <= x"] = field(default=4, metadata={"resume": "fixed"})
+    n_layer: Annotated[int, Ge(1)] = field(default=4, metadata={"resume": "fixed"})
     """Number of blocks."""
-    n_embd: Annotated[int, "1 <= x"] = 64
+    n_embd: Annotated[int, Ge(1)] = 64
     """Channels."""
-    n_head: Annotated[int, "1 <= x"] = 4
+    n_head: Annotated[int, Ge(1)] = 4
     """Heads; divides n_embd.
 
     Only the first line goes into the help.
     """
-    n_kv_head: Annotated[int, "1 <= x"] | None = None
+    n_kv_head: Annotated[int, Ge(1)] | None = None
     """Key/value heads; none: as many as n_head."""
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     """Kind of normalisation."""
-    dropout: Annotated[float, "0 <= x < 1"] = 0.0
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share set to 0."""
     vocab_size: int = field(default=256, metadata={"derived": True})
 
@@ -50,13 +51,13 @@ class Train:
     """Run directory."""
     resume: str | None = None
     """Run to go on with."""
-    max_steps: Annotated[int, "0 <= x"] = 100
+    max_steps: Annotated[int, Ge(0)] = 100
     """Updates in all."""
-    learning_rate: Annotated[float, "0 < x"] = 1e-3
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
     """Peak step size."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the model."""
-    micro_batch: Annotated[int, "x <= 64"] | Literal["auto"] = "auto"
+    micro_batch: Annotated[int, Le(64)] | Literal["auto"] = "auto"
     """Rows at once."""
     overwrite: bool = False
     """Replace what is there."""
@@ -64,7 +65,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Sampling:
-    top_k: Annotated[int, "1 <= x"] | None = None
+    top_k: Annotated[int, Ge(1)] | None = None
     """Draw from the k likeliest tokens only."""
     prompt: str | None = None
     """Text to go on with."""
@@ -149,12 +150,12 @@ def test_incomplete_declarations_are_refused() -> None:
 
     @dataclass
     class NoRange:
-        size: Annotated[int, "x > 1"] = 2
+        size: Annotated[int, MultipleOf(2)] = 2
         """Size."""
 
     @dataclass
     class WrongDefault:
-        size: Annotated[int, "1 <= x"] = 0
+        size: Annotated[int, Ge(1)] = 0
         """Size."""
 
     for section, message in [

@@ -1,10 +1,12 @@
 """Which optimizer updates the weights, and how large a step it takes when."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,38 +17,41 @@ from common.option import fixed
 from model import GPT
 from training.muon import muon
 
+if TYPE_CHECKING:
+    from annotated_types import Ge, Gt, Interval
+
 
 @dataclass(frozen=True)
 class OptimizerOptions:
     optimizer: Literal["adamw", "muon", "sgd"] = fixed("adamw")
     """AdamW (fused where torch can); Muon for the matrices inside the blocks and AdamW for the rest; or SGD with momentum."""
-    learning_rate: Annotated[float, "0 <= x"] = 1e-3
+    learning_rate: Annotated[float, Ge(0)] = 1e-3
     """Peak step size."""
-    muon_learning_rate: Annotated[float, "0 <= x"] | None = None
+    muon_learning_rate: Annotated[float, Ge(0)] | None = None
     """Peak step size of Muon's matrices, in AdamW's unit; none: learning_rate. The schedule scales both alike."""
-    muon_momentum: Annotated[float, "0 <= x < 1"] = 0.95
+    muon_momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.95
     """Muon's memory of the gradient."""
-    muon_steps: Annotated[int, "1 <= x"] = 5
+    muon_steps: Annotated[int, Ge(1)] = 5
     """Newton–Schulz steps that orthogonalise an update; 3 cost less and lost nothing in the small models measured."""
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
     """After the warm-up: cosine or linear to the minimum; wsd: stay, then decay linearly; the 2017 paper's; stay."""
-    warmup_steps: Annotated[int, "0 <= x"] = 100
+    warmup_steps: Annotated[int, Ge(0)] = 100
     """Steps over which the learning rate rises from 0."""
-    decay_steps: Annotated[int, "1 <= x"] | None = None
+    decay_steps: Annotated[int, Ge(1)] | None = None
     """Last steps, in which wsd decays; none: a fifth of max_steps."""
-    min_learning_rate: Annotated[float, "0 <= x"] = 0.0
+    min_learning_rate: Annotated[float, Ge(0)] = 0.0
     """Where cosine, linear and wsd end."""
-    weight_decay: Annotated[float, "0 <= x"] = 0.1
+    weight_decay: Annotated[float, Ge(0)] = 0.1
     """Decay of matrices (embeddings included); biases and norms are not decayed."""
-    beta1: Annotated[float, "0 <= x < 1"] = 0.9
+    beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """AdamW's memory of the gradient."""
-    beta2: Annotated[float, "0 <= x < 1"] = 0.95
+    beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.95
     """AdamW's memory of the squared gradient."""
-    adam_eps: Annotated[float, "0 < x"] = 1e-8
+    adam_eps: Annotated[float, Gt(0)] = 1e-8
     """AdamW's guard against division by 0."""
-    momentum: Annotated[float, "0 <= x < 1"] = 0.9
+    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """SGD's memory of the gradient."""
-    grad_clip: Annotated[float, "0 < x"] | None = 1.0
+    grad_clip: Annotated[float, Gt(0)] | None = 1.0
     """Gradients are scaled down to this norm; none: never."""
 
     @property

@@ -1,17 +1,16 @@
-"""Run directories: who may write in one, and which is the newest. What lies in checkpoints/ belongs to checkpoint.py.
+"""Run directories: who may write in one, and which run is the newest. checkpoints/ belongs to checkpoint.py.
 
-`run.json` holds {"ordinal": N}, a number above those that its sibling runs had when it was started, so that "the newest run" depends on no
-clock and no mtime. `lock` is the file whose OS lock the writing process holds.
+`run.json` holds {"ordinal": N}, a number above those of its sibling runs when it was started: the newest run is found
+without a clock or file times. `lock` is the file whose OS lock the writing process holds.
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
-import os
 import re
-import sys
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from checkpoint import list_checkpoints
 from errors import UserError
@@ -19,9 +18,10 @@ from files import DamagedFile, read_json, write_json
 
 
 def claim_run(run: str | None, preset: str, runs_dir: Path = Path("runs")) -> Path:
-    """Creates a run's directory: `run`, or else RUNS_DIR/PRESET-N with the next number. Raises UserError where it is used or not writable.
+    """Creates a run's directory and returns it: `run`, or else RUNS_DIR/PRESET-N with the next number.
 
-    Processes that claim at the same instant get different numbers, but perhaps the same ordinal; newest_run then goes by name.
+    Raises UserError where it holds a run already or is not writable. Processes that claim at the same time get
+    different numbers, but may get the same ordinal; newest_run then takes the last by name.
     """
     refuse_used_run(run)
     home = Path(run).parent if run else runs_dir
@@ -39,11 +39,12 @@ def claim_run(run: str | None, preset: str, runs_dir: Path = Path("runs")) -> Pa
 
 
 def refuse_used_run(run: str | None) -> None:
-    """Raises UserError where the directory of a new run holds one already."""
+    """Raises UserError if the directory named for a new run holds one already."""
     used = [name for name in ("config.json", "metrics.jsonl", "checkpoints") if run and (Path(run) / name).exists()]
     if used:
         raise UserError(
-            f"--run={run} holds a run already ({used[0]} is there); go on with it by --resume={run}, or name a new directory"
+            f"--run={run} holds a run already ({used[0]} is there); "
+            f"continue it with --resume={run}, or name a new directory"
         )
 
 
@@ -54,7 +55,7 @@ def _make_numbered(runs_dir: Path, preset: str) -> Path:
         path = runs_dir / f"{preset}-{number}"
         try:
             path.mkdir()
-        except FileExistsError:  # another process was faster, or the name differs in case only
+        except FileExistsError:  # taken by another process, or by a name that differs in case only
             continue
         return path
     raise AssertionError
@@ -63,13 +64,13 @@ def _make_numbered(runs_dir: Path, preset: str) -> Path:
 def _ordinal(run: Path) -> int:
     try:
         ordinal = read_json(run / "run.json").get("ordinal")
-    except DamagedFile:  # not made by claim_run: older than all that were
+    except DamagedFile:  # not made by claim_run: counts as the oldest
         return 0
     return ordinal if type(ordinal) is int else 0
 
 
 def newest_run(runs_dir: Path) -> Path:
-    """The run with a checkpoint that was started last. Raises UserError where there is none."""
+    """The run started last of those with a checkpoint. Raises UserError if there is none."""
     runs = [path for path in runs_dir.iterdir() if list_checkpoints(path)] if runs_dir.is_dir() else []
     if not runs:
         raise UserError(f"no run with a checkpoint in {runs_dir}; train one first: python train.py")
@@ -79,7 +80,9 @@ def newest_run(runs_dir: Path) -> Path:
 class RunLock:
     """Context manager: one writer per run directory. The system drops the lock when the process ends, however it ends.
 
-    The file stays behind; only a lock on it means something. Raises UserError where another process holds it.
+    Raises UserError where another process holds the lock, the directory is not writable or its file system cannot lock.
+    The file stays behind; only the lock on it counts. filelock's FileLock is not used, because on a file system without
+    locks it falls back to a marker file, which outlives a killed process.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -93,27 +96,20 @@ class RunLock:
                 f"cannot write in the run directory {self.run_dir}: {error}; check its path and permissions"
             ) from error
         try:
-            _lock(self.file.fileno())
+            locked = lock_descriptor(self.file.fileno(), blocking=False)
         except OSError as error:
             self.file.close()
-            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                text = f"{self.run_dir}: another process is writing there; wait for it or stop it, or name another directory with --run=PATH"
-            else:
-                text = f"{self.run_dir}: its file system cannot lock files ({error}); name a directory on another one with --run=PATH"
-            raise UserError(text) from error
+            raise UserError(
+                f"{self.run_dir}: its file system cannot lock files ({error}); "
+                "name a directory on another one with --run=PATH"
+            ) from error
+        if not locked:
+            self.file.close()
+            raise UserError(
+                f"{self.run_dir}: another process is writing there; wait for it or stop it, "
+                "or name another directory with --run=PATH"
+            )
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.file.close()
-
-
-def _lock(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

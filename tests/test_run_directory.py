@@ -1,5 +1,6 @@
-"""training/run_directory.py: one writer per run, no run overwritten, and the newest run found without a clock."""
+"""common/run_directory.py: one writer per run, no run overwritten, and the newest run found without a clock."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common import run_directory
 from common.run_directory import RunLock, claim_run, newest_run, refuse_used_run
 from errors import UserError
 from tests.conftest import ROOT
@@ -41,10 +43,29 @@ def test_a_second_process_is_refused_and_a_killed_one_holds_nothing(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_and_no_other_lock_is_taken(tmp_path, monkeypatch, code):
+    def fail(descriptor: int, blocking: bool) -> bool:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(run_directory, "lock_descriptor", fail)
+    with pytest.raises(UserError, match="file system cannot lock files"), RunLock(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == ["lock"]
+    assert (tmp_path / "lock").read_bytes() == b""
+
+
+def test_the_lock_file_is_neither_emptied_nor_deleted(tmp_path):
+    (tmp_path / "lock").write_text("kept")
+    with RunLock(tmp_path):
+        assert (tmp_path / "lock").read_text() == "kept"
+    assert (tmp_path / "lock").read_text() == "kept"
+
+
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints"])
-def test_a_used_directory_is_refused_naming_resume(tmp_path, name):
+def test_a_used_directory_is_refused_and_the_error_names_resume(tmp_path, name):
     run = claim_run(str(tmp_path / "a run"), "debug")
-    assert claim_run(str(run), "debug") == run  # a start that failed early leaves nothing that counts
+    assert claim_run(str(run), "debug") == run  # a run that failed before its first file may start again
     (run / name).mkdir()
     for refuse in (refuse_used_run, lambda run: claim_run(run, "debug")):
         with pytest.raises(UserError, match=rf"holds a run already \({name} is there\).*--resume=.*a run"):
@@ -76,10 +97,10 @@ def finish(run: Path) -> Path:
     return run
 
 
-def test_the_newest_run_was_started_last_whatever_the_clock_says(tmp_path):
+def test_the_newest_run_was_started_last_whatever_the_file_times_are(tmp_path):
     with pytest.raises(UserError, match=r"no run with a checkpoint in .*none.*python train\.py"):
         newest_run(tmp_path / "none")
-    foreign = finish(tmp_path / "zzz")  # made by no claim_run
+    foreign = finish(tmp_path / "zzz")  # not made by claim_run
     assert newest_run(tmp_path) == foreign
     runs = [
         finish(claim_run(None, "quickstart", tmp_path)),
@@ -97,8 +118,8 @@ def test_the_newest_run_was_started_last_whatever_the_clock_says(tmp_path):
     assert json.loads((runs[1] / "run.json").read_text()) == {"ordinal": 2}
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions bind ordinary POSIX users only")
-def test_a_read_only_place_is_named(tmp_path):
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions apply to ordinary POSIX users only")
+def test_a_read_only_directory_is_named(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     for attempt in (lambda: claim_run(None, "debug", tmp_path), lambda: RunLock(tmp_path).__enter__()):
         with pytest.raises(UserError, match="cannot write in the run directory"):

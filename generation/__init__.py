@@ -1,1 +1,1 @@
-"""What sample.py is made of: options, the engine (ids → ids, batched and cached), sampling filters and stop rules."""
+"""Text generation: sampling options, the batched engine with a KV cache (ids → ids), logits filters, stop strings."""

@@ -1,4 +1,4 @@
-"""The options of sample.py: what to sample from, how it is shown, how tokens are drawn, and the local server."""
+"""Options of sample.py: checkpoint, prompts and output (SampleScriptOptions), sampling (SamplingOptions)."""
 
 from __future__ import annotations
 
@@ -14,78 +14,78 @@ class SampleScriptOptions:
     checkpoint: str = "best"
     """Which checkpoint of the run: best (lowest val loss), latest, or step-N."""
     prompt: str | None = None
-    """Text to go on with; none: a new document."""
+    """Prompt text to continue; without one, a new document is started."""
     prompt_file: str | None = None
-    """File that holds the prompt (UTF-8); - for standard input."""
+    """Read the prompt from this file (UTF-8); - for standard input."""
     prompts: str | None = None
-    """File of many prompts in JSON lines, each a string or {"prompt": "…", "id": …}; - for standard input."""
+    """Read many prompts from this JSON Lines file, each a string or {"prompt": "…", "id": …}; - for standard input."""
     quantize: Literal["int8"] | None = None
-    """int8: the matrices in eight bits, on CPUs: large models write 1.9 times as fast (124M, two cores), small ones slower."""
+    """int8: 8-bit weights, on CPUs only; a 124M model generates 1.9 times as fast on two cores, small ones slower."""
     num_samples: Annotated[int, Ge(1)] = 1
-    """Samples to draw of each prompt, side by side in one batch."""
+    """Samples per prompt, generated in one batch."""
     output: Literal["text", "jsonl"] = "text"
-    """How samples are printed: as text, or one JSON object a line with token ids, log-probabilities and the reason of the end."""
+    """Print samples as text, or as one JSON object per line with token ids, log-probabilities and finish reason."""
     interactive: bool = False
-    """Write together with the model: it goes on with each line that you type; /help there lists the commands."""
+    """Interactive session: the model continues each line that you type; /help lists its commands."""
     inspect: str | None = None
-    """Write a page (HTML) that shows how the model reads the prompt: attention maps, scores step by step, the next token; no samples."""
+    """Write an HTML page with the attention maps, scores and next-token probabilities of the prompt; no samples."""
 
     def problems(self) -> list[str]:
         found = []
         given = [name for name in ("prompt", "prompt_file", "prompts") if getattr(self, name) is not None]
         if len(given) > 1:
-            found.append(f"{' and '.join(f'--{name}' for name in given)} all give the prompt: use one of them")
+            found.append(f"{' and '.join(f'--{name}' for name in given)} all set the prompt: use one of them")
         if self.interactive and (self.prompts is not None or "-" in (self.prompt_file, self.prompts)):
-            found.append("--interactive reads from the keyboard: give it --prompt or --prompt_file=FILE at most")
+            found.append("--interactive reads from the keyboard: use --prompt or --prompt_file=FILE with it, at most")
         if self.interactive and (self.num_samples > 1 or self.output != "text"):
-            found.append("--interactive shows one sample as text: leave --num_samples and --output out")
+            found.append("--interactive shows one sample as text: remove --num_samples and --output")
         if self.inspect is not None and (
             self.prompts is not None or self.interactive or self.num_samples > 1 or self.output != "text"
         ):
             found.append(
-                "--inspect shows one prompt and draws no samples: give it --prompt or --prompt_file, and leave --prompts, "
-                "--interactive, --num_samples and --output out"
+                "--inspect shows one prompt and draws no samples: use --prompt or --prompt_file, and remove --prompts, "
+                "--interactive, --num_samples and --output"
             )
         return found
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """In the order in which they are applied (after Hugging Face's): what may be drawn, then how a sample ends."""
+    """Filters in the order of application (as in Hugging Face), then the rules for the end and the context."""
 
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
-    """Divide the logits of all tokens in the prompt and the text by this (multiply negative ones); above 1: fewer repetitions."""
+    """Divide positive logits of tokens in the prompt or the text by this, multiply negative ones; > 1: less repetition."""
     presence_penalty: float = 0.0
-    """Subtract this from the logits of tokens that were generated before."""
+    """Subtract this from the logit of each token that was generated before."""
     frequency_penalty: float = 0.0
-    """Subtract this from a token's logit for each time it was generated before."""
+    """Subtract this from a token's logit once for each time it was generated before."""
     temperature: Annotated[float, Ge(0)] = 0.8
-    """Sharpness of the draws: 0 always takes the likeliest token, 1 draws as the model believes, more is wilder."""
+    """Divide the logits by this: 0 always takes the likeliest token, 1 leaves them as they are, more is more random."""
     top_k: Annotated[int, Ge(1)] | None = None
-    """Draw from the k likeliest tokens only."""
+    """Sample from the k likeliest tokens only."""
     top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
-    """Draw from the smallest set of tokens that holds this share of the probability (nucleus sampling)."""
+    """Sample from the smallest set of tokens whose total probability reaches this (nucleus sampling)."""
     min_p: Annotated[float, Interval(ge=0, le=1)] | None = None
-    """Draw from tokens that are at least this share as likely as the likeliest one."""
+    """Sample only tokens whose probability is at least this fraction of the highest one."""
     max_new_tokens: Annotated[int, Ge(0)] = 500
-    """Length of a sample at most, in tokens."""
+    """Maximum length of a sample, in tokens."""
     min_new_tokens: Annotated[int, Ge(0)] = 0
-    """Draw no end-of-sequence before a sample has this many tokens."""
+    """Never draw end-of-sequence before a sample has this many tokens."""
     stop: tuple[str, ...] = ()
-    r"""End a sample before this text (\n is a line break); may be given several times."""
+    r"""Stop string: end a sample just before this text (\n is a line break); may be given several times."""
     stop_at_eos: bool = True
-    """End a sample when the end-of-sequence id is drawn."""
+    """End a sample when the end-of-sequence token is drawn."""
     prepend_eos: bool = True
-    """Start with the end-of-sequence id, which is how every document started in training."""
+    """Prepend the end-of-sequence token to the prompt: in training it came before every document."""
     keep_head: Annotated[int, Ge(0)] = 1
-    """Ids at the start that stay visible when a text outgrows block_size; of the rest the newer half stays."""
+    """First tokens that stay visible (attention sink) beyond block_size; of the others the newer half stays."""
     logprobs: Annotated[int, Interval(ge=0, le=100)] | None = None
-    """Report each token's log-probability before all filters, and those of this many likeliest tokens (--output=jsonl)."""
+    """Report each token's unfiltered log-probability, and those of this many likeliest tokens (--output=jsonl)."""
 
     def problems(self) -> list[str]:
         found = []
         if self.min_new_tokens > self.max_new_tokens:
             found.append(f"--min_new_tokens={self.min_new_tokens} is more than --max_new_tokens={self.max_new_tokens}")
         if "" in self.stop:
-            found.append("--stop= is empty; leave it out, or give a text")
+            found.append("--stop= is empty; remove it, or give a text")
         return found

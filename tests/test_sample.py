@@ -228,7 +228,7 @@ def test_a_prompt_that_ends_in_a_space_is_noted_where_words_begin_with_theirs():
 
 
 def test_options_of_prompts_that_contradict_each_other(capsys):
-    assert "--prompt and --prompts all give the prompt" in bad(capsys, "--prompt=a", "--prompts=b")
+    assert "--prompt and --prompts all set the prompt" in bad(capsys, "--prompt=a", "--prompts=b")
     assert "--interactive reads from the keyboard" in bad(capsys, "--interactive", "--prompt_file=-")
     assert "--interactive shows one sample" in bad(capsys, "--interactive", "--num_samples=2")
     assert "--min_new_tokens=9 is more than --max_new_tokens=5" in bad(

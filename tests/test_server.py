@@ -526,12 +526,12 @@ def test_a_token_is_asked_of_all_but_the_page():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--serve", "--host=0.0.0.0"], "--host=0.0.0.0 lets other machines use it.*--api_token=TOKEN"),
+        (["--serve", "--host=0.0.0.0"], "--host=0.0.0.0 lets other machines connect.*--api_token=TOKEN"),
         (["--serve", "--host=::"], "lets other machines"),
         (["--serve", "--host=my-machine"], "lets other machines"),
         (["--serve", "--host="], "lets other machines"),
-        (["--serve", "--api_token=short"], "--api_token must have 8 characters"),
-        (["--serve", "--api_token=with a space"], "none a space"),
+        (["--serve", "--api_token=short"], "--api_token must have at least 8 characters"),
+        (["--serve", "--api_token=with a space"], "no spaces"),
         (["--serve", "--port=65536"], "--port=65536: expected a whole number"),
         (["--serve", "--interactive=true"], "leave --interactive, --inspect, --prompts and --output out"),
         (["--serve", "--output=jsonl"], "leave --interactive, --inspect, --prompts and --output out"),

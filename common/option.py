@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from annotated_types import Interval
 
 T = TypeVar("T")
-RETIRED = frozenset[str]()  # options of earlier versions, which stored files may still hold; they are left out
+RETIRED: dict[str, object] = {
+    "zero_init": False
+}  # removed options and their defaults: stored files may still hold them
 
 
 def fixed(default: Any) -> Any:
@@ -173,12 +175,12 @@ def check_option(options: Mapping[str, Option], name: str, value: object) -> Any
 
 
 def section_from(section: type[T], values: Mapping[str, Any]) -> T:
-    """The section that stored values (such as a checkpoint's model/config.json) describe; missing ones keep their defaults.
+    """The section that stored values (such as a checkpoint's model/config.json) describe.
 
-    Raises ValueError on unknown names, wrong types and values out of range.
+    Missing options keep their defaults, retired ones are left out. Raises ValueError on unknown names, wrong types and
+    values out of range.
     """
-    known = {option.name: option for option in options_of(section, derived=True)}
-    values = {name: value for name, value in values.items() if name not in RETIRED}
+    known, values = {option.name: option for option in options_of(section, derived=True)}, without_retired(values)
     if unknown := sorted(values.keys() - known.keys()):
         raise ValueError(f"unknown options {unknown}; this version of Sprout knows {sorted(known)}")
     for name, value in values.items():
@@ -187,6 +189,11 @@ def section_from(section: type[T], values: Mapping[str, Any]) -> T:
         except ValueError as error:
             raise ValueError(f"{name}={show(repr(value))}: {error}") from None
     return section(**values)
+
+
+def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored values without those of options that were removed since."""
+    return {name: value for name, value in values.items() if name not in RETIRED}
 
 
 class _Range(NamedTuple):

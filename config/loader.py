@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from common.option import Option, check_option, did_you_mean, options_of, show
+from common.option import RETIRED, Option, check_option, did_you_mean, options_of, show, without_retired
 from errors import UserError
 
 T = TypeVar("T")
@@ -115,6 +115,12 @@ def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) ->
     if not isinstance(options, dict) or not isinstance(auto, dict):
         problems.append(f'{shown}: damaged: expected "options" and "auto" to be objects')
         return []
+    notes += [
+        f"{shown}: {name} = {show(json.dumps(options[name]))} left out: this version has no such option"
+        for name, default in RETIRED.items()
+        if options.get(name, default) != default
+    ]
+    options = without_retired(options)
     left_out = [name for name in options if name in BELONG_TO_THE_RUN or name in auto]
     if named := [name for name in left_out if options[name] is not None]:
         notes.append(

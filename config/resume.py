@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import config
+from common.option import without_retired
 from errors import UserError
 
 
@@ -16,7 +17,7 @@ def resumed_options(asked: config.Options, stored: Mapping[str, Any]) -> config.
     Flags for `fixed` options must repeat the stored value; a changed free option is noted in the result's `notes`. Raises
     UserError naming every fixed option that differs, with both values.
     """
-    resume = asked.flat()["resume"]
+    resume, stored = asked.flat()["resume"], without_retired(stored)
     fixed = config.fixed_names()
     changed, refused = {}, []
     if asked.presets:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import triton.language as tl
+    from annotated_types import Ge, Gt, Interval
 
 IGNORED_TARGET = -100  # a target with this id counts neither in the loss nor in its divisor
 
@@ -38,29 +39,29 @@ def _fixed(default: Any) -> Any:
 class GPTConfig:
     """What kind of Transformer. The defaults are GPT-2 124M. Raises ValueError, naming the options, where they do not fit."""
 
-    n_layer: Annotated[int, "1 <= x"] = _fixed(12)
+    n_layer: Annotated[int, Ge(1)] = _fixed(12)
     """Number of blocks."""
-    n_head: Annotated[int, "1 <= x"] = _fixed(12)
+    n_head: Annotated[int, Ge(1)] = _fixed(12)
     """Query heads a block; divides n_embd."""
-    n_kv_head: Annotated[int, "1 <= x"] | None = _fixed(None)
+    n_kv_head: Annotated[int, Ge(1)] | None = _fixed(None)
     """Key/value heads a block (grouped-query attention), divides n_head; none: as many as n_head."""
-    n_embd: Annotated[int, "1 <= x"] = _fixed(768)
+    n_embd: Annotated[int, Ge(1)] = _fixed(768)
     """Channels: the width of the residual stream."""
-    block_size: Annotated[int, "1 <= x"] = _fixed(1024)
+    block_size: Annotated[int, Ge(1)] = _fixed(1024)
     """Tokens of context: the longest sequence that the model sees at once."""
     positions: Literal["learned", "sinusoidal", "rotary"] = _fixed("learned")
     """How a token knows where it stands: a learned table, fixed sine waves, or rotated queries and keys."""
-    rope_theta: Annotated[float, "0 < x"] = _fixed(10_000.0)
+    rope_theta: Annotated[float, Gt(0)] = _fixed(10_000.0)
     """Base of the rotary wavelengths; larger for longer contexts."""
     norm: Literal["layernorm", "rmsnorm"] = _fixed("layernorm")
     """Normalisation: LayerNorm, or RMSNorm (no mean, no bias)."""
-    norm_eps: Annotated[float, "0 < x"] = _fixed(1e-5)
+    norm_eps: Annotated[float, Gt(0)] = _fixed(1e-5)
     """Added to the variance before the square root."""
     norm_position: Literal["pre", "post"] = _fixed("pre")
     """Normalise the input of a sublayer (GPT-2 and later), or its sum with the residual (the 2017 paper)."""
     mlp: Literal["gelu", "relu", "relu2", "swiglu"] = _fixed("gelu")
     """Nonlinearity of the MLP: GELU (tanh form), ReLU, squared ReLU, or SiLU-gated."""
-    n_hidden: Annotated[int, "1 <= x"] | None = _fixed(None)
+    n_hidden: Annotated[int, Ge(1)] | None = _fixed(None)
     """Width of the MLP; none: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 64."""
     qk_norm: bool = _fixed(False)
     """RMSNorm with learned scales on every head's queries and keys, before the rotation."""
@@ -70,17 +71,15 @@ class GPTConfig:
     """Use the token embedding as the output head too."""
     scale_embeddings: bool = _fixed(False)
     """Multiply token embeddings by the square root of n_embd (the 2017 paper)."""
-    zero_init: bool = _fixed(False)
-    """The matrices that end a residual branch, and an untied head, start at 0: each block as the identity, the first guess uniform."""
-    max_ngram: Annotated[int, "1 <= x"] = _fixed(1)
+    max_ngram: Annotated[int, Ge(1)] = _fixed(1)
     """Add to a token's embedding those of the n-grams that end with it, n = 2 to this, from a hashed table; 1: none."""
-    ngram_rows: Annotated[int, "1 <= x"] = _fixed(16_384)
+    ngram_rows: Annotated[int, Ge(1)] = _fixed(16_384)
     """Rows of the table of n-grams; those that share one by chance are not told apart."""
-    sliding_window: Annotated[int, "1 <= x"] | None = _fixed(None)
+    sliding_window: Annotated[int, Ge(1)] | None = _fixed(None)
     """Each token sees itself and the tokens before it, this many in all; none: the whole context."""
     document_mask: bool = _fixed(False)
     """Tokens see their own document only, and positions restart where a document starts."""
-    dropout: Annotated[float, "0 <= x < 1"] = 0.0
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of the embedding's and the residual branches' outputs set to 0 in training; attention weights are never dropped."""
     vocab_size: int = field(default=50_257, metadata={"derived": True, "resume": "fixed"})
     """Number of token ids. It belongs to the tokenizer, so it is no option."""
@@ -362,7 +361,6 @@ class GPT(nn.Module):
         |-----------------------------------------------|-----------------------------------------------------------------|
         | embed, position, head, attn.qkv, mlp.up       | normal, standard deviation 0.02                                 |
         | attn.proj, mlp.down (a residual branch's end) | normal, 0.02 / √(2 · n_layer): the sum of branches does not grow with depth;
-        |                                               | with zero_init 0, and so is an untied head                      |
         | ngrams                                        | 0: a row that was never seen says nothing                       |
         | norms' weights; every bias                    | 1; 0                                                            |
         | rows that pad the vocabulary                  | 0, and they stay 0: no gradient reaches them                    |
@@ -370,9 +368,8 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         branch_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         branch_ends = ("attn.proj.weight", "mlp.down.weight")
-        zeros = ("bias", *branch_ends, "head.weight") if self.config.zero_init else ("bias",)
         for name, parameter in self.named_parameters():
-            if name.endswith(zeros) or name.startswith("ngrams"):
+            if name.endswith("bias") or name.startswith("ngrams"):
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1.0)

@@ -254,13 +254,6 @@ def test_initial_weights_follow_the_table():
     assert not torch.equal(again["embed.weight"], GPT(TINY, seed=4).export_state()["embed.weight"])
 
 
-def test_zero_init_makes_every_block_the_identity_and_the_first_guess_uniform():
-    model, ids = GPT(dataclasses.replace(TINY, zero_init=True, n_layer=4)), ids_with_documents(2, 16)
-    assert torch.equal(model(ids), GPT(dataclasses.replace(TINY, zero_init=True, n_layer=1))(ids))
-    untied = GPT(dataclasses.replace(TINY, zero_init=True, tie_embeddings=False))
-    assert untied(ids, ids).item() == pytest.approx(math.log(EOS + 1), abs=1e-6)
-
-
 def test_import_refuses_what_does_not_fit():
     state = GPT(TINY).export_state()
     with pytest.raises(ValueError, match=r"lack 'embed\.weight'"):

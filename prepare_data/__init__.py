@@ -1,6 +1,6 @@
 """Raw text → tokenized shards. This file declares the options and imports none of the work, so that --help is fast.
 
-Reading order: sources/ (documents), split.py (train and val), shards.py (the format on disk and its reader), shard_writer.py,
+Reading order: sources/ (documents), split.py (train and val), shards.py (the format and its reader), shard_writer.py,
 folders.py (atomic renames), pipeline.py (the order of these steps). Tokenizers are in common/tokenizer.py.
 """
 
@@ -18,17 +18,17 @@ class PrepareOptions:
     """How text becomes tokens. train.py has the same options, for a text that it prepares itself."""
 
     tokenizer: str = "bpe"
-    """bpe (trained on the corpus), bytes, char, a published encoding (gpt2, o200k_base, …), or a sprout_tokenizer.json."""
+    """bpe (trained on the corpus), bytes, char, a published encoding (gpt2, o200k_base, …), or a tokenizer's file."""
     vocab_size: Annotated[int, Ge(257)] = 4096
-    """Vocabulary size of bpe, EOS included. Larger: fewer tokens per text, more parameters. Other tokenizers have their own."""
+    """Vocabulary size of bpe, EOS included; larger: fewer tokens, more parameters. Other tokenizers have their own."""
     split_pattern: Literal["gpt4o", "gpt2"] = "gpt4o"
     """Regular expression that splits text before byte pairs are merged: GPT-4o's or GPT-2's."""
     encoding: str = "utf-8"
     """Encoding of the text files: utf-8, gb18030, utf-16, latin-1, … A byte order mark is removed."""
     separator: str | None = None
-    r"""Text that ends a document within a file; \n, \t and \\ are escapes: '\n' is one document per line. none: one per file."""
+    r"""Ends a document within a file; \n, \t and \\ are escapes: '\n' is one document per line. none: one per file."""
     split: Literal["auto", "documents", "tail"] = "auto"
-    """Validation split: whole documents, chosen by content hash, or the tail of the text. auto: tail below 20 documents."""
+    """Validation split: whole documents, chosen by hash, or the tail of the text. auto: tail below 20 documents."""
     val_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     """Fraction of the documents (with tail: of the characters) kept for validation."""
     shard_tokens: Annotated[int, Interval(ge=8, le=2**31 - 1)] = 100_000_000
@@ -47,7 +47,7 @@ class SourceOptions:
     input: str | None = None
     """Source text: a file, a folder, a quoted glob, or - for standard input. Gzip files are decompressed."""
     name: str | None = None
-    """Name of the dataset, a folder under --data_dir. Default: the input's file name without extension, or the source."""
+    """Name of the dataset, a folder under --data_dir. Default: the input's name without extension, or the source's."""
     dry_run: bool = False
     """Print counts and a decoded sample without writing anything."""
     overwrite: bool = False

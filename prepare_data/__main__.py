@@ -1,6 +1,5 @@
-"""python -m prepare_data SOURCE [--option=value …]"""
+"""python -m prepare_data SOURCE [--option=value …]: writes a dataset; with --dry_run, describes it. See pipeline.py."""
 
-import difflib
 import io
 import shlex
 import sys
@@ -8,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import config
+from common.option import did_you_mean
 from errors import UserError, run_script
 from prepare_data import PrepareOptions, SourceOptions
 from prepare_data.pipeline import SOURCES, dry_run, make_corpus, prepare
@@ -16,35 +16,31 @@ from prepare_data.pipeline import SOURCES, dry_run, make_corpus, prepare
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the sample shows another
+        sys.stdout.reconfigure(errors="replace")  # the sample may have characters that the terminal cannot encode
     if not argv or argv[0] in ("--help", "-h"):
         config.load("prepare_data", ["--help"])
-    source, *rest = argv
-    options = config.load("prepare_data", rest)
+    source, *args = argv
+    options = config.load("prepare_data", args)
     if source not in SOURCES:
-        near = difflib.get_close_matches(source, SOURCES, n=1)
-        raise UserError(
-            f"{source}: no such source"
-            + (f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(SOURCES)}")
-        )
+        hint = did_you_mean(source, SOURCES) or f"; expected one of {', '.join(SOURCES)}"
+        raise UserError(f"{source}: no such source{hint}")
     for note in options.notes:
         print(note)
-    asked, how = options.section(SourceOptions), options.section(PrepareOptions)
-    if asked.input == "-" and not asked.name and not asked.dry_run:
-        raise UserError("--input=- gives the dataset no name: add --name=NAME")
-    corpus = make_corpus(source, asked.input, how)
-    if asked.dry_run:
-        dry_run(corpus, how)
+    source_options, prepare_options = options.section(SourceOptions), options.section(PrepareOptions)
+    if source_options.input == "-" and not source_options.name and not source_options.dry_run:
+        raise UserError("--input=- has no file name to name the dataset after: add --name=NAME")
+    corpus = make_corpus(source, source_options.input, prepare_options)
+    if source_options.dry_run:
+        dry_run(corpus, prepare_options)
         return 0
-    name = asked.name or (source if source != "text" else corpus.name)
+    name = source_options.name or (source if source != "text" else corpus.name)
     try:
-        prepare(corpus, how, name, asked.overwrite)
+        prepare(corpus, prepare_options, name, source_options.overwrite)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    print(
-        f"next: python train.py --data={shlex.quote(name if how.data_dir == 'data' else str(Path(how.data_dir) / name))}"
-    )
+    data = name if prepare_options.data_dir == "data" else str(Path(prepare_options.data_dir) / name)
+    print(f"next: python train.py --data={shlex.quote(data)}")
     return 0
 
 

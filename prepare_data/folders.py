@@ -1,7 +1,8 @@
-"""Dataset folders appear whole or not at all: they are made under a temporary name and renamed.
+"""Atomic publication of dataset folders: a folder is written under a temporary name and renamed when complete.
 
-Temporary names hold the machine's name and the process id, by which a later run recognises what a dead one left. On Windows a process
-cannot be asked whether it lives without harming it, so there such folders stay until someone deletes them.
+Owns the temporary names and the allowed dataset names; knows nothing of the files in a folder. A temporary name holds
+the host name and the process id, so a later run can remove what a dead process left behind. Windows has no harmless way
+to test whether a process is alive, so such folders stay there until someone deletes them.
 """
 
 import os
@@ -18,13 +19,14 @@ HOST = re.sub(r"\W", "_", platform.node())[:60]
 
 
 def temporary(data_dir: Path, kind: str = "tmp") -> Path:
+    """A new, empty folder in data_dir. `kind`: "tmp" for a dataset being written, "old" for one being replaced."""
     folder = data_dir / f".{kind}-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     return folder
 
 
 def publish(folder: Path, final: Path) -> bool:
-    """Gives a finished folder its name; False if another process was first."""
+    """Renames a complete folder to its final name. Returns False if that name exists already."""
     try:
         os.rename(folder, final)
     except OSError:
@@ -36,40 +38,40 @@ def publish(folder: Path, final: Path) -> bool:
 
 
 def replace(folder: Path, final: Path) -> None:
-    """Like `publish`, in the place of the dataset there. What was there lies whole under one name or the other at every moment."""
-    aside = temporary(final.parent, "old")
-    os.rename(final, aside / final.name)
+    """Like `publish`, but replaces a dataset. The old one is complete under one of its two names at every moment."""
+    old = temporary(final.parent, "old")
+    os.rename(final, old / final.name)
     try:
         os.rename(folder, final)
     finally:
-        restore(aside)
+        restore(old)
     sync_directory(final.parent)
 
 
-def restore(aside: Path) -> None:
-    """Moves what was set aside back to its name if nothing took it, and removes the rest."""
-    for kept in aside.iterdir():
-        if not (aside.parent / kept.name).exists():
-            os.rename(kept, aside.parent / kept.name)
-    shutil.rmtree(aside, ignore_errors=True)
+def restore(old: Path) -> None:
+    """Moves the replaced dataset in `old` back if its name is free, and deletes it otherwise."""
+    for dataset in old.iterdir():
+        if not (old.parent / dataset.name).exists():
+            os.rename(dataset, old.parent / dataset.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def clean(data_dir: Path) -> None:
-    """Removes what dead runs on this machine left, and puts back what one of them had set aside."""
+    """Deletes temporary folders of this host's dead processes; restores a dataset that one of them was replacing."""
     for folder in data_dir.glob(f".*-{HOST}-*"):
         match = re.fullmatch(rf"\.(tmp|old)-{HOST}-(\d+)-[0-9a-f]{{8}}", folder.name)
-        if match and not _alive(int(match[2])):
+        if match and not _is_alive(int(match[2])):
             if match[1] == "old":
                 restore(folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def _is_alive(pid: int) -> bool:
     if os.name != "posix":
         return True
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
@@ -78,7 +80,7 @@ def _alive(process: int) -> bool:
 
 
 def check_name(name: str) -> str:
-    """A dataset's name must be a plain, visible folder name."""
+    """Returns the name if it can name a dataset: a plain, visible folder name. Raises UserError otherwise."""
     if (
         not name
         or name.startswith((".", "-"))
@@ -86,6 +88,6 @@ def check_name(name: str) -> str:
         or re.search(r'[/\\:*?"<>|\x00-\x1f]', name)
         or len(name.encode()) > 200
     ):
-        rule = "expected a plain folder name of at most 200 bytes, not beginning with . or -, and not 'downloads'"
+        rule = "expected a folder name of at most 200 bytes that does not begin with . or - and is not 'downloads'"
         raise UserError(f"--name={name!r} cannot name a dataset: {rule}")
     return name

@@ -1,4 +1,4 @@
-"""The one writer of shards (format: shards.py) and of dataset.json. It writes into a folder of the caller's, who renames it when whole."""
+"""The only writer of shards (format: shards.py) and of dataset.json. The caller creates and renames the folder."""
 
 import json
 import os
@@ -12,45 +12,50 @@ import numpy as np
 from common.tokenizer import Tokenizer
 from errors import UserError
 from files import sync_directory
-from prepare_data.shards import FORMAT, HEADER_BYTES, KINDS, VERSION, fingerprint, kind_for
+from prepare_data.shards import FORMAT, HEADER_BYTES, HEADERS, VERSION, dtype_for, fingerprint
 
-BUFFER = 1 << 20  # tokens held back before a write
+BUFFER = 1 << 20  # tokens kept in memory before a write
 
 
 class ShardWriter:
-    """Writes one split: `append` ids (and their mask) as they come, `close` gives the entries for dataset.json."""
+    """Writes one split: `append` ids (and their mask) in order, then `close`."""
 
     def __init__(
         self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int = 10**8, masked: bool = False
     ) -> None:
         self.folder, self.split, self.shard_tokens, self.masked = folder, split, shard_tokens, masked
-        self.dtype = kind_for(tokenizer.vocab_size)
+        self.dtype = dtype_for(tokenizer.vocab_size)
         self.eos_id = tokenizer.eos_id
         self.byte_lengths = np.array([len(token) for token in tokenizer.token_bytes], dtype=np.int64)
-        self.tokens = 0  # of all shards, those held back included
+        self.tokens = 0  # of all shards, buffered ones included
         self.entries: list[dict[str, Any]] = []
         self._ids: list[np.ndarray] = []
         self._mask: list[np.ndarray] = []
-        self._held = 0
+        self._buffered = 0  # tokens in _ids
         self._file: FileIO | None = None
         self._mask_file: FileIO | None = None
 
     def append(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """ids: int64 (n,). mask: bool (n,), True where the token counts as a target; None means all.
+
+        Raises UserError on an id outside the vocabulary, at the latest in `close`.
+        """
         self._ids.append(ids)
         if self.masked:
             self._mask.append(np.ones(len(ids), dtype=bool) if mask is None else mask)
         self.tokens += len(ids)
-        self._held += len(ids)
-        if self._held >= BUFFER:
+        self._buffered += len(ids)
+        if self._buffered >= BUFFER:
             self._flush(final=False)
 
     def close(self) -> list[dict[str, Any]]:
+        """Writes the rest and returns the shards' entries for dataset.json."""
         self._flush(final=True)
         self._finish_shard()
         return self.entries
 
     def abort(self) -> None:
-        """Closes the files as they are; the folder is about to be removed."""
+        """Closes the files without finishing them; the caller deletes the folder."""
         for file in (self._file, self._mask_file):
             if file:
                 file.close()
@@ -65,22 +70,21 @@ class ShardWriter:
             written = self.entries[-1]["tokens"] if self._file else 0
             count = min(len(ids) - start, self.shard_tokens - written)
             if not final and written + count < self.shard_tokens:
-                count -= count % 8  # whole bytes of the mask
+                count -= count % 8  # so that the mask is written in whole bytes
                 if count == 0:
                     break
             self._write(ids[start : start + count], None if mask is None else mask[start : start + count])
             start += count
             if self.entries[-1]["tokens"] == self.shard_tokens:
                 self._finish_shard()
-        self._ids, self._held = [ids[start:]], len(ids) - start
+        self._ids, self._buffered = [ids[start:]], len(ids) - start
         self._mask = [] if mask is None else [mask[start:]]
 
     def _write(self, ids: np.ndarray, mask: np.ndarray | None) -> None:
-        wrong = ids[(ids < 0) | (ids >= len(self.byte_lengths))]
-        if len(wrong):
-            raise UserError(
-                f"token id {wrong[0]} does not fit the vocabulary of {len(self.byte_lengths)} ids; nothing of it was written"
-            )
+        vocab_size = len(self.byte_lengths)
+        invalid = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(invalid):
+            raise UserError(f"token id {invalid[0]} is outside the vocabulary of {vocab_size} ids; it was not written")
         if self._file is None:
             name = f"{self.split}_{len(self.entries):06d}"
             self._file = (self.folder / f"{name}.bin").open("xb", buffering=0)
@@ -93,7 +97,7 @@ class ShardWriter:
         data = ids.astype("<u2" if self.dtype == "uint16" else "<u4").tobytes()
         _write_all(self._file, data)
         if len(self.entries) == 1 and entry["tokens"] == 0 and ids[0] == self.eos_id:
-            entry["documents"] = -1  # the EOS before the first document ends none
+            entry["documents"] = -1  # documents are counted by EOS, and the EOS before the first document ends none
         entry["tokens"] += len(ids)
         entry["documents"] += int(np.count_nonzero(ids == self.eos_id))
         entry["bytes"] += int(self.byte_lengths[ids].sum())
@@ -107,7 +111,7 @@ class ShardWriter:
         if self._file is None:
             return
         header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-        header[:3] = *KINDS[self.dtype], self.entries[-1]["tokens"]
+        header[:3] = *HEADERS[self.dtype], self.entries[-1]["tokens"]
         self._file.seek(0)
         _write_all(self._file, header.tobytes())
         for file in (self._file, self._mask_file):
@@ -124,22 +128,23 @@ def _write_all(file: FileIO, data: bytes) -> None:
 
 
 def write_dataset(
-    folder: Path, tokenizer: Tokenizer, shards: dict[str, list[dict[str, Any]]], about: dict[str, Any]
+    folder: Path, tokenizer: Tokenizer, shards: dict[str, list[dict[str, Any]]], metadata: dict[str, Any]
 ) -> None:
-    """Writes dataset.json, the last file of a dataset. `about`: source, options and split rule, for people and for the pipeline."""
+    """Writes dataset.json, the last file of a dataset. `metadata`: source, options, split rule and request."""
     meta = {
         "format": FORMAT,
         "version": VERSION,
-        **about,
-        "dtype": kind_for(tokenizer.vocab_size),
+        **metadata,
+        "dtype": dtype_for(tokenizer.vocab_size),
         "eos_id": tokenizer.eos_id,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_hash": tokenizer.content_hash,
+        "shards": shards,
     }
-    meta |= {"vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.content_hash, "shards": shards}
-    meta |= {"fingerprint": fingerprint(meta, tokenizer)}
+    meta["fingerprint"] = fingerprint(meta, tokenizer)
     text = json.dumps(meta, ensure_ascii=False, indent=1)
-    text = (
-        text[:-2] + ',\n "tokenizer": ' + json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n}\n"
-    )  # on one line: it is long
+    # the tokenizer, which is long, goes on one line
+    text = text[:-2] + ',\n "tokenizer": ' + json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n}\n"
     with (folder / "dataset.json").open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -1,7 +1,7 @@
-"""Which part of a corpus is for training and which for validation: one pass counts, a rule follows, and the rule labels every piece.
+"""Train/validation split: `count` reads the corpus once, `choose_rule` picks a rule, and the rule labels every piece.
 
-By documents, the content of a document's first piece decides, so a document keeps its side whatever else the corpus holds, and copies
-stay together. By tail, the text is cut at a character; that cut is no document end.
+By documents, a hash of a document's first piece decides: a document keeps its split whatever else the corpus contains,
+and copies fall into the same split. By tail, the text is cut at a character; the cut does not end a document.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from errors import UserError
 from prepare_data import PrepareOptions
 from prepare_data.sources import Corpus
 
-HASHES = 1 << 64
-FEW_DOCUMENTS = 20  # below this, a split by documents would be too uneven
+HASHES = 1 << 64  # document hashes are below it
+MIN_DOCUMENTS = 20  # split=auto: with fewer, a split by documents would be too uneven
 
 
 class LabelledPiece(NamedTuple):
@@ -29,24 +29,25 @@ class LabelledPiece(NamedTuple):
 
 @dataclass
 class Counts:
-    """What one pass over a corpus finds out."""
+    """Statistics of one pass over a corpus."""
 
     documents: int = 0
     characters: int = 0
     bytes: int = 0
-    lowest: int = HASHES  # document hash
-    highest: int = 0
-    alphabet: set[str] = field(default_factory=set)
-    content: str = ""  # hash of the documents
+    min_hash: int = HASHES  # of all documents
+    max_hash: int = 0
+    alphabet: set[str] = field(default_factory=set)  # every character; empty unless asked for
+    content: str = ""  # hash of all documents in order
 
 
 @dataclass(frozen=True)
 class SplitRule:
     name: str  # "documents" or "tail"
     limit: int
-    """documents: those with a hash below it are for validation. tail: the number of characters for training."""
+    """documents: hashes below it go to validation. tail: the number of characters for training."""
 
     def pieces(self, corpus: Corpus) -> Iterator[LabelledPiece]:
+        """The corpus's pieces in order, with their split; a piece that crosses the tail's cut becomes two."""
         starts, position, split = True, 0, ""
         for text, ends in corpus.pieces():
             if self.name == "documents":
@@ -64,21 +65,24 @@ class SplitRule:
 
 
 def document_hash(first_piece: bytes) -> int:
+    """Uniform in [0, HASHES)."""
     return int.from_bytes(hashlib.blake2b(first_piece, digest_size=8).digest(), "little")
 
 
 def count(corpus: Corpus, alphabet: bool) -> Counts:
-    """Reads the corpus once, checking that all of it decodes; collects its characters where asked (a third of the time)."""
+    """Reads the whole corpus once. Raises UserError if any of it does not decode, or if it is empty.
+
+    `alphabet`: collect the characters too, which takes a third of the time.
+    """
     counts, digest, starts = Counts(), hashlib.blake2b(digest_size=32), True
-    with tqdm(
-        unit="B", unit_scale=True, desc=f"reading {corpus.name}", leave=False, disable=not sys.stderr.isatty()
-    ) as bar:
+    desc = f"reading {corpus.name}"
+    with tqdm(unit="B", unit_scale=True, desc=desc, leave=False, disable=not sys.stderr.isatty()) as bar:
         for text, ends in corpus.pieces():
             data = text.encode()
-            digest.update(data + b"\xff" if ends else data)  # no UTF-8 text holds this byte
+            digest.update(data + b"\xff" if ends else data)  # a separator: UTF-8 text never contains this byte
             if starts:
-                mark = document_hash(data)
-                counts.lowest, counts.highest = min(counts.lowest, mark), max(counts.highest, mark)
+                value = document_hash(data)
+                counts.min_hash, counts.max_hash = min(counts.min_hash, value), max(counts.max_hash, value)
             counts.documents += ends
             counts.characters += len(text)
             counts.bytes += len(data)
@@ -88,22 +92,23 @@ def count(corpus: Corpus, alphabet: bool) -> Counts:
             starts = ends
     if counts.characters == 0:
         raise UserError(
-            f"{corpus.origin}: there is no text in it; expected at least a few hundred characters: check the path and the separator"
+            f"{corpus.origin}: contains no text; expected at least a few hundred characters:"
+            " check the path and the separator"
         )
     counts.content = digest.hexdigest()
     return counts
 
 
 def choose_rule(counts: Counts, options: PrepareOptions) -> SplitRule:
-    """The rule that the options ask for, moved where needed so that both splits get something."""
-    if options.split == "tail" or (options.split == "auto" and counts.documents < FEW_DOCUMENTS):
+    """The rule of the options, adjusted so that neither split is empty. Raises UserError if that is impossible."""
+    if options.split == "tail" or (options.split == "auto" and counts.documents < MIN_DOCUMENTS):
         if counts.characters < 2:
-            raise UserError("the text is one character long: nothing is left for validation; give more text")
-        train = int(counts.characters * (1 - options.val_fraction))
-        return SplitRule("tail", min(max(train, 1), counts.characters - 1))
-    if counts.lowest == counts.highest:
+            raise UserError("the text is one character long: nothing is left for validation; provide more text")
+        n_train = int(counts.characters * (1 - options.val_fraction))
+        return SplitRule("tail", min(max(n_train, 1), counts.characters - 1))
+    if counts.min_hash == counts.max_hash:
         raise UserError(
-            f"--split=documents: {counts.documents} documents with one content cannot be divided; use --split=tail"
+            f"--split=documents: cannot split {counts.documents} documents with the same content; use --split=tail"
         )
     limit = int(options.val_fraction * HASHES)
-    return SplitRule("documents", min(max(limit, counts.lowest + 1), counts.highest))
+    return SplitRule("documents", min(max(limit, counts.min_hash + 1), counts.max_hash))

@@ -1,4 +1,4 @@
-"""Preparation end to end: where EOS stands, how splits fall, what sources take and refuse, and that nothing half-made is seen."""
+"""Preparation end to end: EOS placement, splits, what sources accept and refuse, and atomic publication of datasets."""
 
 import dataclasses
 import gzip
@@ -31,7 +31,7 @@ SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Every test works in a folder whose name has a space and is not ASCII."""
+    """Every test runs in a folder with a space and non-ASCII letters in its name."""
     folder = tmp_path / "my wörk 文"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -43,7 +43,7 @@ def ids_of(split):
 
 
 def prepared(text, *flags, name="d"):
-    """The dataset of one file's text, in bytes unless the flags say otherwise."""
+    """The dataset of one file with this text, tokenized as bytes unless the flags name another tokenizer."""
     with open("in.txt", "w", encoding="utf-8", newline="") as file:
         file.write(text)
     assert main(["text", "--input=in.txt", f"--name={name}", "--tokenizer=bytes", *flags]) == 0
@@ -63,7 +63,7 @@ def documents_of(split):
 # Splits
 
 
-def test_tail_is_cut_at_a_character_and_the_cut_ends_no_document():
+def test_tail_is_cut_at_a_character_and_the_cut_does_not_end_a_document():
     dataset = prepared("x" * 899 + "y" * 101, "--tokenizer=char")
     x, y, eos = 0, 1, 2
     assert ids_of(dataset.train) == [eos] + [x] * 899 + [y]
@@ -71,13 +71,13 @@ def test_tail_is_cut_at_a_character_and_the_cut_ends_no_document():
     assert [dataset.meta["shards"][split][0]["documents"] for split in ("train", "val")] == [0, 1]
 
 
-def test_tail_that_falls_between_documents():
+def test_tail_cut_between_documents():
     dataset = prepared("abc|de|f", "--separator=|", "--val_fraction=0.5")
     assert ids_of(dataset.train) == [256, *b"abc", 256]
     assert ids_of(dataset.val) == [256, *b"de", 256, *b"f", 256]
 
 
-def test_by_documents_every_document_is_whole_and_bounded_by_eos():
+def test_split_by_documents_keeps_documents_whole_between_eos():
     lines = [f"document number {i}, {'word ' * (i % 7)}" for i in range(300)]
     dataset = prepared("\n".join(lines), "--separator=\\n")
     train, val = documents_of(dataset.train), documents_of(dataset.val)
@@ -87,11 +87,11 @@ def test_by_documents_every_document_is_whole_and_bounded_by_eos():
     assert dataset.meta["shards"]["val"][0]["documents"] == len(val)
     assert dataset.meta["split"]["rule"] == "documents"
     more = prepared("\n".join(["one more", *lines]), "--separator=\\n", name="more")
-    assert set(val) <= set(documents_of(more.val)), "what else the corpus holds moves no document to the other side"
+    assert set(val) <= set(documents_of(more.val)), "a document's split must not depend on other documents"
 
 
 @pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
-def test_each_split_gets_a_document(val_fraction):
+def test_neither_split_is_empty(val_fraction):
     dataset = prepared("\n".join(map(str, range(40))), "--separator=\\n", f"--val_fraction={val_fraction}")
     assert len(dataset.train) >= 3
     assert len(dataset.val) >= 3
@@ -102,7 +102,7 @@ def test_one_document_cannot_be_split_by_documents():
         prepared("only one", "--split=documents")
 
 
-def test_shakespeare_has_nanogpts_ids():
+def test_shakespeare_char_ids_equal_nanogpts():
     if not SHAKESPEARE.is_file():
         pytest.skip("tinyshakespeare.txt is not on this machine")
     assert main(["shakespeare", f"--input={SHAKESPEARE}", "--tokenizer=char"]) == 0
@@ -124,7 +124,7 @@ def test_python_stdlib(capsys):
     assert dataset.tokenizer.vocab_size == 512
     corpus = python_stdlib.corpus()
     paths = python_stdlib.source_files(python_stdlib.Path(python_stdlib.sysconfig.get_paths()["stdlib"]))
-    assert not {part for path in paths for part in path.parts[-3:-1]} & python_stdlib.LEFT_OUT
+    assert not {part for path in paths for part in path.parts[-3:-1]} & python_stdlib.EXCLUDED
     assert list(corpus.pieces()) == list(corpus.pieces())
     assert "python train.py --data=python_stdlib" in capsys.readouterr().out
 
@@ -132,22 +132,16 @@ def test_python_stdlib(capsys):
 # Sources
 
 
-def test_newlines_stay_and_a_byte_order_mark_goes():
+def test_newlines_are_kept_and_a_byte_order_mark_is_removed():
     dataset = prepared("\ufeffa\r\nb\rc\nend", "--val_fraction=0.1")
     assert dataset.tokenizer.decode(ids_of(dataset.train) + ids_of(dataset.val)) == "a\r\nb\rc\nend"
 
 
-def test_folder_glob_gz_and_their_order(folder):
+def test_folder_glob_gzip_and_the_order_of_files(folder):
     (folder / "in" / "b").mkdir(parents=True)
     (folder / "in" / ".git").mkdir()
-    for name, content in {
-        "b/1.txt": "B1",
-        "a.txt": "A",
-        "z.md": "Z",
-        ".hidden": "no",
-        ".git/x": "no",
-        "empty.txt": "",
-    }.items():
+    files = {"b/1.txt": "B1", "a.txt": "A", "z.md": "Z", ".hidden": "no", ".git/x": "no", "empty.txt": ""}
+    for name, content in files.items():
         (folder / "in" / name).write_text(content, encoding="utf-8")
     (folder / "in" / "c é.txt.gz").write_bytes(gzip.compress(b"C", mtime=0))
     assert list(text.corpus("in").pieces()) == [("A", True), ("B1", True), ("C", True), ("Z", True)]
@@ -175,7 +169,7 @@ def test_other_encodings():
 
 
 @pytest.mark.parametrize(
-    ("data", "flags", "said"),
+    ("data", "flags", "message"),
     [
         ("春眠".encode("gb18030"), [], r"in.txt: not utf-8 text at byte offset 0; try --encoding=gb18030"),
         (b"x" * (1 << 20) + "é".encode()[:1] + b"x", [], rf"byte offset {1 << 20}"),
@@ -184,9 +178,9 @@ def test_other_encodings():
         (b"ab\xff", ["--encoding=gb18030"], r"not gb18030 text at byte offset 2; try --encoding=latin-1"),
         ("hi".encode("utf-16"), [], r"--encoding=utf-16"),
         (b"\x89PNG\0\0", [], r"in.txt: is a binary file.*glob"),
-        (b"ab\0cd", [], r"in.txt: holds NUL.*glob"),
-        (b"", [], r"in.txt: there is no text in it"),
-        (b"\n \n", [], r"in.txt: there is no text in it"),
+        (b"ab\0cd", [], r"in.txt: contains NUL.*glob"),
+        (b"", [], r"in.txt: contains no text"),
+        (b"\n \n", [], r"in.txt: contains no text"),
         (b"x", [], r"one character long"),
         (b"\x1f\x8b\x08garbage", [], r"in.txt: damaged gzip file"),
         (gzip.compress(b"text" * 500, mtime=0)[:-9], [], r"in.txt: damaged gzip file"),
@@ -198,44 +192,39 @@ def test_other_encodings():
         (b"text", ["--val_fraction=0"], r"val_fraction"),
     ],
 )
-def test_bad_input_is_named_and_nothing_is_written(data, flags, said, folder):
+def test_bad_input_raises_and_nothing_is_written(data, flags, message, folder):
     (folder / "in.txt").write_bytes(data)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         main(["text", "--input=in.txt", *flags])
     assert not [path for path in files_under(folder) if path.startswith("data/")]
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["text", "--input=missing.txt"], "--input=missing.txt: no such file"),
         (["text"], "--input=FILE"),
         (["txet", "--input=x"], "txet: no such source; did you mean text?"),
         (["python_stdlib", "--input=x"], "use the source text"),
-        (["text", "--input=in"], "holds no files"),
+        (["text", "--input=in"], "contains no files"),
     ],
 )
-def test_bad_command(argv, said, folder):
+def test_bad_command(argv, message, folder):
     (folder / "in").mkdir()
     with pytest.raises(UserError) as caught:
         main(argv)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_separator():
-    assert [unescape(text) for text in (r"\n", r"a\tb", r"\\n", r"\x\n", "--\\")] == [
-        "\n",
-        "a\tb",
-        "\\n",
-        "\\x\n",
-        "--\\",
-    ]
+    expected = {r"\n": "\n", r"a\tb": "a\tb", r"\\n": "\\n", r"\x\n": "\\x\n", "--\\": "--\\"}
+    assert {text: unescape(text) for text in expected} == expected
     assert list(documents(iter(["a||b|", "|c", "||||"]), "||")) == [("a", True), ("b", True), ("c", True)]
 
 
 @given(st.text(alphabet="ab |\n", max_size=200), st.integers(1, 9), st.sampled_from([None, "|", "\n|"]))
 @settings(deadline=None)
-def test_pieces_make_up_the_documents(content, chunk, separator):
+def test_pieces_joined_are_the_documents(content, chunk, separator):
     before, sources.PIECE = sources.PIECE, 8
     try:
         pieces = list(documents((content[i : i + chunk] for i in range(0, len(content), chunk)), separator))
@@ -250,11 +239,11 @@ def test_pieces_make_up_the_documents(content, chunk, separator):
             whole.append(current)
             current = ""
     assert current == ""
-    wanted = content.split(separator) if separator else [content]
-    assert [text for text in whole if text.strip()] == [text for text in wanted if text.strip()]
+    expected = content.split(separator) if separator else [content]
+    assert [text for text in whole if text.strip()] == [text for text in expected if text.strip()]
 
 
-def test_a_long_document_is_the_same_in_pieces(monkeypatch):
+def test_a_long_document_has_the_same_ids_when_read_in_pieces(monkeypatch):
     content = "".join(f"line {i}: if x{i}: return {i * i}\n\n" for i in range(3000))
     whole = prepared(content, "--tokenizer=bpe", "--vocab_size=400", name="whole")
     monkeypatch.setattr(sources, "PIECE", 1000)
@@ -264,7 +253,9 @@ def test_a_long_document_is_the_same_in_pieces(monkeypatch):
     assert ids_of(pieces.train) == ids_of(whole.train)
 
 
-class Faulty(http.server.BaseHTTPRequestHandler):
+class TruncatingHandler(http.server.BaseHTTPRequestHandler):
+    """Announces the whole body and sends its first `sent` bytes."""
+
     body = b"First Citizen:\n" * 100
     sent = len(body)
 
@@ -279,19 +270,19 @@ class Faulty(http.server.BaseHTTPRequestHandler):
 
 
 def test_download(monkeypatch, folder):
-    server = http.server.HTTPServer(("127.0.0.1", 0), Faulty)
+    server = http.server.HTTPServer(("127.0.0.1", 0), TruncatingHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(shakespeare, "ADDRESS", f"http://127.0.0.1:{server.server_port}/input.txt")
     options = PrepareOptions(tokenizer="bytes")
     try:
-        with pytest.raises(UserError, match="not what was expected"):  # another file under that address
+        with pytest.raises(UserError, match="expected sha256"):
             resolve_data("shakespeare", options)
-        monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(Faulty.body).hexdigest())
-        monkeypatch.setattr(Faulty, "sent", 700)
-        with pytest.raises(UserError, match="--input=FILE"):  # the line breaks
+        monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(TruncatingHandler.body).hexdigest())
+        monkeypatch.setattr(TruncatingHandler, "sent", 700)
+        with pytest.raises(UserError, match="--input=FILE"):  # the connection closes too early
             resolve_data("shakespeare", options)
         assert files_under(folder / "data") == ["downloads"]
-        monkeypatch.setattr(Faulty, "sent", len(Faulty.body))
+        monkeypatch.setattr(TruncatingHandler, "sent", len(TruncatingHandler.body))
         assert len(resolve_data("shakespeare", options).train) == 1 + 1350
     finally:
         server.shutdown()
@@ -302,33 +293,33 @@ def test_download(monkeypatch, folder):
 # Datasets on disk
 
 
-def test_the_second_run_keeps_the_dataset_another_one_is_refused(capsys, folder):
+def test_an_equal_request_reuses_the_dataset_and_another_one_is_refused(capsys, folder):
     prepared("some text " * 50)
     before = (folder / "data" / "d" / "dataset.json").stat().st_mtime_ns
     prepared("some text " * 50)
     assert "already prepared" in capsys.readouterr().out
     assert (folder / "data" / "d" / "dataset.json").stat().st_mtime_ns == before
-    for content, flag, said in (
-        ("other text", "--val_fraction=0.1", "another text"),
+    for content, flag, difference in (
+        ("other text", "--val_fraction=0.1", "the text"),
         ("some text " * 50, "--val_fraction=0.2", "val_fraction"),
     ):
-        with pytest.raises(UserError, match=rf"{said}.*--name.*--overwrite=true"):
+        with pytest.raises(UserError, match=rf"differs in {difference};.*--name.*--overwrite=true"):
             prepared(content, flag)
     assert len(prepared("other text", "--overwrite=true").train) == 10
     assert files_under(folder / "data") == ["d", "d/dataset.json", "d/train_000000.bin", "d/val_000000.bin"]
 
 
-def test_a_folder_that_is_no_dataset_is_left_alone(folder):
+def test_a_folder_that_is_not_a_dataset_is_not_overwritten(folder):
     (folder / "data" / "d").mkdir(parents=True)
     (folder / "data" / "d" / "thesis.txt").write_text("years", encoding="utf-8")
     for flag in ("--overwrite=true", "--overwrite=false"):
-        with pytest.raises(UserError, match="no dataset of this program"):
+        with pytest.raises(UserError, match="not a Sprout dataset"):
             prepared("text", flag)
     assert (folder / "data" / "d" / "thesis.txt").read_text(encoding="utf-8") == "years"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_run_leaves_nothing(error, monkeypatch, folder):
+def test_an_interrupted_run_leaves_no_files(error, monkeypatch, folder):
     def stop(*args):
         raise error
 
@@ -344,37 +335,37 @@ def test_an_interrupted_run_leaves_nothing(error, monkeypatch, folder):
     assert ids_of(open_dataset("data/kept").train) == old
 
 
-def dead_process():
+def pid_of_a_dead_process():
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there a process cannot be asked whether it lives")
-def test_what_dead_runs_left_is_cleaned_up(monkeypatch, folder):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot test whether a process is alive without harming it")
+def test_temporary_folders_of_dead_processes_are_removed(monkeypatch, folder):
     old = ids_of(prepared("the old one " * 30, name="kept").train)
     with monkeypatch.context() as patch:
-        patch.setattr(folders.os, "getpid", dead_process)
-        aside = folders.temporary(folder / "data", "old")
+        patch.setattr(folders.os, "getpid", pid_of_a_dead_process)
+        replaced = folders.temporary(folder / "data", "old")
         folders.temporary(folder / "data").joinpath("train_000000.bin").write_bytes(b"half")
-    (folder / "data" / "kept").rename(aside / "kept")  # killed between the two renames of an overwrite
-    living = folders.temporary(folder / "data")
+    (folder / "data" / "kept").rename(replaced / "kept")  # as if killed between the two renames of an overwrite
+    in_use = folders.temporary(folder / "data")
     prepared("something else", name="other")
-    assert sorted(path.name for path in (folder / "data").iterdir()) == sorted(["kept", "other", living.name])
+    assert sorted(path.name for path in (folder / "data").iterdir()) == sorted(["kept", "other", in_use.name])
     assert ids_of(open_dataset("data/kept").train) == old
 
 
-def test_two_at_once_do_not_harm_each_other(monkeypatch, folder):
+def test_two_concurrent_preparations_of_one_dataset(monkeypatch, folder):
     first = write = pipeline.write_dataset
 
-    def overtaken(*args):
+    def write_after_another(*args):
         nonlocal first
         write(*args)
         if first:
             first = None
             prepared("the same text " * 20)
 
-    monkeypatch.setattr(pipeline, "write_dataset", overtaken)
+    monkeypatch.setattr(pipeline, "write_dataset", write_after_another)
     assert len(prepared("the same text " * 20).train) == 253
     assert sorted(path.name for path in (folder / "data").iterdir()) == ["d"]
 
@@ -383,17 +374,17 @@ def test_dry_run_writes_nothing(folder, capsys):
     (folder / "in.txt").write_text("Call me Ishmael. " * 100, encoding="utf-8")
     assert main(["text", "--input=in.txt", "--dry_run=true", "--tokenizer=bytes"]) == 0
     out = capsys.readouterr().out
-    for said in (
+    for part in (
         "1 documents, 1,700 characters, 1,700 bytes",
         "1.00 bytes a token",
         "1,530 characters (90.0%), 1,530 tokens",
         "Call me Ishmael. Call",
     ):
-        assert said in out
+        assert part in out
     assert files_under(folder) == ["in.txt"]
 
 
-def test_a_tiny_file_and_one_of_small_shards(capsys):
+def test_a_tiny_file_and_small_shards(capsys):
     tiny = prepared("To be, or not to be, that is the question. 生存还是毁灭\n" * 5, "--tokenizer=bpe", name="tiny")
     assert 257 < tiny.tokenizer.vocab_size < 400
     assert "vocabulary of" in capsys.readouterr().out
@@ -404,7 +395,7 @@ def test_a_tiny_file_and_one_of_small_shards(capsys):
     assert bytes(ids_of(small.train)[1:]) == b"abcdefgh" * 18
 
 
-def test_bpe_learns_from_train_only():
+def test_bpe_is_trained_on_the_train_split_only():
     dataset = prepared("abcdefgh " * 200 + "QXQX" * 45, "--tokenizer=bpe", "--split=tail")
     assert b"abcdefgh" in b" ".join(dataset.tokenizer.token_bytes)
     assert not any(b"QX" in token for token in dataset.tokenizer.token_bytes)
@@ -418,7 +409,7 @@ def test_preparation_is_reproducible(folder):
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files_under(first))
 
 
-def test_help_needs_no_source(capsys):
+def test_help_without_a_source(capsys):
     for argv in ([], ["--help"], ["text", "--help"]):
         with pytest.raises(SystemExit) as caught:
             main(argv)
@@ -429,7 +420,7 @@ def test_help_needs_no_source(capsys):
 # What train.py calls
 
 
-def test_text_is_prepared_once_then_reused(folder, monkeypatch, capsys):
+def test_text_is_prepared_once_and_reused(folder, monkeypatch, capsys):
     (folder / "my növel.txt").write_text("It was a dark and stormy night. " * 60, encoding="utf-8")
     options = PrepareOptions(tokenizer="bpe", vocab_size=300)
     first = resolve_data("my növel.txt", options)
@@ -441,13 +432,8 @@ def test_text_is_prepared_once_then_reused(folder, monkeypatch, capsys):
         assert resolve_data(first.name, options).fingerprint == first.fingerprint
         assert resolve_data(str(first.folder), options).fingerprint == first.fingerprint
     seen = {first.name}
-    for changed in (
-        {"vocab_size": 290},
-        {"split_pattern": "gpt2"},
-        {"val_fraction": 0.2},
-        {"split": "tail"},
-        {"tokenizer": "char"},
-    ):
+    changes = [{"vocab_size": 290}, {"split_pattern": "gpt2"}, {"val_fraction": 0.2}, {"split": "tail"}]
+    for changed in [*changes, {"tokenizer": "char"}]:
         seen.add(resolve_data("my növel.txt", dataclasses.replace(options, **changed)).name)
     (folder / "my növel.txt").write_text("The night was sultry. " * 60, encoding="utf-8")
     seen.add(resolve_data("my növel.txt", options).name)
@@ -456,7 +442,7 @@ def test_text_is_prepared_once_then_reused(folder, monkeypatch, capsys):
     assert sorted(path.name for path in (folder / "data").iterdir()) == sorted(seen)
 
 
-def test_a_given_tokenizer_is_kept(folder):
+def test_a_given_tokenizer_is_used(folder):
     (folder / "letters.txt").write_text("Dear mother, " * 60, encoding="utf-8")
     own = char_tokenizer("Dear mothr,\n")
     assert resolve_data("letters.txt", PrepareOptions(), own).tokenizer.content_hash == own.content_hash
@@ -468,7 +454,7 @@ def test_a_given_tokenizer_is_kept(folder):
         resolve_data("ready", PrepareOptions(), own)
 
 
-def test_the_stdlib_by_name(monkeypatch, folder):
+def test_python_stdlib_as_data(monkeypatch, folder):
     few = python_stdlib.source_files(python_stdlib.Path(python_stdlib.sysconfig.get_paths()["stdlib"]))[:25]
     monkeypatch.setattr(python_stdlib, "source_files", lambda folder: few)
     dataset = resolve_data("python_stdlib", PrepareOptions(tokenizer="bytes"))
@@ -479,13 +465,13 @@ def test_the_stdlib_by_name(monkeypatch, folder):
         resolve_data("python_stdlib", PrepareOptions())
 
 
-def test_data_that_names_nothing(folder):
+def test_unknown_data_raises_with_a_suggestion(folder):
     prepared("some text", name="notes")
     with pytest.raises(UserError, match=r"--data=ntoes.*did you mean notes\?.*Datasets there: notes"):
         resolve_data("ntoes", PrepareOptions())
 
 
-def test_a_damaged_dataset_is_not_silently_remade(folder):
+def test_a_damaged_dataset_is_not_silently_prepared_again(folder):
     (folder / "t.txt").write_text("some text " * 30, encoding="utf-8")
     dataset = resolve_data("t.txt", PrepareOptions(tokenizer="bytes"))
     (dataset.folder / "train_000000.bin").write_bytes(b"short")
@@ -493,7 +479,7 @@ def test_a_damaged_dataset_is_not_silently_remade(folder):
         resolve_data("t.txt", PrepareOptions(tokenizer="bytes"))
 
 
-def test_counting_matches_the_text(folder):
+def test_counts_match_the_text(folder):
     (folder / "t.txt").write_text("日本語 text\nmore", encoding="utf-8")
     corpus = make_corpus("text", "t.txt", PrepareOptions())
     counts = count(corpus, alphabet=True)
@@ -501,20 +487,12 @@ def test_counting_matches_the_text(folder):
     assert counts.alphabet == set("日本語 text\nmore")
     rule = choose_rule(counts, PrepareOptions(val_fraction=0.5))
     assert (rule.name, rule.limit) == ("tail", 6)
-    assert [
-        "".join(piece.text for piece in group)
-        for _, group in itertools.groupby(rule.pieces(corpus), lambda piece: piece.split)
-    ] == [
-        "日本語 te",
-        "xt\nmore",
-    ]
+    groups = itertools.groupby(rule.pieces(corpus), lambda piece: piece.split)
+    assert ["".join(piece.text for piece in group) for _, group in groups] == ["日本語 te", "xt\nmore"]
 
 
-def test_dataset_json_is_for_people_too(folder):
+def test_dataset_json_records_source_options_and_counts(folder):
     prepared("some text " * 30)
     meta = json.loads((folder / "data" / "d" / "dataset.json").read_text(encoding="utf-8"))
-    assert (meta["source"], meta["options"]["val_fraction"], meta["characters"]) == (
-        {"name": "in", "origin": "in.txt"},
-        0.1,
-        300,
-    )
+    assert meta["source"] == {"name": "in", "origin": "in.txt"}
+    assert (meta["options"]["val_fraction"], meta["characters"]) == (0.1, 300)

@@ -1,4 +1,4 @@
-"""Shards: their bytes, masks, windows across them, other programs' files, and one clear message for each kind of damage."""
+"""Shards: their bytes, masks, reads across shards, files of other programs, and an error for each kind of damage."""
 
 import json
 import struct
@@ -18,7 +18,7 @@ EOS = 256
 
 
 def make(folder, train, val=None, tokenizer=None, shard_tokens=1000, mask=None):
-    """A dataset of the given ids, appended in uneven parts."""
+    """Writes a dataset of the given ids, 13 per append, so that appends do not align with shards or mask bytes."""
     tokenizer = tokenizer or bytes_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
     shards = {}
@@ -60,15 +60,15 @@ def test_a_large_vocabulary_is_written_as_uint32(tmp_path):
     assert open_dataset(tmp_path).train.read(1, 2).tolist() == [65_536, 65_700]
 
 
-@pytest.mark.parametrize("wrong", [257, 70_000, -1])
-def test_an_id_outside_the_vocabulary_is_not_written(wrong, tmp_path):
-    with pytest.raises(UserError, match=f"{wrong} does not fit the vocabulary of 257"):
-        make(tmp_path, [1, 2, wrong])
+@pytest.mark.parametrize("invalid", [257, 70_000, -1])
+def test_an_id_outside_the_vocabulary_is_not_written(invalid, tmp_path):
+    with pytest.raises(UserError, match=f"{invalid} is outside the vocabulary of 257"):
+        make(tmp_path, [1, 2, invalid])
 
 
 @given(data=st.data(), n=st.integers(1, 300), shard_tokens=st.integers(8, 100))
 @settings(max_examples=20, deadline=None)
-def test_any_window_across_shards(tmp_path_factory, data, n, shard_tokens):
+def test_any_read_across_shards(tmp_path_factory, data, n, shard_tokens):
     ids = random_ids(n)
     mask = random_ids(n, 2, seed=1).astype(bool)
     dataset = open_dataset(make(tmp_path_factory.mktemp("d"), ids, shard_tokens=shard_tokens, mask=mask))
@@ -85,12 +85,12 @@ def test_any_window_across_shards(tmp_path_factory, data, n, shard_tokens):
     assert sum(entry["documents"] for entry in entries) == np.count_nonzero(ids[1:] == EOS)
 
 
-def test_without_masks_every_target_counts(tmp_path):
+def test_without_masks_mask_is_none(tmp_path):
     assert open_dataset(make(tmp_path, [1, 2, 3])).train.mask(0, 2) is None
 
 
-def test_many_shards_keep_few_files_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("prepare_data.shards.OPEN_FILES", 3)
+def test_the_number_of_open_files_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr("prepare_data.shards.MAX_OPEN_FILES", 3)
     ids = random_ids(80)
     split = open_dataset(make(tmp_path, ids, shard_tokens=8)).train
     assert np.array_equal(split.read(0, 80), ids)
@@ -98,7 +98,7 @@ def test_many_shards_keep_few_files_open(tmp_path, monkeypatch):
     assert len(split._files) == 3
 
 
-def test_fingerprint_follows_the_data_not_the_name(tmp_path):
+def test_fingerprint_depends_on_the_data_not_the_name(tmp_path):
     ids = random_ids(100)
     first = open_dataset(make(tmp_path / "a", ids)).fingerprint
     assert open_dataset(make(tmp_path / "ü b", ids)).fingerprint == first
@@ -145,7 +145,7 @@ DAMAGES = {
     "json cut": (cut("dataset.json", 500), "cannot be read as JSON"),
     "json format": (edit(lambda meta: meta.update(format="x")), "sprout-dataset"),
     "json version": (edit(lambda meta: meta.update(version=9)), "version is 9"),
-    "json path": (edit(lambda meta: meta["shards"]["train"][0].update(file="../../etc/passwd")), "must be the file"),
+    "json path": (edit(lambda meta: meta["shards"]["train"][0].update(file="../../etc/passwd")), "must be train_000"),
     "json offset": (edit(lambda meta: meta["shards"]["train"][0].update(offset=0)), "keys of"),
     "json number": (edit(lambda meta: meta["shards"]["train"][0].update(tokens="200")), "numbers of"),
     "json count": (edit(lambda meta: meta["shards"]["train"][0].update(tokens=199)), "fingerprint"),
@@ -156,28 +156,28 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_named(kind, tmp_path):
-    damage, said = DAMAGES[kind]
+def test_damage_raises(kind, tmp_path):
+    damage, message = DAMAGES[kind]
     ids = random_ids(200)
     make(tmp_path, ids, mask=ids > 100)
     damage(tmp_path)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_dataset(tmp_path).train.read(150, 10)
     assert str(tmp_path) in str(caught.value)
     assert "again" in str(caught.value)
 
 
-def test_a_shard_cut_while_in_use(tmp_path):
+def test_a_shard_truncated_while_in_use(tmp_path):
     split: Split = open_dataset(make(tmp_path, random_ids(5000), shard_tokens=10_000)).train
     split.read(0, 10)
     cut(TRAIN, 2000)(tmp_path)
-    with pytest.raises(UserError, match="cut while in use"):
+    with pytest.raises(UserError, match="truncated while in use"):
         split.read(4000, 100)
 
 
-def write_shard(path, ids, kind="uint16"):
-    header = struct.pack("<3i", *{"uint16": (20240520, 1), "uint32": (20240801, 7)}[kind], len(ids))
-    path.write_bytes(header.ljust(1024, b"\0") + np.asarray(ids, dtype=kind).tobytes())
+def write_shard(path, ids, dtype="uint16"):
+    header = struct.pack("<3i", *{"uint16": (20240520, 1), "uint32": (20240801, 7)}[dtype], len(ids))
+    path.write_bytes(header.ljust(1024, b"\0") + np.asarray(ids, dtype=dtype).tobytes())
 
 
 @pytest.mark.parametrize("kind", ["headerless", "uint16", "uint32"])
@@ -205,27 +205,26 @@ def test_shards_of_other_programs(kind, tmp_path):
     assert changed.fingerprint != dataset.fingerprint
 
 
-def test_ids_of_other_programs_beyond_the_vocabulary(tmp_path):
+def test_foreign_ids_outside_the_vocabulary(tmp_path):
     for name in ("train.bin", "val.bin"):
         (tmp_path / name).write_bytes(np.array([5, 60_000], dtype="<u2").tobytes())
-    with pytest.raises(
-        UserError, match=r"train.bin: holds the id 60000, but the vocabulary has 257 ids; name the tokenizer"
-    ):
+    message = r"train.bin: contains id 60000, but the vocabulary has 257 ids; pass the tokenizer"
+    with pytest.raises(UserError, match=message):
         open_dataset(tmp_path, "bytes").train.read(0, 1)
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("train.bin", b"", "0 bytes"),
         ("train.bin", b"abc", "3 bytes"),
         ("train_000000.bin", b"abcd" * 500, "not a token shard"),
     ],
 )
-def test_files_of_other_programs_that_are_no_shards(name, data, said, tmp_path):
+def test_foreign_files_that_are_not_shards(name, data, message, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=r"neither a dataset.json nor a file like val.bin"):
         open_dataset(tmp_path, "bytes")
     (tmp_path / "val.bin").write_bytes(b"abcd")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         open_dataset(tmp_path, "bytes")

@@ -1,6 +1,7 @@
-"""One small file per corpus. A source yields text in pieces and knows nothing of tokens; almost always a piece is a document.
+"""Text sources, one small file per corpus. A source yields text in pieces and knows nothing of tokens.
 
-`Corpus.pieces()` may be called again and gives the same pieces in the same order: (text, whether a document ends with it).
+A piece is a document, or part of a long one. `Corpus.pieces()` yields (text, whether a document ends with it) and can
+be called repeatedly with the same result.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,25 +15,28 @@ Piece = tuple[str, bool]
 @dataclass(frozen=True)
 class Corpus:
     name: str
-    """What a dataset of it is called by default."""
+    """Default name of the dataset."""
     origin: str
-    """Where it comes from, for dataset.json."""
+    """Path, address or description of the text, for dataset.json."""
     pieces: Callable[[], Iterator[Piece]]
     notes: list[str] = field(default_factory=list)
-    """Lines for the user that come up while reading."""
+    """Messages for the user, filled in while `pieces` runs."""
 
 
 def documents(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:
-    """The pieces of one file's text. Documents end at each separator and at the end; those without a visible character are dropped.
-    A long document is cut where no token crosses, so that memory stays the same however long it is."""
-    pending, cut = "", False  # what is not given out yet of the document; whether some of it is out already
+    """The pieces of one file, whose text comes in chunks of any size.
+
+    Documents end at each separator and at the end of the file; documents of white space alone are dropped. A document
+    longer than PIECE characters is cut where no token crosses the cut, so memory use does not depend on its length.
+    """
+    pending, cut = "", False  # the part of the document not yet yielded; whether an earlier part was yielded
     for chunk in chunks:
         *complete, pending = (pending + chunk).split(separator) if separator else [pending + chunk]
         for text in complete:
             if cut or text.strip():
                 yield text, True
             cut = False
-        while len(pending) > 2 * PIECE:  # more than a piece stays: a separator may have begun in it
+        while len(pending) > 2 * PIECE:  # at least PIECE characters stay pending: they may end in half a separator
             end = cut_point(pending, PIECE)
             yield pending[:end], False
             pending, cut = pending[end:], True

@@ -1,7 +1,8 @@
-"""Text of the user's own: a file, a folder, a glob, or standard input.
+"""The user's own text: a file, a folder, a glob, or standard input.
 
-A folder gives every file below it in the order of their paths, except those whose name, or whose folder's name, begins with a dot. Each
-file is a document, or several with a separator. Newlines stay as they are, a byte order mark goes. What is no text stops the preparation.
+A folder means all files below it, sorted by path, except hidden files and folders (names that begin with a dot). Each
+file is one document, or several with a separator. Newlines are kept, a byte order mark is removed, gzip files are
+decompressed. A file that does not decode, or is binary, is an error: nothing is skipped or replaced silently.
 """
 
 import codecs
@@ -23,21 +24,21 @@ CHUNK = 1 << 20  # bytes read at a time
 
 
 def corpus(source: str, encoding: str = "utf-8", separator: str | None = None) -> Corpus:
-    """The text at `source`: a path, a glob, or - for standard input, which is copied to a temporary file since it is read several times."""
+    """The text of a path, a glob, or - for standard input. Raises UserError, also while its pieces are read."""
     try:
         " ".encode(encoding)
     except (LookupError, UnicodeError):
         raise UserError(
-            f"--encoding={encoding}: Python knows no such encoding; try utf-8, gb18030, utf-16 or latin-1"
+            f"--encoding={encoding}: not a text encoding of Python; try utf-8, gb18030, utf-16 or latin-1"
         ) from None
     if source == "-":
-        spool = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the corpus
+        spool = tempfile.TemporaryFile()  # noqa: SIM115  the corpus reads it several times
         shutil.copyfileobj(sys.stdin.buffer, spool)
         return Corpus("stdin", "standard input", lambda: _read(spool, "standard input", encoding, separator))
     paths = find_files(source)
     if not paths:
         raise UserError(
-            f"--input={source}: no such file or folder, and no file fits it as a glob; check the path from {Path.cwd()}"
+            f"--input={source}: no such file or folder, and no match for it as a glob; check the path from {Path.cwd()}"
         )
 
     def pieces() -> Iterator[Piece]:
@@ -47,14 +48,14 @@ def corpus(source: str, encoding: str = "utf-8", separator: str | None = None) -
                     yield from _read(file, str(path), encoding, separator)
             except OSError as error:
                 raise UserError(
-                    f"{path}: cannot be read ({error.strerror or error}); leave it out with a glob, as in {_glob(path)}"
+                    f"{path}: cannot be read ({error.strerror or error}); exclude it with a glob: '{_glob(path)}'"
                 ) from None
 
     return Corpus(_name(Path(source)), source, pieces)
 
 
 def _name(path: Path) -> str:
-    """What a dataset of this path is called: a file's name without its ending, a folder's, of a glob the folder it looks in."""
+    """Default dataset name: a file's name without extension, a folder's name; for a glob, the folder it searches."""
     if path.is_dir():
         return path.resolve().name or "text"
     if path.is_file():
@@ -63,7 +64,7 @@ def _name(path: Path) -> str:
 
 
 def find_files(source: str) -> list[Path]:
-    """The files that `source` names; none where it names nothing."""
+    """The files of a path or glob; [] if nothing matches. Raises UserError for a folder without files."""
     path = Path(source)
     if path.is_dir():
         found = []
@@ -71,9 +72,7 @@ def find_files(source: str) -> list[Path]:
             names[:] = sorted(name for name in names if not name.startswith("."))
             found += [Path(folder, name) for name in files if not name.startswith(".") and Path(folder, name).is_file()]
         if not found:
-            raise UserError(
-                f"{path}: the folder holds no files (names that begin with a dot are passed over); expected text files"
-            )
+            raise UserError(f"{path}: the folder contains no files (hidden ones are skipped); expected text files")
         return sorted(found, key=lambda file: file.relative_to(path).as_posix())
     if path.exists():
         return [path]
@@ -82,37 +81,36 @@ def find_files(source: str) -> list[Path]:
 
 def _read(file: IO[bytes], name: str, encoding: str, separator: str | None) -> Iterator[Piece]:
     file.seek(0)
-    packed = file.read(2) == b"\x1f\x8b"
+    is_gzip = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    if not packed:
+    if not is_gzip:
         yield from documents(_decode(file, name, encoding), separator)
         return
     try:
         with gzip.GzipFile(fileobj=file) as unpacked:
             yield from documents(_decode(unpacked, name, encoding), separator)  # type: ignore[arg-type]
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{name}: damaged gzip file ({error}); fetch it again, or unpack it by hand") from None
+        raise UserError(f"{name}: damaged gzip file ({error}); download it again, or decompress it first") from None
 
 
 def _decode(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
-    """The text of a file, a chunk at a time; strict: what does not decode, and what is binary, is an error with its place."""
+    """The text of a file in chunks. Raises UserError with the byte offset where it does not decode or is binary."""
     decoder = codecs.getincrementaldecoder(encoding)("strict")
-    position = 0  # of the next chunk in the file
+    position = 0  # byte offset of the next chunk
     while True:
         data = file.read(CHUNK)
-        held = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
+        buffered = len(decoder.getstate()[0])  # bytes of a character that began in the previous chunk
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise UserError(
-                _undecodable(data, name, encoding, position - held + error.start, first=position == 0)
-            ) from None
+            offset = position - buffered + error.start
+            raise UserError(_decode_error(data, name, encoding, offset, first=position == 0)) from None
         except UnicodeError as error:  # a missing byte order mark
             raise UserError(
-                f"{name}: {error}; name the byte order: --encoding=utf-16-le or utf-16-be (utf-32 likewise)"
+                f"{name}: {error}; give the byte order: --encoding=utf-16-le or utf-16-be (or utf-32-le, utf-32-be)"
             ) from None
         if "\0" in text:
-            raise UserError(f"{name}: holds NUL characters, so it is a binary file{_way_out(name)}")
+            raise UserError(f"{name}: contains NUL characters, so it is a binary file{_exclude_hint(name)}")
         if position == 0:
             text = text.removeprefix("\ufeff")
         if text:
@@ -122,19 +120,18 @@ def _decode(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
         position += len(data)
 
 
-def _undecodable(data: bytes, name: str, encoding: str, offset: int, first: bool) -> str:
+def _decode_error(data: bytes, name: str, encoding: str, offset: int, first: bool) -> str:
     if first and data[:2] in (b"\xff\xfe", b"\xfe\xff") and "16" not in encoding:
-        return f"{name}: begins with the mark of UTF-16 text (byte offset 0); try --encoding=utf-16"
+        return f"{name}: begins with a UTF-16 byte order mark (byte offset 0); try --encoding=utf-16"
     if b"\0" in data:
-        return (
-            f"{name}: is a binary file (not {encoding} at byte offset {offset}, and it holds NUL bytes){_way_out(name)}"
-        )
+        found = f"not {encoding} at byte offset {offset}, and it contains NUL bytes"
+        return f"{name}: is a binary file ({found}){_exclude_hint(name)}"
     others = [other for other in ("gb18030", "latin-1", "utf-8") if codecs.lookup(other) != codecs.lookup(encoding)]
-    return f"{name}: not {encoding} text at byte offset {offset}; try --encoding={others[0]} (or {others[1]}), whichever it was written in"
+    return f"{name}: not {encoding} text at byte offset {offset}; try --encoding={others[0]} or --encoding={others[1]}"
 
 
-def _way_out(name: str) -> str:
-    return f"; expected text: leave it out by a glob, such as --input='{_glob(Path(name))}'"
+def _exclude_hint(name: str) -> str:
+    return f"; expected text: exclude it with a glob, such as --input='{_glob(Path(name))}'"
 
 
 def _glob(path: Path) -> str:

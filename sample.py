@@ -1,15 +1,16 @@
-"""Lets a trained model write: options → checkpoint → prompt → text.
+"""Samples text from a trained model: options → checkpoint → prompts → text.
 
-    python sample.py                                       the newest run, its best checkpoint, a new document
-    python sample.py --run=runs/notes --prompt="Once"      a run goes on with your words
-    python sample.py --prompt_file=- < letter.txt          … or with a file's
-    python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines out
+    python sample.py                                       the newest run's best checkpoint starts a new document
+    python sample.py --run=runs/notes --prompt="Once"      a run continues your text
+    python sample.py --prompt_file=- < letter.txt          … or a file's
+    python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON Lines out
     python sample.py --interactive                         write together, line by line
-    python sample.py --inspect=out.html --prompt="Once"    a page that shows how the model reads the prompt
+    python sample.py --inspect=out.html --prompt="Once"    a page of the prompt's attention maps and probabilities
     python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
     python sample.py --help                                every option
 
-Reading order: main, then print_samples. The text goes to standard output as it comes, all else to standard error.
+Reading order: main, then print_samples, the default of its four modes. The text goes to standard output while it is
+generated, everything else to standard error.
 """
 
 from __future__ import annotations
@@ -30,63 +31,68 @@ from common.run_directory import newest_run
 from common.tokenizer import Tokenizer
 from errors import UserError, run_script
 from files import read_json
-from generation.interactive import interact
 from generation.options import SampleScriptOptions, SamplingOptions
-from generation.prompts import Prompt, encode_prompts, ends_in_a_lone_space, print_jsonl, print_texts, read_prompts
+from generation.prompts import Prompt, encode_prompts, has_trailing_space, print_jsonl, print_texts, read_prompts
 from generation.quantize import quantize
 from generation.text import load_model, stream_texts
-from inspection.page import look_inside, write_page
 from model import GPT
 from server.options import ServerOptions
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code. Raises UserError."""
     argv = sys.argv[1:] if argv is None else argv
     options = config.load("sample.py", argv)
-    script, run, server = (
-        options.section(SampleScriptOptions),
-        options.section(RunOptions),
-        options.section(ServerOptions),
-    )
-    sampling = sampling_options(options)
-    if server.serve and (
-        script.interactive or script.inspect is not None or script.prompts is not None or script.output != "text"
-    ):
+    script, server = options.section(SampleScriptOptions), options.section(ServerOptions)
+    sampling, seed = read_sampling(options)
+    other_mode = script.interactive or script.inspect is not None or script.prompts is not None
+    if server.serve and (other_mode or script.output != "text"):
         raise UserError(
-            "--serve takes its prompts over the network: leave --interactive, --inspect, --prompts and --output out"
+            "--serve gets its prompts over the network: remove --interactive, --inspect, --prompts and --output"
         )
     for note in options.notes:
         print(note, file=sys.stderr)
 
-    # ---- checkpoint
-    path = Path(run.run) if run.run is not None else newest_run(Path("runs"))
+    # ---- checkpoint, prompts, model
+    run = options.section(RunOptions).run
+    path = Path(run) if run is not None else newest_run(Path("runs"))
     folder = resolve_model_folder(path, script.checkpoint)
     prompts = read_prompts(script)
-    hardware = choose_hardware(options.section(HardwareOptions), generating=True)
+    hardware_options = options.section(HardwareOptions)
+    hardware = choose_hardware(hardware_options, generating=True)
     model, tokenizer = load_model(folder, hardware.device, hardware.dtype)
-    model.attention = choose_attention_path(
-        options.section(HardwareOptions).attention, hardware, model.config.head_size
-    ).value
+    model.attention = choose_attention_path(hardware_options.attention, hardware, model.config.head_size).value
     if script.quantize is not None:
         quantize(model)
-    print(f"{describe(path, folder, script.checkpoint)}; {hardware.describe()}", file=sys.stderr)
+    title = describe_checkpoint(path, folder, script.checkpoint)
+    print(f"{title}; {hardware.describe()}", file=sys.stderr)
 
-    # ---- text, in one of four ways
+    # ---- one of four modes; each imports what it alone needs
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may use another encoding
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may have another encoding
     if server.serve:
-        from server.app import serve  # the packages that it needs are not needed otherwise
+        from server.app import serve
 
-        seed = run.seed if options.origin["seed"] == "flag" else None
-        start = {"prompt": prompts[0].text, "n": script.num_samples, "seed": seed}
-        return serve(model, tokenizer, name_of(folder), sampling, server, start)
+        page_seed = seed if options.origin["seed"] == "flag" else None  # None: a new one for each request
+        page_defaults = {"prompt": prompts[0].text, "n": script.num_samples, "seed": page_seed}
+        return serve(model, tokenizer, run_name(folder), sampling, server, page_defaults)
     if script.interactive:
-        return interact(model, tokenizer, prompts[0].text, lambda flags: changed(argv, flags))
-    if script.inspect is not None:
-        return inspect(
-            model, tokenizer, prompts, sampling, Path(script.inspect), describe(path, folder, script.checkpoint)
+        from generation.interactive import interact
+
+        return interact(
+            model, tokenizer, prompts[0].text, lambda flags: read_sampling(config.load("sample.py", [*argv, *flags]))
         )
-    return print_samples(model, tokenizer, prompts, sampling, script, run.seed)
+    if script.inspect is not None:
+        from inspection.page import inspect_prompt, write_page
+
+        [ids] = encode_prompts(tokenizer, prompts, sampling.prepend_eos)
+        data = inspect_prompt(model, tokenizer, ids, sampling)
+        write_page(Path(script.inspect), data, title)
+        if data["omitted"]:
+            print(f"the prompt is too long to be shown in full: {data['omitted']}", file=sys.stderr)
+        print(f"wrote {script.inspect} (open it in a browser)")
+        return 0
+    return print_samples(model, tokenizer, prompts, sampling, script, seed)
 
 
 def print_samples(
@@ -97,11 +103,13 @@ def print_samples(
     script: SampleScriptOptions,
     seed: int,
 ) -> int:
+    """Prints num_samples samples of each prompt and returns the exit code."""
     n = script.num_samples
     ids = [row for row in encode_prompts(tokenizer, prompts, sampling.prepend_eos) for _ in range(n)]
-    if any(ends_in_a_lone_space(tokenizer, prompt.text) for prompt in prompts):
+    if any(has_trailing_space(tokenizer, prompt.text) for prompt in prompts):
         print(
-            "note: words of this model begin with their space; it goes on better where the prompt does not end in one",
+            "note: this model's tokens include the space before a word; remove the prompt's trailing space for "
+            "better samples",
             file=sys.stderr,
         )
     started = time.perf_counter()
@@ -111,46 +119,28 @@ def print_samples(
             tokens = print_jsonl(pieces, prompts, n, tokenizer, logprobs=sampling.logprobs is not None)
         else:
             tokens = print_texts(pieces, [prompt.text for prompt in prompts for _ in range(n)])
-    except BrokenPipeError:  # whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    except BrokenPipeError:  # the reader closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail too
         return 0
     seconds = time.perf_counter() - started
     print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
 
 
-def inspect(
-    model: GPT, tokenizer: Tokenizer, prompts: list[Prompt], sampling: SamplingOptions, path: Path, title: str
-) -> int:
-    [ids] = encode_prompts(tokenizer, prompts, sampling.prepend_eos)
-    data = look_inside(model, tokenizer, ids, sampling)
-    write_page(path, data, title)
-    if data["left_out"]:
-        print(f"the prompt is too long to be shown whole: {data['left_out']}", file=sys.stderr)
-    print(f"wrote {path} (open it in a browser)")
-    return 0
-
-
-def sampling_options(options: config.Options) -> SamplingOptions:
-    """How tokens are drawn, with the stop strings' escapes read."""
+def read_sampling(options: config.Options) -> tuple[SamplingOptions, int]:
+    """Sampling options, with the escapes of the stop strings decoded, and the seed."""
     sampling = options.section(SamplingOptions)
-    return replace(sampling, stop=tuple(map(unescape, sampling.stop)))
+    return replace(sampling, stop=tuple(map(unescape, sampling.stop))), options.section(RunOptions).seed
 
 
-def changed(argv: list[str], flags: list[str]) -> tuple[SamplingOptions, int]:
-    """Sampling options and seed of the command line with these flags added. Raises UserError."""
-    options = config.load("sample.py", [*argv, *flags])
-    return sampling_options(options), options.section(RunOptions).seed
-
-
-def name_of(folder: Path) -> str:
-    """The run that a model folder belongs to, or else the folder's own name."""
-    folder = folder.resolve()
+def run_name(model_folder: Path) -> str:
+    """The name of the run that a model folder belongs to, else that of the folder."""
+    folder = model_folder.resolve()
     return folder.parents[2].name if folder.parent.parent.name == "checkpoints" else folder.name
 
 
-def describe(path: Path, folder: Path, which: str) -> str:
-    """The checkpoint in a few words: where it lies, its step, and `which` it is where `path` is a run."""
+def describe_checkpoint(path: Path, folder: Path, which: str) -> str:
+    """One line: the checkpoint's path, step and val loss, and `which` one it is if `path` is a run."""
     if folder.name != "model" or not (folder.parent / STATE).is_file():
         return f"model folder {folder}"
     state = read_json(folder.parent / STATE)

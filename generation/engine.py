@@ -140,7 +140,7 @@ def _continue(
     block_size, keep_head, eos_id = model.config.block_size, options.keep_head, model.config.eos_id
     decode = decoder_for(model)
     live, penalties = list(texts), None
-    if Penalties.wanted(options):
+    if Penalties.needed(options):
         penalties = Penalties(list(texts.values()), model.config.vocab_size, options, model.embed.weight.device)
 
     def keep(rows: list[int]) -> None:

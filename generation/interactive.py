@@ -1,7 +1,7 @@
-"""Writing together with the model at a terminal: a line that is typed is added to the text, and the model goes on from there.
+"""sample.py --interactive: each typed line is appended to the text, and the model continues it.
 
-The text is kept as ids, so what the model wrote is never tokenized anew. Commands that change an option are flags added to the command
-line: they are checked and read in the same way.
+The text is kept as ids, so that generated text is not tokenized again. A command such as /temperature 0.7 adds a flag
+to the command line, so options are parsed and checked as there.
 """
 
 from __future__ import annotations
@@ -20,27 +20,25 @@ from model import GPT
 
 OPTIONS = [field.name for field in fields(SamplingOptions)]
 HELP = """\
-Type, and the model goes on from the end of your line; an empty line lets it write on. Ctrl-C stops it, Ctrl-D leaves.
-  a line that ends with \\     goes on in the next line, with a line break between them
-  /retry                      another answer in the place of the last one
-  /undo                       takes your last line and its answer back
-  /new                        forgets the text and begins a new document
-  /text                       shows the whole text
-  /temperature 0.7            changes an option (any of the group "sampling" in --help, and seed)
-  /options                    shows the options
-  /quit                       leaves
-  //…                         a line of text that begins with /"""
+Type a line and the model continues it; an empty line continues the text. Ctrl-C stops the model, Ctrl-D quits.
+  a line that ends with \\     is joined with the next line by a line break
+  /retry                      replace the last answer by another one
+  /undo                       remove your last line and its answer
+  /new                        start a new document
+  /text                       show the whole text
+  /temperature 0.7            set an option (any of the group "sampling" in --help, or seed)
+  /options                    show the options
+  /quit                       quit
+  //…                         a line of text that starts with /"""
+LoadOptions = Callable[[list[str]], tuple[SamplingOptions, int]]  # flags to add → sampling options, seed
 
 
-def interact(
-    model: GPT, tokenizer: Tokenizer, prompt: str, load: Callable[[list[str]], tuple[SamplingOptions, int]]
-) -> int:
-    """Reads lines until their end and returns 0. `load`: flags to add to the command line → sampling options and seed. Raises UserError
-    where `prompt`, the beginning of the text, cannot be encoded."""
-    with suppress(ImportError):  # Windows has none, and its console does the same
-        import readline  # noqa: F401  # input() now edits lines and remembers them
-    session = _Session(model, tokenizer, load)
-    print("type /help for help; Ctrl-D leaves", file=sys.stderr)
+def interact(model: GPT, tokenizer: Tokenizer, prompt: str, load_options: LoadOptions) -> int:
+    """Reads lines until end of file, returns 0. Raises UserError if `prompt`, the initial text, cannot be encoded."""
+    with suppress(ImportError):  # not on Windows, whose console has line editing of its own
+        import readline  # noqa: F401  # gives input() line editing and history
+    session = _Session(model, tokenizer, load_options)
+    print("type /help for help; Ctrl-D quits", file=sys.stderr)
     if prompt:
         print(prompt, end="", flush=True)
         session.type(prompt)
@@ -52,7 +50,7 @@ def interact(
             print(file=sys.stderr)
             return 0
         except KeyboardInterrupt:
-            print("\n(Ctrl-D leaves)", file=sys.stderr)
+            print("\n(Ctrl-D quits)", file=sys.stderr)
             typed = ""
             continue
         if line.endswith("\\"):
@@ -71,26 +69,22 @@ def interact(
 
 
 class _Session:
-    """The text so far, as turns: what was typed and what was answered, both ids, and how often an answer was drawn."""
+    """The text so far, as turns: (typed ids, answered ids, number of /retry)."""
 
-    def __init__(
-        self, model: GPT, tokenizer: Tokenizer, load: Callable[[list[str]], tuple[SamplingOptions, int]]
-    ) -> None:
-        self.model, self.tokenizer, self.load = model, tokenizer, load
+    def __init__(self, model: GPT, tokenizer: Tokenizer, load_options: LoadOptions) -> None:
+        self.model, self.tokenizer, self.load_options = model, tokenizer, load_options
         self.flags: list[str] = []
-        self.sampling, self.seed = load([])
+        self.sampling, self.seed = load_options([])
         self.turns: list[tuple[list[int], list[int], int]] = []
-        self.ended = False
+        self.ended = False  # by an end-of-sequence token
 
     def type(self, text: str) -> None:
-        first = self.ended or not self.turns
-        typed = (
-            prompt_ids(self.tokenizer, text, self.sampling.prepend_eos)
-            if first
-            else self.tokenizer.encode(text).tolist()
-        )
+        if self.ended or not self.turns:
+            typed = prompt_ids(self.tokenizer, text, self.sampling.prepend_eos)
+        else:
+            typed = self.tokenizer.encode(text).tolist()
         if self.ended:
-            print("(the document has ended; this begins a new one)", file=sys.stderr)
+            print("(the document has ended; this starts a new one)", file=sys.stderr)
             self.turns = []
         self._answer(self.turns, typed, 0)
 
@@ -111,25 +105,25 @@ class _Session:
             self.turns, self.ended = [], False
         elif name in ("undo", "retry"):
             if not self.turns:
-                raise UserError(f"/{name}: nothing was written yet")
-            *turns, (typed, _, tries) = self.turns
+                raise UserError(f"/{name}: the text is empty")
+            *turns, (typed, _, retries) = self.turns
             if name == "retry":
-                self._answer(turns, typed, tries + 1)
+                self._answer(turns, typed, retries + 1)
             else:
                 self.turns, self.ended = turns, False
         elif name in (*OPTIONS, "seed") and value:
             flags = [*self.flags, f"--{name}={value}"]
-            self.sampling, self.seed = self.load(flags)
+            self.sampling, self.seed = self.load_options(flags)
             self.flags = flags
         else:
-            missing = ", or its value is missing" if name in (*OPTIONS, "seed") else ""
-            raise UserError(f"/{name}: no such command{missing}; /help lists them")
+            problem = "its value is missing" if name in (*OPTIONS, "seed") else "unknown command"
+            raise UserError(f"/{name}: {problem}; /help lists the commands")
 
-    def _answer(self, turns: list[tuple[list[int], list[int], int]], typed: list[int], tries: int) -> None:
-        """Lets the model go on from these turns and what was typed; Ctrl-C ends it, and what it wrote so far stays."""
-        before = [token for old, answer, _ in turns for token in old + answer]
+    def _answer(self, turns: list[tuple[list[int], list[int], int]], typed: list[int], retries: int) -> None:
+        """Generates and prints an answer after these turns and the typed ids; Ctrl-C stops it and keeps its text."""
+        context = [token for old, answer, _ in turns for token in old + answer]
         text, answer, reason = "", list[int](), "stopped"
-        pieces = stream_texts(self.model, self.tokenizer, [before + typed], self.sampling, self.seed, draws=[tries])
+        pieces = stream_texts(self.model, self.tokenizer, [context + typed], self.sampling, self.seed, draws=[retries])
         try:
             for piece in pieces:
                 print(piece.text, end="", flush=True)
@@ -137,10 +131,10 @@ class _Session:
                 answer += [token.id for token in piece.tokens]
                 reason = piece.reason or reason
         except KeyboardInterrupt:
-            pass  # `reason` says so
-        if reason == STOP:  # the last token may hold the beginning of the stop string
+            pass  # `reason` is "stopped"
+        if reason == STOP:  # the last token may contain the start of the stop string
             answer = self.tokenizer.encode(text).tolist()
-        self.turns = [*turns, (typed, answer, tries)]
+        self.turns = [*turns, (typed, answer, retries)]
         self.ended = reason == END_OF_SEQUENCE
         print(flush=True)
         print(f"({reason}, {len(answer)} tokens)", file=sys.stderr)

@@ -54,7 +54,7 @@ class SamplingOptions:
     """Filters in the order of application (as in Hugging Face), then the rules for the end and the context."""
 
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
-    """Divide positive logits of tokens in the prompt or the text by this, multiply negative ones; > 1: less repetition."""
+    """Divide positive logits of tokens in prompt or text by this, multiply negative ones; > 1: less repetition."""
     presence_penalty: float = 0.0
     """Subtract this from the logit of each token that was generated before."""
     frequency_penalty: float = 0.0

@@ -1,4 +1,7 @@
-"""Text around the engine: a model folder → model and tokenizer, prompt → ids, drawn ids → whole characters as they come, stop strings."""
+"""Text around the engine: loads a model folder, encodes prompts, decodes drawn ids incrementally, finds stop strings.
+
+Knows neither prompt files nor output formats. Read in this order: Token, Piece, load_model, stream_texts.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from model import GPT, GPTConfig
 
 
 class Token(NamedTuple):
-    """A drawn id: its bytes as text, for display, where it begins in the sample's text (characters), and what its Event says of it."""
+    """A drawn id, its bytes as text for display, its character offset, and the log-probabilities of its Event."""
 
     id: int
     text: str
@@ -30,8 +33,12 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a token adds to a sample: text whose characters are whole and in no stop string ("" while that is open), and the tokens that
-    begin in it. The last piece of a sample has the reason of its end; what follows the beginning of a stop string is in none."""
+    """What one drawn token adds to a sample's text.
+
+    text: complete UTF-8 characters outside any stop string; "" while a character or a stop string is pending.
+    tokens: those that start in `text`.
+    reason: why the sample ended, on its last piece, else None.
+    """
 
     sample: int
     text: str
@@ -40,10 +47,10 @@ class Piece(NamedTuple):
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
-    """The model of a model folder, in eval mode, with its tokenizer. Raises UserError.
+    """Loads a model folder → model in eval mode, tokenizer. Raises UserError.
 
-    dtype: what the weights are converted to, once; a token reads them all, and autocast would leave casts between them. The tables of fixed
-    positions stay in float32.
+    dtype: the weights are converted once, since decoding reads all of them for every token and autocast would cast them
+    each time. Buffers (fixed position tables) stay in float32.
     """
     saved = open_model_folder(folder)
     try:
@@ -52,13 +59,13 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
         if (config.vocab_size, config.eos_id) != (tokenizer.vocab_size, tokenizer.eos_id):
             raise ValueError(
                 f"the model has {config.vocab_size} ids with end-of-sequence {config.eos_id}, "
-                f"its tokenizer {tokenizer.vocab_size} with {tokenizer.eos_id}: they do not belong together"
+                f"its tokenizer {tokenizer.vocab_size} with {tokenizer.eos_id}: expected the same numbers"
             )
         model = GPT(config, seed=None)
         model.import_state(saved.model_tensors())
     except ValueError as error:
         raise UserError(
-            f"{folder}: {error}; copy the folder again from where it was written, or take another checkpoint"
+            f"{folder}: {error}; copy the folder again from its source, or use another checkpoint"
         ) from error
     model.to(device).eval()
     for parameter in model.parameters():
@@ -67,11 +74,11 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, prepend_eos: bool) -> list[int]:
-    """Raises UserError where nothing is left to start from, or the tokenizer does not know a character."""
+    """Raises UserError if there are no ids to start from, or a character is not in the vocabulary."""
     ids = [tokenizer.eos_id] * prepend_eos + tokenizer.encode(prompt).tolist()
     if not ids:
         raise UserError(
-            "an empty prompt with --prepend_eos=false leaves nothing to start from; give a --prompt, or leave the flag out"
+            "an empty prompt with --prepend_eos=false leaves no token to start from; give a --prompt or remove the flag"
         )
     return ids
 
@@ -85,23 +92,23 @@ def stream_texts(
     *,
     draws: Sequence[int] | None = None,
 ) -> Iterator[Piece]:
-    """Continues each prompt (ids) as a sample of its own, as engine.generate does; the prompts' own texts are not repeated."""
-    texts = [_SampleText(tokenizer, options.stop) for _ in prompts]
-    leaving = set[int]()
-    for event in generate(model, prompts, options, seed, draws=draws, leaving=leaving):
-        piece = texts[event.sample].add(event)
+    """Yields the text of engine.generate's samples, one per prompt (ids), piece by piece and without the prompts."""
+    decoders = [_SampleDecoder(tokenizer, options.stop) for _ in prompts]
+    finished = set[int]()
+    for event in generate(model, prompts, options, seed, draws=draws, leaving=finished):
+        piece = decoders[event.sample].add(event)
         if piece.reason is not None:
-            leaving.add(event.sample)
+            finished.add(event.sample)
         yield piece
 
 
-class _SampleText:
-    """Turns a sample's events into pieces; holds back what may yet become a stop string."""
+class _SampleDecoder:
+    """Decodes one sample's events to pieces; holds back text that may turn out to be a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.length = 0  # whole characters so far, held ones too
+        self.length = 0  # complete characters so far, including those held back
         self.held, self.tokens = "", list[Token]()
 
     def add(self, event: Event) -> Piece:
@@ -113,26 +120,26 @@ class _SampleText:
         new = self.decoder.decode(data, final=event.token is None)
         self.length += len(new)
         self.held += new
-        reason, cut = event.reason, first_stop(self.held, self.stop)
+        reason, cut = event.reason, find_stop(self.held, self.stop)
         if cut is not None:
             reason = STOP
         else:
-            cut = len(self.held) - (open_stop(self.held, self.stop) if reason is None else 0)
+            cut = len(self.held) - (pending_stop_length(self.held, self.stop) if reason is None else 0)
         text, self.held = self.held[:cut], self.held[cut:]
-        end = self.length - len(self.held)  # tokens that begin beyond this wait, or belong to a stop string
+        end = self.length - len(self.held)  # tokens that start after this are held back, or part of a stop string
         tokens = [token for token in self.tokens if token.start < end or (not self.held and reason != STOP)]
         self.tokens = self.tokens[len(tokens) :]
         return Piece(event.sample, text, tuple(tokens), reason)
 
 
-def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop string begins that is complete first, reading from the left; of several that end there, the longest."""
-    found = [(text.index(string) + len(string), text.index(string)) for string in stop if string in text]
-    return min(found)[1] if found else None
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Start of the stop string that ends first; of several that end at the same place, the longest."""
+    matches = [(text.index(string) + len(string), text.index(string)) for string in stop if string in text]
+    return min(matches)[1] if matches else None
 
 
-def open_stop(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of the text may be the beginning of a stop string."""
+def pending_stop_length(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest suffix of the text that is a proper prefix of a stop string."""
     return max(
         (n for string in stop for n in range(1, min(len(string) - 1, len(text)) + 1) if text.endswith(string[:n])),
         default=0,
@@ -150,7 +157,7 @@ def sample_texts(
     seed: int,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> list[tuple[str, str]]:
-    """(text with its prompt, reason of its end) of each sample. Training mode and torch's generators stay as they were."""
+    """Returns (prompt and text, reason for the end) per sample. Training mode and torch's RNG state are unchanged."""
     keep_head = min(1, model.config.block_size - 1)
     options = SamplingOptions(max_new_tokens=max_new_tokens, temperature=temperature, keep_head=keep_head)
     ids = prompt_ids(tokenizer, prompt, options.prepend_eos)

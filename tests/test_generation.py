@@ -14,7 +14,7 @@ from errors import UserError
 from generation.bare import bare
 from generation.engine import END_OF_SEQUENCE, LENGTH, generate, next_logits, visible
 from generation.options import SamplingOptions
-from generation.sampling import weights
+from generation.sampling import filtered_probs
 from model import GPT, GPTConfig, KVCache
 from tests.test_sampling import chi_square_bound
 
@@ -211,7 +211,7 @@ def test_the_first_tokens_of_the_samples_of_one_prompt_are_independent():
     model = tiny_model(scale=2.0)
     options = SamplingOptions(max_new_tokens=1, temperature=1.0, top_k=4, stop_at_eos=False)
     firsts = [ids[0] for ids, _ in run(model, [[30, 4]] * 5_000, options, seed=9)]
-    p = weights(next_logits(model, [30, 4], 1)[None], options)[0]
+    p = filtered_probs(next_logits(model, [30, 4], 1)[None], options)[0]
     p = {i: float(p[i] / p.sum()) for i in p.nonzero()[:, 0].tolist()}
     found, pairs = Counter(firsts), Counter(zip(firsts[::2], firsts[1::2], strict=True))
     assert found.keys() == p.keys()

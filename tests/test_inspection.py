@@ -1,4 +1,4 @@
-"""The page of sample.py --inspect: its data are the model's own numbers, and no text in it can do harm."""
+"""sample.py --inspect: the page's data agree with the model, and no text can inject markup."""
 
 import base64
 import json
@@ -18,8 +18,8 @@ from common.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
 from errors import UserError
 from generation.engine import next_logits, visible
 from generation.options import SamplingOptions
-from generation.sampling import Penalties, weights
-from inspection.page import head_kinds, look_inside, page, shown_positions, shown_text
+from generation.sampling import Penalties, filtered_probs
+from inspection.page import head_kinds, inspect_prompt, printable, render_page, shown_positions
 from model import GPT, GPTConfig, attention_weights, dense_mask
 
 EOS = 256
@@ -55,7 +55,7 @@ PLAIN = SamplingOptions()
 
 
 def make(kind, **changes):
-    """A model whose attention is far from even."""
+    """A model whose attention is far from uniform."""
     model = GPT(replace(SMALL, **KINDS[kind] | changes)).eval()
     with torch.no_grad():
         for block in model.blocks:
@@ -66,7 +66,7 @@ def make(kind, **changes):
 
 
 def unpack(packed, heads, tokens, size):
-    """As the page does it."""
+    """Decodes q, k or v as the page does."""
     integers, scales = (
         np.frombuffer(base64.b64decode(packed[name]), dtype) for name, dtype in (("integers", "<i2"), ("scales", "<f4"))
     )
@@ -82,24 +82,22 @@ def unpacked(data):
 
 
 def page_weights(data):
-    """(L, H, N, N) weights of the tokens shown, and (L, H, N) of all others, by the rules that the page follows."""
+    """(L, H, N, N) attention weights of the tokens shown, and (L, H, N) of all others, computed as the page does."""
     q, k, _ = unpacked(data)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    positions, first = torch.tensor(data["positions"]), torch.tensor(data["first"])
+    positions, first = torch.tensor(data["positions"]), torch.tensor(data["first_visible"])
     sees = (positions <= positions[:, None]) & (positions >= first[:, None])
     scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~sees, -torch.inf)
-    if data["rest"] is None:
+    if data["hidden_lse"] is None:
         return torch.softmax(scores, dim=-1), torch.zeros(scores.shape[:-1])
-    rest = torch.from_numpy(
-        np.frombuffer(base64.b64decode(data["rest"]), "<f4").reshape(scores.shape[:-1]).astype(np.float64)
-    )
-    both = torch.softmax(torch.cat((scores, rest[..., None]), dim=-1), dim=-1)
-    return both[..., :-1], both[..., -1]
+    lse = np.frombuffer(base64.b64decode(data["hidden_lse"]), "<f4").reshape(scores.shape[:-1]).astype(np.float64)
+    weights = torch.softmax(torch.cat((scores, torch.from_numpy(lse)[..., None]), dim=-1), dim=-1)
+    return weights[..., :-1], weights[..., -1]
 
 
 @torch.no_grad()
-def seen(model, ids):
-    """q, k of each layer in float64, (T, H, D) and (T, K, D), by the definition's own arithmetic."""
+def queries_and_keys(model, ids):
+    """q (T, H, D) and k (T, K, D) of each layer in float64."""
     found = []
     model.double().observe(torch.tensor([ids]), lambda layer, q, k, v: found.append((q[0], k[0])))
     model.float()
@@ -107,18 +105,16 @@ def seen(model, ids):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weights_on_the_page_are_the_models(kind):
+def test_the_pages_weights_are_the_models(kind):
     model = make(kind)
-    data = look_inside(model, bytes_tokenizer(), TEXT, PLAIN)
+    data = inspect_prompt(model, bytes_tokenizer(), TEXT, PLAIN)
     shares, _ = page_weights(data)
     assert shares.sum(dim=-1).allclose(torch.ones(shares.shape[:-1], dtype=torch.float64))
-    assert (shares.amax(dim=-1)[:, :, 5:] > 0.3).any(), "an even attention would prove nothing"
-    for layer, (q, k) in enumerate(seen(model, TEXT)):
+    assert (shares.amax(dim=-1)[:, :, 5:] > 0.3).any(), "uniform attention would prove nothing"
+    for layer, (q, k) in enumerate(queries_and_keys(model, TEXT)):
         first = model.first_visible(torch.tensor([TEXT]))
         mask = dense_mask(torch.zeros(1, len(TEXT)) if first is None else first)[0, 0]
-        assert torch.equal(shares[layer] > 0, mask.expand_as(shares[layer])), (
-            "hidden tokens have the weight 0, all others more"
-        )
+        assert torch.equal(shares[layer] > 0, mask.expand_as(shares[layer])), "only masked tokens have weight 0"
         for head in range(SMALL.n_head):
             key = k[:, head // (SMALL.n_head // model.config.kv_heads)]
             for t in (0, 7, len(TEXT) - 1):
@@ -128,8 +124,8 @@ def test_the_weights_on_the_page_are_the_models(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weighted_sums_are_what_the_blocks_go_on_with(kind):
-    """The plain forward pass, watched at the output projections: independent of how the page got its numbers."""
+def test_the_weighted_sums_are_the_inputs_of_the_output_projections(kind):
+    """Hooks on a plain forward pass: independent of how the page got its numbers."""
     model, outputs = make(kind), []
     hooks = [
         block.attn.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0][0].detach()))
@@ -139,32 +135,34 @@ def test_the_weighted_sums_are_what_the_blocks_go_on_with(kind):
         model(torch.tensor([TEXT]))
     for hook in hooks:
         hook.remove()
-    data = look_inside(model, bytes_tokenizer(), TEXT, PLAIN)
+    data = inspect_prompt(model, bytes_tokenizer(), TEXT, PLAIN)
     (shares, _), v = page_weights(data), unpacked(data)[2]
     sums = shares @ v.repeat_interleave(SMALL.n_head // model.config.kv_heads, dim=1)  # (L, H, N, D)
     expected = torch.stack(outputs).double()
     assert (sums.transpose(1, 2).flatten(2) - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-def test_a_long_prompt_shows_its_first_and_newest_tokens_and_counts_all():
+def test_a_long_prompt_shows_its_first_and_newest_tokens_and_weighs_all():
     model, ids = make("learned"), [EOS, *(b"a long text. " * 24)]
-    data = look_inside(model, bytes_tokenizer(), ids, PLAIN)
+    data = inspect_prompt(model, bytes_tokenizer(), ids, PLAIN)
     window = visible(ids, SMALL.block_size, 1)
     positions = data["positions"]
-    assert 96 == len(positions) < data["read"] == len(window) < len(ids)
+    assert 96 == len(positions) < data["num_read"] == len(window) < len(ids)
     assert positions == [0, *range(len(window) - 95, len(window))]
-    assert data["left_out"] == (
+    assert data["omitted"] == (
         f"the model sees {len(window)} of the prompt's {len(ids)} tokens, since its context is 128; "
         f"of the {len(window)} tokens that the model reads, the page shows the first and the last 95"
     )
-    shares, rest = page_weights(data)
-    for layer, (q, k) in enumerate(seen(model, window)):
+    shares, hidden = page_weights(data)
+    for layer, (q, k) in enumerate(queries_and_keys(model, window)):
         for head in range(SMALL.n_head):
             expected = attention_weights(q[-1:, head], k[:, head])[0]
             assert (shares[layer, head, -1] - expected[positions]).abs().max() < 5e-4
-            assert abs(rest[layer, head, -1] - (1 - expected[positions].sum())) < 1e-3
-    assert (rest[:, :, 0] == 0).all(), "the first token sees itself alone"
-    assert [entry["came"][0][0] for entry in data["next"][:-1]] == [window[position + 1] for position in positions[:-1]]
+            assert abs(hidden[layer, head, -1] - (1 - expected[positions].sum())) < 1e-3
+    assert (hidden[:, :, 0] == 0).all(), "the first token sees only itself"
+    assert [entry["actual"][0][0] for entry in data["predictions"][:-1]] == [
+        window[position + 1] for position in positions[:-1]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -177,53 +175,53 @@ def test_a_long_prompt_shows_its_first_and_newest_tokens_and_counts_all():
         SamplingOptions(temperature=0),
     ],
 )
-def test_the_next_token_is_what_generation_draws_from(options):
+def test_the_next_token_distribution_is_that_of_generation(options):
     model = make("documents")
     model.embed.weight.data *= 10
-    data = look_inside(model, bytes_tokenizer(), TEXT, options)
+    data = inspect_prompt(model, bytes_tokenizer(), TEXT, options)
     for position in (0, 6, len(TEXT) - 1):
-        logits, entry = next_logits(model, TEXT[: position + 1], 1)[None], data["next"][position]
-        own = logits[0].double().softmax(dim=0)
+        logits, entry = next_logits(model, TEXT[: position + 1], 1)[None], data["predictions"][position]
+        probs = logits[0].double().softmax(dim=0)
         logits = Penalties([TEXT[: position + 1]], 257, options, logits.device).apply(logits)
         if options.min_new_tokens:
             logits[0, EOS] = -torch.inf
-        weight = weights(logits, options)[0].double()
-        drawn = weight / weight.sum()
-        assert [token for token, *_ in entry["top"]] == own.argsort(descending=True)[:20].tolist()
-        for token, p, q, rank in [*entry["top"], *entry["came"]]:
-            assert p == pytest.approx(float(own[token]), rel=1e-4)
-            assert q == pytest.approx(float(drawn[token]), rel=1e-3, abs=1e-9)
-            assert rank == 1 + int((own > own[token]).sum())
-        assert entry["allowed"] == int((drawn > 0).sum())
+        filtered = filtered_probs(logits, options)[0].double()
+        sampled = filtered / filtered.sum()
+        assert [token for token, *_ in entry["top"]] == probs.argsort(descending=True)[:20].tolist()
+        for token, p, q, rank in [*entry["top"], *entry["actual"]]:
+            assert p == pytest.approx(float(probs[token]), rel=1e-4)
+            assert q == pytest.approx(float(sampled[token]), rel=1e-3, abs=1e-9)
+            assert rank == 1 + int((probs > probs[token]).sum())
+        assert entry["allowed"] == int((sampled > 0).sum())
         assert entry["bits"] == pytest.approx(
-            [float(-(x * x.clamp(min=1e-300).log2()).sum()) for x in (own, drawn)], rel=1e-3, abs=1e-6
+            [float(-(x * x.clamp(min=1e-300).log2()).sum()) for x in (probs, sampled)], rel=1e-3, abs=1e-6
         )
-    assert [entry["came"][0][0] for entry in data["next"][:-1]] == TEXT[1:]
-    assert data["next"][-1]["came"] == []
+    assert [entry["actual"][0][0] for entry in data["predictions"][:-1]] == TEXT[1:]
+    assert data["predictions"][-1]["actual"] == []
 
 
-def test_flags_name_what_the_draw_depends_on():
+def test_flags_are_those_that_change_the_first_draw():
     options = SamplingOptions(temperature=1.0, top_k=40, presence_penalty=1.0, min_p=0.05)
-    flags = look_inside(make("learned"), bytes_tokenizer(), TEXT, options)["flags"]
+    flags = inspect_prompt(make("learned"), bytes_tokenizer(), TEXT, options)["flags"]
     assert flags == "--temperature=1.0 --top_k=40 --min_p=0.05"
     config.load("sample.py", flags.split())
 
 
-def test_a_single_token_and_a_vocabulary_smaller_than_the_table():
+def test_a_single_token_and_a_small_vocabulary():
     tokenizer = char_tokenizer("ab")
     model = make("learned", vocab_size=3, eos_id=2, block_size=4)
-    data = look_inside(model, tokenizer, [2], replace(PLAIN, keep_head=0))
+    data = inspect_prompt(model, tokenizer, [2], replace(PLAIN, keep_head=0))
     assert data["texts"] == {0: "a", 1: "b", 2: "⟨end⟩"}
-    assert (len(data["next"]), len(data["next"][0]["top"]), data["left_out"]) == (1, 3, None)
+    assert (len(data["predictions"]), len(data["predictions"][0]["top"]), data["omitted"]) == (1, 3, None)
     assert page_weights(data)[0].flatten().tolist() == [1.0] * 8
     assert data["kinds"] == [[("", 0.0)] * 4] * 2
 
 
-def test_weights_that_are_not_finite():
+def test_weights_that_are_not_finite_raise():
     model = make("learned")
     model.blocks[0].mlp.up.weight.data[0, 0] = torch.nan
     with pytest.raises(UserError, match="NaN or infinity"):
-        look_inside(model, bytes_tokenizer(), TEXT, PLAIN)
+        inspect_prompt(model, bytes_tokenizer(), TEXT, PLAIN)
 
 
 def test_the_size_of_a_page_is_bounded():
@@ -238,7 +236,7 @@ def test_the_size_of_a_page_is_bounded():
 # ---- head kinds
 
 
-def test_heads_are_named_by_where_their_weight_goes():
+def test_heads_are_named_after_their_attention_pattern():
     ids = torch.tensor([1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4])
     T = len(ids)
     mask, steps, starts = torch.ones(T, T).tril().bool(), torch.arange(T), torch.zeros(T, dtype=torch.int64)
@@ -267,7 +265,7 @@ def test_heads_are_named_by_where_their_weight_goes():
         "spread",
     ]
     assert all(0.9 <= share < 1 for _, share in kinds[:-1])
-    assert kinds[-1][1] == pytest.approx(8.0, abs=0.01), "the mean of 4 … 12 tokens"
+    assert kinds[-1][1] == pytest.approx(8.0, abs=0.01), "the mean of 4 … 12 visible tokens"
     [(name, _)] = head_kinds((heads[1] + heads[2])[None] / 2, mask, ids + 4 * steps, starts)
     assert name in ("one back", "two back")
     near = (to(steps, 0.35) + to(steps - 1, 0.35) + to(steps - 3, 0.35))[None] / 3
@@ -294,13 +292,13 @@ def test_heads_are_named_by_where_their_weight_goes():
         (None, "⟨end⟩"),
     ],
 )
-def test_tokens_in_visible_form(token, shown):
+def test_invisible_characters_are_made_visible(token, shown):
     tokenizer = Tokenizer("bpe", "gpt2", [token or b"x", None], 1)
-    assert shown_text(tokenizer, 0 if token else 1) == shown
+    assert printable(tokenizer, 0 if token else 1) == shown
 
 
 class Scripts(HTMLParser):
-    """The texts of the page's scripts, and all tags and attributes."""
+    """Collects the contents of script elements, and all tags and attributes."""
 
     def __init__(self, text):
         super().__init__()
@@ -316,7 +314,7 @@ class Scripts(HTMLParser):
             self.scripts.append(data)
 
 
-def test_texts_cannot_leave_their_place_and_the_page_asks_nobody():
+def test_no_text_can_inject_markup_and_the_page_makes_no_requests():
     evil = [
         "</script>",
         "<script>",
@@ -332,16 +330,16 @@ def test_texts_cannot_leave_their_place_and_the_page_asks_nobody():
         "bpe", "gpt2", [*(bytes([i]) for i in range(256)), *(text.encode() for text in evil), None], 256 + len(evil)
     )
     model = make("learned", vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-    data = look_inside(model, tokenizer, list(range(256, tokenizer.vocab_size)), PLAIN)
-    made = page(data, "</title><script>alert(1)</script>")
-    parsed = Scripts(made)
+    data = inspect_prompt(model, tokenizer, list(range(256, tokenizer.vocab_size)), PLAIN)
+    html = render_page(data, "</title><script>alert(1)</script>")
+    parsed = Scripts(html)
     assert parsed.tags.count("script") == 2
     assert "img" not in parsed.tags
     assert not {"src", "href", "onerror"} & {name for name, _ in parsed.attributes}
     content = json.loads(parsed.scripts[0])
     assert [content["texts"][str(256 + i)].replace("␣", " ") for i in range(len(evil) - 1)] == evil[:-1]
-    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(|fetch\(|XMLHttpRequest|innerHTML|eval\(", made)
-    assert "default-src 'none'" in made
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(|fetch\(|XMLHttpRequest|innerHTML|eval\(", html)
+    assert "default-src 'none'" in html
 
 
 # ---- sample.py
@@ -362,21 +360,21 @@ def test_sample_writes_the_page(run, tmp_path, capsys):
         assert sample.main([f"--run={run}", f"--prompt={prompt}", f"--inspect={out}", "--top_k=3"]) == 0
         printed = capsys.readouterr()
         assert printed.out == f"wrote {out} (open it in a browser)\n"
-        assert ("too long to be shown whole: the model sees " in printed.err) == note
+        assert ("too long to be shown in full: the model sees " in printed.err) == note
         content = json.loads(Scripts(out.read_text(encoding="utf-8")).scripts[0])
         assert (len(content["tokens"]), content["flags"]) == (count, "--temperature=0.8 --top_k=3")
         assert "step-00000007 (step 7, best, val loss 1.5000)" in content["title"]
-    assert list(tmp_path.iterdir()) == [out], "nothing is left beside the page"
+    assert list(tmp_path.iterdir()) == [out], "no temporary file is left"
 
 
-def test_places_that_cannot_be_written(run, tmp_path, capsys):
+def test_paths_that_cannot_be_written(run, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     for place, reason in (
         ("folder", "it is a folder"),
         ("missing/out.html", "No such file or directory"),
         (f"{'x' * 300}.html", "too long"),
     ):
-        with pytest.raises(UserError, match=rf"--inspect=.* cannot be written: .*{reason}; name a file"):
+        with pytest.raises(UserError, match=rf"--inspect=.* cannot be written: .*{reason}; give a file"):
             sample.main([f"--run={run}", f"--inspect={tmp_path / place}"])
     with pytest.raises(UserError, match="it is a folder"):
         sample.main([f"--run={run}", "--inspect="])
@@ -385,6 +383,6 @@ def test_places_that_cannot_be_written(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--prompts=many.jsonl", "--interactive=true", "--num_samples=2", "--output=jsonl"])
-def test_a_page_is_of_one_prompt_and_without_samples(run, flag):
+def test_inspect_excludes_other_modes_and_several_prompts(run, flag):
     with pytest.raises(UserError, match="--inspect shows one prompt and draws no samples"):
         sample.main([f"--run={run}", "--inspect=out.html", flag])

@@ -1,4 +1,4 @@
-"""The page of sample.py --inspect in a browser: what a reader can do with it. Needs Chromium."""
+"""The page of sample.py --inspect in Chromium: selecting heads and tokens, the numbers shown, the layout."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch
 
 from common.tokenizer import bytes_tokenizer
 from generation.options import SamplingOptions
-from inspection.page import look_inside, page
+from inspection.page import inspect_prompt, render_page
 from model import attention_weights
-from tests.test_inspection import EOS, KINDS, SMALL, TEXT, make, seen
+from tests.test_inspection import EOS, KINDS, SMALL, TEXT, make, queries_and_keys
 
 pytestmark = pytest.mark.slow
 
@@ -18,29 +18,29 @@ LAYER, HEAD, QUERY = 1, 2, 15
 
 @pytest.fixture
 def visit(browser, tmp_path):
-    """Opens the page of a model and a prompt; nothing may be printed to the console, fail, or be asked for but the page itself."""
-    trouble, asked, pages = [], [], []
+    """Opens the page of a model and a prompt. It may log no message, raise no error and request nothing but itself."""
+    problems, requests, pages = [], [], []
 
-    def opened(model, ids, options=None, **context):
-        data = look_inside(model, bytes_tokenizer(), ids, options or SamplingOptions())
-        (tmp_path / "out.html").write_text(page(data, "a <model>"), encoding="utf-8")
+    def open_page(model, ids, options=None, **context):
+        data = inspect_prompt(model, bytes_tokenizer(), ids, options or SamplingOptions())
+        (tmp_path / "out.html").write_text(render_page(data, "a <model>"), encoding="utf-8")
         tab = browser.new_context(**context).new_page()
         pages.append(tab)
-        tab.on("console", lambda message: trouble.append(message.text))
-        tab.on("pageerror", lambda error: trouble.append(str(error)))
-        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("console", lambda message: problems.append(message.text))
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("request", lambda request: requests.append(request.url))
         tab.goto((tmp_path / "out.html").as_uri())
         return tab
 
-    yield opened
-    assert trouble == []
-    assert asked == [(tmp_path / "out.html").as_uri()] * len(pages)
+    yield open_page
+    assert problems == []
+    assert requests == [(tmp_path / "out.html").as_uri()] * len(pages)
     for tab in pages:
         tab.context.close()
 
 
 def scores(tab):
-    """The rows of the table: key's position, then the numbers as they are shown."""
+    """The rows of the table: {key position: numbers as shown}."""
     rows = tab.locator("#scores tbody tr").evaluate_all(
         "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
     )
@@ -52,7 +52,7 @@ def number(shown):
 
 
 @pytest.mark.parametrize("kind", ["learned", "documents, window, n-grams"])
-def test_a_head_and_a_token_are_chosen_and_their_numbers_appear(visit, kind):
+def test_the_numbers_of_a_chosen_head_and_token_are_the_models(visit, kind):
     model = make(kind)
     tab = visit(model, TEXT)
     assert "a <model>" in tab.title()
@@ -61,7 +61,7 @@ def test_a_head_and_a_token_are_chosen_and_their_numbers_appear(visit, kind):
     assert tab.locator("#h-map").text_content() == "One head: layer 2, head 3"
     assert (tab.locator("#layer").input_value(), tab.locator("#head").input_value()) == (str(LAYER), str(HEAD))
 
-    q, k = seen(model, TEXT)[LAYER]
+    q, k = queries_and_keys(model, TEXT)[LAYER]
     key = k[:, HEAD // (SMALL.n_head // model.config.kv_heads)]
     first = model.first_visible(torch.tensor([TEXT]))
     begin = 0 if first is None else int(first[0, QUERY])
@@ -83,10 +83,10 @@ def test_a_head_and_a_token_are_chosen_and_their_numbers_appear(visit, kind):
     with torch.no_grad():
         probabilities = model(torch.tensor([TEXT[: QUERY + 1]]))[0, -1].softmax(0)
     assert float(likely.removesuffix(" %")) == pytest.approx(100 * float(probabilities.max()), abs=0.06)
-    assert "What really came was" in tab.locator("#summary").text_content()
+    assert "The actual next token is" in tab.locator("#summary").text_content()
 
 
-def test_the_map_and_the_keyboard(visit):
+def test_keyboard_and_map_change_the_choice(visit):
     tab = visit(make("learned"), TEXT)
     grid, tokens = tab.locator("#grid button"), tab.locator("#tokens button")
     grid.first.focus()
@@ -115,8 +115,8 @@ def test_every_kind_of_model_fits_the_screen(visit, scheme, width):
         tab = visit(make(kind), TEXT, color_scheme=scheme, viewport={"width": width, "height": 800})
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
     tab = visit(make("learned"), [EOS], SamplingOptions(temperature=0), color_scheme=scheme)
-    assert "only one token could be drawn" in tab.locator("#summary").text_content()
+    assert "only one token can be drawn" in tab.locator("#summary").text_content()
     tab = visit(make("learned"), [EOS, *(b"a long text. " * 24)], color_scheme=scheme)
-    assert "Shortened: " in tab.locator("#leftout").text_content()
+    assert "Shortened: " in tab.locator("#omitted").text_content()
     assert "not shown" in tab.locator("#scores tbody").text_content()
     assert tab.locator("#scores tfoot td").nth(4).text_content() == "1.000"

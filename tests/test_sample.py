@@ -1,4 +1,4 @@
-"""sample.py as a person starts it: on small checkpoints, with good and bad input."""
+"""sample.py end to end on small checkpoints: output, prompts, and errors."""
 
 import io
 import json
@@ -18,7 +18,7 @@ import sample
 from checkpoint import save_checkpoint
 from common.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
 from errors import UserError
-from generation.prompts import ends_in_a_lone_space, print_texts
+from generation.prompts import has_trailing_space, print_texts
 from generation.text import Piece, load_model, sample_texts
 from model import GPT, GPTConfig
 
@@ -64,17 +64,17 @@ def text_of(model_folder, prompt, **values):
     return sample_texts(model, tokenizer, prompt, **(defaults | values))
 
 
-def test_int8_weights_write_text_too_on_a_cpu_in_float32(runs, capsys):
+def test_quantize_int8_generates_in_float32_on_a_cpu_only(runs, capsys):
     flags = [f"--run={runs / 'char'}", "--quantize=int8", "--max_new_tokens=9", "--stop_at_eos=false"]
     assert "9 tokens" in start(capsys, *flags).err
     with pytest.raises(UserError, match="--quantize=int8 works on a CPU in float32"):
         sample.main([*flags, "--dtype=bfloat16"])
 
 
-# ---- what it prints
+# ---- output
 
 
-def test_the_best_checkpoint_of_a_run_writes(runs, capsys):
+def test_the_best_checkpoint_of_a_run_is_the_default(runs, capsys):
     out, err = start(capsys, f"--run={runs / 'bytes'}", "--prompt=Once ", "--max_new_tokens=30")
     (text, reason), *_ = text_of(runs / "bytes/checkpoints/step-00000020/model", "Once ")
     assert out == text + "\n"
@@ -89,7 +89,7 @@ def test_checkpoints_by_name(runs, capsys, which, step):
     assert f"(step {step}, {which}," in err
 
 
-def test_a_checkpoint_a_model_folder_and_the_newest_run(runs, capsys, tmp_path, monkeypatch):
+def test_run_may_be_a_checkpoint_or_a_model_folder_and_defaults_to_the_newest_run(runs, capsys, tmp_path, monkeypatch):
     checkpoint = runs / "bytes/checkpoints/step-00000030"
     shutil.copytree(checkpoint / "model", tmp_path / "exported")
     outputs = [
@@ -105,7 +105,7 @@ def test_a_checkpoint_a_model_folder_and_the_newest_run(runs, capsys, tmp_path, 
     ).err.replace("\\", "/")
 
 
-def test_several_samples_stand_in_order_and_do_not_depend_on_their_number(runs, capsys):
+def test_samples_are_printed_in_order_and_do_not_depend_on_their_number(runs, capsys):
     flags = [f"--run={runs / 'bytes'}", "--prompt=x", "--temperature=2", "--max_new_tokens=200"]
     out, err = start(capsys, *flags, "--num_samples=4")
     texts = [
@@ -120,7 +120,7 @@ def test_several_samples_stand_in_order_and_do_not_depend_on_their_number(runs, 
     assert start(capsys, *flags, "--seed=1").out != texts[0] + "\n"
 
 
-def test_the_first_sample_comes_live_and_later_ones_in_their_turn(capsys):
+def test_the_first_unfinished_sample_is_streamed_and_later_ones_wait(capsys):
     def pieces():
         for sample_, text, reason, printed in [
             (0, "a", None, "P a"),
@@ -150,17 +150,22 @@ def test_prompts_from_a_file_and_from_standard_input(runs, capsys, tmp_path, mon
     assert start(capsys, *flags, "--prompt_file=-").out == expected
 
 
-def test_many_prompts_in_json_lines_out(runs, capsys, tmp_path, monkeypatch):
+def test_json_lines_in_and_out(runs, capsys, tmp_path, monkeypatch):
     path = tmp_path / "my prompts.jsonl"
     path.write_text('"abc"\n\n{"prompt": "世\\n", "id": {"row": 7}}\n{"prompt": ""}\n', encoding="utf-8")
     flags = [f"--run={runs / 'char'}", "--max_new_tokens=40", "--num_samples=2", "--temperature=1.5", "--output=jsonl"]
     out, err = start(capsys, *flags, f"--prompts={path}", "--logprobs=2")
     lines = [json.loads(line) for line in out.splitlines()]
     assert [(line["prompt"], line["sample"], line.get("id")) for line in lines] == [
-        ("abc", 0, None), ("abc", 1, None), ("世\n", 0, {"row": 7}), ("世\n", 1, {"row": 7}), ("", 0, None), ("", 1, None)
-    ]  # fmt: skip
+        ("abc", 0, None),
+        ("abc", 1, None),
+        ("世\n", 0, {"row": 7}),
+        ("世\n", 1, {"row": 7}),
+        ("", 0, None),
+        ("", 1, None),
+    ]
     tokenizer = char_tokenizer("abc \n世")
-    for line in lines:  # each is what its prompt alone would have given
+    for line in lines:  # the same as with its prompt alone
         texts = text_of(
             runs / "char/checkpoints/step-00000005/model",
             line["prompt"],
@@ -189,13 +194,13 @@ def test_many_prompts_in_json_lines_out(runs, capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'"a"\n{"prompt": 5}\n', r", line 2: no text; expected a string, or an object with .prompt."),
-        (b'"a"\n{"text": "b"}\n', r", line 2: no text"),
-        (b'{"prompt": "b", "n": 2}\n', r", line 1: unknown 'n'"),
+        (b'"a"\n{"prompt": 5}\n', r", line 2: no prompt text; expected a string, or an object with .prompt."),
+        (b'"a"\n{"text": "b"}\n', r", line 2: no prompt text"),
+        (b'{"prompt": "b", "n": 2}\n', r", line 1: unknown key 'n'"),
         (b"a\n", r", line 1: not JSON .*expected a line like"),
         (b"[" * 100_000, r", line 1: not JSON"),
-        (b"null\n", r", line 1: no text"),
-        (b" \n\n", r"there is no prompt in it"),
+        (b"null\n", r", line 1: no prompt text"),
+        (b" \n\n", r"the file has no prompts"),
         (b'"a"\n"\\ud800"\n', r", line 2: the text is not valid Unicode"),
         (b'"a"\n"z"\n', r", line 2: the char tokenizer knows .* but not 'z'"),
         (b'"\xff"\n', r"not UTF-8: byte 0xff at offset 1"),
@@ -204,13 +209,13 @@ def test_many_prompts_in_json_lines_out(runs, capsys, tmp_path, monkeypatch):
         "a number",
         "no prompt",
         "unknown key",
-        "no JSON",
+        "not JSON",
         "deep",
         "null",
         "empty",
         "surrogate",
         "unknown character",
-        "no UTF-8",
+        "not UTF-8",
     ],
 )
 def test_bad_files_of_prompts(runs, capsys, tmp_path, content, message):
@@ -219,15 +224,15 @@ def test_bad_files_of_prompts(runs, capsys, tmp_path, content, message):
     assert re.search(r"--prompts=.*p q\.jsonl.*" + message, bad(capsys, *flags))
 
 
-def test_a_prompt_that_ends_in_a_space_is_noted_where_words_begin_with_theirs():
+def test_has_trailing_space_depends_on_the_vocabulary():
     words = Tokenizer("made up", "gpt2", [b"a", b" ", b" a", None], 3)
-    assert ends_in_a_lone_space(words, "a ")
-    assert not any(ends_in_a_lone_space(words, prompt) for prompt in ("", "a", " a", "a  "))
-    assert not ends_in_a_lone_space(bytes_tokenizer(), "a ")
-    assert not ends_in_a_lone_space(char_tokenizer("a "), "a ")
+    assert has_trailing_space(words, "a ")
+    assert not any(has_trailing_space(words, prompt) for prompt in ("", "a", " a", "a  "))
+    assert not has_trailing_space(bytes_tokenizer(), "a ")
+    assert not has_trailing_space(char_tokenizer("a "), "a ")
 
 
-def test_options_of_prompts_that_contradict_each_other(capsys):
+def test_options_that_contradict_each_other(capsys):
     assert "--prompt and --prompts all set the prompt" in bad(capsys, "--prompt=a", "--prompts=b")
     assert "--interactive reads from the keyboard" in bad(capsys, "--interactive", "--prompt_file=-")
     assert "--interactive shows one sample" in bad(capsys, "--interactive", "--num_samples=2")
@@ -237,7 +242,7 @@ def test_options_of_prompts_that_contradict_each_other(capsys):
     assert "--stop= is empty" in bad(capsys, "--stop=")
 
 
-def test_stop_strings_of_the_command_line(runs, capsys):
+def test_stop_strings_of_the_command_line_are_unescaped(runs, capsys):
     flags = [f"--run={runs / 'char'}", "--temperature=1.5", "--max_new_tokens=300", "--stop_at_eos=false", "--prompt=a"]
     whole = start(capsys, *flags).out.removesuffix("\n")
     out, err = start(capsys, *flags, r"--stop=\n", "--stop=ba")
@@ -253,7 +258,7 @@ def test_no_new_tokens_prints_the_prompt(runs, capsys):
     assert "sample 1: length, 0 tokens" in err
 
 
-def test_bfloat16_on_a_cpu(runs, capsys):
+def test_dtype_bfloat16_on_a_cpu(runs, capsys):
     out, err = start(capsys, f"--run={runs / 'bytes'}", "--dtype=bfloat16", "--max_new_tokens=40")
     assert out
     assert "bfloat16" in err
@@ -265,11 +270,11 @@ def test_bfloat16_on_a_cpu(runs, capsys):
 def bad(capsys, *argv):
     with pytest.raises(UserError) as error:
         sample.main(list(argv))
-    assert capsys.readouterr().out == "", "a text has begun before the error"
+    assert capsys.readouterr().out == "", "the error comes before any text"
     return str(error.value)
 
 
-def test_runs_and_checkpoints_that_are_not_there(runs, capsys, tmp_path, monkeypatch):
+def test_missing_runs_and_checkpoints(runs, capsys, tmp_path, monkeypatch):
     assert re.search(r"runs.nowhere does not exist.*python train.py", bad(capsys, f"--run={runs / 'nowhere'}"))
     assert re.search(r"runs.empty has no checkpoint.*python train.py", bad(capsys, f"--run={runs / 'empty'}"))
     assert re.search(
@@ -291,7 +296,7 @@ def test_damaged_checkpoints(runs, capsys, tmp_path, name, damage):
     assert name in bad(capsys, f"--run={tmp_path / 'run'}")
 
 
-def test_folders_whose_files_do_not_belong_together(runs, capsys, tmp_path):
+def test_model_folders_with_files_of_two_models(runs, capsys, tmp_path):
     bytes_model, char_model = (
         runs / "bytes/checkpoints/step-00000010/model",
         runs / "char/checkpoints/step-00000005/model",
@@ -363,15 +368,15 @@ def test_errors_are_one_line_and_exit_code_2(runs):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes and signals")
-def test_a_reader_that_leaves_and_an_interrupt_end_quietly(runs):
+def test_a_closed_pipe_and_an_interrupt_end_without_traceback(runs):
     endless = ("--run=runs/bytes", "--max_new_tokens=1e9", "--stop_at_eos=false")
-    leaving, interrupted = process(runs, *endless), process(runs, *endless)
-    for child in (leaving, interrupted):
+    piped, interrupted = process(runs, *endless), process(runs, *endless)
+    for child in (piped, interrupted):
         assert child.stdout.read(3)
-    leaving.stdout.close()
+    piped.stdout.close()
     interrupted.send_signal(signal.SIGINT)
     deadline = time.monotonic() + 30
-    for child, code, last in ((leaving, 0, "device"), (interrupted, 130, "interrupted")):
+    for child, code, last in ((piped, 0, "device"), (interrupted, 130, "interrupted")):
         assert child.wait(timeout=max(1, deadline - time.monotonic())) == code
         message = child.stderr.read().decode()
         assert last in message.splitlines()[-1]
@@ -380,7 +385,7 @@ def test_a_reader_that_leaves_and_an_interrupt_end_quietly(runs):
     interrupted.stdout.close()
 
 
-def test_output_is_utf8_whatever_the_console(runs):
+def test_output_is_utf8_whatever_the_console_encoding(runs):
     environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     child = process(runs, "--run=runs/char", "--prompt=世", "--max_new_tokens=0", env=environment)
     out, _ = child.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Filters and penalties on logits alone: what they keep, the distribution of the draws, log-probabilities."""
+"""Filters and penalties on logits: what they keep, the distribution of the draws, log-probabilities."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from errors import UserError
 from generation.options import SamplingOptions
-from generation.sampling import Penalties, draw, log_probabilities, uniform, weights
+from generation.sampling import Penalties, draw, filtered_probs, log_probabilities, uniform
 
 
 def test_uniform():
@@ -20,7 +20,7 @@ def test_uniform():
     assert abs(sum(values) / 10_000 - 0.5) < 0.01
     assert uniform(1, 23, 4) != uniform(12, 3, 4)
     assert uniform(1337, 0, 1) == 0.208437298079438, (
-        "the hash has changed: every seed now gives other samples; say so in the notes"
+        "the hash has changed: every seed now gives other samples. If that is intended, update the number and the notes"
     )
 
 
@@ -30,20 +30,20 @@ def chi_square_bound(df):
 
 
 def filtered(logits, options):
-    """The definition of every filter, number by number, on a list of logits → probabilities. Equal numbers do not occur in these tests."""
-    heat = [math.exp(x / options.temperature) for x in logits]
-    order = sorted(range(len(logits)), key=lambda i: -heat[i])[: options.top_k]
-    total, kept, mass = sum(heat[i] for i in order), [], 0.0
+    """Reference for all filters, in plain Python: list of logits without ties → {id: probability}."""
+    scaled = [math.exp(x / options.temperature) for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: -scaled[i])[: options.top_k]
+    total, kept, mass = sum(scaled[i] for i in order), [], 0.0
     for i in order:
-        if mass < (options.top_p or 1.0) * total and heat[i] >= (options.min_p or 0.0) * heat[order[0]]:
+        if mass < (options.top_p or 1.0) * total and scaled[i] >= (options.min_p or 0.0) * scaled[order[0]]:
             kept.append(i)
-        mass += heat[i]
-    norm = sum(heat[i] for i in kept)
-    return {i: heat[i] / norm for i in kept}
+        mass += scaled[i]
+    norm = sum(scaled[i] for i in kept)
+    return {i: scaled[i] / norm for i in kept}
 
 
 def penalised(logits, prompt, generated, options):
-    """The definition of the penalties, id by id."""
+    """Reference for the penalties, id by id."""
     result = []
     for i, x in enumerate(float(x) for x in logits):
         if i in prompt or i in generated:
@@ -68,7 +68,7 @@ def test_20_000_draws_follow_the_filtered_softmax(options):
     torch.manual_seed(2)
     logits = 2 * torch.randn(12)
     prompt, generated = [0, 1, 2], [1, 3, 3, 3, 4]
-    if Penalties.wanted(options):
+    if Penalties.needed(options):
         penalties = Penalties([prompt], 12, options, logits.device)
         for token in generated:
             penalties.add([token])
@@ -82,7 +82,7 @@ def test_20_000_draws_follow_the_filtered_softmax(options):
     assert sum((found[i] - n * p) ** 2 / (n * p) for i, p in expected.items()) < chi_square_bound(len(expected) - 1)
 
 
-def test_penalties_belong_to_rows_and_leave_with_them():
+def test_penalties_are_per_row_and_follow_keep():
     options = SamplingOptions(frequency_penalty=1.0, repetition_penalty=2.0)
     penalties = Penalties([[0], [1], [2]], 4, options, torch.device("cpu"))
     penalties.add([3, 3, 0])
@@ -93,16 +93,16 @@ def test_penalties_belong_to_rows_and_leave_with_them():
 
 
 @given(st.lists(st.floats(-4, 4), min_size=1, max_size=30), st.floats(0.0, 1.0))
-def test_min_p_keeps_what_is_likely_enough(values, p):
+def test_min_p_keeps_ids_above_the_threshold(values, p):
     logits = torch.tensor([values], dtype=torch.float64)
     probs = logits.softmax(-1)[0]
-    kept = weights(logits, SamplingOptions(temperature=1.0, min_p=p))[0] > 0
+    kept = filtered_probs(logits, SamplingOptions(temperature=1.0, min_p=p))[0] > 0
     assert kept[probs >= (p + 1e-9) * probs.max()].all()
     assert not kept[probs < (p - 1e-9) * probs.max()].any()
     assert kept[probs.argmax()]
 
 
-def test_log_probabilities_are_the_models_own():
+def test_log_probabilities_are_those_of_log_softmax():
     torch.manual_seed(3)
     logits = torch.randn(2, 9)
     (first, top), (second, _) = log_probabilities(logits, [4, 0], 3)
@@ -115,27 +115,29 @@ def test_log_probabilities_are_the_models_own():
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.integers(1, 30))
-def test_top_k_keeps_exactly_k_lower_ids_first(values, k):
+def test_top_k_keeps_exactly_k_and_ties_go_to_the_lower_id(values, k):
     kept = (
-        weights(torch.tensor([values]).float(), SamplingOptions(temperature=1.0, top_k=k))[0].nonzero()[:, 0].tolist()
+        filtered_probs(torch.tensor([values]).float(), SamplingOptions(temperature=1.0, top_k=k))[0]
+        .nonzero()[:, 0]
+        .tolist()
     )
     assert kept == sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:k])
 
 
 @given(st.lists(st.floats(-4, 4), min_size=1, max_size=30), st.floats(0.01, 1.0))
-def test_top_p_keeps_the_smallest_set_that_suffices(values, p):
+def test_top_p_keeps_the_smallest_set_that_reaches_p(values, p):
     logits = torch.tensor([values], dtype=torch.float64)
     probs = logits.softmax(-1)[0]
     kept = sorted(
-        float(probs[i]) for i in weights(logits, SamplingOptions(temperature=1.0, top_p=p))[0].nonzero()[:, 0]
+        float(probs[i]) for i in filtered_probs(logits, SamplingOptions(temperature=1.0, top_p=p))[0].nonzero()[:, 0]
     )
     assert kept
     assert sum(kept) >= p - 1e-9
-    assert sum(kept[1:]) < p + 1e-9  # without its smallest it would not suffice
+    assert sum(kept[1:]) < p + 1e-9  # without its smallest member it would not reach p
     assert kept[0] >= max((float(x) for x in probs.sort().values[: len(probs) - len(kept)]), default=0.0)
 
 
-def test_temperature_zero_ignores_the_rest_and_tiny_ones_come_near():
+def test_temperature_zero_is_argmax_and_tiny_temperatures_agree():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 4.0, -math.inf, 4.9]])
     assert draw(logits, [0.99, 0.99], SamplingOptions(temperature=0.0, top_k=2, top_p=0.5)) == [1, 0]
     for temperature in (1e-6, 1e-40, 1e-300):
@@ -143,14 +145,14 @@ def test_temperature_zero_ignores_the_rest_and_tiny_ones_come_near():
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
-def test_the_ends_of_the_interval_draw_ids_that_are_allowed(u):
+def test_uniform_numbers_at_the_ends_of_the_interval_draw_allowed_ids(u):
     logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
     assert draw(logits, [u], SamplingOptions(temperature=1.0)) == [1 if u == 0 else 2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_said(temperature, value):
+def test_logits_that_are_not_finite_raise(temperature, value):
     logits = torch.zeros(3, 5)
     logits[1, 2] = value
     for options in (

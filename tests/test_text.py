@@ -1,4 +1,4 @@
-"""Text around the engine: prompts in, whole characters out, stop strings, tokens with their place."""
+"""Text around the engine: encoding prompts, incremental decoding, stop strings, offsets of tokens."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from tests.test_generation import tiny_model
 
 
 def scripted(monkeypatch, ids):
-    """generate() as if a model had written these ids."""
+    """Replaces generate() by one that yields these ids."""
 
     def generate(*args, leaving=frozenset(), **kwargs):
         for token in ids:
@@ -38,13 +38,13 @@ def streamed(data, tokenizer=None, **options):
 
 @settings(max_examples=200)
 @given(st.one_of(st.text().map(str.encode), st.binary()))
-def test_streamed_text_is_the_whole_text(data):
+def test_streamed_pieces_add_up_to_the_decoded_text(data):
     pieces = streamed(data)
     assert "".join(piece.text for piece in pieces) == data.decode("utf-8", errors="replace")
     assert [piece.reason for piece in pieces] == [None] * len(data) + [END_OF_SEQUENCE]
 
 
-def test_characters_are_streamed_whole():
+def test_pieces_hold_complete_characters():
     text = "héllo 世界 👩‍🚀"
     pieces = [piece.text for piece in streamed(text.encode())]
     assert [piece for piece in pieces if piece] == list(text)
@@ -62,7 +62,7 @@ def test_prompt_ids():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_sample_texts_changes_nothing_and_repeats(training):
+def test_sample_texts_is_reproducible_and_restores_mode_and_rng(training):
     tokenizer: Tokenizer = bytes_tokenizer()
     model = tiny_model(torch.float32, vocab_size=257, eos_id=256, dropout=0.3).train(training)
     state = torch.get_rng_state()
@@ -82,8 +82,8 @@ def test_sample_texts_changes_nothing_and_repeats(training):
 # ---- stop strings
 
 
-def before_the_first_stop(text, stop):
-    """The definition: read character by character, end at the first one that completes a stop string, cut that off (the longest)."""
+def cut_at_stop(text, stop):
+    """Reference: reads character by character, ends where a stop string is complete and cuts that off (the longest)."""
     for end in range(1, len(text) + 1):
         if found := [string for string in stop if text[:end].endswith(string)]:
             return text[: end - max(map(len, found))], True
@@ -97,15 +97,15 @@ letters = st.text("ab ", min_size=1, max_size=4)
 @given(st.text("ab ", max_size=25), st.lists(letters, min_size=1, max_size=3), st.randoms())
 @example("aab", ["ab", "aab"], None)  # overlapping, the same end
 @example("abab", ["bab", "ba"], None)
-def test_stop_text_is_never_printed_however_it_is_split_into_tokens(text, stop, random):
-    tokens, rest = [], text
-    while rest:
+def test_stop_strings_are_cut_off_however_they_are_split_into_tokens(text, stop, random):
+    tokens, remainder = [], text
+    while remainder:
         n = random.randint(1, 5) if random else 2
-        tokens.append(rest[:n].encode())
-        rest = rest[n:]
+        tokens.append(remainder[:n].encode())
+        remainder = remainder[n:]
     tokenizer = Tokenizer("made up", "gpt2", [*tokens, None], len(tokens))
     pieces = streamed(range(len(tokens)), tokenizer, stop=tuple(stop))
-    expected, stopped = before_the_first_stop(text, stop)
+    expected, stopped = cut_at_stop(text, stop)
     assert "".join(piece.text for piece in pieces) == expected
     assert pieces[-1].reason == (STOP if stopped else END_OF_SEQUENCE)
     assert all(piece.reason is None for piece in pieces[:-1])
@@ -113,30 +113,30 @@ def test_stop_text_is_never_printed_however_it_is_split_into_tokens(text, stop, 
     assert [token.id for token in shown] == list(range(len(shown)))
     assert all(token.start < len(expected) for token in shown)
     assert not expected or shown[-1].start + len(shown[-1].text) >= len(expected)
-    for token in shown:  # it stands where it says
+    for token in shown:  # its offset is right
         assert expected[token.start :].startswith(token.text[: len(expected) - token.start])
 
 
-def test_text_that_no_stop_string_can_begin_with_is_not_held_back():
+def test_only_prefixes_of_stop_strings_are_held_back():
     pieces = streamed(b"abcabd", stop=("abd",))
     assert [piece.text for piece in pieces] == ["", "", "abc", "", "", ""]
     assert [piece.reason for piece in pieces] == [None] * 5 + [STOP]
     assert [[token.start for token in piece.tokens] for piece in pieces] == [[], [], [0, 1, 2], [], [], []]
 
 
-def test_what_was_held_back_comes_when_no_stop_string_follows():
+def test_held_back_text_is_released_at_the_end():
     pieces = streamed("x界en".encode(), stop=("end", "界!"))
     assert "".join(piece.text for piece in pieces) == "x界en"
     assert len([token for piece in pieces for token in piece.tokens]) == 6
     assert pieces[-1][1:] == ("en", pieces[-1].tokens, END_OF_SEQUENCE)
 
 
-def test_tokens_carry_what_the_engine_says_of_them():
+def test_tokens_carry_the_log_probabilities_of_their_events():
     (token,) = streamed(b"a")[0].tokens
     assert token == (97, "a", 0, -97.0, ((97, -0.5),))
 
 
-def test_a_sample_that_meets_its_stop_string_leaves_the_batch_and_the_others_go_on():
+def test_a_sample_ends_at_its_stop_string_while_the_others_continue():
     model = tiny_model(torch.float32, vocab_size=257, eos_id=256)
     options = SamplingOptions(max_new_tokens=60, temperature=1.0, stop_at_eos=False)
 
@@ -151,7 +151,7 @@ def test_a_sample_that_meets_its_stop_string_leaves_the_batch_and_the_others_go_
     prompts = [[256], [256, 65], [256], [256, 66, 67]]
     whole = texts(options, prompts)
     stop = (whole[0][0][5:7], whole[1][0][20:22])
-    expected = [before_the_first_stop(text, stop) for text, _ in whole]
+    expected = [cut_at_stop(text, stop) for text, _ in whole]
     assert any(stopped for _, stopped in expected)
     assert texts(replace(options, stop=stop), prompts) == [
         (text, STOP if stopped else LENGTH) for text, stopped in expected

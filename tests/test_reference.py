@@ -1,5 +1,6 @@
-"""Is this normal? What is compared with what, and that the answer changes nothing of a run."""
+"""Is this normal? Which runs are compared, and that the comparison does not change a run."""
 
+import itertools
 import json
 from pathlib import Path
 from signal import SIGTERM, raise_signal
@@ -20,7 +21,7 @@ OPTIONS = {"n_layer": 2, "learning_rate": 0.01, "schedule": "wsd"}
 
 
 def recorded(*losses, plan=(100, 20), dataset="abc", options=OPTIONS):
-    """A run for each list of losses, at steps 0, 50, 90."""
+    """One run per list of losses, which are those of steps 0, 50 and 90."""
     shape = {"dataset": dataset, "options": options, "max_steps": plan[0], "decay_steps": plan[1], "steps": [0, 50, 90]}
     return [{**shape, "seed": seed, "val_loss": list(values)} for seed, values in enumerate(losses)]
 
@@ -30,18 +31,18 @@ FIVE = recorded(*((4.0 + i / 100, 2.0 + i / 100, 1.5 + i / 100) for i in (-2, -1
 
 def test_a_band_is_students_prediction_interval():
     low, high, n = Reference("abc", OPTIONS, FIVE).band(50, Plan(100, 20))
-    deviation = 0.025**0.5 / 10  # of -0.02 … 0.02, about their mean, divided by n - 1
+    deviation = 0.025**0.5 / 10  # sample standard deviation of -0.02 … 0.02
     width = 2.776 * deviation * 1.2**0.5
     assert (low, high, n) == (pytest.approx(2 - width, abs=1e-4), pytest.approx(2 + width, abs=1e-4), 5)
 
 
 @pytest.mark.parametrize(
-    ("loss", "place"),
+    ("loss", "position"),
     [(2.01, "inside the band"), (2.048, "inside"), (2.1481, "0.1000 above the band"), (1.8519, "0.1000 below")],
 )
-def test_the_distance_from_the_band_is_told(loss, place):
+def test_the_position_relative_to_the_band(loss, position):
     text = Reference("abc", OPTIONS, FIVE).describe(50, loss, Plan(100, 20))
-    assert text.startswith(place)
+    assert text.startswith(position)
     assert text.endswith("of 5 runs (1.9519-2.0481)")
 
 
@@ -54,29 +55,21 @@ def test_the_distance_from_the_band_is_told(loss, place):
         ("abc", OPTIONS, 51),
     ],
 )
-def test_about_what_is_unknown_nothing_is_said(fingerprint, options, step):
+def test_no_comparison_without_three_equal_runs(fingerprint, options, step):
     assert Reference(fingerprint, options, FIVE).describe(step, 2.0, Plan(100, 20)) is None
     assert Reference("abc", OPTIONS, FIVE[:2]).describe(50, 2.0, Plan(100, 20)) is None, "two runs make no band"
     assert Reference("abc", OPTIONS, []).describe(50, 2.0, Plan(100, 20)) is None
 
 
-def test_what_does_not_move_the_loss_may_differ():
-    same = {
-        **OPTIONS,
-        "seed": 5,
-        "dtype": "bfloat16",
-        "data": "elsewhere",
-        "micro_batch_size": 3,
-        "log_interval": 7,
-        "max_steps": 9,
-    }
-    assert len(Reference("abc", same, FIVE).runs) == 5
+def test_options_that_do_not_affect_the_loss_may_differ():
+    ignored = {"seed": 5, "dtype": "bfloat16", "data": "elsewhere", "micro_batch_size": 3, "log_interval": 7}
+    assert len(Reference("abc", {**OPTIONS, **ignored, "max_steps": 9}, FIVE).runs) == 5
 
 
-def test_an_option_that_is_newer_than_the_record_had_its_default():
+def test_a_run_recorded_before_an_option_existed_counts_with_its_default():
     assert len(Reference("abc", {**OPTIONS, "beta1": 0.9}, FIVE).runs) == 5
     assert Reference("abc", {**OPTIONS, "beta1": 0.8}, FIVE).runs == []
-    assert Reference("abc", OPTIONS, recorded([4, 2, 1], options={**OPTIONS, "an_option_of_old": 1})).runs == []
+    assert Reference("abc", OPTIONS, recorded([4, 2, 1], options={**OPTIONS, "removed_option": 1})).runs == []
 
 
 @pytest.mark.parametrize(
@@ -88,10 +81,10 @@ def test_an_option_that_is_newer_than_the_record_had_its_default():
         ("constant", (200, 40), (0, 50, 90)),
     ],
 )
-def test_plans_are_compared_as_far_as_their_learning_rates_are_the_same(schedule, plan, steps):
+def test_plans_are_compared_at_steps_with_equal_learning_rates(schedule, plan, steps):
     options = {**OPTIONS, "schedule": schedule}
-    known = Reference("abc", options, [{**run, "options": options} for run in FIVE])
-    assert [step for step in (0, 50, 90) if known.band(step, Plan(*plan))] == list(steps)
+    compared = Reference("abc", options, [{**run, "options": options} for run in FIVE])
+    assert [step for step in (0, 50, 90) if compared.band(step, Plan(*plan))] == list(steps)
 
 
 def test_recording_a_run_again_replaces_it():
@@ -111,7 +104,7 @@ def test_runs_are_recorded_and_the_next_one_is_compared(tmp_path, small_text, mo
     train("before", 4, small_text)
     assert "the band" not in capsys.readouterr().out
     assert main(["run 1", "run 2"]) == 0
-    assert "one of 2 runs with these options and data; 3 make a band" in capsys.readouterr().out
+    assert "one of 2 runs with these options and data; a band needs 3" in capsys.readouterr().out
     assert main(["run 2", "run 3"]) == 0
     first = (tmp_path / "curves.json").read_bytes()
     assert main(["run 1", "run 2", "run 3"]) == 0
@@ -121,7 +114,7 @@ def test_runs_are_recorded_and_the_next_one_is_compared(tmp_path, small_text, mo
 
     train("after", 4, small_text)
     assert capsys.readouterr().out.count("the band of 3 runs (") == 3
-    assert reproducible("after") == reproducible("before"), "the comparison must change nothing that is logged"
+    assert reproducible("after") == reproducible("before"), "the comparison must not change metrics.jsonl"
     assert report(["after"]) == 0
     assert "of 3 runs (" in Page(Path("after/report.html")).text
     train("different", 4, small_text, "--learning_rate=0.02")
@@ -129,7 +122,7 @@ def test_runs_are_recorded_and_the_next_one_is_compared(tmp_path, small_text, mo
     assert "the band" not in capsys.readouterr().out + Page(Path("different/report.html")).text
 
 
-def test_a_resumed_run_says_the_same(tmp_path, small_text, monkeypatch, capsys):
+def test_a_resumed_run_logs_the_same_comparisons(tmp_path, small_text, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reference, "CURVES", tmp_path / "curves.json")
     for seed in (1, 2, 3):
@@ -138,25 +131,27 @@ def test_a_resumed_run_says_the_same(tmp_path, small_text, monkeypatch, capsys):
     capsys.readouterr()
     train("straight", 4, small_text)
     straight = capsys.readouterr().out.splitlines()
-    log_if_due = train_script.Training.log_if_due
+    calls, update = itertools.count(1), train_script.update
+
+    def update_then_stop(*args):
+        result = update(*args)
+        if next(calls) == 12:
+            raise_signal(SIGTERM)
+        return result
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            train_script.Training,
-            "log_if_due",
-            lambda self: log_if_due(self) or (self.step == 12 and raise_signal(SIGTERM)),
-        )
+        patch.setattr(train_script, "update", update_then_stop)
         assert train_script.main([*TINY, f"--data={small_text}", "--run=cut", "--seed=4"]) == STOPPED
     assert train_script.main(["--resume=cut", "--threads=1"]) == 0
-    said = [
-        [line for line in lines if "the band" in line] for lines in (straight, capsys.readouterr().out.splitlines())
-    ]
-    assert said[0] == said[1]
-    assert len(said[0]) == 3
+    resumed = capsys.readouterr().out.splitlines()
+    expected = [line for line in straight if "the band" in line]
+    assert [line for line in resumed if "the band" in line] == expected
+    assert len(expected) == 3
 
 
-def test_what_cannot_be_recorded_is_one_clear_line(tmp_path, monkeypatch):
+def test_errors_of_recording(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "CURVES", tmp_path / "curves.json")
-    for args, message in (([], "name finished runs"), ([str(tmp_path / "nowhere")], "no run with a checkpoint")):
+    for args, message in (([], "give finished runs"), ([str(tmp_path / "nowhere")], "not a run with a checkpoint")):
         with pytest.raises(UserError, match=message):
             main(args)
     (tmp_path / "curves.json").write_text(json.dumps({"format": "sprout-reference", "version": 2}))

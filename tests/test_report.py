@@ -1,4 +1,4 @@
-"""training/report.py: a page and a picture of any run, whatever state it is in; foreign text stays text."""
+"""training/report.py: a page and an image of any run, in any state; text from outside is escaped."""
 
 import json
 import subprocess
@@ -14,28 +14,14 @@ from errors import UserError
 from tests.conftest import ROOT
 from training.report import main, read_facts, read_metrics
 
-OPTIONS = {
-    "data": "notes",
-    "max_steps": 50,
-    "tokens_per_step": 512,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 32,
-    "block_size": 32,
-}
+OPTIONS = {"data": "notes", "max_steps": 50, "tokens_per_step": 512}
+OPTIONS |= {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 
 
 def step(at, loss=3.0, seconds=None, **fields):
     timing = {"tokens_per_second": 50_000, "seconds": at / 10 if seconds is None else seconds, "memory_bytes": 1}
-    return {
-        "event": "step",
-        "step": at,
-        "loss": loss,
-        "learning_rate": 0.01,
-        "grad_norm": 0.5,
-        "timing": timing,
-        **fields,
-    }
+    values = {"loss": loss, "learning_rate": 0.01, "grad_norm": 0.5, "timing": timing}
+    return {"event": "step", "step": at, **values, **fields}
 
 
 def evaluation(at, val_loss=3.1, event="eval"):
@@ -58,7 +44,7 @@ def make_run(path, lines, tail="", samples=None, options=OPTIONS):
 
 
 class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
+    """Tags, links and text of a page."""
 
     def __init__(self, path):
         super().__init__()
@@ -74,14 +60,14 @@ class Page(HTMLParser):
 
 
 def report(run):
-    """Draws the run with every warning an error, and returns the page."""
+    """Writes the report with warnings as errors, and returns the page."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert main([str(run)]) == 0
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(run.glob("*.writing"))
     page = Page(run / "report.html")
-    assert [link[:22] for link in page.links] == ["data:image/png;base64,"], "the page must need nothing beside itself"
+    assert [link[:22] for link in page.links] == ["data:image/png;base64,"], "the page must be self-contained"
     return page
 
 
@@ -103,7 +89,7 @@ NOISY = [step(at, 3 + np.sin(at) / 9) for at in range(10, 5000, 10)]
         pytest.param(NORMAL, id="finished"),
         pytest.param([step(10)], id="one step"),
         pytest.param([evaluation(0)], id="one evaluation"),
-        pytest.param([skip(0)], id="nothing but a skipped update"),
+        pytest.param([skip(0)], id="only a skipped update"),
         pytest.param([step(10, float("nan")), evaluation(10, float("nan"))], id="nothing finite"),
         pytest.param(
             [
@@ -122,11 +108,13 @@ NOISY = [step(at, 3 + np.sin(at) / 9) for at in range(10, 5000, 10)]
     ],
 )
 @pytest.mark.parametrize("options", [OPTIONS, None], ids=["config", "no config"])
-def test_every_state_of_a_run_is_drawn_without_a_warning(tmp_path, lines, options):
-    report(make_run(tmp_path / "run", lines, options=options))
+def test_every_state_of_a_run_has_a_report_without_warnings(tmp_path, lines, options):
+    page = report(make_run(tmp_path / "run", lines, options=options))
+    last = max(line["step"] for line in lines if isinstance(line, dict) and line["event"] != "new")
+    assert (f"step {last:,} of 50" in page.text) == (options is not None)
 
 
-def test_the_page_tells_the_results(tmp_path):
+def test_the_page_shows_the_results(tmp_path):
     text = report(make_run(tmp_path / "my run 1", NORMAL, samples=b"==== step 50 (eos) ====\nhello\n\n")).text
     for part in (
         "my run 1",
@@ -134,46 +122,45 @@ def test_the_page_tells_the_results(tmp_path):
         "(step 25, 16,383 tokens)",
         "3.0500 ± 0.0200",
         "50 of 50",
-        "25,600, 512 a",
+        "25,600, 512 per",
         "notes",
         "hello",
     ):
         assert part in text
-    assert "Time budget" not in text  # a row about something that did not happen
+    assert "Time budget" not in text, "rows about unknown facts are omitted"
 
 
-def test_foreign_text_is_escaped_and_only_the_last_step_is_shown(tmp_path):
-    foreign = "紅樓夢 <script>x</script> &amp;"
-    samples = f"==== step 0 (length) ====\nold\n\n==== step 25 (length) ====\n{foreign}\x00\x1b".encode() + b"\xe7\xb4"
+def test_text_is_escaped_and_only_the_last_steps_samples_are_shown(tmp_path):
+    sample = "紅樓夢 <script>x</script> &amp;"
+    samples = f"==== step 0 (length) ====\nold\n\n==== step 25 (length) ====\n{sample}\x00\x1b".encode() + b"\xe7\xb4"
     run = make_run(tmp_path / "夢 <i> & {name}", NORMAL, samples=samples, options={**OPTIONS, "data": "<script>{0}"})
     page = report(run)
     assert not page.tags & {"script", "i"}
-    for part in ("夢 <i> & {name}", "<script>{0}", foreign + "���"):
+    for part in ("夢 <i> & {name}", "<script>{0}", sample + "���"):
         assert part in page.text
     assert "old" not in page.text
 
 
-def test_a_line_that_is_still_being_written_is_ignored(tmp_path):
+def test_an_incomplete_last_line_is_ignored(tmp_path):
     run = make_run(tmp_path / "run", [step(10), step(20)], tail='{"event": "step", "step": 30, "lo')
     assert read_facts(run, read_metrics(run))["step"] == 20
     report(run)
 
 
 def test_the_time_of_a_resumed_run_is_the_sum_of_its_sessions(tmp_path):
-    run = make_run(
-        tmp_path / "run", [step(10, seconds=100), step(20, seconds=200), step(30, seconds=50), step(40, seconds=160)]
-    )
+    seconds = {10: 100, 20: 200, 30: 50, 40: 160}
+    run = make_run(tmp_path / "run", [step(at, seconds=value) for at, value in seconds.items()])
     assert read_facts(run, read_metrics(run))["time"] == "6:00 in 2 sessions"
 
 
-def test_the_plan_and_the_skips_are_told(tmp_path):
+def test_plan_and_skipped_updates_are_shown(tmp_path):
     plan = {"event": "plan", "step": 20, "max_steps": 40, "decay_steps": 10}
     text = report(make_run(tmp_path / "run", [step(10), skip(12), plan, step(20)])).text
     assert "skipped updates: 1" in text
-    assert "plan corrected 1×, at last to 40 steps" in text
+    assert "plan corrected 1×, last to 40 steps" in text
 
 
-def test_it_leaves_matplotlib_as_it_was(tmp_path):
+def test_matplotlib_is_imported_lazily_and_its_settings_are_restored(tmp_path):
     before = dict(matplotlib.rcParams)
     report(make_run(tmp_path / "run", NORMAL))
     assert dict(matplotlib.rcParams) == before
@@ -183,18 +170,18 @@ def test_it_leaves_matplotlib_as_it_was(tmp_path):
     )
 
 
-def test_without_matplotlib_the_pip_line_is_named(tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_names_the_pip_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         main([str(make_run(tmp_path / "run", NORMAL))])
 
 
-def test_what_is_no_run_is_refused_with_the_next_command(tmp_path):
+def test_a_path_that_is_not_a_run_raises_with_the_next_command(tmp_path):
     (tmp_path / "empty").mkdir()
     make_run(tmp_path / "silent", [])
     for name, problem in (
         ("missing", "no such directory"),
-        ("empty", "no run directory"),
+        ("empty", "not a run directory"),
         ("silent", "nothing has been logged"),
     ):
         with pytest.raises(UserError, match=rf"{name}.*{problem}.*python train\.py"):

@@ -1,8 +1,9 @@
-"""Draws a run, finished or in progress: RUN/report.html, one self-contained page, and RUN/loss.png, its curves alone.
+"""Report of a run, finished or in progress: RUN/report.html, one self-contained page, and RUN/loss.png, its curves.
 
     python -m training.report runs/quickstart-1
 
-Knows what a run leaves behind, and changes nothing of it. Names and samples stand in the page, escaped, never in the picture.
+Reads the files of a run directory and writes only these two. Text from outside (names, samples) is escaped in the page
+and never drawn in the image. Reading order: read_metrics, read_facts, draw, page.
 """
 
 from __future__ import annotations
@@ -28,36 +29,37 @@ from files import DamagedFile, read_json, write_file
 from training.metrics import METRICS, SAMPLES, clock
 from training.reference import Reference, plan_of, read_curves
 
-TRAIN, VAL = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito: told apart by all eyes
-MOST_SAMPLES, SAMPLE_BYTES = (
-    6,
-    200_000,
-)  # how many of the last step are shown, and how much of samples.txt is read for them
+TRAIN, VAL = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito's colour-blind safe palette
+MAX_SAMPLES = 6  # of the last step
+MAX_SAMPLE_BYTES = 200_000  # read from the end of samples.txt
 STYLE: dict[str, Any] = {
     "axes.edgecolor": "#b0b0b0",
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "lines.markersize": 3.5,
 }
-STYLE |= {"axes.spines.right": False, "axes.spines.top": False, "lines.markersize": 3.5}
 SCORE = (
     "{X[val_loss]:.4f} ± {X[standard_error]:.4f}, {X[bits_per_byte]:.4f} bits per byte, perplexity {X[perplexity]:.5g}"
+    " (step {X[step]:,}, {X[targets]:,} tokens)"
 )
-SCORE += " (step {X[step]:,}, {X[targets]:,} tokens)"
-ROWS = {  # a row that names something unknown is left out
+ROWS = {  # title: template over read_facts; a row is omitted if a fact that it names is unknown
     "Best val loss": SCORE.replace("X", "best"),
     "Whole val split": SCORE.replace("X", "final"),
     "Is this normal?": "{reference}",
     "Train loss": "{last[loss]:.4f} (step {last[step]:,})",
     "Steps": "{step:,} of {max_steps:,}, skipped updates: {skipped:,}",
-    "Tokens": "{tokens:,}, {tokens_per_step:,} a step",
-    "Time": "{time}, evaluations included; {speed:,.0f} tokens a second (median)",
-    "Time budget": "plan corrected {plans:,}×, at last to {plan[max_steps]:,} steps (at step {plan[step]:,})",
+    "Tokens": "{tokens:,}, {tokens_per_step:,} per step",
+    "Time": "{time}, evaluations included; {speed:,.0f} tokens per second (median)",
+    "Time budget": "plan corrected {plans:,}×, last to {plan[max_steps]:,} steps (at step {plan[step]:,})",
     "Dataset": "{dataset}",
     "Parameters": "{n_params:,}, vocabulary of {vocabulary:,}",
     "Model": "{n_layer} layers, {n_head} heads, {n_embd} channels, context {block_size}, dropout {dropout:g}",
     "Blocks": "{positions} positions, {norm}, {mlp}",
-    "Optimizer": "{optimizer}, {schedule}, learning rate {learning_rate:g}, {warmup_steps} warm-up steps, weight decay {weight_decay:g}",
+    "Optimizer": "{optimizer}, {schedule}, learning rate {learning_rate:g}, {warmup_steps} warm-up steps,"
+    " weight decay {weight_decay:g}",
     "Device": "{device}, {dtype}, micro-batch {micro_batch_size}",
 }
 SUMMARY = {"data": "{dataset}", "size": "{n_params:,} parameters", "state": "step {step:,} of {max_steps:,}"}
@@ -65,9 +67,11 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{name}</title><style>
-body {{ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #222; font: 16px/1.5 system-ui, sans-serif }}
-h1 {{ margin: 0; overflow-wrap: anywhere }} h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem }} h1 + p, h3 {{ color: #555 }}
-img {{ width: 100% }} table {{ border-collapse: collapse; width: 100% }} tr {{ border-bottom: 1px solid #e6e6e6; vertical-align: top }}
+body {{ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #222 }}
+body {{ font: 16px/1.5 system-ui, sans-serif }}
+h1 {{ margin: 0; overflow-wrap: anywhere }} h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem }}
+h1 + p, h3 {{ color: #555 }} img {{ width: 100% }}
+table {{ border-collapse: collapse; width: 100% }} tr {{ border-bottom: 1px solid #e6e6e6; vertical-align: top }}
 th {{ text-align: left; padding: .3rem 0; width: 11rem }} td {{ padding: .3rem 0; overflow-wrap: anywhere }}
 h3 {{ margin: 1rem 0 .3rem; font-size: .9rem }}
 pre {{ margin: 0; padding: .8rem 1rem; background: #f5f5f5; white-space: pre-wrap; overflow-wrap: anywhere }}
@@ -79,19 +83,19 @@ Lines = dict[str, list[dict[str, Any]]]  # metrics.jsonl by event
 
 
 def column(lines: list[dict[str, Any]], name: str, first: float = 0) -> np.ndarray:
-    """One field of the lines from step `first` on; NaN where it is missing."""
+    """One field of the lines from step `first` on, float64 (n,); NaN where it is missing or not a number."""
     values = [{**line, **line.get("timing", {})}.get(name) for line in lines if line["step"] >= first]
     return np.array([value if type(value) in (int, float) else math.nan for value in values], dtype=float)
 
 
 def read_metrics(run: Path) -> Lines:
-    """Raises UserError where `run` is no run directory, or nothing has been logged in it yet."""
+    """The lines of metrics.jsonl by event. Raises UserError if `run` is not a run directory or has no lines yet."""
     if not (run / METRICS).is_file():
-        problem = f"holds no {METRICS}, so it is no run directory" if run.is_dir() else "there is no such directory"
-        raise UserError(f"{run}: {problem}; name one such as runs/quickstart-1, or train first: python train.py")
+        problem = f"not a run directory: it has no {METRICS}" if run.is_dir() else "no such directory"
+        raise UserError(f"{run}: {problem}; give one such as runs/quickstart-1, or train first: python train.py")
     lines: Lines = {event: [] for event in ("eval", "step", "plan", "skip", "final")}
     for text in (run / METRICS).read_bytes().split(b"\n"):
-        with suppress(ValueError, RecursionError):  # cut in the middle: being written now, or by a run that was killed
+        with suppress(ValueError, RecursionError):  # an incomplete line: still being written, or the run was killed
             line = json.loads(text)
             if isinstance(line, dict) and line.get("event") in lines and type(line.get("step")) is int:
                 lines[line["event"]].append(line)
@@ -103,74 +107,72 @@ def read_metrics(run: Path) -> Lines:
 
 
 def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
-    """By name, what ROWS may mention; what is not known is not there."""
+    """The values that ROWS and SUMMARY refer to, by name; unknown ones are missing."""
     options = read_json(run / CONFIG).get("options", {}) if (run / CONFIG).is_file() else {}
-    step, val_loss = max(line["step"] for found in lines.values() for line in found), column(lines["eval"], "val_loss")
+    step = max(line["step"] for event_lines in lines.values() for line in event_lines)
     facts = {
         "dataset": options.get("data"),
         **options,
         "step": step,
         "tokens": step * options.get("tokens_per_step", 0),
+        "skipped": len(lines["skip"]),
+        "plans": len(lines["plan"]),
     }
-    facts |= {"skipped": len(lines["skip"]), "plans": len(lines["plan"])}
-    facts |= {
-        name: lines[event][-1]
-        for name, event in (("last", "step"), ("final", "final"), ("plan", "plan"))
-        if lines[event]
-    }
+    for name, event in (("last", "step"), ("final", "final"), ("plan", "plan")):
+        if lines[event]:
+            facts[name] = lines[event][-1]
+    val_loss = column(lines["eval"], "val_loss")
     if np.isfinite(val_loss).any():
         facts["best"] = lines["eval"][int(np.nanargmin(val_loss))]
     if lines["step"]:
-        seconds = column(lines["step"], "seconds")  # since its process started: they fall where the run was resumed
+        seconds = column(lines["step"], "seconds")  # since the process started: they drop where the run was resumed
         ends = [*np.flatnonzero(seconds[1:] < seconds[:-1]), -1]
         facts["time"] = clock(float(np.nansum(seconds[ends]))) + f" in {len(ends)} sessions" * (len(ends) > 1)
         facts["speed"] = float(np.median(column(lines["step"], "tokens_per_second")))
-    for path in list_checkpoints(run)[-1:]:
-        with suppress(DamagedFile, SafetensorError, OSError):  # a run in progress removes old ones
-            facts["vocabulary"] = read_json(path / "model" / CONFIG)["vocab_size"]
-            dataset = read_json(path / STATE)["dataset"]
+    for checkpoint in list_checkpoints(run)[-1:]:
+        with suppress(DamagedFile, SafetensorError, OSError):  # a run in progress may delete it meanwhile
+            facts["vocabulary"] = read_json(checkpoint / "model" / CONFIG)["vocab_size"]
+            dataset = read_json(checkpoint / STATE)["dataset"]
             facts["dataset"] = dataset["name"]
             reference = Reference(dataset["fingerprint"], options, read_curves())
             if reference.runs and lines["eval"] and (last := lines["eval"][-1])["val_loss"] is not None:
-                place = reference.describe(last["step"], last["val_loss"], plan_of(options))
-                facts["reference"] = place and f"{last['val_loss']:.4f} at step {last['step']:,}: {place}"
-            with safe_open(path / "model" / WEIGHTS, framework="pt") as tensors:
-                facts["n_params"] = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+                comparison = reference.describe(last["step"], last["val_loss"], plan_of(options))
+                facts["reference"] = comparison and f"{last['val_loss']:.4f} at step {last['step']:,}: {comparison}"
+            with safe_open(checkpoint / "model" / WEIGHTS, framework="pt") as tensors:
+                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+            facts["n_params"] = sum(map(math.prod, shapes))
     return {name: value for name, value in facts.items() if value is not None}
 
 
 def read_samples(run: Path) -> list[tuple[str, str]]:
-    """(heading, text) of the samples of the last step that has some."""
+    """(heading, text) of each of the last MAX_SAMPLES samples of the last step that has any."""
     if not (run / SAMPLES).is_file():
         return []
     with (run / SAMPLES).open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES))
-        _, *parts = re.split(
-            r"^==== step (\d+) (\(.*\)) ====\n", file.read().decode("utf-8", errors="replace"), flags=re.MULTILINE
-        )
+        file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_SAMPLE_BYTES))
+        content = file.read().decode("utf-8", errors="replace")
+    _, *parts = re.split(r"^==== step (\d+) (\(.*\)) ====\n", content, flags=re.MULTILINE)
     found = list(zip(parts[0::3], parts[1::3], parts[2::3], strict=True))
-    return [(f"step {step} {reason}", text.rstrip("\n")) for step, reason, text in found if step == found[-1][0]][
-        -MOST_SAMPLES:
-    ]
+    latest = [(f"step {step} {reason}", text.rstrip("\n")) for step, reason, text in found if step == found[-1][0]]
+    return latest[-MAX_SAMPLES:]
 
 
 def draw(lines: Lines, facts: dict[str, Any]) -> bytes:
-    """The curves as PNG: loss (its second half also at a larger scale), learning rate, gradient norm, speed."""
+    """The curves as PNG: loss (and its second half, enlarged), learning rate, gradient norm, tokens per second.
+
+    Raises UserError without matplotlib.
+    """
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("the report is drawn with matplotlib, which is not installed: pip install matplotlib") from None
-    with matplotlib.rc_context():  # a person's matplotlibrc does not show, and nothing set here stays
+        raise UserError("the report needs matplotlib, which is not installed: pip install matplotlib") from None
+    steps, last, buffer = lines["step"], facts["step"], io.BytesIO()
+    with matplotlib.rc_context():  # ignores the user's matplotlibrc and restores rcParams
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its keys are a Literal of all names
-        figure, buffer, steps, last = (
-            Figure(figsize=(11, 7), dpi=160, layout="constrained"),
-            io.BytesIO(),
-            lines["step"],
-            facts["step"],
-        )
+        figure = Figure(figsize=(11, 7), dpi=160, layout="constrained")
         grid = figure.add_gridspec(2, 6, height_ratios=[2.2, 1])
         is_long = len(column(steps, "step", last / 2)) >= 10 and len(column(lines["eval"], "step", last / 2)) >= 2
         draw_loss(figure.add_subplot(grid[0, : 4 if is_long else 6]), "Loss (nats per token)", lines, facts, 0)
@@ -189,7 +191,7 @@ def draw(lines: Lines, facts: dict[str, Any]) -> bytes:
 
 
 def draw_loss(axes: Any, title: str, lines: Lines, facts: dict[str, Any], first: float) -> None:
-    """Train and val loss from step `first` on."""
+    """Draws train and val loss from step `first` on, the best evaluation, skipped updates, and an axis of tokens."""
     x, loss = (column(lines["step"], name, first) for name in ("step", "loss"))
     val_x, val_loss, error = (column(lines["eval"], name, first) for name in ("step", "val_loss", "standard_error"))
     loss, val_loss = np.split(fit(axes, title, first, facts["step"], np.concatenate([loss, val_loss])), [len(loss)])
@@ -198,26 +200,11 @@ def draw_loss(axes: Any, title: str, lines: Lines, facts: dict[str, Any], first:
     axes.fill_between(val_x, val_loss - error, val_loss + error, color=VAL, alpha=0.25, linewidth=0)
     if (best := facts.get("best")) and best["step"] >= first:
         label = f"best val loss: {best['val_loss']:.4f} at step {best['step']:,}"
-        axes.plot(
-            best["step"],
-            best["val_loss"],
-            "*",
-            color=VAL,
-            markeredgecolor="black",
-            markersize=13,
-            label=label,
-            zorder=5,
-        )
+        star = {"color": VAL, "markeredgecolor": "black", "markersize": 13, "zorder": 5}
+        axes.plot(best["step"], best["val_loss"], "*", label=label, **star)
     if len(skips := column(lines["skip"], "step", first)):
-        axes.plot(
-            skips,
-            0.02 + 0 * skips,
-            "x",
-            color="black",
-            markersize=6,
-            transform=axes.get_xaxis_transform(),
-            label="skipped update",
-        )
+        cross = {"color": "black", "markersize": 6, "transform": axes.get_xaxis_transform()}
+        axes.plot(skips, 0.02 + 0 * skips, "x", label="skipped update", **cross)
     if facts["tokens"]:
         top = axes.twiny()
         top.set_xlim([step * facts["tokens_per_step"] for step in axes.get_xlim()])
@@ -231,7 +218,10 @@ def draw_loss(axes: Any, title: str, lines: Lines, facts: dict[str, Any], first:
 
 
 def fit(axes: Any, title: str, first: float, last: float, values: np.ndarray, low: float | None = None) -> np.ndarray:
-    """Titles and limits that suit the values, bar extreme ones, of which a remark is left; returns them cut to what can be drawn."""
+    """Sets title, ticks and limits; outliers are left out of the y limits and counted in the x label.
+
+    `low` fixes the lower y limit. Returns the values, clipped far above the upper limit so that they can be drawn.
+    """
     axes.set_title(title, loc="left", weight="bold", fontsize=11)
     axes.set_xlim(first - max(0.02 * (last - first), 0.5), last + max(0.02 * (last - first), 0.5))
     axes.tick_params(length=0)
@@ -240,9 +230,8 @@ def fit(axes: Any, title: str, first: float, last: float, values: np.ndarray, lo
     axes.yaxis.set_major_formatter(short)
     finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
     median, usual = float(np.median(finite)), float(np.quantile(finite, 0.95))
-    high = min(
-        float(finite.max()), 5 * median, 3 * usual - 2 * median if first else math.inf
-    )  # a whole run's first loss is no extreme
+    # Only the second half has the stricter limit: in a whole run the first losses are high and not outliers.
+    high = min(float(finite.max()), 5 * median, 3 * usual - 2 * median if first else math.inf)
     low = float(finite.min()) if low is None else low
     margin = 0.06 * (high - low) or 1.0
     axes.set_ylim(low - margin * (low != 0), high + margin)
@@ -265,7 +254,7 @@ def short(value: float, _position: object = None) -> str:
 
 
 def page(name: str, facts: dict[str, Any], samples: list[tuple[str, str]], picture: bytes) -> str:
-    """The HTML of the report; every foreign text in it is escaped, and control characters, which no page may hold, are replaced."""
+    """The HTML of the report. All text is escaped; control characters, which HTML forbids, become U+FFFD."""
 
     def clean(text: str) -> str:
         return escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text))
@@ -273,17 +262,17 @@ def page(name: str, facts: dict[str, Any], samples: list[tuple[str, str]], pictu
     def fill(templates: dict[str, str]) -> dict[str, str]:
         filled = {}
         for title, template in templates.items():
-            with suppress(LookupError, TypeError, ValueError):  # it names something that is not known
+            with suppress(LookupError, TypeError, ValueError):  # a fact of the template is unknown
                 filled[title] = clean(template.format_map(facts))
         return filled
 
+    shown = "".join(f"<h3>{clean(heading)}</h3><pre dir=auto>{clean(text)}</pre>" for heading, text in samples)
     return PAGE.format(
         name=clean(name),
         summary=" · ".join(fill(SUMMARY).values()),
         picture=base64.b64encode(picture).decode(),
         rows="\n".join(f"<tr><th>{title}</th><td>{text}</td></tr>" for title, text in fill(ROWS).items()),
-        samples="<h2>Latest samples</h2>" * bool(samples)
-        + "".join(f"<h3>{clean(heading)}</h3><pre dir=auto>{clean(text)}</pre>" for heading, text in samples),
+        samples=f"<h2>Latest samples</h2>{shown}" if samples else "",
     )
 
 

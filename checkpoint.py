@@ -1,16 +1,18 @@
-"""Checkpoints: the artefact that train.py writes and everything else reads.
+"""Checkpoints: written by train.py, read by everything else.
 
     RUN/checkpoints/step-00001000/
         model/                  model.safetensors, config.json, sprout_tokenizer.json: all that generation needs
         optimizer.safetensors   state.json
         manifest.json           bytes and crc32 of every other file, and a crc32 of itself; written last
 
-A directory `step-N` is complete from the moment it has that name. Beside it lie stages of the one writer: `step-N.writing` is
-unfinished, `step-N.removing` half deleted, and `step-N.replaced` is the complete former checkpoint of a step that is being saved
-again: it counts as long as there is no `step-N`. So a kill at any moment leaves the old state or the new, and nothing to repair.
+A directory `step-N` is always complete: it gets that name by a rename. Other names are stages of the writer:
+`step-N.writing` is unfinished, `step-N.removing` partly deleted, and `step-N.replaced` is the complete former
+checkpoint of a step that is being saved again; it counts while there is no `step-N`. A kill at any moment leaves the old
+state or the new one.
 
-Files are data: their names are fixed here, nothing read is unpickled, executed or taken as a path, foreign text is shown by repr.
-This file carries tensors and JSON values; it knows neither the model, nor the optimizer, nor the options that they belong to.
+Files are data: their names are fixed here, nothing read is unpickled, executed or used as a path, and foreign text is
+shown by repr. This file stores tensors and JSON values; it knows neither the model, the optimizer nor their options.
+Reading order: writing, finding, reading.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ CHUNK = 1 << 20
 
 
 class SaveFailed(UserError):
-    """A checkpoint could not be written; the earlier ones are untouched. Training can go on and try again at the next save."""
+    """A checkpoint was not written; the earlier ones are unchanged. Training may continue and retry at the next save."""
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -61,11 +63,11 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     state: dict,
 ) -> Path:
-    """Writes checkpoints/step-N, reads it back, and returns its path. The caller holds the RunLock.
+    """Writes checkpoints/step-N, verifies it and returns its path. The caller holds the RunLock.
 
-    Then removes checkpoints of later steps: the run went on from before them, as open_latest found them damaged. Beside the
-    tensors, memory holds one serialized file at a time. Raises SaveFailed (disk full, …), with all earlier checkpoints unharmed,
-    and ValueError on a NaN in the JSON values.
+    Then removes checkpoints of later steps: open_latest found them damaged, and the run resumed from an earlier one.
+    Memory holds one serialized file at a time beside the tensors. Raises SaveFailed (disk full, …), with all earlier
+    checkpoints unchanged, and ValueError on a NaN in the JSON values.
     """
     home = run_dir / "checkpoints"
     final = home / f"step-{step:08d}"
@@ -78,7 +80,7 @@ def save_checkpoint(
         STATE: json_bytes({**state, "step": step}),
     }
     try:
-        left_behind = [replaced, *(path for other, path in _stages(run_dir) if other > step)]
+        obsolete = [replaced, *(path for other, path in _stages(run_dir) if other > step)]
         _discard(temporary)
         home.mkdir(parents=True, exist_ok=True)
         sync_directory(run_dir)
@@ -98,26 +100,26 @@ def save_checkpoint(
             raise
     except (OSError, UserError) as error:
         raise SaveFailed(
-            f"the checkpoint of step {step} could not be saved in {home}: {error}. The earlier ones are untouched"
+            f"the checkpoint of step {step} could not be saved in {home}: {error}. The earlier ones are unchanged"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _try_discard(left_behind)
+    _try_discard(obsolete)
     return final
 
 
 def prune_checkpoints(run_dir: Path) -> None:
-    """Removes all but the newest two checkpoints and the best, and what killed processes left. Called after a save, under the RunLock.
+    """Removes all but the newest two checkpoints and the best one, and the leftovers of killed processes.
 
-    What cannot be read or removed is left alone, with a line on standard error.
+    The caller holds the RunLock. Whatever cannot be read or removed is kept, with a warning on standard error.
     """
-    ours = re.compile(r"step-\d{8,}(\.(writing|removing|replaced))?")
+    pattern = re.compile(r"step-\d{8,}(\.(writing|removing|replaced))?")
     try:
         checkpoints = list_checkpoints(run_dir)
         losses = _val_losses(checkpoints)
         keep = {*checkpoints[-2:], _best(losses)}
-        unread = set(checkpoints) - set(losses)  # perhaps the best: only the disk knows
-        _try_discard(path for path in _directories(run_dir) if path not in keep | unread and ours.fullmatch(path.name))
+        keep |= set(checkpoints) - set(losses)  # unreadable ones: one of them may be the best
+        _try_discard(path for path in _directories(run_dir) if path not in keep and pattern.fullmatch(path.name))
     except OSError as error:
         print(f"warning: old checkpoints could not be removed: {error}", file=sys.stderr)
 
@@ -129,12 +131,13 @@ def _check_space(home: Path, contents: dict[str, bytes | dict[str, Tensor]]) -> 
     free = shutil.disk_usage(home).free
     if free < needed:
         raise OSError(
-            errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room on that disk"
+            errno.ENOSPC,
+            f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; free space on that disk",
         )
 
 
 def _write_contents(directory: Path, contents: dict[str, bytes | dict[str, Tensor]]) -> None:
-    """Writes and syncs all files, the manifest last. Checksums are of the bytes in memory, so that reading back proves something."""
+    """Writes and syncs all files, the manifest last. Checksums are of the bytes in memory, not of those read back."""
     (directory / "model").mkdir(parents=True)
     files = {}
     for name, content in contents.items():
@@ -149,7 +152,7 @@ def _write_contents(directory: Path, contents: dict[str, bytes | dict[str, Tenso
 
 
 def _discard(path: Path) -> None:
-    """Removes a directory by way of another name, so that no half-deleted checkpoint ever bears a complete one's name."""
+    """Renames a directory, then deletes it: a partly deleted checkpoint never has the name of a complete one."""
     doomed = path.with_name(path.name.partition(".")[0] + ".removing")
     if doomed.exists():
         shutil.rmtree(doomed)
@@ -162,7 +165,7 @@ def _try_discard(paths: Iterable[Path]) -> None:
     for path in paths:
         try:
             _discard(path)
-        except OSError as error:  # room is lost, nothing else
+        except OSError as error:  # costs disk space only
             print(f"warning: {path} could not be removed: {error}", file=sys.stderr)
 
 
@@ -181,12 +184,15 @@ def _stages(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, one a step, oldest step first; nothing is read."""
+    """The complete checkpoints of a run, one per step, oldest first. Reads no file."""
     return list(dict(_stages(run_dir)).values())
 
 
 def find_checkpoint(run_dir: Path, which: str) -> Path:
-    """`latest`, `best` (lowest val_loss in its state, the earlier of equals; `latest` where none has one) or `step-N`, which must exist."""
+    """The checkpoint `latest`, `best` or `step-N` of a run. Raises UserError if there is none.
+
+    best: the lowest val_loss in state.json; ties go to the earlier step; latest if none has a val_loss.
+    """
     checkpoints = dict(_stages(run_dir))
     if not checkpoints:
         if not run_dir.is_dir():
@@ -194,7 +200,7 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
             raise UserError(f"the run {run_dir} {kind}; train first: python train.py --run={shlex.quote(str(run_dir))}")
         runs = sorted(str(path) for path in run_dir.iterdir() if path.is_dir() and _stages(path))
         if runs:
-            raise UserError(f"the directory {run_dir} is no run itself; it holds these: {', '.join(runs)}")
+            raise UserError(f"the directory {run_dir} is not a run; it contains these runs: {', '.join(runs)}")
         raise UserError(
             f"the run directory {run_dir} has no checkpoint yet; start a run: python train.py --run=NEW_NAME"
         )
@@ -207,11 +213,11 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
     if match and int(match[1]) in checkpoints:
         return checkpoints[int(match[1])]
     names = ", ".join(f"step-{step}" for step in checkpoints)
-    raise UserError(f"--checkpoint={which!r} is not in {run_dir}; there are: best, latest, {names}")
+    raise UserError(f"--checkpoint={which!r} is not in {run_dir}; expected one of: best, latest, {names}")
 
 
 def _val_losses(checkpoints: list[Path]) -> dict[Path, float | None]:
-    """The val_loss of each; those whose state cannot be read are left out, with a line on standard error."""
+    """The val_loss of each checkpoint; unreadable ones are left out, with a warning on standard error."""
     losses: dict[Path, float | None] = {}
     for path in checkpoints:
         try:
@@ -228,10 +234,10 @@ def _best(losses: dict[Path, float | None]) -> Path | None:
 
 
 def resolve_model_folder(path: Path, which: str = "best") -> Path:
-    """The model folder that a run directory (its checkpoint `which`), a checkpoint directory or a model folder stands for."""
+    """The model folder of a run directory (of its checkpoint `which`), a checkpoint directory or a model folder."""
     folder = next((place for place in (path, path / "model") if (place / WEIGHTS).is_file()), None)
     if folder is not None and which != "best":
-        raise UserError(f"--checkpoint={which} chooses among those of a run, but {path} is a single one; leave it out")
+        raise UserError(f"--checkpoint={which} selects one of a run, but {path} is a single checkpoint; leave it out")
     if folder is not None:
         return folder
     if (path / MANIFEST).is_file():
@@ -246,11 +252,11 @@ def resolve_model_folder(path: Path, which: str = "best") -> Path:
 class ModelFolder:
     path: Path
     config: dict[str, Any]
-    """The model's own options, as they were saved."""
+    """The model's options, as saved."""
     tokenizer: dict[str, Any]
 
     def model_tensors(self) -> dict[str, Tensor]:
-        _check_model_files(self.path)  # again: the model was built since
+        _check_model_files(self.path)  # again: the files may have changed since open_model_folder
         return _read_tensors(self.path / WEIGHTS)
 
 
@@ -278,32 +284,32 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Checks the size and crc32 of every file; reads all but the tensors. Other files beside them are ignored. Raises UserError."""
+    """Checks the size and crc32 of every file and reads all but the tensors. Ignores other files. Raises UserError."""
     model = open_model_folder(path / "model")
     _check_files(path, [OPTIMIZER, STATE])
     _check_header(path / OPTIMIZER)
     state = read_json(path / STATE)
     step = state.get("step")
     if type(step) is not int or step < 0:
-        raise DamagedFile(path / STATE, f"step is {step!r}, which is no step")
+        raise DamagedFile(path / STATE, f"step is {step!r}, expected an integer >= 0")
     return Checkpoint(path, step, model, state)
 
 
 def open_latest(run_dir: Path) -> Checkpoint:
-    """The newest good checkpoint, for --resume; damaged newer ones are passed over with a line on standard error each."""
-    find_checkpoint(run_dir, "latest")  # raises where there is none
+    """The newest intact checkpoint, for --resume; damaged ones are skipped with a warning on standard error."""
+    find_checkpoint(run_dir, "latest")  # raises if there is none
     for _, path in reversed(_stages(run_dir)):
         try:
             return open_checkpoint(path)
         except DamagedFile as error:
             print(f"WARNING: checkpoint skipped, an older one is tried: {error}", file=sys.stderr)
     raise UserError(
-        f"every checkpoint in {run_dir} is damaged; restore one from a copy, or start anew: python train.py --run=PATH"
+        f"every checkpoint in {run_dir} is damaged; restore one from a copy, or start again: python train.py --run=PATH"
     )
 
 
 def open_model_folder(path: Path) -> ModelFolder:
-    """Sizes and crc32 are checked inside a checkpoint; a copy elsewhere has none, so only its form is checked. Raises UserError."""
+    """Reads a model folder. Checks size and crc32 inside a checkpoint, elsewhere only the form. Raises UserError."""
     _check_model_files(path)
     _check_header(path / WEIGHTS)
     return ModelFolder(path, read_json(path / CONFIG), read_json(path / TOKENIZER))
@@ -316,7 +322,7 @@ def _check_model_files(path: Path) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU, in memory of their own (no mapping that a cut file could turn into a SIGBUS)."""
+    """The tensors of a safetensors file, on the CPU. Not memory-mapped: a truncated file would raise SIGBUS."""
     _check_header(path)
     try:
         with reading(path):
@@ -326,16 +332,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_files(directory: Path, names: Iterable[str]) -> None:
-    """Compares the size and crc32 of each file with the manifest. Raises DamagedFile, or UserError for another version of the format."""
+    """Compares the size and crc32 of each file with the manifest. Raises DamagedFile; UserError for another version."""
     path = directory / MANIFEST
     manifest = read_json(path)
     checksum, files, version = manifest.pop("crc32", None), manifest.get("files"), manifest.get("version")
     try:
         intact = checksum == zlib.crc32(json_bytes(manifest)) and manifest.get("format") == "sprout checkpoint"
-    except (ValueError, RecursionError):  # infinity or deep nesting: not ours
+    except (ValueError, RecursionError):  # infinity or deep nesting: a foreign file
         intact = False
     if not intact:
-        raise DamagedFile(path, "no intact manifest of a checkpoint")
+        raise DamagedFile(path, "not an intact manifest of a checkpoint")
     if version != VERSION:
         raise UserError(
             f"{path}: format version {version!r} found, {VERSION} expected; open it with the Sprout that wrote it"
@@ -343,16 +349,16 @@ def _check_files(directory: Path, names: Iterable[str]) -> None:
     if not isinstance(files, dict) or set(files) != FILES:
         raise DamagedFile(path, f"must list {sorted(FILES)} and nothing else; it lists {str(files)[:200]!r}")
     for name in names:
-        if (found := _facts(directory / name)) != files[name]:
+        if (found := _size_and_crc(directory / name)) != files[name]:
             expected = files[name] if isinstance(files[name], dict) else {}
-            what = f"{found['bytes']} bytes, {str(expected.get('bytes'))[:30]} expected"
+            problem = f"{found['bytes']} bytes, {str(expected.get('bytes'))[:30]} expected"
             if found["bytes"] == expected.get("bytes"):
-                what = f"damaged: its crc32 is {found['crc32']:08x}, another was written"
-            raise DamagedFile(directory / name, what)
+                problem = f"damaged: its crc32 is {found['crc32']:08x}, which is not the one in the manifest"
+            raise DamagedFile(directory / name, problem)
 
 
-def _facts(path: Path) -> dict[str, int]:
-    """What the manifest says of a file."""
+def _size_and_crc(path: Path) -> dict[str, int]:
+    """A file's entry in the manifest."""
     crc = 0
     with reading(path) as size, open(path, "rb") as file:
         while chunk := file.read(CHUNK):
@@ -361,11 +367,11 @@ def _facts(path: Path) -> dict[str, int]:
 
 
 def _check_header(path: Path) -> None:
-    """A safetensors file: 8 bytes, the header's length; the header; the data. The library proves that the shapes fill the file."""
+    """Checks a safetensors file: header length (8 bytes), header, data. The library checks that shapes fit the data."""
     with reading(path) as size, open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(MAX_JSON, size - 8):
-        raise DamagedFile(path, f"a header of {length} bytes is impossible in a file of {size} bytes")
+        raise DamagedFile(path, f"its header length of {length} bytes is impossible in a file of {size} bytes")
     try:
         with safe_open(path, framework="pt") as tensors:
             dtypes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
@@ -373,6 +379,4 @@ def _check_header(path: Path) -> None:
         raise DamagedFile(path, f"damaged ({error})") from error
     for name, dtype in dtypes.items():
         if len(name) > 256 or not name.isprintable() or dtype not in DTYPES:
-            raise DamagedFile(
-                path, f"tensor {name[:300]!r} of dtype {dtype!r}: not a name and dtype that Sprout writes"
-            )
+            raise DamagedFile(path, f"tensor {name[:300]!r} of dtype {dtype!r}: Sprout writes no such name or dtype")

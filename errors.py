@@ -1,4 +1,4 @@
-"""The one error that a person is meant to read, and how the scripts print it. Every layer may import this file; it imports nothing."""
+"""UserError, the error meant for the user, and run_script, which prints it. Imports nothing of the project."""
 
 import io
 import os
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message says what was found, where, what was expected and what to do next."""
+    """An error that the user can fix. The message names what was found, where, what was expected and what to do."""
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main`; a UserError becomes `error: …` on standard error and exit code 2, Ctrl-C exit code 130; no traceback.
+    """Runs a script's `main` and exits with its return value, without a traceback for UserError and Ctrl-C.
 
-    A reader that closes standard output early (`| head`) ends the script quietly with exit code 1; characters that the console cannot show
-    are shown as others.
+    A UserError is printed to standard error as `error: …`, exit code 2. Ctrl-C: exit code 130. A closed standard output
+    (`| head`): exit code 1, silently. Characters that the console cannot encode are replaced.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -25,7 +25,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail
         sys.exit(1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

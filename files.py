@@ -1,4 +1,4 @@
-"""Files that hold data: written whole or not at all, and read with suspicion. Knows no format but JSON; imports only errors.py."""
+"""Data files: written atomically, validated when read. Knows no format but JSON."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from typing import Any
 
 from errors import UserError
 
-MAX_JSON = 100_000_000  # bytes of JSON that are read into memory
+MAX_JSON = 100_000_000  # bytes; larger JSON files are not read
 
 
 class DamagedFile(UserError):
-    """A file is missing, cut, altered or malformed."""
+    """A file is missing, truncated, altered or malformed."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(
-            f"{path}: {problem}. Restore it from a copy, or take another checkpoint (sample.py --checkpoint=step-N)"
+            f"{path}: {problem}. Restore it from a copy, or use another checkpoint (sample.py --checkpoint=step-N)"
         )
 
 
 def write_file(path: Path, data: bytes) -> None:
+    """Writes and syncs a file. Raises OSError."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -33,31 +34,31 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory survive a power cut, where the system can."""
-    if os.name == "nt":  # Windows cannot
+    """fsync of a directory, so that new names survive a power cut, where the system supports it."""
+    if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # nor can some network file systems
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
             raise
     finally:
         os.close(descriptor)
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
-    """Canonical: equal values give equal bytes. Raises ValueError on NaN and infinity."""
+    """Canonical JSON: equal values give equal bytes. Raises ValueError on NaN and infinity."""
     return json.dumps(value, sort_keys=True, allow_nan=False, indent=1).encode() + b"\n"
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replaces the file atomically. Raises OSError."""
+    """replace_file of a JSON object."""
     replace_file(path, json_bytes(value))
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes the file whole or not at all. Raises OSError."""
+    """Replaces the file atomically. Raises OSError."""
     temporary = path.with_name(path.name + ".writing")
     try:
         write_file(temporary, data)
@@ -73,24 +74,24 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises DamagedFile on anything else."""
     with reading(path) as size:
         if size > MAX_JSON:
-            raise DamagedFile(path, f"{size} bytes of JSON; at most {MAX_JSON} are read")
+            raise DamagedFile(path, f"{size} bytes of JSON; the maximum is {MAX_JSON}")
         data = path.read_bytes()
     try:
-        value = json.loads(data.decode(), parse_constant=int)  # int refuses NaN and Infinity
+        value = json.loads(data.decode(), parse_constant=int)  # int raises on NaN and Infinity
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, f"not valid JSON ({str(error)[:200]})") from error
     if not isinstance(value, dict):
-        raise DamagedFile(path, "a JSON object is expected")
+        raise DamagedFile(path, "expected a JSON object")
     return value
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[int]:
-    """Gives the size of an ordinary file; whatever the system has against reading it is a DamagedFile."""
+    """Yields the size of a regular file. Any OSError, here or in the body, becomes DamagedFile."""
     try:
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise DamagedFile(path, "an ordinary file is expected; links, folders and devices are not followed")
+            raise DamagedFile(path, "expected a regular file; links, folders and devices are not followed")
         yield status.st_size
     except OSError as error:
         raise DamagedFile(path, f"cannot be read ({error.strerror})") from error

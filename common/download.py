@@ -1,4 +1,4 @@
-"""One file from the network: a time limit, a `.part` name until it is whole, and its sha256."""
+"""Downloads one file: with a timeout, under a `.part` name until complete, checked by sha256."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def download(address: str, path: Path, sha256: str) -> None:
-    """Fetches `address` to `path`. Raises OSError on whatever goes wrong; nothing new lies under that name then."""
+    """Downloads `address` to `path`. Raises OSError on any failure and leaves `path` as it was."""
     import requests
     from tqdm import tqdm
 
@@ -25,9 +25,8 @@ def download(address: str, path: Path, sha256: str) -> None:
                     file.write(block)
                     bar.update(len(block))
         if digest.hexdigest() != sha256:
-            raise OSError(
-                f"what came is not what was expected: {part.stat().st_size} bytes with sha256 {digest.hexdigest()}, not {sha256}"
-            )
+            found = f"{part.stat().st_size} bytes with sha256 {digest.hexdigest()}"
+            raise OSError(f"the downloaded file is not the expected one: {found}, expected sha256 {sha256}")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,4 +1,8 @@
-"""Where the numbers are computed: device, dtype, threads, memory. Choices are probed, said in a line with the reason, and stored."""
+"""Device, dtype, threads and memory: what `auto` resolves to, and why.
+
+The caller prints the reasons and stores the choices. Knows neither data nor training, and of the model only its
+attention paths.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +22,37 @@ from model import choose_attention, triton_obstacle
 if TYPE_CHECKING:
     from annotated_types import Ge
 
-# TFLOP/s of dense 16-bit products by the vendors' data sheets, by a part of the device's name; the first that fits counts.
+# Dense 16-bit TFLOP/s from the vendors' data sheets, by a part of the device's name; the first match counts.
 VENDOR_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "A10G": 70, "A10": 125,
-    "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65, "MI300X": 1307, "MI250X": 383,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
+    "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
+    "V100": 125, "T4": 65, "MI300X": 1307, "MI250X": 383,
 }  # fmt: skip
 
-COMPILE_SECONDS = 60.0  # what torch.compile takes for these models on a GPU …
-COMPILE_SAVES = 0.4  # … and the share of an uncompiled step that it saves …
-EAGER_FLOPS = 5e13  # … at this many a second: assumed, until a GPU is at hand to measure them
+# Assumed, not yet measured on a GPU:
+COMPILE_SECONDS = 60.0  # duration of torch.compile for these models
+COMPILE_SAVES = 0.4  # share of an eager step's time that it saves
+EAGER_FLOPS = 5e13  # FLOP/s of an eager step
 
 
 @dataclass(frozen=True)
 class HardwareOptions:
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps …; auto: the first of cuda, mps and cpu that is there."""
+    """cpu, cuda, cuda:1, mps …; auto: the first available of cuda, mps and cpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the matrix products; auto: bfloat16 on a GPU or CPU that has it, else float16 on a GPU, float32 on a CPU."""
+    """Precision of matrix products; auto: bfloat16 where native, else float16 on a GPU, float32 on a CPU."""
     threads: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
-    """CPU threads; auto: one a core. A CPU run repeats bit for bit at the same number only."""
+    """CPU threads; auto: one per core. A CPU run is bitwise reproducible at the same number only."""
     attention: Literal["auto", "triton", "sdpa"] = "auto"
-    """The fused Triton kernel, or PyTorch's scaled_dot_product_attention; auto: the kernel where it runs (GPUs of compute
-    capability 8.0 and later, ROCm)."""
+    """Fused Triton kernel or scaled_dot_product_attention; auto: the kernel where it runs.
+
+    It runs on GPUs of compute capability 8.0 and later, and on ROCm.
+    """
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The choices as made, and a reason for each that was left to us."""
+    """The resolved choices. reasons: option name → reason, for each that was `auto`."""
 
     device: torch.device
     dtype: torch.dtype
@@ -61,23 +69,23 @@ class Hardware:
             if self.device.type == "cuda"
             else platform.processor() or platform.machine()
         )
-        products = " (TF32 products)" if self.device.type == "cuda" and self.dtype == torch.float32 else ""
-        return f"device {self.device} ({name}), {self.dtype_name}{products}, {self.threads} threads"
+        tf32 = " (TF32 products)" if self.device.type == "cuda" and self.dtype == torch.float32 else ""
+        return f"device {self.device} ({name}), {self.dtype_name}{tf32}, {self.threads} threads"
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Matrix products in `dtype`, the rest in float32; nothing on float32."""
+        """torch.autocast to `dtype`; a null context for float32."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def peak_flops(self) -> float | None:
-        """FLOP/s of products in `dtype` by the data sheet; None where the device is not in the table, or computes in float32."""
+        """16-bit FLOP/s of the device from its data sheet; None for float32 and for devices not in the table."""
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return None
         return vendor_flops(torch.cuda.get_device_name(self.device))
 
     def memory_bytes(self) -> int:
-        """Peak memory so far: of the device where it has its own, else of the process (0 where the system does not tell)."""
+        """Peak memory so far: of a CUDA device, else of the process (0 where the system does not report it)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
@@ -89,19 +97,20 @@ class Hardware:
 
 
 def choose_hardware(options: HardwareOptions, *, generating: bool = False) -> Hardware:
-    """Makes the `auto` choices by probing, checks the forced ones, and sets torch's threads. Raises UserError.
+    """Resolves `auto` by probing, checks explicit choices and sets torch's threads. Raises UserError.
 
-    generating: one token at a time, which reads every weight once; on a CPU converting them would cost more than it saves.
+    generating: for decoding. A CPU then stays in float32: a decode step reads each weight once, so that converting it
+    under autocast costs more than it saves.
     """
     reasons = {}
     name = options.device
     if name == "auto":
         if torch.cuda.is_available():
-            name, reasons["device"] = "cuda", "CUDA is there"
+            name, reasons["device"] = "cuda", "CUDA is available"
         elif torch.backends.mps.is_available():
-            name, reasons["device"] = "mps", "no CUDA, but MPS"
+            name, reasons["device"] = "mps", "no CUDA, but MPS is available"
         else:
-            name, reasons["device"] = "cpu", "no CUDA and no MPS here"
+            name, reasons["device"] = "cpu", "neither CUDA nor MPS is available"
     device = _check_device(name)
     if options.dtype != "auto":
         dtype = getattr(torch, options.dtype)
@@ -109,17 +118,17 @@ def choose_hardware(options: HardwareOptions, *, generating: bool = False) -> Ha
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if native else torch.float16
-        reasons["dtype"] = "the GPU has bfloat16" if dtype == torch.bfloat16 else "the GPU has no bfloat16"
+        reasons["dtype"] = "the GPU has bfloat16" if native else "the GPU has no bfloat16"
     elif device.type == "cpu" and not generating and _cpu_multiplies_bfloat16():
         dtype, reasons["dtype"] = torch.bfloat16, "this CPU multiplies bfloat16 natively"
     else:
-        dtype, reasons["dtype"] = torch.float32, f"no fast narrower type on {device.type}"
+        dtype, reasons["dtype"] = torch.float32, f"16-bit products are not faster on {device.type}"
     if dtype == torch.float16 and device.type == "cpu":
-        raise UserError("--dtype=float16 needs a GPU; on a CPU take --dtype=float32 or --dtype=bfloat16")
+        raise UserError("--dtype=float16 needs a GPU; on a CPU use --dtype=float32 or --dtype=bfloat16")
     if options.threads != "auto":
         torch.set_num_threads(options.threads)
     else:
-        reasons["threads"] = "torch's own choice"
+        reasons["threads"] = "torch's default"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     return Hardware(device, dtype, torch.get_num_threads(), reasons)
@@ -127,14 +136,14 @@ def choose_hardware(options: HardwareOptions, *, generating: bool = False) -> Ha
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice of one option and, where it was left to us, the reason, keyed by the option's name."""
+    """The resolved value of one option. reasons: option name → reason, if it was `auto`."""
 
     value: Any
     reasons: dict[str, str]
 
 
 def choose_attention_path(option: Literal["auto", "triton", "sdpa"], hardware: Hardware, head_size: int) -> Choice:
-    """How the model attends. Raises UserError with the reason where the kernel is asked for and cannot run."""
+    """The attention path of the model. Raises UserError with the reason if the kernel is requested and cannot run."""
     try:
         path, reason = choose_attention(option, hardware.device, head_size)
     except ValueError as error:
@@ -143,35 +152,35 @@ def choose_attention_path(option: Literal["auto", "triton", "sdpa"], hardware: H
 
 
 def vendor_flops(name: str) -> float | None:
-    """Dense 16-bit FLOP/s of a device by its name; None where it is not in the table."""
+    """Dense 16-bit FLOP/s of a device by its name; None if it is not in the table."""
     return next((1e12 * tflops for part, tflops in VENDOR_TFLOPS.items() if part in name), None)
 
 
 def choose_compile(option: bool | Literal["auto"], hardware: Hardware, run_seconds: float) -> Choice:
-    """Whether to torch.compile: on CUDA, where it saves a run of run_seconds more than it takes; elsewhere never."""
+    """Whether to torch.compile. auto: on CUDA, if it saves more of a run of `run_seconds` than compiling takes."""
     if option != "auto":
         return Choice(option, {})
     if hardware.device.type != "cuda":
-        return Choice(False, {"compile": f"it costs more than it brings on {hardware.device.type}"})
+        return Choice(False, {"compile": f"it costs more than it saves on {hardware.device.type}"})
     if obstacle := triton_obstacle(hardware.device, (7, 0)):
         return Choice(False, {"compile": obstacle})
     saved = COMPILE_SAVES * run_seconds
-    comparison = f"about {saved:,.0f} s saved against {COMPILE_SECONDS:.0f} s of compiling, by rule of thumb"
+    comparison = f"about {saved:,.0f} s saved against {COMPILE_SECONDS:.0f} s of compiling (estimates)"
     return Choice(saved > COMPILE_SECONDS, {"compile": comparison})
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """avx512_bf16 or AMX: there bfloat16 products are several times faster than float32's, on other CPUs several times slower."""
-    flags = Path("/proc/cpuinfo")
-    found = set(flags.read_text(errors="replace").split()) if flags.exists() else set()
-    return bool(found & {"avx512_bf16", "amx_bf16"})
+    """Whether the CPU has avx512_bf16 or AMX. Without them bfloat16 products are several times slower than float32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text(errors="replace").split()) if cpuinfo.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def _check_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device={name} is no device; expected auto, cpu, cuda, cuda:N or mps") from None
+        raise UserError(f"--device={name}: unknown device; expected auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(
             f"--device={name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device=auto"
@@ -184,20 +193,20 @@ def _check_device(name: str) -> torch.device:
 
 
 def require_determinism() -> None:
-    """Makes every operation repeat bit for bit on a GPU, or raise; to be called before the first one runs there."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    """Makes GPU operations deterministic, or raise where they cannot be. Call it before the first one runs."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     torch.use_deterministic_algorithms(True)
 
 
 def tune_allocator() -> bool:
-    """Keeps glibc from returning every large activation to the system and faulting it in again; True where it took hold.
+    """Makes glibc's malloc keep freed memory, so that large activations are not page-faulted in again. True on success.
 
-    Without it a fresh 16 MB tensor costs 4,096 page faults (bench/NOTES.md). To be called before the first
-    big tensor; costs some hundred MiB of resident memory. Other C libraries are left alone.
+    Without it each new 16 MB tensor costs 4,096 page faults (bench/NOTES.md). Call it before the first large tensor. It
+    costs some hundred MiB of resident memory. Other C libraries are left alone.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # the parameters' numbers in malloc.h
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX of malloc.h
     settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 << 20))
     return all(libc.mallopt(parameter, value) == 1 for parameter, value in settings)

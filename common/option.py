@@ -1,11 +1,13 @@
-"""One option: what a field of a section declares (type, range, default, meaning), and the check of a value against it.
+"""One option: its declaration (type, range, default, help text) and the check of a value against it.
 
-A section is a frozen dataclass beside the code that it configures. Its fields have the types int, float, bool, str, Literal[words] and
-unions of these with None, or tuple[str, ...] for a flag that may be given several times. Ranges are those of annotated_types:
-Annotated[int, Ge(1)], Annotated[float, Interval(ge=0, lt=1)]. The string literal under a field is its help text.
+A section is a frozen dataclass beside the code that it configures. Its fields have the types int, float, bool, str,
+Literal[...] and unions of these with None, or tuple[str, ...] for a flag that may be repeated. Ranges are those of
+annotated_types: Annotated[int, Ge(1)], Annotated[float, Interval(ge=0, lt=1)]. The string literal under a field is its
+help text. Which sections exist and where values come from is config's business.
 
 A module that declares a section imports the names of annotated_types under `if TYPE_CHECKING:` only, with
-`from __future__ import annotations`; options_of resolves them. So model.py and the benches run where the package is missing.
+`from __future__ import annotations`; options_of resolves them. So model.py and the benches run without the package.
+Reading order: Option, options_of, check_option and section_from, the parsing of type hints.
 """
 
 from __future__ import annotations
@@ -34,13 +36,17 @@ RETIRED: dict[str, object] = {
 
 
 def fixed(default: Any) -> Any:
-    """An option that a resumed run may not change, because the rest of the run would no longer be the same experiment."""
+    """The default of an option that a resumed run may not change."""
     return dataclasses.field(default=default, metadata={"resume": "fixed"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """`kinds` are the plain types that it takes, `choices` the words; `none`: it may be absent; `interval`: the bounds of a number."""
+    """One declared option.
+
+    kinds: the types that it accepts, of int, float, bool and str. choices: the words of its Literal. none: None is
+    allowed. interval: the bounds of a number. fixed: a resumed run may not change it. repeatable: a tuple of texts.
+    """
 
     name: str
     section: type
@@ -50,13 +56,13 @@ class Option:
     choices: tuple[str, ...]
     none: bool
     interval: Interval
-    fixed: bool  # a resumed run may not change it
-    many: bool = False  # a tuple of texts
+    fixed: bool
+    repeatable: bool = False
 
     def parse(self, text: str) -> Any:
-        """The checked value of the text after a flag's first `=`. ValueError says what was expected."""
+        """The value of a flag's text, checked. Raises ValueError with what was expected."""
         word = text.lower()
-        if self.many:
+        if self.repeatable:
             return () if word == "none" else (text,)
         if text in self.choices:
             return text
@@ -74,18 +80,20 @@ class Option:
         return self._refuse(text)
 
     def check(self, value: object) -> Any:
-        """A Python value as the option's own type: 1 is a float, 1e3 an int, True neither. ValueError says what was expected."""
+        """A Python value in the option's own type: 1 may be a float and 1e3 an int, True is neither.
+
+        Raises ValueError with what was expected.
+        """
         if value is None and self.none:
             return None
-        if self.many and isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+        if self.repeatable and isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
             return tuple(value)
         if isinstance(value, str) and (value in self.choices or str in self.kinds):
             return value
         if isinstance(value, bool) and bool in self.kinds:
             return value
-        if (
-            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
-        ):  # nan and inf fail this too
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and abs(value) < 2**63:  # false for nan and inf
             if int in self.kinds and value == int(value) and self._in_range(value):
                 return int(value)
             if float in self.kinds and self._in_range(value):
@@ -94,19 +102,19 @@ class Option:
 
     def _refuse(self, value: object) -> NoReturn:
         kinds = {int: f"a whole number {self.limits()}", float: f"a number {self.limits()}", str: "text"}
-        if self.many:
+        if self.repeatable:
             raise ValueError("expected a list of texts")
-        *most, last = [words.rstrip() for kind, words in kinds.items() if kind in self.kinds] + self._words()
+        *others, last = [words.rstrip() for kind, words in kinds.items() if kind in self.kinds] + self._words()
         raise ValueError(
-            f"expected {', '.join(most) + ' or ' if most else ''}{last}{did_you_mean(str(value), self.choices)}"
+            f"expected {', '.join(others) + ' or ' if others else ''}{last}{did_you_mean(str(value), self.choices)}"
         )
 
     def _words(self) -> list[str]:
         return ["true", "false"] * (bool in self.kinds) + list(self.choices) + ["none"] * self.none
 
     def usage(self) -> str:
-        """What may stand after the `=`, in short: INT|auto."""
-        if self.many:
+        """What may follow the `=`, as shown by --help: INT|auto."""
+        if self.repeatable:
             return "TEXT"
         kinds = {int: "INT", float: "FLOAT", str: "TEXT"}
         return "|".join([word for kind, word in kinds.items() if kind in self.kinds] + self._words())
@@ -127,8 +135,10 @@ class Option:
 
 
 def options_of(section: type, derived: bool = False) -> Iterator[Option]:
-    """What a section declares, in order; derived fields, which are no options, only where asked for. AssertionError where a
-    declaration is incomplete."""
+    """The options that a section declares, in order. Derived fields are not options; `derived` includes them.
+
+    Raises AssertionError on an incomplete declaration.
+    """
     import annotated_types
 
     hints = typing.get_type_hints(section, localns=vars(annotated_types), include_extras=True)
@@ -138,15 +148,15 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
         assert field.default is not dataclasses.MISSING, f"{where} has no default"
         if field.metadata.get("derived") and not derived:
             continue
-        assert meanings.get(field.name), f"{where} has no line of meaning under it"
+        assert meanings.get(field.name), f"{where} has no help text under it"
         parts = list(_parts(hints[field.name]))
         ranges = [_interval(part.bounds) for part in parts if isinstance(part, _Range)]
         kinds = [part for part in parts if part in (int, float, bool, str)]
         choices = [part for part in parts if isinstance(part, str)]
         none = any(part in (None, types.NoneType) for part in parts)
-        many = hints[field.name] == tuple[str, ...]
-        assert many or len(ranges) + len(kinds + choices) + none == len(parts), (
-            f"{where}: no type of an option: {hints[field.name]}"
+        repeatable = hints[field.name] == tuple[str, ...]
+        assert repeatable or len(ranges) + len(kinds + choices) + none == len(parts), (
+            f"{where}: no type for an option: {hints[field.name]}"
         )
         option = Option(
             field.name,
@@ -158,14 +168,14 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
             none=none,
             interval=ranges[0] if ranges else annotated_types.Interval(),
             fixed=field.metadata.get("resume") == "fixed",
-            many=many,
+            repeatable=repeatable,
         )
         assert option.check(option.default) == option.default, f"{where}: wrong default"
         yield option
 
 
 def check_option(options: Mapping[str, Option], name: str, value: object) -> Any:
-    """A Python value checked against the option `name`, as that option's type. Raises UserError."""
+    """A Python value in the type of the option `name`. Raises UserError if it does not fit."""
     try:
         if name not in options:
             raise ValueError(f"no such option{did_you_mean(name, options)}")
@@ -175,9 +185,9 @@ def check_option(options: Mapping[str, Option], name: str, value: object) -> Any
 
 
 def section_from(section: type[T], values: Mapping[str, Any]) -> T:
-    """The section that stored values (such as a checkpoint's model/config.json) describe.
+    """The section of stored values, such as a checkpoint's model/config.json.
 
-    Missing options keep their defaults, retired ones are left out. Raises ValueError on unknown names, wrong types and
+    Missing options get their defaults, retired ones are skipped. Raises ValueError on unknown names, wrong types and
     values out of range.
     """
     known, values = {option.name: option for option in options_of(section, derived=True)}, without_retired(values)
@@ -192,12 +202,12 @@ def section_from(section: type[T], values: Mapping[str, Any]) -> T:
 
 
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored values without those of options that were removed since."""
+    """Stored values without those of retired options."""
     return {name: value for name, value in values.items() if name not in RETIRED}
 
 
 class _Range(NamedTuple):
-    bounds: Any  # what stands in the Annotated: Ge, Gt, Le, Lt or Interval
+    bounds: Any  # the metadata of an Annotated: Ge, Gt, Le, Lt or Interval
 
 
 def _interval(bounds: Any) -> Interval:
@@ -214,7 +224,7 @@ def _interval(bounds: Any) -> Interval:
 
 
 def _parts(hint: Any) -> Iterator[Any]:
-    """What a type is made of: plain types, None, the words of Literals, the _Range in an Annotated."""
+    """The parts of a type: plain types, None, the words of a Literal, the _Range of an Annotated."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         yield from _parts(args[0])
@@ -229,7 +239,7 @@ def _parts(hint: Any) -> Iterator[Any]:
 
 
 def _field_docstrings(section: type) -> dict[str, str]:
-    """First line of the string literal under each field."""
+    """The first line of the string literal under each field."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(tree, ast.ClassDef)
     found = {}
@@ -245,7 +255,7 @@ def did_you_mean(name: str, names: Iterable[str], flag: str = "") -> str:
 
 
 def show(value: object) -> str:
-    """A value as it is typed after `=`, for help and messages."""
+    """A value as typed after `=`, for --help and messages; cut to 60 characters."""
     if isinstance(value, tuple):
         return " and ".join(map(show, value)) or "none"
     text = str(value)
@@ -261,6 +271,6 @@ def show(value: object) -> str:
 
 
 def unescape(text: str) -> str:
-    r"""\n, \r, \t and \\ of a command line as the characters they stand for; everything else as it is."""
+    r"""Replaces \n, \r, \t and \\ in a command-line text by the characters that they stand for."""
     known = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
     return re.sub(r"\\([nrt\\])", lambda match: known[match[1]], text)

@@ -1,4 +1,4 @@
-"""The options that both scripts have."""
+"""The options that train.py and sample.py share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RunOptions:
     run: str | None = None
-    """train.py: the run directory to write (none: runs/PRESET-N). sample.py: a run, checkpoint or model folder (none: newest run)."""
+    """train.py: directory to write (runs/PRESET-N by default). sample.py: run, checkpoint or model folder (newest)."""
     seed: Annotated[int, Ge(0)] = fixed(1337)
-    """Seed of everything drawn: initial weights, data order and dropout in train.py, tokens in sample.py."""
+    """Random seed. train.py: initial weights, data order, dropout. sample.py: sampled tokens."""
 
     def problems(self) -> list[str]:
         return ["--run= is empty"] if self.run == "" else []

@@ -1,9 +1,9 @@
-"""Text ↔ token ids. Every tokenizer has one id, end-of-sequence (EOS), that `encode` never gives, whatever the text holds.
+"""Text ↔ token ids. Every tokenizer has an end-of-sequence id (EOS) that `encode` never returns for any text.
 
-`Tokenizer` stands on tiktoken: the published encodings, `bpe` (trained here by rustbpe) and `bytes` (256 single bytes).
-`CharTokenizer` gives one id to each character of a corpus. Both go into JSON whole (`to_dict`) and come back checked
-(`tokenizer_from_dict`); a pattern is carried by name, so that nothing in a file is compiled or executed.
-Reading order: patterns and cutting, the two classes, the ways to make one.
+`Tokenizer` wraps tiktoken: the published encodings, `bpe` (trained with rustbpe) and `bytes` (256 single bytes).
+`CharTokenizer` has one id per character of a corpus. Both are stored whole as JSON (`to_dict`) and validated when read
+(`tokenizer_from_dict`). Split patterns are stored by name, so that nothing in a file is compiled or executed.
+Knows neither datasets nor models. Reading order: patterns and cutting, the two classes, the constructors.
 """
 
 import base64
@@ -28,10 +28,11 @@ import tiktoken_ext.openai_public
 from common.download import download
 from errors import UserError
 
-# How text is split before byte pairs merge; the exact patterns of the published encodings, so that other programs know them.
+# How text is split before byte pairs are merged: the exact patterns of the published encodings.
 PATTERNS = {
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
-    "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s""",
+    "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"""
+    r"""| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s""",
     "gpt4o": "|".join(
         [
             r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
@@ -44,7 +45,7 @@ PATTERNS = {
         ]
     ),
 }
-# rustbpe's regular expressions know no possessive quantifiers; for this pattern they change the speed, not the matches (tested).
+# rustbpe's regex engine has no possessive quantifiers; here they affect speed only, not the matches (tested).
 TRAINING_PATTERNS = {"gpt2": PATTERNS["gpt2"].replace(r"\s++$|", "").replace("++", "+"), "gpt4o": PATTERNS["gpt4o"]}
 
 ADDRESS = "https://openaipublic.blob.core.windows.net/"
@@ -79,19 +80,17 @@ PUBLISHED = {  # name: (pattern, {address: sha256})
     ),
 }
 
-PIECE = (
-    1 << 19
-)  # characters tokenized at a time; the regular expressions give up on 2^20 characters of white space in a row
-SAFE_CUT = re.compile(r"(?<=[^\W_])(?=\s)")  # in no pattern does a token go on from a letter or digit to white space
+PIECE = 1 << 19  # characters tokenized at a time: the regex engine fails on 2^20 whitespace characters in a row
+SAFE_CUT = re.compile(r"(?<=[^\W_])(?=\s)")  # in no pattern does a token continue from a letter or digit to whitespace
 FORMAT = "sprout-tokenizer"
 VERSION = 1
 
 
 def cut_point(text: str, limit: int) -> int:
-    """Where to cut a text longer than `limit` characters: at the last place before it where no token crosses, else at `limit`."""
+    """Where to cut a text longer than `limit` characters: at the last safe position before it, else at `limit`."""
     start = max(limit - 65_536, limit // 2)
-    places = [match.start() for match in SAFE_CUT.finditer(text, start, limit + 1)]
-    return places[-1] if places else limit
+    positions = [match.start() for match in SAFE_CUT.finditer(text, start, limit + 1)]
+    return positions[-1] if positions else limit
 
 
 def cut_pieces(text: str, limit: int = PIECE) -> Iterator[str]:
@@ -103,7 +102,7 @@ def cut_pieces(text: str, limit: int = PIECE) -> Iterator[str]:
 
 
 class Tokenizer:
-    """Byte-level tokens, merged by rank. `tokens[id]` is the bytes of an id, None where an id stands for no text (EOS)."""
+    """Byte-level BPE. `tokens[id]`: the bytes of an id; None for ids without text, such as EOS."""
 
     def __init__(self, name: str, pattern: str, tokens: list[bytes | None], eos_id: int) -> None:
         self.name = name
@@ -113,20 +112,21 @@ class Tokenizer:
         self.token_bytes = [token or b"" for token in tokens]
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int64 (n,), never EOS."""
+        """The ids of a text, int64 (n,), never EOS. Raises UserError on half of a surrogate pair."""
         try:
             parts = [self._encode_piece(piece) for piece in cut_pieces(text)]
         except UnicodeEncodeError as error:
             found = f"{text[error.start]!r} at character {error.start}"
             raise UserError(
-                f"the text is not valid Unicode: {found} is half of a surrogate pair; remove it, or decode the text again"
+                f"the text is not valid Unicode: {found} is half of a surrogate pair; "
+                "remove it, or decode the text again"
             ) from None
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[np.ndarray]:
-        """`encode` of each text, on several threads (tiktoken leaves Python's lock)."""
+        """`encode` of each text, on several threads (tiktoken releases the GIL)."""
         threads = num_threads or os.cpu_count() or 1
-        size = max(1, len(texts) // (4 * threads))  # several texts a job: a job costs as much as a short text
+        size = max(1, len(texts) // (4 * threads))  # several texts per job: a job's overhead equals a short text
         jobs = [texts[i : i + size] for i in range(0, len(texts), size)]
         if threads == 1 or len(jobs) < 2:
             return [self.encode(text) for text in texts]
@@ -134,7 +134,7 @@ class Tokenizer:
             return list(chain.from_iterable(pool.map(lambda job: [self.encode(text) for text in job], jobs)))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD, EOS becomes nothing."""
+        """The text of ids; invalid UTF-8 becomes U+FFFD, EOS is skipped."""
         return b"".join([self.token_bytes[i] for i in ids]).decode("utf-8", errors="replace")
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,14 +144,14 @@ class Tokenizer:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 of all that decides the ids; not of the name."""
+        """sha256 of everything that determines the ids; the name is left out."""
         content = {key: value for key, value in self.to_dict().items() if key != "name"}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
         ranks = {token: i for i, token in enumerate(self.token_bytes) if token}
-        special = {"<|endoftext|>": self.eos_id}  # known to tiktoken, never asked for
+        special = {"<|endoftext|>": self.eos_id}  # required by tiktoken, never encoded
         return tiktoken.Encoding(
             self.name, pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks, special_tokens=special
         )
@@ -161,7 +161,7 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id a character: the given characters in the order of their code points get 0 … n−1, EOS is n (nanoGPT's ids)."""
+    """One id per character: 0 … n−1 in code point order, EOS is n (nanoGPT's ids)."""
 
     def __init__(self, chars: Iterable[str]) -> None:
         self.chars = "".join(sorted(set(chars)))
@@ -175,9 +175,8 @@ class CharTokenizer(Tokenizer):
         ids = self._table[np.minimum(points, len(self._table) - 1)]
         if len(ids) and ids.min() < 0:
             unknown = sorted({chr(point) for point in points[ids < 0]})
-            shown = ", ".join(repr(char) for char in unknown[:10]) + (
-                f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            )
+            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            shown = ", ".join(repr(char) for char in unknown[:10]) + more
             advice = "leave them out, or prepare with --tokenizer=bpe or bytes, which know every character"
             raise UserError(f"the char tokenizer knows {len(self.chars)} characters, but not {shown}; {advice}")
         return ids
@@ -195,17 +194,18 @@ def char_tokenizer(chars: Iterable[str]) -> CharTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
-    """Byte pairs learned from `texts`; `vocab_size` counts EOS, the last id. Fewer ids come out where the texts give no more pairs."""
+    """BPE trained on `texts`. `vocab_size` includes EOS, the last id; there are fewer ids if no pairs are left."""
     import rustbpe
 
     if vocab_size < 257:
         raise UserError(
-            f"--vocab_size={vocab_size} is too small for --tokenizer=bpe: 256 bytes and end-of-sequence make at least 257"
+            f"--vocab_size={vocab_size} is too small for --tokenizer=bpe: "
+            "256 bytes and end-of-sequence need at least 257"
         )
     trainer = rustbpe.Tokenizer()
     pieces = chain.from_iterable(cut_pieces(text) for text in texts)
     trainer.train_from_iterator(pieces, vocab_size=vocab_size - 1, buffer_size=64, pattern=TRAINING_PATTERNS[pattern])
-    # Two different merges may spell the same token; the first one keeps it.
+    # Two merges may give the same token; the lower rank keeps it.
     tokens = dict.fromkeys(
         bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
     )
@@ -213,13 +213,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
 
 
 def published_tokenizer(name: str) -> Tokenizer:
-    """A published encoding. tiktoken would download its files without a time limit, so they are brought into its cache first."""
+    """A published encoding. Its files are downloaded into tiktoken's cache here, because tiktoken sets no timeout."""
     pattern, files = PUBLISHED[name]
     cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     if cache == "":
-        raise UserError(
-            "TIKTOKEN_CACHE_DIR is set to nothing, which turns tiktoken's cache off; unset it, or name a folder"
-        )
+        raise UserError("TIKTOKEN_CACHE_DIR is empty, which turns tiktoken's cache off; unset it, or name a folder")
     folder = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
     paths = {address: folder / hashlib.sha1(address.encode()).hexdigest() for address in files}
     for address, path in paths.items():
@@ -228,11 +226,12 @@ def published_tokenizer(name: str) -> Tokenizer:
         try:
             download(address, path, files[address])
         except OSError as error:
-            wanted = "".join(f"\n  {address}\n    as {path}" for address, path in paths.items())
+            missing = "".join(f"\n  {address}\n    as {path}" for address, path in paths.items())
             raise UserError(
-                f"the encoding {name!r} is not on this machine and could not be downloaded ({type(error).__name__}: {address})."
-                " Fetch these files on another machine and copy them to the folder that TIKTOKEN_CACHE_DIR names (now the one shown):"
-                f"{wanted}\nor use a tokenizer that needs no download: --tokenizer=bpe, bytes or char"
+                f"the encoding {name!r} is not on this machine and could not be downloaded"
+                f" ({type(error).__name__}: {address}). Download these files on another machine and copy them to the"
+                f" folder named by TIKTOKEN_CACHE_DIR (now the one shown):{missing}\n"
+                "or use a tokenizer that needs no download: --tokenizer=bpe, bytes or char"
             ) from None
     made = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS[name]()
     special: dict[str, int] = made["special_tokens"]
@@ -243,11 +242,11 @@ def published_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_from_dict(content: Any) -> Tokenizer:
-    """The tokenizer that `to_dict` described. Everything is checked: the file may come from anyone. Raises UserError."""
+    """The tokenizer described by `to_dict`'s value, fully validated: the file may be foreign. Raises UserError."""
 
     def expect(condition: bool, rule: str) -> None:
         if not condition:
-            raise UserError(f"this is no valid tokenizer: {rule}; take the file again from where it was written")
+            raise UserError(f"this is no valid tokenizer: {rule}; copy the file again from its source")
 
     expect(
         isinstance(content, dict) and content.get("format") == FORMAT, f'expected an object with "format": "{FORMAT}"'
@@ -263,7 +262,7 @@ def tokenizer_from_dict(content: Any) -> Tokenizer:
         chars = content.get("chars")
         expect(isinstance(chars, str), f"chars is {type(chars).__name__}, expected text")
         expect(not any("\ud800" <= char <= "\udfff" for char in chars), "chars holds half of a surrogate pair")
-        expect(list(chars) == sorted(set(chars)), "chars must be sorted and different")
+        expect(list(chars) == sorted(set(chars)), "chars must be sorted and unique")
         expect(eos_id == len(chars), f"eos_id is {eos_id}, expected {len(chars)}")
         return CharTokenizer(chars)
     pattern, encoded = content.get("pattern"), content.get("tokens")
@@ -273,11 +272,11 @@ def tokenizer_from_dict(content: Any) -> Tokenizer:
     )
     expect(
         isinstance(encoded, list) and all(token is None or isinstance(token, str) for token in encoded),
-        "tokens is no list of text",
+        "tokens is not a list of text",
     )
     expect(
         0 <= eos_id < len(encoded) and encoded[eos_id] is None,
-        f"eos_id is {eos_id}, which is no free id among {len(encoded)}",
+        f"eos_id is {eos_id}, which is not one of the {len(encoded)} ids without text",
     )
     try:
         tokens = [None if token is None else base64.b64decode(token, validate=True) for token in encoded]
@@ -288,13 +287,13 @@ def tokenizer_from_dict(content: Any) -> Tokenizer:
         name in PUBLISHED or (len(known) == len(tokens) - 1 and eos_id == len(known)),
         "ids are not contiguous with EOS as the last",
     )
-    expect(b"" not in known and len(set(known)) == len(known), "a token is empty or stands twice")
+    expect(b"" not in known and len(set(known)) == len(known), "a token is empty or duplicate")
     expect(set(known[:256]) == {bytes([i]) for i in range(256)}, "the first 256 tokens are not the single bytes")
     return Tokenizer(name, pattern, tokens, eos_id)
 
 
 def named_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer that needs no corpus: bytes, a published encoding, or a file. Raises UserError."""
+    """A tokenizer that needs no corpus: bytes, a published encoding or a file. Raises UserError."""
     if name == "bytes":
         return bytes_tokenizer()
     if name in PUBLISHED:

@@ -1,11 +1,12 @@
-"""All options of Sprout: which sections there are, and which script takes which. The declarations stand beside the code they configure.
+"""All options of Sprout: which sections exist and which script takes which.
 
-The files here that are neither this one, loader.py, option.py nor resume.py are presets. Nothing that is imported here may import config.
+Each section is declared beside the code that it configures. loader.py reads presets, flags and saved configs; resume.py
+merges options with those of a checkpoint; start.py decides how a run starts. The other files are presets. Nothing that
+this file imports may import config.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common.hardware import HardwareOptions
 from common.options import RunOptions
@@ -17,7 +18,7 @@ from server.options import ServerOptions
 from training.optim import OptimizerOptions
 from training.options import EvalOptions, LoggingOptions, TrainOptions
 
-__all__ = ["SCRIPTS", "SECTIONS", "Options", "check", "dump", "fixed_names", "load", "replace"]
+__all__ = ["SCRIPTS", "SECTIONS", "Options", "dump", "fixed_names", "load", "replace"]
 
 SECTIONS: dict[str, type] = {
     "run": RunOptions,
@@ -53,35 +54,35 @@ USAGE = {
     "train.py": """
 usage: python train.py [PRESET ...] [--option=value ...]
 
-Trains a language model on your text and prints what it writes. Arguments count from left to right; the later one wins.
+Trains a language model on your text and prints samples. Arguments are read from left to right; the last one wins.
 
   python train.py                                        train the quickstart preset
-  python train.py --data=my_novel.txt                    train on a text of yours: a file, or a folder of files
-  python train.py shakespeare_char --max_steps=500       take a preset and change it
-  python train.py --resume=runs/quickstart-1             go on with a run
-  python sample.py --prompt="Once"                       let the newest run write
+  python train.py --data=my_novel.txt                    train on your own text: a file, or a folder of files
+  python train.py shakespeare_char --max_steps=500       use a preset and change an option
+  python train.py --resume=runs/quickstart-1             resume a run
+  python sample.py --prompt="Once"                       sample from the newest run
 """,
     "sample.py": """
 usage: python sample.py [PRESET ...] [--option=value ...]
 
-Lets a trained model write. Arguments count from left to right; the later one wins.
+Samples text from a trained model. Arguments are read from left to right; the last one wins.
 
   python sample.py                                       the newest run, its best checkpoint, a new document
-  python sample.py --run=runs/notes --prompt="Once"      a run of yours goes on with your words
-  python sample.py --temperature=0.5 --top_k=50          more careful choices
-  python sample.py --stop='\\n\\n' --stop=THE             ends before an empty line, or before THE
+  python sample.py --run=runs/notes --prompt="Once"      a run of your own continues your prompt
+  python sample.py --temperature=0.5 --top_k=50          less random
+  python sample.py --stop='\\n\\n' --stop=THE             stop before an empty line, or before THE
   python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines with log-probabilities out
   python sample.py --interactive                         write together with the model, line by line
-  python sample.py --inspect=out.html --prompt="Once"    see how it reads: attention, scores, the next token
+  python sample.py --inspect=out.html --prompt="Once"    show attention maps, scores, next-token probabilities
   python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
 
-Filters apply in this order: repetition penalty, presence and frequency penalties, temperature (0: the likeliest
-token, and the filters after it do nothing), top-k, top-p, min-p. Log-probabilities are those before all of them.
+Filters apply in this order: repetition penalty, presence and frequency penalties, temperature (0: greedy, later
+filters have no effect), top-k, top-p, min-p. Log-probabilities are those before all filters.
 """,
     "prepare_data": """
 usage: python -m prepare_data SOURCE [PRESET ...] [--option=value ...]
 
-Turns text into a dataset of tokens in data/NAME. train.py does so on its own; this command gives you the choices.
+Turns text into a dataset of tokens in data/NAME. train.py does so by itself; this command gives you the options.
 
   python -m prepare_data text --input=folder/ --name=notes --tokenizer=bpe --vocab_size=8192
   python -m prepare_data text --input=novel.txt --dry_run=true      only count and show a sample
@@ -93,15 +94,10 @@ _loader = Loader(SECTIONS, SCRIPTS, USAGE, Path(__file__).resolve().parent.paren
 
 
 def load(script: str, argv: Sequence[str], *, default_preset: str | None = None) -> Options:
-    """The options of a script from its command line. Raises one UserError with all problems; --help prints and exits with 0."""
+    """The options of a script from its command line. Raises one UserError with all problems; --help exits with 0."""
     return _loader.load(script, argv, default_preset=default_preset)
 
 
-def check(name: str, value: object) -> Any:
-    """One Python value against its declaration, in the declared type. Raises UserError."""
-    return _loader.check(name, value)
-
-
 def fixed_names() -> set[str]:
-    """Options that a resumed run may not change."""
+    """Names of the options that a resumed run may not change."""
     return {name for name, option in _loader.options.items() if option.fixed}

@@ -1,4 +1,4 @@
-"""A model far too small to be good, for trying things out. Seconds."""
+"""A tiny model for trying things out. Seconds."""
 
 data = "python_stdlib"
 tokenizer = "bytes"

@@ -1,7 +1,7 @@
 """From the command line to checked options: presets, `--key=value`, saved config.json files, `--help`.
 
-Knows options only in general (see option.py); config/__init__.py says which there are and which script takes which.
-Read in this order: the files of values (read_preset, read_saved), Options (what a script receives), Loader.
+Knows no particular option: common/option.py defines what an option is, config/__init__.py lists the sections.
+Reading order: the files of values (read_preset, read_saved), Options (what a script receives), Loader.
 """
 
 import ast
@@ -19,23 +19,23 @@ from common.option import RETIRED, Option, check_option, did_you_mean, options_o
 from errors import UserError
 
 T = TypeVar("T")
-BELONG_TO_THE_RUN = ("run", "resume", "wandb")  # what a saved config.json does not carry over to another run
-NO_PRESETS = ("__init__", "loader", "resume")  # the other files beside the presets
+BELONG_TO_THE_RUN = ("run", "resume", "wandb")  # not taken over from a saved config.json
+NO_PRESETS = ("__init__", "loader", "resume", "start")  # modules beside the presets
 HELP_WIDTH = 116
 NO_BREAK = "\u00a0"  # a space at which textwrap does not wrap
 
 
-# ---- files of values -----------------------------------------------------------------------------------------------------------------
+# ---- Files of values -------------------------------------------------------------------------------------------------
 
 
 class Setting(NamedTuple):
-    where: str  # what a message begins with: the flag, or file, line, name and value
+    where: str  # prefix of an error message: the flag, or file, line, name and value
     name: str
     value: Any
 
 
 def read_preset(path: Path, shown: str, problems: list[str]) -> list[Setting]:
-    """The `name = value` lines of a preset, which is never executed; appends to problems a line for whatever else it holds."""
+    """The `name = value` lines of a preset, which is never executed. Appends a line to `problems` for anything else."""
     try:
         body = ast.parse(path.read_bytes()).body
     except SyntaxError as error:
@@ -78,7 +78,10 @@ _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def _evaluate(node: ast.expr) -> Any:
-    """A literal, a list of them, or arithmetic on numbers that stays below 2**63; ValueError or ArithmeticError for anything else."""
+    """A literal, a list of literals, or arithmetic on numbers below 2**63.
+
+    Raises ValueError or ArithmeticError on anything else.
+    """
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, bool | int | float | str)):
         return node.value
     if isinstance(node, ast.List | ast.Tuple):
@@ -100,11 +103,11 @@ def _number(value: Any) -> Any:
 
 
 def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) -> list[Setting]:
-    """The settings in a run's config.json, without what belongs to that run alone; a line in notes names what was left out."""
+    """The settings of a run's config.json; those that belong to that run alone are left out and named in `notes`."""
     try:
         saved = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{shown}: not readable as JSON: {error}")
+        problems.append(f"{shown}: not valid JSON: {error}")
         return []
     if not isinstance(saved, dict) or saved.get("format") != "sprout-config" or saved.get("version") != 1:
         problems.append(
@@ -133,14 +136,15 @@ def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) ->
     ]
 
 
-# ---- what a script receives ----------------------------------------------------------------------------------------------------------
+# ---- What a script receives ------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The checked options of one script.
 
-    origin: option name → "default", "preset NAME" or "flag". presets: the names of the presets, in order. notes: lines for the user.
+    origin: option name → "default", "preset NAME" or "flag". presets: names of the presets, in order. notes: lines to
+    print for the user.
     """
 
     script: str
@@ -161,23 +165,27 @@ class Options:
 
 
 def replace(options: Options, /, **values: object) -> Options:
-    """The same options with other values, which pass the same check; origin stays as it is. Raises UserError."""
+    """The options with some values replaced, which are checked; `origin` is unchanged. Raises UserError."""
     checked = {name: options.loader.check(name, value) for name, value in values.items()}
     sections = options.loader.build(options.script, options.flat() | checked)
     return dataclasses.replace(options, sections=sections, notes=list(options.notes))
 
 
 def dump(options: Options, auto: Mapping[str, str]) -> dict[str, Any]:
-    """The content of a run's config.json. auto: option name → why the program chose this value."""
-    assert auto.keys() <= options.flat().keys(), f"no options: {auto.keys() - options.flat().keys()}"
+    """The content of a run's config.json. auto: option name → reason, for values that `auto` resolved to."""
+    assert auto.keys() <= options.flat().keys(), f"unknown options: {auto.keys() - options.flat().keys()}"
     return {"format": "sprout-config", "version": 1, "options": options.flat(), "auto": dict(auto)}
 
 
-# ---- from the command line to Options ------------------------------------------------------------------------------------------------
+# ---- From the command line to Options --------------------------------------------------------------------------------
 
 
 class Loader:
-    """The options of a project. scripts: name → its sections; usage: name → how its help begins; root/config/*.py are the presets."""
+    """Loads the options of a project.
+
+    sections: title in --help → section. scripts: script → its sections. usage: script → the first lines of --help.
+    root/config/*.py are the presets.
+    """
 
     def __init__(
         self, sections: Mapping[str, type], scripts: Mapping[str, Sequence[type]], usage: Mapping[str, str], root: Path
@@ -201,11 +209,11 @@ class Loader:
         }
 
     def presets(self) -> dict[str, Path]:
-        """Bare name → file."""
+        """Name → file."""
         return {path.stem: path for path in sorted((self.root / "config").glob("*.py")) if path.stem not in NO_PRESETS}
 
     def check(self, name: str, value: object) -> Any:
-        """One Python value against its declaration. Raises UserError."""
+        """A Python value in the type of the option `name`. Raises UserError if it does not fit."""
         return check_option(self.options, name, value)
 
     def _option(self, name: str) -> Option:
@@ -214,13 +222,15 @@ class Loader:
         return self.options[name]
 
     def load(self, script: str, argv: Sequence[str], *, default_preset: str | None = None) -> Options:
-        """Reads presets and flags from left to right; the later one wins, flags that take many texts add up after each other. Raises one
-        UserError with all problems; help exits with 0."""
+        """Reads presets and flags from left to right; the last one wins, and repeatable flags add up.
+
+        Raises one UserError with all problems. --help prints and exits with 0.
+        """
         own, args = self.own(script), list(argv)
         values, origin = {name: option.default for name, option in own.items()}, dict.fromkeys(own, "default")
         presets, notes, problems, refused = list[str](), list[str](), list[str](), set[str]()
         wants_help = "--help" in args or "-h" in args
-        if wants_help:  # it shows the values of the presets before it
+        if wants_help:  # shows the values of the presets that precede it
             args = [
                 arg
                 for arg in itertools.takewhile(lambda arg: arg not in ("--help", "-h"), args)
@@ -247,7 +257,11 @@ class Loader:
                     refused.add(name)
                 if name in own:
                     added = (
-                        is_flag and own[name].many and origin[name] == "flag" and name not in refused and value != ()
+                        is_flag
+                        and own[name].repeatable
+                        and origin[name] == "flag"
+                        and name not in refused
+                        and value != ()
                     )
                     values[name], origin[name] = values[name] + value if added else value, source
         if wants_help and not problems:
@@ -258,14 +272,18 @@ class Loader:
     def build(
         self, script: str, values: Mapping[str, Any], problems: Sequence[str] = (), refused: Iterable[str] = ()
     ) -> dict[type, Any]:
-        """The sections of a script. Raises UserError with the given problems and those that the sections without refused values find."""
+        """The sections of a script.
+
+        Raises UserError with the given problems and those that the sections report; sections with a refused value are
+        not built.
+        """
         sections, found = {}, list(problems)
         for cls in self.scripts[script]:
             fields = {name: value for name, value in values.items() if self.options[name].section is cls}
             if fields.keys().isdisjoint(refused):
                 try:
                     sections[cls] = cls(**fields)
-                except ValueError as error:  # a section that is used without this loader too checks itself
+                except ValueError as error:  # GPTConfig raises, because it is also built without this loader
                     found += str(error).split("; ")
                 else:
                     found += sections[cls].problems() if hasattr(cls, "problems") else []
@@ -275,13 +293,16 @@ class Loader:
         return sections
 
     def _flag(self, script: str, arg: str, rest: list[str], problems: list[str]) -> list[Setting]:
+        """The setting of one flag; appends to `problems` if it is wrong. `rest`: the arguments after it."""
         name, equals, text = arg.removeprefix("--").partition("=")
         own = self.own(script)
         is_switch = name in own and bool in own[name].kinds and arg.startswith("--")
-        if is_switch and not equals and not (rest and rest[0].lower() in ("true", "false")):  # alone it means true
+        if (
+            is_switch and not equals and not (rest and rest[0].lower() in ("true", "false"))
+        ):  # a switch alone means true
             return [Setting(show(arg), name, "true")]
         if not equals and rest and not rest[0].startswith("-") and not self._find(rest[0]):
-            text = rest.pop(0)  # written as `--name value`
+            text = rest.pop(0)  # `--name value`: refused below, with the form to write
         if name in own and equals:
             return [Setting(show(arg), name, text)]
         if name in own:
@@ -299,6 +320,7 @@ class Loader:
         return next((base / arg for base in (Path(), self.root) if os.path.isfile(base / arg)), None)
 
     def _preset(self, script: str, arg: str, problems: list[str], notes: list[str]) -> list[Setting]:
+        """The settings of a preset or saved config; appends to `problems` if there is none of that name."""
         path, own = self._find(arg), self.own(script)
         if path and path.suffix == ".json":
             return read_saved(path, arg, problems, notes)
@@ -308,17 +330,17 @@ class Loader:
             why = f"write --{show(arg)}"
         elif os.path.exists(arg):
             flags = ("resume", "run") if os.path.exists(os.path.join(arg, "config.json")) else ("data", "input")
-            why = "is no preset" + next((f"; write --{flag}={show(arg)}" for flag in flags if flag in own), "")
+            why = "not a preset" + next((f"; write --{flag}={show(arg)}" for flag in flags if flag in own), "")
         else:
             names = self.presets()
             why = "no such preset" + (did_you_mean(Path(arg).stem, names) or f"; there are {', '.join(names)}")
         problems.append(f"{show(arg)}: {why}")
         return []
 
-    # ---- help
+    # ---- --help
 
     def help(self, script: str, values: Mapping[str, Any], presets: Sequence[str] = ()) -> str:
-        """How to use the script, the presets, and every option with its value and meaning."""
+        """The text of --help: usage, presets, and every option with its value and meaning."""
         own = self.own(script)
         left = min(max(len(f"--{name}={option.usage()}") for name, option in own.items()), 28)
         middle = min(max(len(show(value)) for value in values.values()), 13)
@@ -338,7 +360,7 @@ class Loader:
 
 
 def _columns(cells: Sequence[str], widths: Sequence[int], text: str) -> Iterator[str]:
-    """Cells of these widths, then the wrapped text; a cell that is too wide moves what follows it to the next line."""
+    """Lines with cells of these widths, then the wrapped text. After a cell that is too wide a new line begins."""
     line, start = "  ", 2
     for cell, width in zip(cells, widths, strict=True):
         line, start = line.ljust(start) + cell, start + width + 2
@@ -355,7 +377,7 @@ def _first_line(preset: Path) -> str:
     try:
         return (ast.get_docstring(ast.parse(preset.read_bytes())) or "").partition("\n")[0]
     except (SyntaxError, ValueError):
-        return "(not readable)"
+        return "(unreadable)"
 
 
 def _command(script: str) -> str:

@@ -19,6 +19,6 @@ warmup_steps = 100
 beta2 = 0.99
 
 eval_interval = 250
-eval_tokens = 20 * 768  # as many as nanoGPT draws; the whole val split at the end
+eval_tokens = 20 * 768  # as many as nanoGPT samples; the whole val split at the end
 log_interval = 50
 sample_tokens = 200

@@ -1,4 +1,4 @@
-"""The decoder of "Attention Is All You Need" without cross-attention, its base size and schedule, on Python's library."""
+"""The decoder of "Attention Is All You Need" without cross-attention: base size and schedule, on Python's library."""
 
 data = "python_stdlib"
 tokenizer = "bpe"

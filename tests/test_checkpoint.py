@@ -1,4 +1,4 @@
-"""checkpoint.py and files.py: atomic under kills and full disks, every damage found and named, nothing foreign trusted."""
+"""checkpoint.py and files.py: atomic under kills and full disks, all damage detected, foreign files validated."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ EVERY_FILE = [*sorted(FILES), "manifest.json"]
 
 
 def save(run: Path, step: int, value: float | None = None, **state: object) -> Path:
-    """A small checkpoint all of whose contents say `value` (by default the step)."""
+    """A small checkpoint whose parts all hold `value` (by default the step)."""
     value = step if value is None else value
     return save_checkpoint(
         run,
@@ -50,7 +50,7 @@ def save(run: Path, step: int, value: float | None = None, **state: object) -> P
 
 
 def value_of(opened: Checkpoint) -> float:
-    """The value that save() was given, after a proof that all parts agree on it."""
+    """The value given to save(), after a check that all parts agree on it."""
     tensors = [*opened.model_tensors().values(), *opened.optimizer_tensors().values()]
     values = {
         opened.state["value"],
@@ -95,7 +95,7 @@ def test_random_tensors_come_back_bit_for_bit(tmp_path, shapes, seed):
             assert loaded[name].flatten().view(torch.uint8).equal(tensor.flatten().view(torch.uint8)), name
 
 
-def test_transposed_views_and_slices_are_saved_as_they_look(tmp_path):
+def test_views_are_saved_with_their_own_values(tmp_path):
     whole = torch.arange(24.0).view(6, 4)
     model = {"rows": whole[:3], "transposed": whole.T, "parameter": torch.nn.Parameter(torch.ones(2))}
     path = save_checkpoint(
@@ -107,7 +107,7 @@ def test_transposed_views_and_slices_are_saved_as_they_look(tmp_path):
     )
     loaded = open_checkpoint(path).model_tensors()
     assert loaded["rows"].equal(whole[:3])
-    loaded["rows"].zero_()  # memory of its own: the file does not change
+    loaded["rows"].zero_()  # not memory-mapped: the file does not change
     assert open_checkpoint(path).model_tensors()["rows"].equal(whole[:3])
 
 
@@ -122,7 +122,7 @@ def test_equal_states_give_equal_files(tmp_path):
     )
 
 
-def test_nan_in_the_state_is_a_bug_found_before_anything_is_written(tmp_path):
+def test_nan_in_the_state_raises_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         save(tmp_path, 1, val_loss=float("nan"))
     assert not (tmp_path / "checkpoints").exists()
@@ -131,13 +131,12 @@ def test_nan_in_the_state_is_a_bug_found_before_anything_is_written(tmp_path):
 # ---- Finding and pruning ---------------------------------------------------------------------------------------------
 
 
-def test_which_checkpoint_is_latest_best_or_named(tmp_path):
+def test_find_latest_best_and_named_checkpoints(tmp_path):
     for step, val_loss in ((10, 3.0), (20, 2.0), (30, 2.0), (40, 2.5), (100_000_000, None)):
         save(tmp_path, step, **({} if val_loss is None else {"val_loss": val_loss}))
     for path in list_checkpoints(tmp_path):
-        os.utime(
-            path, (2e9 - open_checkpoint(path).step, 2e9 - open_checkpoint(path).step)
-        )  # clocks that run backwards
+        time = 2e9 - open_checkpoint(path).step  # file times in the wrong order
+        os.utime(path, (time, time))
     assert [path.name for path in list_checkpoints(tmp_path)][-2:] == ["step-00000040", "step-100000000"]
     assert find_checkpoint(tmp_path, "latest").name == "step-100000000"
     assert find_checkpoint(tmp_path, "best").name == "step-00000020"
@@ -151,7 +150,7 @@ def test_which_checkpoint_is_latest_best_or_named(tmp_path):
             find_checkpoint(tmp_path, wrong)
 
 
-def test_best_falls_to_latest_where_no_state_has_a_loss_and_passes_over_damage(tmp_path, capsys):
+def test_best_is_latest_without_losses_and_skips_damaged_checkpoints(tmp_path, capsys):
     save(tmp_path, 1)
     save(tmp_path, 2)
     assert find_checkpoint(tmp_path, "best").name == "step-00000002"
@@ -161,7 +160,7 @@ def test_best_falls_to_latest_where_no_state_has_a_loss_and_passes_over_damage(t
     assert "not considered as the best" in capsys.readouterr().err
 
 
-def test_prune_keeps_the_newest_two_and_the_best_and_nobody_elses_files(tmp_path):
+def test_prune_keeps_the_newest_two_the_best_and_foreign_files(tmp_path):
     for step, val_loss in ((1, 5.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)):
         save(tmp_path, step, val_loss=val_loss)
     home = tmp_path / "checkpoints"
@@ -180,7 +179,7 @@ def test_prune_keeps_the_newest_two_and_the_best_and_nobody_elses_files(tmp_path
     assert [path.name for path in list_checkpoints(tmp_path)] == ours
 
 
-def test_prune_keeps_what_may_be_the_best_when_it_cannot_be_read(tmp_path, capsys):
+def test_prune_keeps_unreadable_checkpoints(tmp_path, capsys):
     for step in (1, 2, 3, 4):
         save(tmp_path, step, val_loss=float(step))
     (tmp_path / "checkpoints/step-00000001/state.json").rename(tmp_path / "kept")
@@ -197,7 +196,7 @@ def test_missing_and_empty_run_directories_name_the_command(tmp_path):
             find(tmp_path)
 
 
-def test_a_model_folder_is_reached_from_run_checkpoint_and_itself(tmp_path, monkeypatch):
+def test_resolve_model_folder_takes_a_run_a_checkpoint_and_a_model_folder(tmp_path, monkeypatch):
     save(tmp_path, 1, val_loss=1.0)
     path = save(tmp_path, 2, val_loss=2.0)
     assert resolve_model_folder(tmp_path).parent.name == "step-00000001"
@@ -211,7 +210,7 @@ def test_a_model_folder_is_reached_from_run_checkpoint_and_itself(tmp_path, monk
     folder = open_model_folder(resolve_model_folder(copy))
     assert (folder.config["value"], folder.tokenizer["value"], folder.model_tensors()["scale"]) == (2, 2, 2)
     flip(path / "model/config.json", -4)
-    monkeypatch.chdir(path / "model")  # inside a checkpoint the crc32 counts, however the folder is named
+    monkeypatch.chdir(path / "model")  # inside a checkpoint the crc32 is checked, however the path is written
     for name in (path / "model", Path()):
         with pytest.raises(DamagedFile, match=r"config\.json: damaged: its crc32 is"):
             open_model_folder(name)
@@ -227,7 +226,7 @@ def flip(path: Path, position: int, bit: int = 1) -> None:
 
 
 def assert_skipped(run: Path, damaged: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The newest checkpoint is refused by name, and resuming falls back to the one before, aloud."""
+    """The newest checkpoint is refused with the file named; open_latest skips it with a warning."""
     with pytest.raises(DamagedFile, match=r"--checkpoint=step-N") as caught:
         open_checkpoint(find_checkpoint(run, "latest"))
     assert damaged in str(caught.value)
@@ -237,7 +236,7 @@ def assert_skipped(run: Path, damaged: str, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("name", EVERY_FILE)
 @pytest.mark.parametrize("cut", ["0", "7", "8", "mid header", "mid data", "-1", "missing", "longer", "folder", "link"])
-def test_cut_missing_and_foreign_files_are_named(tmp_path, capsys, name, cut):
+def test_truncated_missing_and_foreign_files_are_named(tmp_path, capsys, name, cut):
     save(tmp_path, 10)
     file = save(tmp_path, 20) / name
     size = file.stat().st_size
@@ -287,7 +286,7 @@ def test_other_files_in_a_checkpoint_are_ignored(tmp_path):
     assert value_of(open_checkpoint(path)) == 1
 
 
-def test_resume_leaves_the_damaged_future_behind(tmp_path, capsys):
+def test_later_damaged_checkpoints_are_removed_after_the_next_save(tmp_path, capsys):
     save(tmp_path, 10)
     flip(save(tmp_path, 20) / "state.json", 3)
     assert open_latest(tmp_path).step == 10
@@ -311,7 +310,7 @@ def forge_manifest(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     "name", ["../../outside", "/etc/passwd", "model/\0", "model/../state.json", "x" * 300, "\x1b[31mred"]
 )
-def test_a_manifest_names_no_other_files(tmp_path, name):
+def test_a_manifest_with_other_files_is_refused(tmp_path, name):
     path = save(tmp_path, 1)
     entry = {"bytes": 1, "crc32": 1}
     files = read_json(path / "manifest.json")["files"]
@@ -327,7 +326,7 @@ def test_a_manifest_names_no_other_files(tmp_path, name):
         assert str(caught.value).isprintable()
 
 
-def test_entries_that_are_no_numbers_and_odd_json_are_damage(tmp_path):
+def test_malformed_manifests_are_damage(tmp_path):
     path = save(tmp_path, 1)
     files = read_json(path / "manifest.json")["files"]
     for entry in (None, [], "x", {"bytes": "1", "crc32": None}, {}, {**files["state.json"], "more": 1}):
@@ -352,7 +351,7 @@ def test_entries_that_are_no_numbers_and_odd_json_are_damage(tmp_path):
             open_checkpoint(path)
 
 
-def test_another_format_version_is_no_damage_and_is_never_passed_over(tmp_path):
+def test_another_format_version_is_an_error_and_not_skipped_as_damage(tmp_path):
     save(tmp_path, 1)
     forge_manifest(save(tmp_path, 2), version=2)
     with pytest.raises(UserError, match="format version 2 found, 1 expected") as caught:
@@ -387,7 +386,8 @@ HOSTILE = {
     "not utf-8": safetensors_file(b'{"\xff": 1}'),
     "deep": safetensors_file(b"[" * 100_000),
     "list": safetensors_file([]),
-    "pickle": b"\x80\x04\x95\x1f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94.",
+    "pickle": b"\x80\x04\x95\x1f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94"
+    b"\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94.",
 }
 
 
@@ -404,7 +404,7 @@ def test_hostile_weights_are_refused(tmp_path, attack):
 @needs_fork
 def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(DamagedFile, match="an ordinary file is expected"):
+    with pytest.raises(DamagedFile, match="expected a regular file"):
         read_json(tmp_path / "config.json")
 
 
@@ -412,7 +412,7 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
 
 
 def run_child(action) -> int:
-    """Runs `action` in a forked process; its exit code."""
+    """Runs `action` in a forked process and returns its exit code."""
     child = os.fork()
     if child == 0:
         try:
@@ -425,7 +425,7 @@ def run_child(action) -> int:
 
 
 def fail_at(point: int, fault) -> None:
-    """From here on the point-th system call that touches the disk is replaced by `fault`; a write gets half-way first."""
+    """Replaces the point-th system call on the disk from now on by `fault`; a write gets half-way first."""
     left = point
 
     def count(half=lambda: None) -> None:
@@ -448,13 +448,13 @@ def fail_at(point: int, fault) -> None:
         count(lambda: path.write_bytes(data[: len(data) // 2]))
         real_write(path, data)
 
-    os.fsync, checkpoint.write_file = fsync, write_file  # for good: this is a forked process
+    os.fsync, checkpoint.write_file = fsync, write_file  # never undone: this is a forked process
     sys.addaudithook(audit)
 
 
 @pytest.fixture
 def no_fsync(monkeypatch):
-    """A killed process loses nothing that the system has; waiting for the disk would be most of the test's time."""
+    """fsync matters after a power cut, not after a kill, and would take most of the test's time."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -463,7 +463,7 @@ def full_disk() -> None:
 
 
 def base_run(folder: Path) -> None:
-    """Checkpoints 10, 20, 30 of which 10 is the best, and what an earlier kill left."""
+    """Checkpoints 10 (the best), 20 and 30, and the leftovers of an earlier kill."""
     for step, val_loss in ((10, 1.0), (20, 2.0), (30, 3.0)):
         save(folder, step, val_loss=val_loss)
     shutil.copytree(folder / "checkpoints/step-00000010", folder / "checkpoints/step-00000040.writing")
@@ -471,7 +471,7 @@ def base_run(folder: Path) -> None:
 
 
 def check_consistent(run: Path, step: int, at_least: float) -> float:
-    """All complete checkpoints are good, the best is still there, the newest is the old or the new one; its value."""
+    """Asserts that all complete checkpoints are intact and the best exists. Returns the value of the newest one."""
     for path in list_checkpoints(run):
         value_of(open_checkpoint(path))
     assert find_checkpoint(run, "best").name == "step-00000010"
@@ -499,13 +499,13 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_state(tmp_path, no_fsync
         if code == 0:
             break
         assert code == 9
-        save(run, step, 77)  # the run goes on
+        save(run, step, 77)  # the run continues
         prune_checkpoints(run)
         assert check_consistent(run, step, 77) == 77
         assert steps(run) == [f"step-000000{n}" for n in ((10, 30, 40) if step == 40 else (10, 20, 30))]
         shutil.rmtree(run)
     assert point >= 60, "kill points"
-    assert seen == sorted(seen), "the new state, once reached, stays"
+    assert seen == sorted(seen), "the new state must persist once reached"
     assert {seen[0], seen[-1]} == {30, 77}
 
 
@@ -514,9 +514,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_state(tmp_path, no_fsync
 def test_an_error_at_any_moment_is_a_save_failed_or_a_warning(tmp_path, no_fsync, step):
     base_run(tmp_path / "base")
     failures = 0
-    for point in range(
-        step // 10 % 2, 1000, 2
-    ):  # every other call, the other half in the other case: forking takes time
+    for point in range(step // 10 % 2, 1000, 2):  # every second call, the others with the other step: forking is slow
         run = shutil.copytree(tmp_path / "base", tmp_path / f"run{point}")
 
         def save_and_prune(point=point, run=run) -> int:
@@ -530,7 +528,7 @@ def test_an_error_at_any_moment_is_a_save_failed_or_a_warning(tmp_path, no_fsync
             try:
                 save(run, step, 77)
             except SaveFailed as error:
-                return 3 if "are untouched" in str(error) else 5
+                return 3 if "are unchanged" in str(error) else 5
             prune_checkpoints(run)
             return 0 if raised else 4
 
@@ -567,7 +565,7 @@ def test_a_file_size_limit_is_a_save_failed_that_can_be_retried(tmp_path):
     assert value_of(open_latest(tmp_path)) == 20
 
 
-def test_a_disk_with_too_little_room_is_said_beforehand(tmp_path, monkeypatch):
+def test_too_little_disk_space_raises_before_writing(tmp_path, monkeypatch):
     save(tmp_path, 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 500_000, 500_000))
     with pytest.raises(
@@ -577,14 +575,14 @@ def test_a_disk_with_too_little_room_is_said_beforehand(tmp_path, monkeypatch):
     assert steps(tmp_path) == ["step-00000010"]
 
 
-def test_a_checkpoint_that_reads_back_wrong_is_taken_back(tmp_path, monkeypatch):
+def test_a_checkpoint_that_fails_verification_is_removed(tmp_path, monkeypatch):
     save(tmp_path, 10, 1.0)
     real = checkpoint.write_file
 
-    def rotten(path: Path, data: bytes) -> None:
+    def write_damaged(path: Path, data: bytes) -> None:
         real(path, data[:-1] + b"?" if path.name == "optimizer.safetensors" else data)
 
-    monkeypatch.setattr(checkpoint, "write_file", rotten)
+    monkeypatch.setattr(checkpoint, "write_file", write_damaged)
     for step in (10, 20):
         with pytest.raises(SaveFailed, match=r"optimizer\.safetensors"):
             save(tmp_path, step, 2.0)
@@ -593,7 +591,7 @@ def test_a_checkpoint_that_reads_back_wrong_is_taken_back(tmp_path, monkeypatch)
 
 
 @needs_fork
-def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
     synced, complete = set(), []
     real_fsync, real_rename = os.fsync, os.rename
 

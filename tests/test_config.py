@@ -1,4 +1,4 @@
-"""config/: declarations, values, presets, flags, messages, help, and what the real composition promises."""
+"""config/: declarations, values, presets, flags, error messages, --help, saved configs, and the real sections."""
 
 import copy
 import json
@@ -139,7 +139,7 @@ def test_declarations_are_read_from_the_source() -> None:
 
 def test_incomplete_declarations_are_refused() -> None:
     @dataclass
-    class NoMeaning:
+    class NoHelp:
         size: int = 1
 
     @dataclass
@@ -163,7 +163,7 @@ def test_incomplete_declarations_are_refused() -> None:
         """Size."""
 
     for section, message in [
-        (NoMeaning, "no line"),
+        (NoHelp, "no help text"),
         (NoDefault, "no default"),
         (NoType, "no type"),
         (NoRange, "no range"),
@@ -201,7 +201,7 @@ def test_names_are_unique_over_all_sections() -> None:
         ("micro_batch", "64", 64),
         ("n_kv_head", "None", None),
         ("run", "NONE", None),
-        ("data", "none", "none"),  # may not be absent, so this is text
+        ("data", "none", "none"),  # None is not allowed, so this is text
         ("data", "a=b=c d", "a=b=c d"),
         ("data", "", ""),
         ("data", "1e3", "1e3"),
@@ -240,7 +240,7 @@ def test_text_becomes_a_value_of_the_declared_type(loader: Loader, name: str, te
         ("--norm=RMSnorm", "layernorm or rmsnorm; did you mean rmsnorm?"),
     ],
 )
-def test_a_wrong_value_says_what_was_expected(loader: Loader, flag: str, expected: str) -> None:
+def test_a_wrong_value_is_answered_with_what_was_expected(loader: Loader, flag: str, expected: str) -> None:
     assert problems(loader, flag) == [f"{flag}: expected {expected}"]
 
 
@@ -287,7 +287,7 @@ def test_numbers_survive_being_written_and_read(integer: int, number: float) -> 
 # ---- flags
 
 
-def test_later_wins_and_sections_are_handed_out(loader: Loader) -> None:
+def test_the_last_value_wins_and_sections_are_built(loader: Loader) -> None:
     write_preset("small", "n_layer = 2\nn_embd = 32\ntop_k = 5\n")
     write_preset("tall", "n_layer = 9\n")
     options = load(loader, "--n_layer=1", "small", "--n_embd=16", "--n_embd=8", "tall")
@@ -308,7 +308,7 @@ def test_a_switch_alone_means_true(loader: Loader) -> None:
     assert problems(loader, "--overwrite", "false") == ["--overwrite: write --overwrite=false"]
 
 
-def test_texts_of_one_flag_add_up_and_those_of_a_preset_are_replaced(loader: Loader) -> None:
+def test_repeated_flags_add_up_and_replace_a_preset_s_value(loader: Loader) -> None:
     def stop(*argv: str) -> tuple[str, ...]:
         return loader.load("sample.py", argv).section(Sampling).stop
 
@@ -346,8 +346,8 @@ def test_the_default_preset_is_taken_when_none_is_given(loader: Loader) -> None:
         (["--max_steps", "5"], "--max_steps: write --max_steps=5"),
         (["--max_steps", "small"], "--max_steps: write --max_steps=INT"),
         (["max_steps=5"], "max_steps=5: write --max_steps=5"),
-        (["novel.txt"], "novel.txt: is no preset; write --data=novel.txt"),
-        (["runs/one"], "runs/one: is no preset; write --resume=runs/one"),
+        (["novel.txt"], "novel.txt: not a preset; write --data=novel.txt"),
+        (["runs/one"], "runs/one: not a preset; write --resume=runs/one"),
         (["smal"], "smal: no such preset; did you mean small?"),
         (["config/smal.py"], "config/smal.py: no such preset; did you mean small?"),
         (["x" * 5000], "x" * 57 + "...: no such preset; there are small, wide"),
@@ -355,7 +355,7 @@ def test_the_default_preset_is_taken_when_none_is_given(loader: Loader) -> None:
         (["--n_head=3"], "n_embd=64 is not divisible by n_head=3"),
     ],
 )
-def test_a_wrong_argument_says_what_to_write(loader: Loader, argv: list[str], message: str) -> None:
+def test_a_wrong_argument_is_answered_with_what_to_write(loader: Loader, argv: list[str], message: str) -> None:
     write_preset("small", "n_layer = 2\n")
     write_preset("wide", "n_embd = 128\n")
     Path("novel.txt").write_text("Once")
@@ -374,13 +374,13 @@ def test_all_problems_are_reported_at_once(loader: Loader) -> None:
         "--max_steps=x: expected a whole number >= 0",
         "--colour=red: no such option",
     ]
-    # Rules between options are checked besides, unless a value that they need was refused or a preset could not be read.
+    # A section's own rules are checked too, unless one of its values was refused or a preset could not be read.
     assert len(problems(loader, "--max_steps=x", "--n_head=3")) == 2
     assert len(problems(loader, "--n_layer=x", "--n_head=3")) == 1
     assert len(problems(loader, "nothing", "--n_head=3")) == 1
 
 
-def test_a_section_that_checks_itself_is_heard(tmp_path: Path) -> None:
+def test_errors_of_a_section_s_constructor_are_reported(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Strict:
         size: int = 1
@@ -400,7 +400,8 @@ def test_a_section_that_checks_itself_is_heard(tmp_path: Path) -> None:
 def test_a_preset_is_read_never_executed(loader: Loader) -> None:
     write_preset(
         "p",
-        '"""Doc."""\n# comment\nn_layer = 2 ** 3 - -1 * 2\nlearning_rate = 6e-4 / 2\nn_embd = 7 // 2 * 10 % 64  # here\nrun = None\n',
+        '"""Doc."""\n# comment\nn_layer = 2 ** 3 - -1 * 2\nlearning_rate = 6e-4 / 2\n'
+        "n_embd = 7 // 2 * 10 % 64  # here\nrun = None\n",
     )
     options = load(loader, "p", "--n_head=1")
     assert options.section(Model) == Model(n_layer=10, n_embd=30, n_head=1)
@@ -438,7 +439,7 @@ def test_a_preset_is_read_never_executed(loader: Loader) -> None:
         ("n_layr = 2", "n_layr = 2: no such option; did you mean n_layer?"),
     ],
 )
-def test_whatever_else_a_preset_holds_is_an_error_with_its_line(loader: Loader, line: str, message: str) -> None:
+def test_anything_else_in_a_preset_is_an_error_with_its_line(loader: Loader, line: str, message: str) -> None:
     write_preset("p", f"# a comment\n{line}\n")
     assert problems(loader, "p") == [f"config/p.py:2: {message}"]
     Path("elsewhere.py").write_text(f"# a comment\n{line}\n")
@@ -448,7 +449,7 @@ def test_whatever_else_a_preset_holds_is_an_error_with_its_line(loader: Loader, 
 @pytest.mark.parametrize(
     "content", [b"n_layer = \xff", b"n_layer = 2\0", b"n_layer = " + b"(" * 5000, b"n_layer = " + b"-" * 20_000 + b"1"]
 )
-def test_a_broken_preset_file_is_one_line(loader: Loader, content: bytes) -> None:
+def test_an_unreadable_preset_is_one_line_of_error(loader: Loader, content: bytes) -> None:
     Path("config/p.py").write_bytes(content)
     (line,) = problems(loader, "p")
     assert line.startswith("config/p.py")
@@ -487,14 +488,14 @@ def test_each_script_takes_its_own_part_of_a_preset(loader: Loader) -> None:
 # ---- a run's config.json
 
 
-def test_a_saved_config_is_a_preset_without_what_belonged_to_the_run(loader: Loader) -> None:
+def test_a_saved_config_is_a_preset_without_the_options_of_that_run(loader: Loader) -> None:
     options = load(loader, "--n_layer=2", "--run=runs/one", "--max_steps=70", "--compile=true")
-    saved = dump(options, {"compile": "CUDA is there"})
+    saved = dump(options, {"compile": "CUDA is available"})
     assert saved == {
         "format": "sprout-config",
         "version": 1,
         "options": options.flat(),
-        "auto": {"compile": "CUDA is there"},
+        "auto": {"compile": "CUDA is available"},
     }
     Path("runs/one").mkdir(parents=True)
     Path("runs/one/config.json").write_text(json.dumps(saved))
@@ -502,7 +503,8 @@ def test_a_saved_config_is_a_preset_without_what_belonged_to_the_run(loader: Loa
     assert again.section(Model) == options.section(Model)
     assert again.section(Train) == Train(max_steps=70)
     assert again.notes == [
-        "runs/one/config.json: not taken over, because they belong to that run or were chosen automatically: run, compile"
+        "runs/one/config.json: not taken over, because they belong to that run or were chosen automatically: "
+        "run, compile"
     ]
     assert again.presets == ["one"]
     assert again.origin["max_steps"] == "preset one"
@@ -512,8 +514,8 @@ def test_a_saved_config_is_a_preset_without_what_belonged_to_the_run(loader: Loa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not readable as JSON: Expecting property name"),
-        ("[" * 100_000, "not readable as JSON: "),
+        ("{", "not valid JSON: Expecting property name"),
+        ("[" * 100_000, "not valid JSON: "),
         ("[1]", 'not the config.json of a run: expected an object with "format": "sprout-config" and "version": 1'),
         ('{"n_layer": 2}', "not the config.json of a run"),
         ('{"format": "sprout-config", "version": 2, "options": {}, "auto": {}}', "not the config.json of a run"),
@@ -539,7 +541,7 @@ def test_a_saved_config_is_a_preset_without_what_belonged_to_the_run(loader: Loa
         ),
     ],
 )
-def test_a_wrong_saved_config_is_one_line(loader: Loader, content: str, message: str) -> None:
+def test_an_invalid_saved_config_is_one_line_of_error(loader: Loader, content: str, message: str) -> None:
     Path("saved.json").write_text(content)
     (line,) = problems(loader, "saved.json")
     assert line.startswith(f"saved.json: {message}")
@@ -619,12 +621,12 @@ def test_flags_of_another_script_are_named() -> None:
         config.load("train.py", ["--n_head=3", "--n_embd=10"])
 
 
-def test_what_a_resumed_run_may_not_change() -> None:
+def test_fixed_names() -> None:
     assert {"n_layer", "seed"} <= config.fixed_names()
     assert not {"max_steps", "run", "device", "dropout"} & config.fixed_names()
 
 
-def test_a_stored_section_comes_back_and_a_hostile_one_is_refused():
+def test_a_stored_section_round_trips_and_an_invalid_one_is_refused():
     written = GPTConfig(n_layer=2, mlp="swiglu", vocab_size=40, eos_id=39)
     stored = written.to_dict()
     assert section_from(GPTConfig, stored) == written

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, rustbpe's ids equal tiktoken's, EOS never encoded, files from anyone are checked."""
+"""Tokenizers: round trips, rustbpe's ids equal tiktoken's, EOS is never encoded, foreign files are validated."""
 
 import copy
 import json
@@ -65,14 +65,14 @@ def test_rustbpe_and_tiktoken_give_identical_ids(pattern):
 
 def test_patterns_are_the_published_ones(monkeypatch):
     monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: {})
-    makers = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS
+    constructors = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS
     for name, pattern in {
         "r50k_base": "gpt2",
         "p50k_base": "gpt2",
         "cl100k_base": "gpt4",
         "o200k_base": "gpt4o",
     }.items():
-        assert makers[name]()["pat_str"] == PATTERNS[pattern], f"tiktoken changed the pattern of {name}"
+        assert constructors[name]()["pat_str"] == PATTERNS[pattern], f"tiktoken changed the pattern of {name}"
 
 
 @given(TEXTS)
@@ -97,7 +97,7 @@ def test_round_trip(text):
     )
 )
 @settings(max_examples=300, deadline=None)
-def test_ids_of_pieces_are_those_of_the_whole(words):
+def test_cutting_a_text_does_not_change_its_ids(words):
     text = "".join(words)
     for tokenizer in (SMALL, SMALL_GPT2):
         whole = tokenizer._encode_piece(text)
@@ -110,7 +110,7 @@ def test_ids_of_pieces_are_those_of_the_whole(words):
 
 
 def test_two_million_characters_without_a_break():
-    for text in (" " * 2_000_000, "A" * 2_000_000, "\n\t" * 1_000_000):  # tiktoken alone gives up on the first
+    for text in (" " * 2_000_000, "A" * 2_000_000, "\n\t" * 1_000_000):  # tiktoken alone fails on the first
         assert SMALL.decode(SMALL.encode(text)) == text
 
 
@@ -127,14 +127,14 @@ def test_a_small_corpus_gives_a_small_vocabulary():
         train_bpe(["abab"], 256, "gpt4o")
 
 
-def test_batches_are_the_texts_one_by_one(bpe):
+def test_encode_batch_equals_encode(bpe):
     texts = HARD * 5 + [""]
     for threads in (1, 3, None):
         for ids, text in zip(bpe.encode_batch(texts, threads), texts, strict=True):
             assert np.array_equal(ids, bpe.encode(text))
 
 
-def test_char_ids_are_nanogpts():
+def test_char_ids_equal_nanogpts():
     tokenizer = char_tokenizer("hello\nworld")
     assert tokenizer.encode("\ndeh").tolist() == [0, 1, 2, 3]
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (9, 8)
@@ -149,7 +149,7 @@ def test_half_a_surrogate_pair_is_refused():
 
 
 @pytest.mark.parametrize("tokenizer", [SMALL, bytes_tokenizer(), char_tokenizer("字a b")], ids=lambda t: t.name)
-def test_json_carries_the_whole_tokenizer(tokenizer, tmp_path):
+def test_to_dict_round_trips_through_json(tokenizer, tmp_path):
     path = tmp_path / "sprout_tokenizer.json"
     path.write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
     again = load_tokenizer(path)
@@ -164,7 +164,7 @@ def change(**values):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (change(format="other"), "sprout-tokenizer"),
         (change(version=2), "expected version 1"),
@@ -172,14 +172,14 @@ def change(**values):
         (change(pattern="(a+)+$"), "unknown split pattern"),
         (change(eos_id="599"), "expected an integer"),
         (change(eos_id=True), "expected an integer"),
-        (change(eos_id=10**9), "no free id"),
-        (change(eos_id=5), "no free id"),
-        (change(tokens="AA=="), "no list of text"),
-        (lambda content: content["tokens"].__setitem__(300, 7), "no list of text"),
+        (change(eos_id=10**9), "ids without text"),
+        (change(eos_id=5), "ids without text"),
+        (change(tokens="AA=="), "not a list of text"),
+        (lambda content: content["tokens"].__setitem__(300, 7), "not a list of text"),
         (lambda content: content["tokens"].__setitem__(300, "***"), "not base64"),
         (lambda content: content["tokens"].__setitem__(300, "é"), "not base64"),
-        (lambda content: content["tokens"].__setitem__(300, ""), "empty or stands twice"),
-        (lambda content: content["tokens"].__setitem__(300, content["tokens"][301]), "stands twice"),
+        (lambda content: content["tokens"].__setitem__(300, ""), "empty or duplicate"),
+        (lambda content: content["tokens"].__setitem__(300, content["tokens"][301]), "duplicate"),
         (lambda content: content["tokens"].__setitem__(300, None), "not contiguous"),
         (lambda content: content["tokens"].append("YWJjZA=="), "not contiguous"),
         (lambda content: content["tokens"].__setitem__(65, "enp6eg=="), "single bytes"),
@@ -189,27 +189,27 @@ def change(**values):
         (change(name="char", chars=["a"], eos_id=1), "expected text"),
     ],
 )
-def test_a_hostile_tokenizer_is_refused(damage, said):
+def test_an_invalid_tokenizer_is_refused(damage, message):
     content = copy.deepcopy(SMALL.to_dict())
     damage(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         tokenizer_from_dict(content)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"a": ', "[" * 100_000])
-def test_a_file_that_is_no_tokenizer_is_named(text, tmp_path):
+def test_a_file_without_a_tokenizer_is_named_in_the_error(text, tmp_path):
     path = tmp_path / "t.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"t\.json"):
         load_tokenizer(path)
 
 
-def test_an_unknown_name_is_met_with_the_nearest():
+def test_an_unknown_name_gets_a_suggestion():
     with pytest.raises(UserError, match=r"--tokenizer=o200k_bsae.*did you mean o200k_base"):
         named_tokenizer("o200k_bsae")
 
 
-def test_a_published_encoding_that_cannot_be_had(monkeypatch, tmp_path):
+def test_a_published_encoding_that_cannot_be_downloaded_names_its_files(monkeypatch, tmp_path):
     def refuse(*args):
         raise OSError("no network")
 
@@ -217,7 +217,7 @@ def test_a_published_encoding_that_cannot_be_had(monkeypatch, tmp_path):
     monkeypatch.setattr(tokenizers, "download", refuse)
     with pytest.raises(UserError) as caught:
         published_tokenizer("gpt2")
-    for said in (
+    for part in (
         "vocab.bpe",
         "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
         "encoder.json",
@@ -225,7 +225,7 @@ def test_a_published_encoding_that_cannot_be_had(monkeypatch, tmp_path):
         "TIKTOKEN_CACHE_DIR",
         "bpe, bytes or char",
     ):
-        assert said in str(caught.value)
+        assert part in str(caught.value)
 
 
 def test_gpt2(monkeypatch):
@@ -248,6 +248,6 @@ def test_gpt2(monkeypatch):
         assert len(again.encode(text)) == 338_025  # nanoGPT's count
 
 
-def test_the_package_imports_lightly():
+def test_importing_prepare_data_imports_no_heavy_package():
     code = "import sys, prepare_data; sys.exit(any(name in sys.modules for name in ('tiktoken', 'numpy', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

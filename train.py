@@ -1,269 +1,183 @@
-"""Trains a GPT: options → data → model → loop → samples.
+"""Trains a GPT: options → hardware → data → model → optimizer → loop.
 
     python train.py                                        the quickstart preset on Python's standard library
     python train.py --data=my_novel.txt                    any file or folder of text
     python train.py config/shakespeare_char.py --max_steps=500 --learning_rate=1e-3
-    python train.py --resume=runs/quickstart-1             goes on exactly where the run stands
+    python train.py --resume=runs/quickstart-1             continues a run, bit for bit on a CPU
     python train.py --help                                 every option
 
-`main` is the order of events and `loop` the training; what an update, an evaluation and a save do is in training/run.py.
+`main` sets a run up, in this order; `loop` trains; `update` is one step: forward, backward, clipping, update.
 """
 
 from __future__ import annotations
 
-import shlex
+import math
 import sys
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 import config
-from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder
-from common.hardware import (
-    EAGER_FLOPS,
-    Hardware,
-    HardwareOptions,
-    choose_attention_path,
-    choose_compile,
-    choose_hardware,
-    require_determinism,
-    tune_allocator,
-)
+from common.hardware import Hardware, HardwareOptions, choose_hardware, tune_allocator
 from common.options import RunOptions
-from common.run_directory import RunLock, claim_run, refuse_used_run
-from common.tokenizer import PUBLISHED, tokenizer_from_dict
-from config.resume import resumed_options, with_model_options
-from errors import UserError, run_script
-from model import GPT, GPTConfig
+from config.start import RunConfig, read_start
+from errors import run_script
+from generation.text import sample_texts
+from model import GPTConfig
 from prepare_data import PrepareOptions
-from prepare_data.pipeline import describe, resolve_data
-from prepare_data.shards import Dataset, open_dataset
-from training.evaluation import evaluate
-from training.interrupt import STOPPED, StopRequest
-from training.metrics import say
-from training.micro_batch import choose_micro_batch
-from training.options import EvalOptions, TrainOptions
-from training.run import Training, refuse_unfit_data
+from training import setup
+from training.budget import Budget, make_budget
+from training.data import MicroBatch, TrainBatches
+from training.evaluation import Evaluation, evaluate
+from training.interrupt import StopRequest
+from training.logger import RunLogger, log_end
+from training.micro_batch import fit_micro_batch, reduce_micro_batch
+from training.optim import OptimizerOptions, learning_rate, make_optimizer
+from training.options import EvalOptions, LoggingOptions, TrainOptions
+from training.reference import Reference, read_curves
+from training.state import TrainState
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the run is complete, STOPPED when a signal ended it early. Raises UserError."""
-    argv = sys.argv[1:] if argv is None else argv
-    resuming = any(arg.startswith("--resume=") for arg in argv)  # such a run brings its own options
-    options = config.load("train.py", argv, default_preset=None if resuming else "quickstart")
     with ExitStack() as stack:
-        # ---- options: the command line's, or a run's own with flags laid over them
-        options, resumed, initial = read_start(options, stack)
-        eval_only, named_run = options.section(EvalOptions).eval_only, options.section(RunOptions).run
-        for note in options.notes:
+        # ---- options: presets and flags, or those of the run to resume
+        start = read_start(sys.argv[1:] if argv is None else argv, stack)
+        for note in start.options.notes:
             print(note)
-
-        # ---- hardware: the `auto` choices become part of the options
+        # ---- hardware: every `auto` is resolved
         tune_allocator()
-        hardware = choose_hardware(options.section(HardwareOptions))
-        options, auto = choose_the_rest(options, hardware, resumed)
-
-        # ---- data
-        dataset = open_data(options, resumed, initial)
-        refuse_unfit_data(dataset, options.section(GPTConfig).block_size, options.section(EvalOptions))
-
-        # ---- model
-        model = build_model(options, dataset, resumed or initial).to(hardware.device)
-        if eval_only:
-            rows = int(options.section(TrainOptions).micro_batch_size)
-            result = evaluate(model, dataset.val, dataset.tokenizer.token_bytes, autocast=hardware.autocast, rows=rows)
-            source = resumed or initial
-            assert result is not None
-            assert source is not None
-            print(f"{source.path}: {result.describe()}")
-            return 0
-
-        # ---- loop
-        if initial is not None:
-            print(f"weights and tokenizer from {initial.path}")
-        if resumed is not None:
-            run = Path(str(named_run))
-        else:
-            run = claim_run(named_run, options.presets[-1])
-            stack.enter_context(RunLock(run))
-        stop = stack.enter_context(StopRequest())
-        training = Training(run, options, auto, hardware, dataset, model, resumed, stop)
-        complete = loop(training, stop)
-
-        # ---- samples
-        go_on = f"python train.py --resume={shlex.quote(str(run))}"
-        complete = complete and training.finish()
-        training.close()
-        if training.saved_step != training.step:
-            kept = (
-                f"the last checkpoint is that of step {training.saved_step}"
-                if training.saved_step is not None
-                else "there is no checkpoint"
-            )
-            raise UserError(
-                f"the weights of step {training.step} are not saved ({kept}): make room on the disk, then {go_on}"
-            )
-        if complete:
-            say(f"\nnext: python sample.py --run={shlex.quote(str(run))} --num_samples=3")
-            say(f"      python sample.py --run={shlex.quote(str(run))} --serve   (a page to try prompts)")
-            say(
-                f"      python -m training.report {shlex.quote(str(run))}\n      {go_on} --max_steps={2 * training.step}"
-            )
-            return 0
-        say(f"stopped; everything up to step {training.step} is saved; go on with: {go_on}")
-        return STOPPED
-
-
-def loop(training: Training, stop: StopRequest) -> bool:
-    """Trains until max_steps, evaluating and saving on the way; False where a signal ended it, after saving."""
-    training.begin()
-    complete = False
-    while True:
-        if training.evaluation_is_due() and not training.evaluate_and_save():
-            break
-        if training.step >= training.plan.max_steps:
-            complete = True
-            break
-        training.update()
-        training.log_if_due()
-        if stop():
-            break
-        if training.out_of_time():
-            complete = training.evaluate_and_save()
-            break
-        if training.save_is_due():
-            training.save()
-    if training.saved_step != training.step:
-        training.save()
-    return complete
-
-
-def read_start(
-    options: config.Options, stack: ExitStack
-) -> tuple[config.Options, Checkpoint | None, ModelFolder | None]:
-    """Where a run starts from → its options, and the checkpoint of --resume (locked from here on) or the weights of --init_from."""
-    asked = options.section(TrainOptions)
-    if asked.resume is not None and asked.init_from is not None:
-        raise UserError("--resume goes on with a run, --init_from starts a new one: give one of them")
-    options = one_length(options)
-    if asked.resume is not None:
-        run = Path(asked.resume)
-        if not options.section(EvalOptions).eval_only and run.is_dir():
-            stack.enter_context(RunLock(run))
-        resumed = open_latest(run)
-        merged = resumed_options(options, resumed.state["options"])
-        if merged.section(TrainOptions).max_steps < resumed.step:
-            raise UserError(
-                f"--max_steps={merged.section(TrainOptions).max_steps}: {run} is already at step {resumed.step}; give a larger number"
-            )
-        return merged, resumed, None
-    refuse_used_run(options.section(RunOptions).run)
-    if asked.init_from is not None:
-        initial = open_model_folder(resolve_model_folder(Path(asked.init_from)))
-        return with_model_options(options, initial.config), None, initial
-    if options.section(EvalOptions).eval_only:
-        raise UserError("--eval_only=true needs weights to evaluate: add --resume=RUN or --init_from=RUN")
-    return options, None, None
-
-
-def one_length(options: config.Options) -> config.Options:
-    """--max_steps and --budget_minutes both say how long to train: a flag wins over a preset, two flags are an error."""
-    if options.section(TrainOptions).budget_minutes is None or options.origin["max_steps"] != "flag":
-        return options
-    if options.origin["budget_minutes"] == "flag":
-        raise UserError("--max_steps and --budget_minutes both say how long to train: give one of them")
-    return config.replace(options, budget_minutes=None)
-
-
-def choose_the_rest(
-    options: config.Options, hardware: Hardware, resumed: Checkpoint | None
-) -> tuple[config.Options, dict[str, str]]:
-    """The options with every `auto` replaced by what it came to, and the reasons by option; prints them."""
-    asked, model_options = options.section(TrainOptions), options.section(GPTConfig)
-    if asked.deterministic:
-        require_determinism()
-    micro_batch = choose_micro_batch(asked.micro_batch_size, asked.tokens_per_step, model_options, hardware)
-    compiled = choose_compile(asked.compile, hardware, expected_seconds(options))
-    attention = choose_attention_path(options.section(HardwareOptions).attention, hardware, model_options.head_size)
-    auto = {**hardware.reasons, **micro_batch.reasons, **attention.reasons, **compiled.reasons}
-    if resumed is not None:  # chosen when the run was started, unless a flag says otherwise now
-        auto = {name: why for name, why in resumed.state["auto"].items() if options.origin[name] != "flag"} | auto
-    print(
-        f"{hardware.describe()}, micro-batch {micro_batch.value}, attention: {attention.value},"
-        f" {'compiled' if compiled.value else 'not compiled'}"
-    )
-    for name, reason in auto.items():
-        print(f"  {name}: {reason}")
-    chosen = {
-        "device": str(hardware.device),
-        "dtype": hardware.dtype_name,
-        "threads": hardware.threads,
-        "attention": attention.value,
-    }
-    return config.replace(options, **chosen, micro_batch_size=micro_batch.value, compile=compiled.value), auto
-
-
-def expected_seconds(options: config.Options) -> float:
-    """How long the run would take on a GPU without torch.compile, roughly."""
-    asked, shape = options.section(TrainOptions), options.section(GPTConfig)
-    if asked.budget_minutes is not None:
-        return 60.0 * asked.budget_minutes
-    with torch.device("meta"):
-        return GPT(shape, seed=None).flops_per_token() * asked.tokens_per_step * asked.max_steps / EAGER_FLOPS
-
-
-def open_data(options: config.Options, resumed: Checkpoint | None, initial: ModelFolder | None) -> Dataset:
-    """The dataset that --data names, prepared on the way where it is text; a resumed run must find the very same tokens."""
-    data = options.section(TrainOptions).data
-    if resumed is None:
-        tokenizer = tokenizer_from_dict(initial.tokenizer) if initial else None
-        dataset = resolve_data(data, options.section(PrepareOptions), tokenizer)
-        named = options.section(PrepareOptions).tokenizer
-        if (
-            options.origin["tokenizer"] == "flag"
-            and named in (*PUBLISHED, "bpe", "bytes", "char")
-            and named != dataset.tokenizer.name
-        ):
-            raise UserError(
-                f"--tokenizer={named}: {dataset.folder} was prepared with {dataset.tokenizer.name}; leave the flag out"
-            )
-        return dataset
-    known = resumed.state["dataset"]
-    if options.origin["data"] != "flag" and (Path(known["path"]) / "dataset.json").exists():
-        dataset = open_dataset(Path(known["path"]))
-        print(f"data: {dataset.folder} ({describe(dataset)})")
-    else:
-        dataset = resolve_data(data, options.section(PrepareOptions), tokenizer_from_dict(resumed.tokenizer))
-    if dataset.fingerprint != known["fingerprint"]:
-        raise UserError(
-            f"{dataset.folder} holds other tokens (fingerprint {dataset.fingerprint[:12]}) than this run was trained on"
-            f" ({known['fingerprint'][:12]}): resuming needs the same data; for other data start anew with --init_from"
+        hardware = choose_hardware(start.options.section(HardwareOptions))
+        shape, attention = start.options.section(GPTConfig), start.options.section(HardwareOptions).attention
+        values, reasons = setup.choose_auto(
+            start.options.section(TrainOptions), shape, attention, hardware, start.reasons
         )
-    return dataset
+        options = config.replace(start.options, **values)
+        train, evals = options.section(TrainOptions), options.section(EvalOptions)
+        optim, seed = options.section(OptimizerOptions), options.section(RunOptions).seed
+        # ---- data
+        prepare = options.section(PrepareOptions)
+        dataset = setup.open_data(train.data, prepare, start.resumed, start.initial, start.flags)
+        setup.check_data(dataset, shape.block_size, evals.sample_prompt)
+        rows, size = train.tokens_per_step // shape.block_size, int(train.micro_batch_size)
+        batches = TrainBatches(dataset.train, shape.block_size, rows, size, seed, hardware.device, shape.dropout > 0)
+        # ---- model
+        path = options.section(HardwareOptions).attention
+        model = setup.build_model(shape, dataset.tokenizer, path, seed, start.source).to(hardware.device).train()
+        score = partial(evaluate, model, dataset.val, dataset.tokenizer.token_bytes, autocast=hardware.autocast)
+        if evals.eval_only:
+            return setup.print_evaluation(start.source, score(rows=size))
+        # ---- optimizer, and all that a checkpoint holds
+        stop = stack.enter_context(StopRequest())
+        run = setup.open_run(options.section(RunOptions).run, options.presets, start.source, stack)
+        optimizer, scaler = make_optimizer(model, optim, hardware.dtype), setup.make_scaler(hardware)
+        state = TrainState(model, optimizer, scaler, rows, setup.recovery_command(run, optim))
+        if start.resumed is not None:
+            state.restore(start.resumed, hardware)
+        # ---- records of the run: config.json, logs, checkpoints, samples
+        recorded = RunConfig(run, options, reasons)
+        reference, lengths = Reference(dataset.fingerprint, options.flat(), read_curves()), start.log_lengths
+        logger = RunLogger(run, options.section(LoggingOptions), options.flat(), hardware, model, reference, lengths)
+        stack.enter_context(logger)
+        save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
+        sample = setup.make_sampler(partial(sample_texts, model, dataset.tokenizer), evals, hardware)
+        # ---- length: a number of steps, or a time
+        compiled: Any = torch.compile(model) if train.compile else model
+        step = partial(update, compiled, optimizer, scaler, hardware, train.label_smoothing, optim.grad_clip)
+        if "micro_batch_size" in reasons and state.step == 0:
+            batches.size = fit_micro_batch(size, model, hardware)
+        budget = make_budget(train, evals, optim, len(dataset.val), state, lambda: step(batches(0)), hardware)
+        if budget.seconds is not None:
+            logger.plan(state.step, budget)
+        recorded.change(micro_batch_size=batches.size, **budget.as_options())
+        # ---- training
+        loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
+        is_shorter = (evals.eval_tokens or len(dataset.val)) < len(dataset.val)
+        if not stop() and is_shorter and (result := score(rows=batches.size, stop=stop)) is not None:
+            logger.evaluation(state, budget.plan, result, None, event="final")
+        if not stop():
+            logger.samples(state.step, sample(evals.final_samples, evals.sample_seed + 1))
+        return log_end(run, state, budget.plan, is_complete=not stop())
 
 
-def build_model(options: config.Options, dataset: Dataset, source: Checkpoint | ModelFolder | None) -> GPT:
-    """The model for the dataset's vocabulary, with weights of its own or those of `source`."""
-    tokenizer = dataset.tokenizer
-    model_config = replace(options.section(GPTConfig), vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-    seed, attention = (
-        options.section(RunOptions).seed if source is None else None,
-        options.section(HardwareOptions).attention,
-    )
-    assert attention != "auto"
-    model = GPT(model_config, seed, attention)
-    if source is not None:
+def loop(
+    state: TrainState, batches: TrainBatches, budget: Budget, recorded: RunConfig, logger: RunLogger,
+    evals: EvalOptions, step: Callable[[Sequence[MicroBatch]], tuple[float, float]],
+    score: Callable[..., Evaluation | None], sample: Callable[[int, int], list[tuple[str, str]]],
+    save: Callable[[], None], stop: Callable[[], bool],
+) -> None:  # fmt: skip
+    """Trains until the last step, the end of the time budget, or a stop signal; the last step is evaluated (but not
+    after a signal) and saved."""
+    logger.start(state.step)
+    while True:
+        # ---- evaluate, sample, save
+        done = state.step >= budget.plan.max_steps or budget.is_spent(time.perf_counter())
+        due = (done or state.step % evals.eval_interval == 0) and state.progress.evaluated_step != state.step
+        with logger.clock.pause():
+            if due and (result := score(max_tokens=evals.eval_tokens, rows=batches.size)) is not None:  # None: a signal
+                train_loss = state.record_evaluation(result)
+                logger.evaluation(state, budget.plan, result, train_loss)
+                logger.samples(state.step, sample(1, evals.sample_seed))
+            if state.saved_step != state.step and (done or stop() or state.save_is_due(evals.save_interval)):
+                save()
+        if due:
+            budget.pause_seconds = logger.clock.last_pause
+        if done or stop():
+            return
+
+        # ---- one step: learning rate, then forward, backward, clipping and update of the weights
+        rate = learning_rate(state.step, budget.plan, budget.options)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
         try:
-            model.import_state(source.model_tensors())
-        except ValueError as error:
-            raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
-    print(
-        f"model: {model.n_params():,} parameters, {model_config.n_layer} layers, {model_config.n_embd} channels,"
-        f" context {model_config.block_size}"
-    )
-    return model
+            loss, grad_norm = step(batches(state.step))
+        except torch.OutOfMemoryError:
+            forced = "micro_batch_size" not in recorded.reasons
+            batches.size = reduce_micro_batch(batches.size, state.step, state.optimizer, forced)
+            recorded.change(micro_batch_size=batches.size)
+            continue
+
+        # ---- log
+        if not state.advance(loss, grad_norm):
+            logger.skip(state.step, loss, grad_norm)
+            state.raise_if_diverged()
+        if logger.is_due(state.step, budget.plan):
+            steps, seconds = logger.step(state, budget.plan, rate, grad_norm)
+            if budget.observe(state.step, steps, seconds, time.perf_counter()):
+                logger.plan(state.step, budget)
+                recorded.change(**budget.as_options())
+
+
+def update(
+    model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler, hardware: Hardware, label_smoothing: float,
+    grad_clip: float | None, batches: Sequence[MicroBatch],
+) -> tuple[float, float]:  # fmt: skip
+    """One optimizer step on the mean loss over all targets of the micro-batches. Returns that loss (nats) and the
+    gradient norm before clipping; where one of them is not finite, the weights stay as they are."""
+    n_targets = max(1, sum(batch.n_targets for batch in batches))
+    total = torch.zeros((), device=hardware.device)
+    for x, y, dropout_seed in batches:
+        if dropout_seed is not None:
+            torch.manual_seed(dropout_seed)
+        x, y = x.to(hardware.device, non_blocking=True), y.to(hardware.device, non_blocking=True)
+        with hardware.autocast():
+            loss = model(x, y, reduction="sum", label_smoothing=label_smoothing) / n_targets
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if grad_clip is None else grad_clip)
+    mean_loss, norm = torch.stack((total, grad_norm.to(total.dtype))).tolist()  # waits for the device, once per step
+    if math.isfinite(mean_loss) and math.isfinite(norm):
+        scaler.step(optimizer)
+    if scaler.is_enabled():
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return mean_loss, norm
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from training.evaluation import evaluate, memorising
+from training.evaluation import evaluate, overfitting_warning
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=30, eos_id=29, dropout=0.3)
 TOKEN_BYTES = [b"x" * (1 + i % 4) for i in range(29)] + [b""]
@@ -74,10 +74,10 @@ def test_it_changes_nothing():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_it_breaks_off_when_asked():
+def test_it_stops_on_request():
     model, split = make()
-    asked = iter([False, True])
-    assert evaluate(model, split, TOKEN_BYTES, autocast=nullcontext, rows=2, stop=lambda: next(asked)) is None
+    stops = iter([False, True])
+    assert evaluate(model, split, TOKEN_BYTES, autocast=nullcontext, rows=2, stop=lambda: next(stops)) is None
     assert model.training
 
 
@@ -87,12 +87,12 @@ def history(*losses: tuple[float, float]) -> list[dict[str, float]]:
     ]
 
 
-def test_memorising_is_said_once_and_only_when_true():
-    assert memorising(history((3.0, 3.0), (2.5, 2.4), (2.4, 2.2))) is None  # still learning
-    assert memorising(history((2.4, 2.4), (2.41, 2.2))) is None  # within the noise
-    assert memorising(history((2.4, 2.4), (2.6, 2.5))) is None  # both rise: not memorising
-    line = memorising(history((3.0, 3.0), (2.4, 2.4), (2.6, 2.0)))
+def test_overfitting_is_reported_once():
+    assert overfitting_warning(history((3.0, 3.0), (2.5, 2.4), (2.4, 2.2))) is None  # still learning
+    assert overfitting_warning(history((2.4, 2.4), (2.41, 2.2))) is None  # within the noise
+    assert overfitting_warning(history((2.4, 2.4), (2.6, 2.5))) is None  # both rise
+    line = overfitting_warning(history((3.0, 3.0), (2.4, 2.4), (2.6, 2.0)))
     assert line is not None
-    assert "memorising" in line
+    assert "memorizes" in line
     assert "step 10 was best" in line
-    assert memorising(history((3.0, 3.0), (2.4, 2.4), (2.6, 2.0), (2.7, 1.8))) is None  # was said before
+    assert overfitting_warning(history((3.0, 3.0), (2.4, 2.4), (2.6, 2.0), (2.7, 1.8))) is None  # reported before

@@ -1,4 +1,4 @@
-"""Logs: reproducible lines, cut back on resume, Weights & Biases only when asked and never with a prompt."""
+"""Logs: reproducible lines, truncated on resume; Weights & Biases only on request and never with a prompt."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from training.metrics import RunLog, WandbLog, clock, console_line
 from training.options import LoggingOptions
 
 
-def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
+def test_logs_are_truncated_to_the_checkpoint(tmp_path):
     log = RunLog(tmp_path)
     log.metrics("step", 1, timing={"seconds": 0.1}, loss=2.5)
     log.sample(1, "猫 and text", "length")
@@ -33,7 +33,7 @@ def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
     assert (tmp_path / "samples.txt").read_text("utf-8") == "==== step 1 (length) ====\n猫 and text\n\n"
 
 
-def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path, capsys):
+def test_a_full_disk_is_reported_once_and_stops_nothing(tmp_path, capsys):
     class Full:
         def write(self, data):
             raise OSError(28, "No space left on device")
@@ -45,7 +45,7 @@ def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path, capsys):
     assert capsys.readouterr().err.count("No space left") == 1
 
 
-def test_wandb_is_not_imported_unless_asked_for(tmp_path):
+def test_wandb_is_not_imported_without_the_option(tmp_path):
     before = set(sys.modules)
     WandbLog(tmp_path, LoggingOptions(), {}).log({"loss": 1.0}, 1)
     assert not {name for name in set(sys.modules) - before if name.startswith("wandb")}
@@ -89,7 +89,7 @@ def test_console_lines_have_fixed_columns():
     assert [clock(5), clock(65), clock(3600)] == ["0:05", "1:05", "1:00:00"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells when a process began")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux has the start time of a process")
 def test_time_counts_from_the_start_of_the_process():
     code = "import time; time.sleep(0.3); from training.metrics import process_start as s; s(); print(time.perf_counter() - s())"
     started = time.perf_counter()

@@ -53,7 +53,7 @@ def _memory_for_two_rows(monkeypatch):
 def test_an_out_of_memory_halves_the_micro_batch_and_the_run_goes_on(small_text, capsys):
     assert train(*AUTO, *SHAPE, f"--data={small_text}", "--run=runs/short", "--max_steps=3", "--eval_interval=3") == 0
     out = capsys.readouterr().out
-    assert "step 0: out of memory; micro-batch 8 → 4. Bits may differ" in out
+    assert "step 0: out of memory; micro-batch 8 → 4. The bits may differ" in out
     assert "step 0: out of memory; micro-batch 4 → 2." in out
     with open("runs/short/config.json", encoding="utf-8") as file:
         assert json.load(file)["options"]["micro_batch_size"] == 2

@@ -1,5 +1,6 @@
 """train.py as a user runs it: a text in, a run directory out; resume, signals, kills and wrong input."""
 
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import torch
 
 import sample as sample_script
 import train as train_script
-from checkpoint import list_checkpoints, open_checkpoint
+from checkpoint import SaveFailed, list_checkpoints, open_checkpoint
 from errors import UserError
 from training.interrupt import STOPPED
 
@@ -151,8 +152,9 @@ def test_without_a_name_runs_are_numbered(small_text):
 
 
 def test_training_time_leaves_evaluations_out(small_text, monkeypatch):
-    evaluate = train_script.Training._evaluate
-    monkeypatch.setattr(train_script.Training, "_evaluate", lambda *args: time.sleep(0.3) or evaluate(*args))
+    evaluate = train_script.evaluate
+    slow = lambda *args, **kwargs: time.sleep(0.3) or evaluate(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(train_script, "evaluate", slow)
     assert train(*TINY, f"--data={small_text}", "--run=slow") == 0
     events = [json.loads(line) for line in Path("slow/metrics.jsonl").read_text("utf-8").splitlines()]
     steps, evals = ([event for event in events if event["event"] == kind] for kind in ("step", "eval"))
@@ -410,47 +412,39 @@ def test_the_script_exits_with_2_and_no_traceback():
     assert "Traceback" not in output
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_never_saved(small_text, monkeypatch, capsys):
-    from training.run import Training
-
-    gradient = Training._gradient
+def test_an_update_without_a_finite_gradient_is_skipped_and_never_saved(small_text, monkeypatch):
+    update = train_script.update
 
     def broken_at(steps):
+        calls = itertools.count()
         nan = float("nan")
-        return lambda self, first_sample: (nan, nan) if self.step in steps else gradient(self, first_sample)
+        return lambda *args: (nan, nan) if next(calls) in steps else update(*args)
 
-    monkeypatch.setattr(Training, "_gradient", broken_at({5, 6}))
+    monkeypatch.setattr(train_script, "update", broken_at({5, 6}))
     assert train(*TINY, f"--data={small_text}", "--run=spiky") == 0
-    assert [event["step"] for event in read_events("spiky", "skip")] == [
-        6,
-        7,
-    ]  # numbered by the step that they would have ended
-    monkeypatch.setattr(Training, "_gradient", broken_at(range(12, 20)))
+    assert [event["step"] for event in read_events("spiky", "skip")] == [6, 7]  # the step that the update would end
+    monkeypatch.setattr(train_script, "update", broken_at(range(12, 20)))
     message = message_of(*TINY, f"--data={small_text}", "--run=broken")
     assert "--resume=broken --learning_rate=" in message
     assert open_checkpoint(list_checkpoints(Path("broken"))[-1]).step == 10
 
 
 def test_a_full_disk_stops_no_training(small_text, monkeypatch, capsys):
-    import training.run
-    from checkpoint import SaveFailed
-
     def full(*args, **kwargs):
         raise SaveFailed("no room")
 
-    monkeypatch.setattr(training.run, "save_checkpoint", full)
+    monkeypatch.setattr("training.state.save_checkpoint", full)
     message = message_of(*TINY, f"--data={small_text}", "--run=full")
     assert "the weights of step 20 are not saved (there is no checkpoint)" in message
-    assert capsys.readouterr().out.count("not saved: no room") == 4  # at every evaluation, and once more at the end
+    assert capsys.readouterr().out.count("not saved: no room") == 3  # at every evaluation
     assert read_events("full", "step")[-1]["step"] == 20
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_budget_becomes_a_number_of_steps_that_can_be_repeated(optimizer, small_text, monkeypatch):
-    """The discarded steps that measure the speed leave no trace: the repeated run measures nothing and has the same bits."""
-    monkeypatch.setattr(
-        "training.budget.Budget.spent", lambda self, now: False
-    )  # however slow this machine becomes meanwhile
+    """The discarded steps that measure the speed leave no trace: the repeated run measures nothing and has the same
+    bits."""
+    monkeypatch.setattr("training.budget.Budget.is_spent", lambda self, now: False)  # however slow this machine gets
     Path("timed.py").write_text(
         f"optimizer = '{optimizer}'\nschedule = 'wsd'\nbudget_minutes = 3\nwarmup_steps = 5\neval_interval = 1000"
     )
@@ -496,9 +490,7 @@ def test_it_trains_and_resumes_on_a_gpu(small_text):
 
 def test_a_loss_scale_that_is_too_large_is_halved_and_no_update_counts_as_skipped(small_text, monkeypatch):
     """float16's scaler, here on the CPU: the first updates overflow, the scale comes down, and the model learns."""
-    from training.run import Training
-
-    monkeypatch.setattr(Training, "_new_scaler", lambda self: torch.amp.GradScaler("cpu", init_scale=2.0**127))
+    monkeypatch.setattr("training.setup.make_scaler", lambda _: torch.amp.GradScaler("cpu", init_scale=2.0**127))
     assert train(*TINY, f"--data={small_text}", "--run=scaled", "--log_interval=1") == 0
     steps = read_events("scaled", "step")
     assert steps[0]["grad_norm"] is None  # infinite

@@ -1,55 +1,132 @@
-"""--budget_minutes: how many steps fit into a given time. Pure arithmetic on times that the caller measures.
+"""How long a run is: its plan of steps, and with --budget_minutes how the plan follows from the speed of the machine.
 
-The plan starts from the speed of a few discarded steps. With the warm-up–stable–decay schedule the learning rate before the
-decay does not depend on max_steps, so until the decay begins the plan may follow the machine's speed, and the run can still be
-repeated from its final max_steps and decay_steps. Other schedules keep the first plan. Past 125 % of the budget training stops.
+The first plan comes from a few discarded steps (`measure_step_seconds`). With the warm-up–stable–decay schedule the
+learning rate before the decay does not depend on max_steps, so until the decay begins the plan may follow the speed,
+and the run can still be repeated from its final max_steps and decay_steps. Other schedules keep the first plan. Past
+125 % of the budget the training stops.
+
+Knows no data and no files; the caller passes in what a step is, and reads the clock only through `time.perf_counter`.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from common.hardware import Hardware
+from training.metrics import log
 from training.optim import OptimizerOptions, Plan, planned
+from training.options import EvalOptions, TrainOptions
+from training.state import TrainState
 
-MOST_OVERRUN = 1.25
-TOLERANCE = 0.03  # plans that differ by less are left alone
+MAX_OVERRUN = 1.25  # of the budget
+TOLERANCE = 0.03  # relative change of max_steps below which a plan is kept
+MEASURED_STEPS, MEASURED_SECONDS = 8, 10.0  # the measuring ends at the first of these, after two steps at least
 
 
 @dataclass
 class Budget:
-    """seconds: the budget. start: when the training began, on the caller's clock. pause_interval: steps between evaluations."""
+    """The plan of a run, and the time that it may take: seconds from `start` on time.perf_counter's clock, None
+    without a limit."""
 
-    seconds: float
-    start: float
-    pause_interval: int
+    plan: Plan
     options: OptimizerOptions
-    step_seconds: float = 0.0  # a smoothed average of the last fifty steps or so
-    pause_seconds: float = 0.0  # what the last evaluation took, its sample and checkpoint included
-    closing_seconds: float = 0.0  # what is kept for the evaluation of the whole val split after the last step
+    eval_interval: int
+    seconds: float | None = None
+    start: float = 0.0
+    step_seconds: float = 0.0  # smoothed over about the last fifty steps
+    pause_seconds: float = 0.0  # of the last evaluation, with its sample and checkpoint
+    closing_seconds: float = 0.0  # reserved for the evaluation of the whole val split after the last step
 
-    def first_plan(self, step_seconds: float, now: float) -> Plan:
-        """The plan from the measured seconds of one step, before the first."""
-        self.step_seconds = step_seconds
-        return planned(self._steps_left(now), self.options)
+    def limit(self, seconds: float, step_seconds: float, now: float, eval_steps: float, closing_steps: float) -> None:
+        """Sets the time limit from `now` on, and the first plan from the measured seconds of a step. eval_steps,
+        closing_steps: the evaluations' targets as multiples of a step's; their forward pass is a third of a step."""
+        self.seconds, self.start, self.step_seconds = seconds, now, step_seconds
+        self.pause_seconds, self.closing_seconds = eval_steps * step_seconds / 3, closing_steps * step_seconds / 3
+        self.plan = planned(self._steps_left(now), self.options)
 
-    def observe_steps(self, steps: int, seconds: float) -> None:
+    def observe(self, step: int, steps: int, seconds: float, now: float) -> bool:
+        """Takes in the time of the last `steps` steps. Returns True where the plan has changed.
+
+        It changes only before the decay of wsd, and only by more than TOLERANCE.
+        """
+        plan = self.plan
+        if self.seconds is None:
+            return False
         weight = 1.0 - 0.98**steps
         self.step_seconds += weight * (seconds / steps - self.step_seconds)
-
-    def corrected(self, plan: Plan, step: int, now: float) -> Plan:
-        """The plan to go on with after `step` steps; the same one where it still holds or can no longer change."""
         if self.options.schedule != "wsd" or step >= plan.max_steps - plan.decay_steps:
-            return plan
+            return False
         left = self._steps_left(now)
         new = planned(step + left, self.options)
         if abs(new.max_steps - plan.max_steps) <= TOLERANCE * plan.max_steps:
-            return plan
-        return Plan(new.max_steps, min(left, new.decay_steps))  # a decay that is due already begins now
+            return False
+        self.plan = Plan(
+            new.max_steps, min(left, new.decay_steps)
+        )  # where the decay should have begun already, it begins now
+        return True
 
-    def spent(self, now: float) -> bool:
-        """Whether the time has run out beyond what a plan may overrun."""
-        return now - self.start > MOST_OVERRUN * self.seconds
+    def is_spent(self, now: float) -> bool:
+        """Whether the time is over by more than MAX_OVERRUN allows."""
+        return self.seconds is not None and now - self.start > MAX_OVERRUN * self.seconds
+
+    def as_options(self) -> dict[str, Any]:
+        """The plan of a time budget as options: a run with them repeats this one without measuring. Empty without
+        one."""
+        if self.seconds is None:
+            return {}
+        decay_steps = self.plan.decay_steps if self.options.schedule == "wsd" else self.options.decay_steps
+        return {"max_steps": self.plan.max_steps, "decay_steps": decay_steps, "budget_minutes": None}
 
     def _steps_left(self, now: float) -> int:
+        assert self.seconds is not None
         seconds_left = self.seconds - (now - self.start) - self.pause_seconds - self.closing_seconds
-        return max(1, int(seconds_left / (self.step_seconds + self.pause_seconds / self.pause_interval)))
+        return max(1, int(seconds_left / (self.step_seconds + self.pause_seconds / self.eval_interval)))
+
+
+def make_budget(
+    train: TrainOptions,
+    evals: EvalOptions,
+    optim: OptimizerOptions,
+    val_tokens: int,
+    state: TrainState,
+    update: Callable[[], object],
+    hardware: Hardware,
+) -> Budget:
+    """The plan of a run. At the first step of a run with a time budget it follows from the measured time of `update`,
+    a step."""
+    budget = Budget(planned(train.max_steps, optim), optim, evals.eval_interval)
+    if train.budget_minutes is not None and state.step == 0:
+        step_seconds = measure_step_seconds(update, state, hardware)
+        eval_steps = min(evals.eval_tokens or val_tokens, val_tokens) / train.tokens_per_step
+        closing_steps = val_tokens / train.tokens_per_step
+        budget.limit(60.0 * train.budget_minutes, step_seconds, time.perf_counter(), eval_steps, closing_steps)
+    elif state.step >= budget.plan.max_steps and state.progress.evaluated_step == state.step:
+        log(f"the run is complete at step {state.step}; --max_steps=MORE continues it")
+    if budget.plan.max_steps <= optim.warmup_steps:
+        log(f"note: the learning rate still rises at the end of the run, since warmup_steps={optim.warmup_steps}")
+    return budget
+
+
+def measure_step_seconds(update: Callable[[], object], state: TrainState, hardware: Hardware) -> float:
+    """The median seconds of a few updates, the first one (warm-up) left out. Their effect on `state` is undone."""
+    weights = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
+    scale = state.scaler.state_dict()
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < MEASURED_STEPS and sum(seconds) < MEASURED_SECONDS):
+        started = time.perf_counter()
+        update()
+        if hardware.device.type == "cuda":
+            torch.cuda.synchronize(hardware.device)
+        seconds.append(time.perf_counter() - started)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            parameter.copy_(weights[name])
+    state.optimizer.state.clear()
+    state.scaler.load_state_dict(scale)
+    return statistics.median(seconds[1:])

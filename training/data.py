@@ -1,15 +1,18 @@
-"""Which tokens the model sees in which order: a pure function of (seed, sample number), so a run's only state is one integer.
+"""Which tokens the model sees in which order: a pure function of (seed, sample number), so its only state is one
+integer.
 
-The train split is cut into windows of T tokens on a grid. Every epoch shifts the grid by a phase and visits its windows in an
-order of its own, each exactly once; phase and order come from hashes of (seed, epoch), so nothing is stored or shuffled.
-Reads (B, T) rows from prepare_data's Split; knows neither devices nor models.
+The train split is cut into windows of T tokens on a grid. Each epoch shifts the grid by a phase and visits every
+window exactly once, in an order of its own; phase and order are hashes of (seed, epoch), so no permutation is stored.
+`TrainBatches` reads the windows of a step as micro-batches, on a GPU one step ahead. Reads from prepare_data's Split;
+knows neither the model nor the optimizer.
 """
 
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from model import IGNORED_TARGET
 
 
 class TokenSource(Protocol):
-    """What this module asks of a split: prepare_data.shards.Split has it."""
+    """The interface of prepare_data.shards.Split that is used here."""
 
     def __len__(self) -> int: ...
     def read(self, start: int, count: int) -> np.ndarray: ...
@@ -34,10 +37,10 @@ def keyed_integer(*key: object, bits: int = 64) -> int:
 
 
 def keyed_permutation(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """The places that a keyed bijection of range(size) sends `index` to.
+    """Maps `index` by a keyed bijection of range(size).
 
-    A four-round Feistel network over the next even number of bits; results outside the range go through it again until they
-    fall inside (cycle walking, Black and Rogaway 2002), four passes at most on average.
+    A four-round Feistel network over the next even number of bits; results outside the range are mapped again until
+    they fall inside (cycle walking, Black and Rogaway 2002), at most four passes on average.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
@@ -54,7 +57,7 @@ def keyed_permutation(index: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every input bit reaches every output bit."""
+    """splitmix64's finalizer: every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -62,7 +65,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TrainWindows:
-    """The order of the train split. Sample number n is window order(n mod W) of epoch n // W, W windows an epoch."""
+    """The order of the train split. Sample n is window order(n mod W) of epoch n // W, with W windows per epoch."""
 
     n_tokens: int
     block_size: int
@@ -71,7 +74,8 @@ class TrainWindows:
     def __post_init__(self) -> None:
         if self.n_tokens < self.block_size + 1:
             raise UserError(
-                f"the train split holds {self.n_tokens} tokens, fewer than one window of block_size + 1 = {self.block_size + 1}; "
+                f"the train split holds {self.n_tokens} tokens, fewer than one window of block_size + 1 = "
+                f"{self.block_size + 1}; "
                 f"lower --block_size to at most {max(1, self.n_tokens - 1)} or train on more text"
             )
 
@@ -80,13 +84,13 @@ class TrainWindows:
         return max(1, (self.n_tokens - self.block_size) // self.block_size)
 
     def starts(self, first: int, count: int) -> np.ndarray:
-        """Where the windows of samples first … first + count − 1 start, (count,) int64."""
+        """(count,) int64: the first token of the windows of samples first … first + count − 1."""
         numbers = np.arange(first, first + count)
         epochs = numbers // self.per_epoch
         starts = np.empty(count, dtype=np.int64)
         phases = (
             self.n_tokens - self.per_epoch * self.block_size
-        )  # at the last one the last window ends with the last token
+        )  # in the last one the last window ends at the last token
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             phase = keyed_integer(self.seed, "phase", int(epoch)) % phases
@@ -98,7 +102,8 @@ class TrainWindows:
 
 
 def read_windows(split: TokenSource, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
-    """x, y of shape (len(starts), T) int64: y is x one token later, IGNORED_TARGET where a loss mask or the split's end says so."""
+    """x, y of shape (len(starts), T) int64: y is x one token later, IGNORED_TARGET where a loss mask or the split's
+    end says so."""
     B, T = len(starts), block_size
     x, y = np.zeros((B, T), dtype=np.int64), np.full((B, T), IGNORED_TARGET, dtype=np.int64)
     for row, start in enumerate(starts.tolist()):
@@ -111,6 +116,66 @@ def read_windows(split: TokenSource, starts: np.ndarray, block_size: int) -> tup
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
+class MicroBatch(NamedTuple):
+    """Rows that go through the model at once: x and y (B, T) int64 on the CPU. dropout_seed: for torch's generator,
+    None without dropout."""
+
+    x: Tensor
+    y: Tensor
+    dropout_seed: int | None
+
+    @property
+    def n_targets(self) -> int:
+        """Number of targets that count in the loss."""
+        return int((self.y != IGNORED_TARGET).sum())
+
+
+class TrainBatches:
+    """The micro-batches of each step: `batches(step)`. Each has `size` rows of the step's `rows`; size may be changed
+    to another divisor.
+
+    On a GPU the batches lie in pinned memory, and those of the next step are read on a thread while the device
+    computes.
+    """
+
+    def __init__(
+        self,
+        split: TokenSource,
+        block_size: int,
+        rows: int,
+        size: int,
+        seed: int,
+        device: torch.device,
+        dropout: bool,
+    ) -> None:
+        self.split, self.windows = split, TrainWindows(len(split), block_size, seed)
+        self.rows, self.size, self.dropout = rows, size, dropout
+        self.pinned = device.type == "cuda"
+        self.reader = None if device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.ahead: tuple[tuple[int, int], Future[list[MicroBatch]]] | None = None  # (step, size) and its batches
+
+    def __call__(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of update number `step` (from 0)."""
+        if self.reader is None:
+            return self._read(step, self.size)
+        wanted, ahead = (step, self.size), self.ahead
+        batches = ahead[1].result() if ahead is not None and ahead[0] == wanted else self._read(*wanted)
+        following = (step + 1, self.size)
+        self.ahead = following, self.reader.submit(self._read, *following)
+        return batches
+
+    def _read(self, step: int, size: int) -> list[MicroBatch]:
+        batches = []
+        for first in range(step * self.rows, (step + 1) * self.rows, size):
+            x, y = read_windows(self.split, self.windows.starts(first, size), self.windows.block_size)
+            if self.pinned:
+                x, y = x.pin_memory(), y.pin_memory()
+            seed = keyed_integer(self.windows.seed, "dropout", first, bits=32) if self.dropout else None
+            batches.append(MicroBatch(x, y, seed))
+        return batches
+
+
 def val_starts(n_tokens: int, block_size: int, max_tokens: int | None = None) -> np.ndarray:
-    """The fixed val grid: windows at 0, T, 2T …, which score every target once, the short last window included."""
+    """First tokens of the fixed val grid 0, T, 2T …: every target is scored once, those of the short last window
+    too."""
     return np.arange(0, min(n_tokens, max_tokens or n_tokens) - 1, block_size)

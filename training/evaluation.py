@@ -1,4 +1,8 @@
-"""The loss on the val split: fixed windows, every target once, no random batches; it leaves the training as it was."""
+"""The loss on the val split: fixed windows that score every target once. Leaves the model in the mode that it found it
+in.
+
+Knows no files and no schedule; what follows from an evaluation is the caller's.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,8 @@ from training.data import TokenSource, read_windows, val_starts
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats a token; standard_error of it over windows; bits_per_byte: all nats, EOS included, / ln 2 / bytes of the targets."""
+    """loss: nats per target; standard_error: of the loss, over windows; bits_per_byte: all nats, EOS included, / ln 2
+    / bytes of the targets."""
 
     loss: float
     standard_error: float
@@ -46,9 +51,10 @@ def evaluate(
     rows: int = 16,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Scores the val split, or its first max_tokens tokens. None when `stop` asked to break off.
+    """Scores the val split, at least two tokens, or its first max_tokens tokens, in batches of `rows` windows. Returns
+    None once `stop()` is true. token_bytes: the bytes of every token id. Raises UserError where no target counts.
 
-    The split has two tokens at least. The standard error treats windows as independent draws of a ratio (sum of nats / number of targets).
+    The standard error is that of a ratio (sum of nats / number of targets) over independent windows.
     """
     T = model.config.block_size
     device = next(model.parameters()).device
@@ -75,7 +81,9 @@ def evaluate(
     nats_of, count_of = torch.cat(nats).numpy(), torch.cat(counts).numpy()
     total, n_targets = float(nats_of.sum()), int(count_of.sum())
     if n_targets == 0:
-        raise UserError("no token of the val split counts as a target: its loss mask covers all of it; mend the mask")
+        raise UserError(
+            "no token of the val split counts as a target: its loss mask covers all of it; correct the mask"
+        )
     loss = total / n_targets
     n_windows = len(nats_of)
     spread = float(np.square(nats_of - loss * count_of).sum()) * n_windows / max(1, n_windows - 1)
@@ -83,29 +91,31 @@ def evaluate(
 
 
 def _cut_targets(y: torch.Tensor, starts: np.ndarray, max_tokens: int) -> None:
-    """Leaves only targets among the first max_tokens tokens of the split."""
+    """Masks the targets beyond the first max_tokens tokens of the split, in place."""
     columns = torch.arange(y.shape[1])
     y[columns >= (max_tokens - 1 - torch.from_numpy(starts))[:, None]] = IGNORED_TARGET
 
 
-def memorising(history: list[dict[str, float]]) -> str | None:
-    """One line when val loss has risen while train loss fell, from the evaluations so far ({step, val_loss, train_loss}).
+def overfitting_warning(history: list[dict[str, float]]) -> str | None:
+    """One line where val loss has risen while train loss fell; None otherwise. history: an entry {step, val_loss,
+    standard_error, train_loss} per evaluation.
 
-    It is said once, at the first evaluation that lies clearly (two standard errors) above the best one.
+    Returned once, at the first evaluation that lies clearly (two standard errors) above the best one.
     """
     if len(history) < 2:
         return None
     *before, last = history
     best = min(before, key=lambda entry: entry["val_loss"])
 
-    def is_risen(entry: dict[str, float]) -> bool:
+    def has_risen(entry: dict[str, float]) -> bool:
         margin = 2 * entry["standard_error"]
         return entry["val_loss"] > best["val_loss"] + margin and entry["train_loss"] < best["train_loss"]
 
-    already = any(is_risen(entry) for entry in before if entry["step"] > best["step"])
-    if already or not is_risen(last):
+    warned_before = any(has_risen(entry) for entry in before if entry["step"] > best["step"])
+    if warned_before or not has_risen(last):
         return None
     return (
-        f"val loss has risen from {best['val_loss']:.4f} (step {best['step']:.0f}) to {last['val_loss']:.4f} while train loss falls: "
-        f"the model is memorising its text; step {best['step']:.0f} was best and is kept"
+        f"val loss has risen from {best['val_loss']:.4f} (step {best['step']:.0f}) to {last['val_loss']:.4f} while "
+        f"train loss falls: the model memorizes its text; "
+        f"the checkpoint of step {best['step']:.0f} was best and is kept"
     )

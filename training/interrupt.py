@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to finish its step and save, the second leaves at once."""
+"""Ctrl-C and SIGTERM: the first lets the loop finish its step and save, the second exits at once."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-STOPPED = 75  # exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL of sysexits.h)
+STOPPED = 75  # exit code of a run that a signal stopped and that can be resumed (EX_TEMPFAIL of sysexits.h)
 
 
 class StopRequest:
-    """A context in which signals only set a flag. Calling it tells whether a stop was asked for."""
+    """A context in which the first signal only sets a flag. Calling the object returns the flag."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
         self._previous: dict[int, Any] = {}
 
     def __call__(self) -> bool:
-        return self._asked
+        return self._requested
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -34,8 +34,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._requested:
             os._exit(128 + number)
-        self._asked = True
-        message = f"\n{signal.Signals(number).name}: finishing this step, then saving; a second one leaves at once\n"
+        self._requested = True
+        message = f"\n{signal.Signals(number).name}: finishing this step, then saving; a second one exits at once\n"
         os.write(2, message.encode())  # print is not safe inside a signal handler

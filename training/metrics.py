@@ -1,7 +1,8 @@
-"""What a run tells while it trains: metrics.jsonl, samples.txt, the console, and Weights & Biases when asked.
+"""Where a run's records go: metrics.jsonl, samples.txt, the console, and Weights & Biases on request. Knows no model
+and no options but its own; what is recorded when is training/logger.py's.
 
-Every field of metrics.jsonl outside `timing` is reproducible: the same run writes it again byte for byte. Full disks and a
-failing wandb are said once and never stop a training.
+Every field of metrics.jsonl outside `timing` is reproducible: the same run writes it again byte for byte. A full disk
+or a failing wandb is reported once and never stops a training.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from training.options import LoggingOptions
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 
 
-def say(line: str) -> None:
-    """Prints a line at once. Where nobody can read it any more (a closed pipe, a full disk), training goes on in silence."""
+def log(line: str) -> None:
+    """Prints a line and flushes. Where standard output cannot be written any more (closed pipe, full disk), training
+    goes on silently."""
     try:
         print(line, flush=True)
     except OSError:
@@ -33,22 +36,50 @@ def say(line: str) -> None:
 
 @cache
 def process_start() -> float:
-    """When this process began, on time.perf_counter's clock, to a hundredth of a second. Where there is no /proc: the first call."""
+    """Start of this process on time.perf_counter's clock, to a hundredth of a second. Without /proc: the time of the
+    first call."""
     status = Path("/proc/self/stat")
     if not status.exists():
         return time.perf_counter()
     ticks = int(
         status.read_text().rpartition(")")[2].split()[19]
-    )  # proc(5), starttime; before it the name, which may hold anything
+    )  # starttime in proc(5); the process name before it may hold any character
     return time.perf_counter() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
+class TrainClock:
+    """Seconds of training in this process: since its start, imports and compilation included, without evaluations,
+    samples and saves."""
+
+    def __init__(self) -> None:
+        self.last_pause = 0.0  # seconds
+        self._paused = 0.0
+        self._pause_start: float | None = None
+
+    def seconds(self) -> float:
+        """Within `pause`: as of its beginning."""
+        now = time.perf_counter() if self._pause_start is None else self._pause_start
+        return now - process_start() - self._paused
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context whose time does not count."""
+        self._pause_start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.last_pause = time.perf_counter() - self._pause_start
+            self._paused += self.last_pause
+            self._pause_start = None
+
+
 class RunLog:
-    """The logs of one run directory. `lengths` (bytes of each log at a checkpoint) cuts off what a killed run wrote after it."""
+    """The log files of a run directory. `lengths`, their bytes at a checkpoint, truncates what a killed run wrote
+    after it."""
 
     def __init__(self, run: Path, lengths: Mapping[str, int] | None = None) -> None:
         self._paths = {name: run / name for name in (METRICS, SAMPLES)}
-        self._complained = False
+        self._warned = False
         if lengths is not None:
             for name, path in self._paths.items():
                 size, expected = path.stat().st_size if path.exists() else 0, lengths.get(name, 0)
@@ -64,7 +95,8 @@ class RunLog:
         self._files = {name: path.open("ab") for name, path in self._paths.items()}
 
     def metrics(self, event: str, step: int, *, timing: Mapping[str, Any] | None = None, **fields: Any) -> None:
-        """One line: event, step, the reproducible fields, and `timing` for those that are not. NaN and infinity become null."""
+        """Writes one line: event, step, the reproducible fields, and the others in `timing`. NaN and infinity become
+        null."""
         record = {"event": event, "step": step, **fields}
         if timing is not None:
             record["timing"] = dict(timing)
@@ -74,12 +106,12 @@ class RunLog:
         self._write(SAMPLES, f"==== step {step} ({reason}) ====\n{text}\n\n")
 
     def lengths(self) -> dict[str, int]:
-        """Bytes written so far, for the checkpoint's state; they are on the disk when this returns."""
+        """Bytes written so far, for the checkpoint's state; they are synced to disk when this returns."""
         for name, file in self._files.items():
             try:
                 os.fsync(file.fileno())
             except OSError as error:
-                self._complain(name, error)
+                self._warn(name, error)
         return {name: path.stat().st_size for name, path in self._paths.items()}
 
     def close(self) -> None:
@@ -91,12 +123,14 @@ class RunLog:
             self._files[name].write(text.encode("utf-8", errors="replace"))
             self._files[name].flush()
         except OSError as error:
-            self._complain(name, error)
+            self._warn(name, error)
 
-    def _complain(self, name: str, error: OSError) -> None:
-        if not self._complained:
-            print(f"cannot write {self._paths[name]}: {error}; training goes on without", file=sys.stderr, flush=True)
-        self._complained = True
+    def _warn(self, name: str, error: OSError) -> None:
+        if not self._warned:
+            print(
+                f"cannot write {self._paths[name]}: {error}; training goes on without it", file=sys.stderr, flush=True
+            )
+        self._warned = True
 
 
 def _finite(value: Any) -> Any:
@@ -106,7 +140,7 @@ def _finite(value: Any) -> Any:
 
 
 class WandbLog:
-    """Weights & Biases, imported only when asked for. Never a prompt: without a key, `online` is an error that says what to do."""
+    """Weights & Biases, imported only on request. Never prompts: without an API key, `online` raises a UserError."""
 
     def __init__(self, run: Path, options: LoggingOptions, config: Mapping[str, Any]) -> None:
         self._run: Any = None
@@ -121,9 +155,7 @@ class WandbLog:
                 "--wandb=online: no API key on this machine; run `wandb login` once, or use --wandb=offline"
             )
         self._error: type[Exception] = wandb.errors.Error
-        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[
-            :16
-        ]  # a resumed run goes on in the same place
+        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # the same for a resumed run
         try:
             self._run = wandb.init(
                 project=options.wandb_project,
@@ -161,7 +193,7 @@ def console_line(
     memory: int,
     mfu: str = "",
 ) -> str:
-    """A logged step in fixed columns; `left` in seconds, `memory` in bytes, `mfu` the model FLOP utilisation where there is one to tell."""
+    """A logged step in fixed columns: `left` in seconds, `memory` in bytes, `mfu` the model FLOP utilization or ""."""
     width = len(str(max_steps))
     return (
         f"step {step:>{width}}/{max_steps}  loss {loss:7.4f}  lr {lr:.2e}  grad {grad_norm:7.3f}  "

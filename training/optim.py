@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class OptimizerOptions:
     optimizer: Literal["adamw", "muon", "sgd"] = fixed("adamw")
-    """AdamW (fused where torch can); Muon for the matrices inside the blocks and AdamW for the rest; or SGD with momentum."""
+    """AdamW (fused where torch can); Muon for the matrices inside the blocks and AdamW for the rest; or SGD with
+    momentum."""
     learning_rate: Annotated[float, Ge(0)] = 1e-3
     """Peak step size."""
     muon_learning_rate: Annotated[float, Ge(0)] | None = None
@@ -87,8 +88,8 @@ def planned(max_steps: int, options: OptimizerOptions) -> Plan:
 def learning_rate(step: int, plan: Plan, options: OptimizerOptions) -> float:
     """The learning rate of the update number `step` (from 0). Warm-up is linear and reaches the peak at warmup_steps.
 
-    inverse_sqrt falls with 1/√step from the end of the warm-up on (Vaswani et al. 2017, 5.3, with the peak as the unit);
-    wsd: Hu et al. 2024 (MiniCPM), with a linear decay.
+    inverse_sqrt falls with 1/√step from the end of the warm-up on (Vaswani et al. 2017, 5.3, with the peak as the
+    unit); wsd: Hu et al. 2024 (MiniCPM), with a linear decay.
     """
     peak, low, warmup = options.learning_rate, options.min_learning_rate, options.warmup_steps
     if step < warmup:
@@ -108,9 +109,9 @@ def learning_rate(step: int, plan: Plan, options: OptimizerOptions) -> float:
 class Optimizer:
     """AdamW, Muon or SGD, by group, with the interface of torch.optim's classes and its functions inside.
 
-    Those classes import torch's compiler when they are made, which took as long as importing torch itself (bench/NOTES.md). A group
-    is {"kind", "params", "lr", "scale", …}, the rest being what its function takes; "scale" is its learning rate as a multiple
-    of the schedule's. `state` holds tensors by parameter and name.
+    Those classes import torch's compiler when they are made, which took as long as importing torch itself
+    (bench/NOTES.md). A group is {"kind", "params", "lr", "scale", …}, the rest being what its function takes; "scale"
+    is its learning rate as a multiple of the schedule's. `state` holds tensors by parameter and name.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -188,7 +189,8 @@ def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = t
 
 
 def optimizer_tensors(optimizer: Optimizer, model: GPT) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `parameter name/state name` → tensor, for the checkpoint; vocabulary padding is left out."""
+    """The optimizer's state as `parameter name/state name` → tensor, for the checkpoint; vocabulary padding is left
+    out."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TrainOptions:
     data: str = "python_stdlib"
-    """A dataset's name or folder, a text file or folder (prepared on the way), or a corpus: python_stdlib, shakespeare."""
+    """A dataset's name or folder, a text file or folder (prepared on the way), or a corpus: python_stdlib,
+    shakespeare."""
     resume: str | None = None
     """Run directory to go on with, exactly where its last checkpoint stands."""
     init_from: str | None = fixed(None)
@@ -28,7 +29,8 @@ class TrainOptions:
     micro_batch_size: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     """Rows of block_size tokens that go through the model at once; the rest of an update is accumulated."""
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Share of each target's probability spread over the vocabulary; it raises the training loss that is shown, not the val loss."""
+    """Share of each target's probability spread over the vocabulary; it raises the training loss that is shown, not
+    the val loss."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the model; auto: on CUDA only, since on a CPU it costs more than it brings."""
     deterministic: bool = False
@@ -43,7 +45,8 @@ class EvalOptions:
     eval_interval: Annotated[int, Ge(1)] = 250
     """Steps between evaluations on the val split."""
     eval_tokens: Annotated[int, Ge(2)] | None = None
-    """Evaluate on the first N tokens of the val split (the whole of it once more at the end); none: always the whole."""
+    """Evaluate on the first N tokens of the val split (the whole of it once more at the end); none: always the
+    whole."""
     eval_only: bool = False
     """Evaluate the weights of --resume or --init_from on the whole val split, print the result, train nothing."""
     save_interval: Annotated[int, Ge(1)] | None = None

@@ -1,0 +1,104 @@
+"""How a training run starts: from the command line to its options, and to the checkpoint or the weights that it starts
+from.
+
+`read_start` is the first call of train.py; `RunConfig` keeps the run's config.json up to date. They need the option
+loader, which training/ does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import config
+from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder
+from common.options import RunOptions
+from common.run_directory import RunLock, refuse_used_run
+from config.resume import resumed_options, with_model_options
+from errors import UserError
+from files import write_json
+from training.options import EvalOptions, TrainOptions
+
+
+@dataclass(frozen=True)
+class Start:
+    """Resolved options and where the weights come from: `resumed` by --resume, `initial` by --init_from, else
+    neither."""
+
+    options: config.Options
+    resumed: Checkpoint | None = None
+    initial: ModelFolder | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Reasons of the automatic choices that a resumed run keeps, by option."""
+
+    @property
+    def source(self) -> Checkpoint | ModelFolder | None:
+        return self.resumed or self.initial
+
+    @property
+    def log_lengths(self) -> dict[str, int] | None:
+        """Bytes of a resumed run's logs at its checkpoint."""
+        return None if self.resumed is None else self.resumed.state["logs"]
+
+    @property
+    def flags(self) -> set[str]:
+        """Names of the options given on the command line."""
+        return {name for name, origin in self.options.origin.items() if origin == "flag"}
+
+
+def read_start(argv: Sequence[str], stack: ExitStack) -> Start:
+    """Reads the command line. The directory of a resumed run is locked in `stack`, before its checkpoint is opened.
+    Raises UserError."""
+    resuming = any(arg.startswith("--resume=") for arg in argv)  # a resumed run has its own options
+    options = config.load("train.py", argv, default_preset=None if resuming else "quickstart")
+    train, eval_only = options.section(TrainOptions), options.section(EvalOptions).eval_only
+    if train.resume is not None and train.init_from is not None:
+        raise UserError("--resume continues a run, --init_from starts a new one: give one of them")
+    options = settle_length(options)
+    if train.resume is not None:
+        run = Path(train.resume)
+        if not eval_only and run.is_dir():
+            stack.enter_context(RunLock(run))
+        resumed = open_latest(run)
+        options = resumed_options(options, resumed.state["options"])
+        max_steps = options.section(TrainOptions).max_steps
+        if max_steps < resumed.step:
+            raise UserError(f"--max_steps={max_steps}: {run} is already at step {resumed.step}; give a larger number")
+        stored = resumed.state["auto"]
+        reasons = {name: reason for name, reason in stored.items() if options.origin.get(name, "flag") != "flag"}
+        return Start(options, resumed=resumed, reasons=reasons)
+    refuse_used_run(options.section(RunOptions).run)
+    if train.init_from is not None:
+        initial = open_model_folder(resolve_model_folder(Path(train.init_from)))
+        return Start(with_model_options(options, initial.config), initial=initial)
+    if eval_only:
+        raise UserError("--eval_only=true needs weights to evaluate: add --resume=RUN or --init_from=RUN")
+    return Start(options)
+
+
+def settle_length(options: config.Options) -> config.Options:
+    """--max_steps and --budget_minutes both set the length: a flag overrides a preset, two flags are an error."""
+    if options.section(TrainOptions).budget_minutes is None or options.origin["max_steps"] != "flag":
+        return options
+    if options.origin["budget_minutes"] == "flag":
+        raise UserError("--max_steps and --budget_minutes both set the length of the run: give one of them")
+    return config.replace(options, budget_minutes=None)
+
+
+class RunConfig:
+    """The options of a run as they are now, with the reasons of the automatic choices, and its config.json."""
+
+    def __init__(self, run: Path, options: config.Options, reasons: Mapping[str, str]) -> None:
+        self.path, self.options, self.reasons = run / "config.json", options, dict(reasons)
+
+    def change(self, **values: object) -> None:
+        """Changes options, and writes config.json anew. Raises OSError."""
+        self.options = config.replace(self.options, **values)
+        write_json(self.path, config.dump(self.options, self.reasons))
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint stores of it."""
+        return {"options": self.options.flat(), "auto": self.reasons}

@@ -1,0 +1,166 @@
+"""What is recorded of a run, and when: a line per logged step, evaluation, skipped update and change of plan, and the
+samples.
+
+`RunLogger` writes each record to the console, metrics.jsonl and wandb alike (training/metrics.py). It measures
+throughput; it decides nothing about the training.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from common.hardware import Hardware
+from errors import UserError
+from model import GPT
+from training.budget import Budget
+from training.evaluation import Evaluation, overfitting_warning
+from training.interrupt import STOPPED
+from training.metrics import RunLog, TrainClock, WandbLog, clock, console_line, log
+from training.optim import Plan
+from training.options import LoggingOptions
+from training.reference import Reference
+from training.state import TrainState
+
+
+class RunLogger:
+    """The records of one run, as a context manager that closes its files. `settings`: all options by name, for wandb.
+
+    lengths: see RunLog. Raises UserError where wandb is asked for and cannot be had.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        options: LoggingOptions,
+        settings: Mapping[str, Any],
+        hardware: Hardware,
+        model: GPT,
+        reference: Reference,
+        lengths: Mapping[str, int] | None,
+    ) -> None:
+        self.hardware, self.reference, self.log_interval = hardware, reference, options.log_interval
+        self.tokens_per_step = int(settings["tokens_per_step"])
+        self.flops_per_token = model.flops_per_token()
+        self.clock = TrainClock()
+        self.wandb = WandbLog(run, options, settings)
+        self.files = RunLog(run, lengths)
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.files.close()
+        self.wandb.finish()
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of each log file, for a checkpoint; they are synced to disk."""
+        return self.files.lengths()
+
+    def start(self, step: int) -> None:
+        """Marks the beginning of the first step: throughput is measured from here."""
+        self._started = time.perf_counter()
+        self._last = (self.clock.seconds(), step)
+
+    def is_due(self, step: int, plan: Plan) -> bool:
+        return step % self.log_interval == 0 or step == plan.max_steps
+
+    def step(self, state: TrainState, plan: Plan, learning_rate: float, grad_norm: float) -> tuple[int, float]:
+        """Records the current step; the loss is the mean since the last record. Returns the number of steps since then
+        and their seconds."""
+        now, step = self.clock.seconds(), state.step
+        before, since = self._last
+        self._last = (now, step)
+        steps, seconds = step - since, max(1e-9, now - before)
+        loss = state.take_log_loss()
+        tokens_per_second = steps * self.tokens_per_step / seconds
+        memory, peak = self.hardware.memory_bytes(), self.hardware.peak_flops()
+        mfu = None if peak is None else tokens_per_second * self.flops_per_token / peak
+        fields = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        fields |= {"tokens": step * self.tokens_per_step}
+        timing: dict[str, float | None] = {
+            "tokens_per_second": round(tokens_per_second),
+            "seconds": round(time.perf_counter() - self._started, 3),
+            "train_seconds": round(now, 3),
+            "memory_bytes": memory,
+            "mfu": mfu,
+        }
+        self.files.metrics("step", step, timing=timing, **fields)
+        self.wandb.log({f"train/{name}": value for name, value in fields.items()} | timing, step)
+        left = (plan.max_steps - step) * seconds / steps
+        shown_mfu = "" if self.hardware.device.type == "cpu" else "unknown" if mfu is None else f"{mfu:.1%}"
+        numbers = (loss, learning_rate, grad_norm, tokens_per_second, left, memory)
+        log(console_line(step, plan.max_steps, *numbers, shown_mfu))
+        return steps, seconds
+
+    def evaluation(
+        self, state: TrainState, plan: Plan, result: Evaluation, train_loss: float | None, event: str = "eval"
+    ) -> None:
+        """Records an evaluation of the current step. event: "final" for that of the whole val split after the last
+        step."""
+        fields: dict[str, Any] = {
+            "val_loss": result.loss,
+            "standard_error": result.standard_error,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "targets": result.targets,
+            "train_loss": train_loss,
+        }
+        step, is_final = state.step, event == "final"
+        self.files.metrics(event, step, timing={"train_seconds": round(self.clock.seconds(), 3)}, **fields)
+        self.wandb.log({f"val/{name}": value for name, value in fields.items() if value is not None}, step)
+        compared = None if is_final else self.reference.describe(step, result.loss, plan)
+        log(f"step {step}: {result.describe()}" + (f"; {compared}" if compared else ""))
+        if not is_final and (warning := overfitting_warning(state.progress.history)):
+            log(warning)
+
+    def samples(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
+        """Records samples, each a text and the reason of its end."""
+        for text, reason in samples:
+            self.files.sample(step, text, reason)
+            log(f"---- sample ({reason}) ----\n{text}\n----")
+
+    def skip(self, step: int, loss: float, grad_norm: float) -> None:
+        """Records an update that was skipped because loss or gradient norm is not finite."""
+        self.files.metrics("skip", step, loss=loss, grad_norm=grad_norm)
+        log(f"step {step}: loss {loss}, gradient norm {grad_norm}: update skipped")
+
+    def plan(self, step: int, budget: Budget) -> None:
+        """Records a plan that follows from the time budget."""
+        plan, seconds = budget.plan, budget.seconds or 0.0
+        self.files.metrics("plan", step, timing=asdict(plan))
+        log(
+            f"budget {clock(seconds)}: {budget.step_seconds * 1e3:.1f} ms a step → "
+            f"max_steps={plan.max_steps}, decay_steps={plan.decay_steps}"
+        )
+
+
+def log_end(run: Path, state: TrainState, plan: Plan, is_complete: bool) -> int:
+    """Logs how the run ended and the next commands. Returns the exit code. Raises UserError where its last step is not
+    saved."""
+    name = shlex.quote(str(run))
+    resume = f"python train.py --resume={name}"
+    if state.saved_step != state.step:
+        kept = "there is no checkpoint"
+        if state.saved_step is not None:
+            kept = f"the last checkpoint is that of step {state.saved_step}"
+        raise UserError(
+            f"the weights of step {state.step} are not saved ({kept}): make room on the disk, then {resume}"
+        )
+    if not is_complete:
+        log(f"stopped; everything up to step {state.step} is saved; continue with: {resume}")
+        return STOPPED
+    if state.step < plan.max_steps:
+        log(f"the time budget was spent at step {state.step} of {plan.max_steps}: the machine slowed down in the decay")
+    log(f"\nnext: python sample.py --run={name} --num_samples=3")
+    log(f"      python sample.py --run={name} --serve   (a page to try prompts)")
+    log(f"      python -m training.report {name}")
+    log(f"      {resume} --max_steps={2 * state.step}")
+    return 0

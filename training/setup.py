@@ -1,0 +1,195 @@
+"""What happens before the first step: automatic choices, the dataset, the model, the loss scale. train.py calls these
+in order.
+
+Knows no command line: `flags` are the names of the options that a user gave.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from checkpoint import Checkpoint, ModelFolder
+from common.hardware import (
+    EAGER_FLOPS,
+    Hardware,
+    choose_attention_path,
+    choose_compile,
+    require_determinism,
+)
+from common.run_directory import RunLock, claim_run
+from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
+from errors import UserError
+from model import GPT, AttentionPath, GPTConfig
+from prepare_data import PrepareOptions
+from prepare_data.pipeline import describe, resolve_data
+from prepare_data.shards import Dataset, open_dataset
+from training.data import TrainWindows
+from training.evaluation import Evaluation
+from training.interrupt import STOPPED
+from training.micro_batch import choose_micro_batch
+from training.optim import OptimizerOptions
+from training.options import EvalOptions, TrainOptions
+
+
+def choose_auto(
+    train: TrainOptions,
+    shape: GPTConfig,
+    attention: Literal["auto"] | AttentionPath,
+    hardware: Hardware,
+    kept: Mapping[str, str],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Resolves every `auto` → (values, reasons), both by option; prints them. kept: reasons that a resumed run
+    brings."""
+    if train.deterministic:
+        require_determinism()
+    micro_batch = choose_micro_batch(train.micro_batch_size, train.tokens_per_step, shape, hardware)
+    compiled = choose_compile(train.compile, hardware, expected_seconds(train, shape))
+    path = choose_attention_path(attention, hardware, shape.head_size)
+    reasons = {
+        **kept,
+        **hardware.reasons,
+        **micro_batch.reasons,
+        **path.reasons,
+        **compiled.reasons,
+    }
+    print(
+        f"{hardware.describe()}, micro-batch {micro_batch.value}, attention: {path.value},"
+        f" {'compiled' if compiled.value else 'not compiled'}"
+    )
+    for name, reason in reasons.items():
+        print(f"  {name}: {reason}")
+    values = {"device": str(hardware.device), "dtype": hardware.dtype_name, "threads": hardware.threads}
+    values |= {"attention": path.value, "micro_batch_size": micro_batch.value, "compile": compiled.value}
+    return values, reasons
+
+
+def expected_seconds(train: TrainOptions, shape: GPTConfig) -> float:
+    """Rough duration of the run on a GPU without torch.compile."""
+    if train.budget_minutes is not None:
+        return 60.0 * train.budget_minutes
+    with torch.device("meta"):
+        return GPT(shape, seed=None).flops_per_token() * train.tokens_per_step * train.max_steps / EAGER_FLOPS
+
+
+def open_data(
+    data: str, prepare: PrepareOptions, resumed: Checkpoint | None, initial: ModelFolder | None, flags: set[str]
+) -> Dataset:
+    """The dataset that --data names, prepared first where it is text. A resumed run needs exactly its own tokens.
+    Raises UserError."""
+    if resumed is None:
+        dataset = resolve_data(data, prepare, tokenizer_from_dict(initial.tokenizer) if initial else None)
+        name, known = prepare.tokenizer, (*PUBLISHED, "bpe", "bytes", "char")
+        if "tokenizer" in flags and name in known and name != dataset.tokenizer.name:
+            raise UserError(
+                f"--tokenizer={name}: {dataset.folder} was prepared with {dataset.tokenizer.name}; leave the flag out"
+            )
+        return dataset
+    recorded = resumed.state["dataset"]
+    if "data" not in flags and (Path(recorded["path"]) / "dataset.json").exists():
+        dataset = open_dataset(Path(recorded["path"]))
+        print(f"data: {dataset.folder} ({describe(dataset)})")
+    else:
+        dataset = resolve_data(data, prepare, tokenizer_from_dict(resumed.tokenizer))
+    if dataset.fingerprint != recorded["fingerprint"]:
+        raise UserError(
+            f"{dataset.folder} holds other tokens (fingerprint {dataset.fingerprint[:12]}) than this run was trained on"
+            f" ({recorded['fingerprint'][:12]}): resuming needs the same data; "
+            "for other data start a new run with --init_from"
+        )
+    return dataset
+
+
+def check_data(dataset: Dataset, block_size: int, sample_prompt: str) -> None:
+    """Raises UserError for what would otherwise fail in mid-run: too short a split, a sample prompt that cannot be
+    encoded."""
+    TrainWindows(len(dataset.train), block_size, seed=0)  # raises
+    if len(dataset.val) < 2:
+        raise UserError(
+            f"the val split holds {len(dataset.val)} tokens, so no target; raise --val_fraction or give more text"
+        )
+    try:
+        dataset.tokenizer.encode(sample_prompt)
+    except UserError as error:
+        raise UserError(f"--sample_prompt={sample_prompt!r}: {error}") from error
+
+
+def build_model(
+    shape: GPTConfig,
+    tokenizer: Tokenizer,
+    attention: Literal["auto"] | AttentionPath,
+    seed: int,
+    source: Checkpoint | ModelFolder | None,
+) -> GPT:
+    """The model for the tokenizer's vocabulary, on the CPU, with weights drawn from the seed or those of `source`.
+    Raises UserError."""
+    assert attention != "auto"
+    shape = replace(shape, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    model = GPT(shape, seed if source is None else None, attention)
+    if source is not None:
+        try:
+            model.import_state(source.model_tensors())
+        except ValueError as error:
+            raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
+    print(
+        f"model: {model.n_params():,} parameters, {shape.n_layer} layers, {shape.n_embd} channels,"
+        f" context {shape.block_size}"
+    )
+    return model
+
+
+def print_evaluation(source: Checkpoint | ModelFolder | None, result: Evaluation | None) -> int:
+    """What --eval_only prints; the exit code."""
+    if result is None:
+        return STOPPED
+    assert source is not None
+    print(f"{source.path}: {result.describe()}")
+    return 0
+
+
+def make_scaler(hardware: Hardware) -> torch.amp.GradScaler:
+    """The loss scale that keeps float16 gradients from underflow; disabled for other dtypes."""
+    return torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
+
+
+def open_run(
+    name: str | None, presets: Sequence[str], source: Checkpoint | ModelFolder | None, stack: ExitStack
+) -> Path:
+    """The run directory: that of a resumed run, which is locked already, or a new one, locked in `stack`. Raises
+    UserError."""
+    if isinstance(source, Checkpoint):
+        assert name is not None
+        return Path(name)
+    if source is not None:
+        print(f"weights and tokenizer from {source.path}")
+    run = claim_run(name, presets[-1])
+    stack.enter_context(RunLock(run))
+    return run
+
+
+def make_sampler(
+    sample_texts: Callable[..., list[tuple[str, str]]], evals: EvalOptions, hardware: Hardware
+) -> Callable[[int, int], list[tuple[str, str]]]:
+    """A function (number of samples, seed) → (text, reason of its end) of each, by the options; no samples where their
+    length is 0. sample_texts: generation.text's, with model and tokenizer bound."""
+    settings = {"max_new_tokens": evals.sample_tokens, "temperature": evals.sample_temperature}
+
+    def sample(count: int, seed: int) -> list[tuple[str, str]]:
+        count = count if evals.sample_tokens > 0 else 0
+        return sample_texts(evals.sample_prompt, num_samples=count, seed=seed, autocast=hardware.autocast, **settings)
+
+    return sample
+
+
+def recovery_command(run: Path, optimizer: OptimizerOptions) -> str:
+    """The command that resumes a diverged run with a third of its learning rates."""
+    names = ("learning_rate", "muon_learning_rate")
+    rates = {name: rate for name in names if (rate := getattr(optimizer, name)) is not None}
+    flags = [f"--{name}={rate / 3:.1e}" for name, rate in rates.items()]
+    return " ".join([f"python train.py --resume={shlex.quote(str(run))}", *flags])

@@ -1,0 +1,191 @@
+"""What a checkpoint of a run holds: the weights, the optimizer's moments, the loss scale and the counters of
+`Progress`.
+
+All randomness is derived from (seed, sample number), and the order of the data is a pure function of it too, so
+nothing else is needed for a bitwise-exact resume on the same CPU. This module knows neither options nor data: the
+caller passes what it wants stored beside.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
+from common.hardware import Hardware
+from errors import UserError
+from model import GPT
+from prepare_data.shards import Dataset
+from training.evaluation import Evaluation
+from training.metrics import log
+from training.optim import Optimizer, load_optimizer_tensors, optimizer_tensors
+
+MAX_SKIPPED = 3  # consecutive updates that may be skipped because their gradient is not finite
+
+
+@dataclass
+class Progress:
+    """The counters of a run, as they stand in a checkpoint's state.json."""
+
+    step: int = 0
+    evaluated_step: int | None = None
+    log_loss: float = 0.0  # sum of the losses since the last logged step
+    log_count: int = 0
+    eval_loss: float = 0.0  # sum of the losses since the last evaluation
+    eval_count: int = 0
+    skipped: int = 0  # consecutive skipped updates
+    history: list[dict[str, float]] = field(default_factory=list)  # step, val_loss, standard_error, train_loss
+    grad_scaler: dict[str, Any] = field(default_factory=dict)
+
+
+class TrainState:
+    """The state of a run between two steps. rows: windows per step. recovery: the command that the errors of a
+    diverged run name."""
+
+    def __init__(
+        self, model: GPT, optimizer: Optimizer, scaler: torch.amp.GradScaler, rows: int, recovery: str
+    ) -> None:
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.rows, self.recovery = rows, recovery
+        self.progress = Progress()
+        self.val_loss: float | None = None  # of the current step
+        self.is_best = False  # whether the current step has the lowest val loss so far
+        self.saved_step: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Number of updates done."""
+        return self.progress.step
+
+    def advance(self, loss: float, grad_norm: float) -> bool:
+        """Counts an update. Returns False where it was skipped because loss or gradient norm is not finite."""
+        progress = self.progress
+        progress.step += 1
+        self.val_loss, self.is_best = None, False
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            progress.skipped = 0
+            progress.log_loss, progress.log_count = progress.log_loss + loss, progress.log_count + 1
+            progress.eval_loss, progress.eval_count = progress.eval_loss + loss, progress.eval_count + 1
+            return True
+        if math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+            # a float16 overflow: the scaler has halved its scale, which was above 1, and the next step tries again
+            return True
+        progress.skipped += 1
+        return False
+
+    def raise_if_diverged(self) -> None:
+        """Raises UserError after MAX_SKIPPED skipped updates in a row."""
+        if self.progress.skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"{MAX_SKIPPED} updates in a row had no finite gradient at step {self.step}; none of them was saved. "
+                f"Resume from the last checkpoint with a smaller learning rate: {self.recovery}"
+            )
+
+    def take_log_loss(self) -> float:
+        """The mean loss since the last call; NaN where all updates were skipped."""
+        progress = self.progress
+        mean = progress.log_loss / progress.log_count if progress.log_count else math.nan
+        progress.log_loss, progress.log_count = 0.0, 0
+        return mean
+
+    def record_evaluation(self, result: Evaluation) -> float | None:
+        """Adds the evaluation of the current step to the history. Returns the mean train loss since the previous one
+        (None: no update since). Raises UserError where the val loss is not finite."""
+        progress = self.progress
+        if not math.isfinite(result.loss):
+            raise UserError(
+                f"the val loss at step {self.step} is {result.loss}; this step was not saved. "
+                f"Resume from the last checkpoint with a smaller learning rate: {self.recovery}"
+            )
+        train_loss = progress.eval_loss / progress.eval_count if progress.eval_count else None
+        progress.eval_loss, progress.eval_count = 0.0, 0
+        self.is_best = result.loss < min((entry["val_loss"] for entry in progress.history), default=math.inf)
+        if train_loss is not None:
+            entry = {"step": self.step, "val_loss": result.loss, "standard_error": result.standard_error}
+            progress.history.append(entry | {"train_loss": train_loss})
+        progress.evaluated_step, self.val_loss = self.step, result.loss
+        return train_loss
+
+    def save_is_due(self, interval: int | None) -> bool:
+        """Whether a checkpoint of the current step is wanted: every `interval` steps (None: at every evaluation), and
+        for a new best."""
+        if interval is None:
+            return self.progress.evaluated_step == self.step
+        return self.is_best or self.step % interval == 0
+
+    def save(self, run: Path, dataset: Dataset, hardware: Hardware, facts: Callable[[], dict[str, Any]]) -> None:
+        """Writes a checkpoint of the current step, with what `facts()` returns in its state.json, and prunes older
+        ones.
+
+        A failed save is logged and does not stop the training: the checkpoint before it is still there.
+        """
+        self.progress.grad_scaler = self.scaler.state_dict()
+        samples = self.step * self.rows
+        state = {
+            "progress": asdict(self.progress),
+            "val_loss": self.val_loss,
+            "samples": samples,
+            "tokens": samples * self.model.config.block_size,
+            "dataset": {
+                "name": dataset.name,
+                "path": str(dataset.folder.resolve()),
+                "fingerprint": dataset.fingerprint,
+            },
+            "environment": environment(hardware),
+        }
+        try:
+            save_checkpoint(
+                run,
+                self.step,
+                model=self.model.export_state(),
+                config=self.model.config.to_dict(),
+                tokenizer=dataset.tokenizer.to_dict(),
+                optimizer=optimizer_tensors(self.optimizer, self.model),
+                state={**state, **facts()},
+            )
+            self.saved_step = self.step
+            prune_checkpoints(run)
+        except SaveFailed as error:
+            log(f"step {self.step}: not saved: {error}")
+
+    def restore(self, saved: Checkpoint, hardware: Hardware) -> None:
+        """Takes over a checkpoint's state, all but the weights, which the model has already. Raises UserError where it
+        does not fit."""
+        try:
+            load_optimizer_tensors(self.optimizer, self.model, saved.optimizer_tensors())
+            self.progress = Progress(**saved.state["progress"])
+            self.val_loss, before = saved.state["val_loss"], saved.state["environment"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{saved.path}: its state is not in this version's format ({error}); "
+                "resume it with the version that wrote it"
+            ) from error
+        if self.progress.grad_scaler:
+            self.scaler.load_state_dict(self.progress.grad_scaler)
+        self.saved_step = self.step
+        now = environment(hardware)
+        if changed := [f"{name} {before.get(name)} → {now[name]}" for name in now if now[name] != before.get(name)]:
+            log(f"the resume may not be bitwise exact: {', '.join(changed)}")
+        log(f"resumed {saved.path} at step {self.step}")
+
+
+def environment(hardware: Hardware) -> dict[str, Any]:
+    """Everything besides the options that the bits of a run depend on."""
+    device = hardware.device
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cuda": torch.version.cuda,
+        "threads": hardware.threads,
+        "world_size": 1,
+    }

@@ -1,4 +1,4 @@
-# Everything runs in .venv, which `make` sets up on the way. Systems without make: the same commands are in README.md.
+# Everything runs in .venv, which these targets set up. README.md has the same commands for systems without make.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,13 +6,13 @@ ARGS ?=
 
 .PHONY: demo test test-slow lint format bench clean
 
-demo: .venv/.ready  ## prepare a corpus, train about three minutes, print samples
+demo: .venv/.ready  ## prepare a corpus, train for about three minutes, print samples
 	$(BIN)/python train.py $(ARGS)
 
-test: .venv/.ready-dev  ## all tests that need neither a GPU nor minutes of their own
+test: .venv/.ready-dev  ## all tests except those marked slow or gpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-test-slow: .venv/.ready-dev  ## the tests that take minutes
+test-slow: .venv/.ready-dev  ## tests that take minutes, or need a browser or a package index
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: .venv/.ready-dev
@@ -24,8 +24,9 @@ format: .venv/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.ready  ## side by side with nanoGPT: make bench PEER=path/to/nanoGPT TEXT=path/to/tinyshakespeare.txt
-	@test -n "$(PEER)" -a -n "$(TEXT)" || { echo "usage: make bench PEER=path/to/nanoGPT TEXT=path/to/tinyshakespeare.txt"; exit 2; }
+BENCH_USAGE = usage: make bench PEER=path/to/nanoGPT TEXT=path/to/tinyshakespeare.txt
+bench: .venv/.ready  ## compare with a checkout of nanoGPT
+	@test -n "$(PEER)" -a -n "$(TEXT)" || { echo "$(BENCH_USAGE)"; exit 2; }
 	$(BIN)/python bench/shakespeare_char_cpu.py --peer "$(PEER)" --text "$(TEXT)"
 	$(BIN)/python bench/generate.py --peer "$(PEER)"
 	$(BIN)/python bench/time_to_loss.py --peer "$(PEER)" --text "$(TEXT)"
@@ -40,5 +41,5 @@ bench: .venv/.ready  ## side by side with nanoGPT: make bench PEER=path/to/nanoG
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch .venv/.ready $@
 
-clean:  ## the environment and caches; data/ and runs/ stay
+clean:  ## remove the environment and caches; data/ and runs/ are kept
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

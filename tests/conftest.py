@@ -1,13 +1,11 @@
-"""What every test shares: one thread per worker, no network, paths to the project, a browser."""
+"""Shared by all tests: one thread per worker, the project on sys.path, a small text, a browser."""
 
 import os
 import shutil
 import sys
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two threads on busy cores wait for each other; see also torch.set_num_threads below
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; must be set before torch is imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -15,9 +13,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # the attention kernel runs as Python; read when Triton is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # runs kernels in Python; Triton reads it when it is first imported
 
 import pytest  # noqa: E402
 
@@ -26,11 +22,9 @@ import pytest  # noqa: E402
 def small_text(tmp_path_factory) -> Path:
     """A file of 60 kB of simple sentences, in a folder with a space and non-ASCII letters in its name."""
     folder = tmp_path_factory.mktemp("kleiner Korpus é")
-    names, verbs, things = (
-        ("Anna", "Ben", "Cleo", "Dora"),
-        ("sees", "takes", "likes", "draws"),
-        ("a cat", "the moon", "two trees", "water"),
-    )
+    names = ("Anna", "Ben", "Cleo", "Dora")
+    verbs = ("sees", "takes", "likes", "draws")
+    things = ("a cat", "the moon", "two trees", "water")
     lines = [f"{names[i % 4]} {verbs[i // 4 % 4]} {things[i // 16 % 4]} {i % 10}.\n" for i in range(3000)]
     path = folder / "sätze 1.txt"
     path.write_text("".join(lines), encoding="utf-8")
@@ -39,12 +33,12 @@ def small_text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser():
-    """The system's Chromium, steered by playwright."""
+    """The system's Chromium, controlled by playwright; tests are skipped without them."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     executable = next(filter(None, map(shutil.which, names)), None)
     if executable is None:
-        pytest.skip("there is no Chromium on this machine")
+        pytest.skip("no Chromium on this machine")
     as_root = hasattr(os, "geteuid") and os.geteuid() == 0
     with playwright.sync_playwright() as started:
         launched = started.chromium.launch(executable_path=executable, args=["--no-sandbox"] if as_root else [])

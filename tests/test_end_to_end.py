@@ -1,4 +1,4 @@
-"""From a text to samples of it, as a user would: training on short documents, on Chinese, and every step by its own command."""
+"""From a text to samples of it: training on short documents, on Chinese text, and each step by its own command."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ COMMON = ("debug", "--threads=1", "--dtype=float32", "--sample_tokens=0", "--eva
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _working_directory(tmp_path, monkeypatch):
     folder = tmp_path / "mein Ordner é"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -27,8 +27,8 @@ def sample(*args: str) -> int:
     return sample_script.main([*args, "--threads=1"])
 
 
-def test_samples_end_by_themselves_and_their_lengths_follow_the_corpus(capsys):
-    """The purpose of the end-of-sequence id: 4,000 documents of 10 to 30 characters, then 200 samples."""
+def test_samples_end_with_eos_at_the_lengths_of_the_documents(capsys):
+    """What EOS is for: trained on 4,000 documents of 10 to 30 letters, a model ends 200 samples at such lengths."""
     draw = random.Random(0)
     lengths = [draw.randint(10, 30) for _ in range(4000)]
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -36,46 +36,35 @@ def test_samples_end_by_themselves_and_their_lengths_follow_the_corpus(capsys):
     documents = [
         "".join(letters[(start + i) % 26] for i in range(length)) for start, length in zip(starts, lengths, strict=True)
     ]
-    Path("walks.txt").write_text("\n".join(documents), encoding="utf-8")
-    shape = (
-        "--n_layer=2",
-        "--n_embd=64",
-        "--block_size=64",
-        "--positions=learned",
-        "--document_mask=true",
-        "--tokens_per_step=2048",
-    )
-    steps = ("--max_steps=250", "--eval_interval=250", "--learning_rate=3e-3", "--warmup_steps=20")
-    assert (
-        train(*COMMON, *shape, *steps, "--data=walks.txt", r"--separator=\n", "--tokenizer=bytes", "--run=runs/walks")
-        == 0
-    )
+    Path("alphabet.txt").write_text("\n".join(documents), encoding="utf-8")
+    shape = ("--n_layer=2", "--n_embd=64", "--block_size=64", "--positions=learned", "--document_mask=true")
+    steps = ("--tokens_per_step=2048", "--max_steps=250", "--eval_interval=250")
+    rate = ("--learning_rate=3e-3", "--warmup_steps=20")
+    data = ("--data=alphabet.txt", r"--separator=\n", "--tokenizer=bytes")
+    assert train(*COMMON, *shape, *steps, *rate, *data, "--run=runs/alphabet") == 0
     capsys.readouterr()
-    assert sample("--run=runs/walks", "--num_samples=200", "--temperature=1", "--max_new_tokens=60") == 0
+    assert sample("--run=runs/alphabet", "--num_samples=200", "--temperature=1", "--max_new_tokens=60") == 0
     out, err = capsys.readouterr()
     texts = out.rstrip("\n").split("\n---\n")
     reasons = re.findall(r"^sample \d+: (.*?), \d+ tokens", err, re.MULTILINE)
     assert len(texts) == len(reasons) == 200
     assert reasons.count("end of sequence") >= 190
-    drawn = np.array([len(text) for text in texts])
-    assert abs(drawn.mean() - np.mean(lengths)) < 1.5
-    every = np.arange(61)
-    of_corpus, of_samples = ((np.asarray(values)[:, None] <= every).mean(axis=0) for values in (lengths, drawn))
-    assert (
-        np.abs(of_corpus - of_samples).max() < 0.15
-    )  # Kolmogorov-Smirnov, 200 draws: 0.115 at 1 %, and some room for the model
-    steps_of_one = [(ord(b) - ord(a)) % 26 == 1 for text in texts for a, b in itertools.pairwise(text)]
-    assert np.mean(steps_of_one) > 0.95  # and it says what the corpus says
+    sample_lengths = np.array([len(text) for text in texts])
+    assert abs(sample_lengths.mean() - np.mean(lengths)) < 1.5
+    # Kolmogorov-Smirnov statistic of 200 draws: 0.115 at the 1 % level, plus a margin for the model
+    x = np.arange(61)
+    corpus_cdf, sample_cdf = ((np.asarray(values)[:, None] <= x).mean(axis=0) for values in (lengths, sample_lengths))
+    assert np.abs(corpus_cdf - sample_cdf).max() < 0.15
+    is_next_letter = [(ord(b) - ord(a)) % 26 == 1 for text in texts for a, b in itertools.pairwise(text)]
+    assert np.mean(is_next_letter) > 0.95, "the samples must be like the documents"
 
 
 def chinese_text() -> str:
-    who, does, what = (
-        ("小明", "老师", "我的朋友", "那只猫"),
-        ("喜欢", "看见了", "正在画"),
-        ("月亮。", "一本书！", "春天的花。", "大海？"),
-    )
+    subjects = ("小明", "老师", "我的朋友", "那只猫")
+    verbs = ("喜欢", "看见了", "正在画")
+    objects = ("月亮。", "一本书！", "春天的花。", "大海？")
     draw = random.Random(1)
-    return "\n".join(draw.choice(who) + draw.choice(does) + draw.choice(what) for _ in range(4000))
+    return "\n".join(draw.choice(subjects) + draw.choice(verbs) + draw.choice(objects) for _ in range(4000))
 
 
 def test_chinese_from_preparation_to_streamed_samples(capsys):
@@ -85,25 +74,17 @@ def test_chinese_from_preparation_to_streamed_samples(capsys):
         train(*COMMON, "--data=中文.txt")
     assert "--encoding=gb18030" in str(caught.value)
     assert re.search(r"offset \d+|byte \d+", str(caught.value))
-    assert (
-        prepare(
-            ["text", "--input=中文.txt", "--encoding=gb18030", "--name=汉语", "--tokenizer=bpe", "--vocab_size=300"]
-        )
-        == 0
-    )
-    assert (
-        train(
-            *COMMON, "--data=汉语", "--run=runs/汉语", "--max_steps=120", "--eval_interval=60", "--learning_rate=2e-2"
-        )
-        == 0
-    )
+    tokenizer = ("--tokenizer=bpe", "--vocab_size=300")
+    assert prepare(["text", "--input=中文.txt", "--encoding=gb18030", "--name=汉语", *tokenizer]) == 0
+    steps = ("--max_steps=120", "--eval_interval=60", "--learning_rate=2e-2")
+    assert train(*COMMON, "--data=汉语", "--run=runs/汉语", *steps) == 0
     assert read_events("runs/汉语", "eval")[-1]["val_loss"] < 2.5
     capsys.readouterr()
     assert sample("--run=runs/汉语", "--prompt=小明", "--max_new_tokens=80", "--temperature=0.5") == 0
     out, _ = capsys.readouterr()
     assert out.startswith("小明")
-    strange = [character for character in out if character not in text]
-    assert len(strange) <= 0.05 * len(out), out
+    unknown = [character for character in out if character not in text]
+    assert len(unknown) <= 0.05 * len(out), out
 
 
 def test_the_newest_run_is_sampled_by_default(capsys, small_text):

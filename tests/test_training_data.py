@@ -1,4 +1,4 @@
-"""The order of the training data: pure, without replacement, and a val grid that scores every target once."""
+"""The order of the training data, a pure function of seed and sample number, and the grid of validation windows."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from errors import UserError
 from training.data import IGNORED_TARGET, TrainWindows, keyed_permutation, read_windows, val_starts
 
 
-class Counting:
-    """A split whose token at place i is i; `masked` places do not count as targets."""
+class CountingSplit:
+    """A split whose token at index i is i; those at `masked` indices do not count as targets."""
 
     def __init__(self, length: int, masked: frozenset[int] = frozenset()) -> None:
         self.length, self.masked = length, masked
@@ -24,7 +24,7 @@ class Counting:
         return np.arange(start, start + count)
 
     def mask(self, start: int, count: int) -> np.ndarray | None:
-        return np.array([place not in self.masked for place in range(start, start + count)]) if self.masked else None
+        return np.array([i not in self.masked for i in range(start, start + count)]) if self.masked else None
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**63))
@@ -33,7 +33,7 @@ def test_keyed_permutation_is_a_bijection(size, key):
     assert sorted(keyed_permutation(np.arange(size), size, key).tolist()) == list(range(size))
 
 
-def test_keyed_permutation_mixes():
+def test_keyed_permutation_is_uncorrelated():
     order = keyed_permutation(np.arange(100_000), 100_000, 7)
     assert abs(np.corrcoef(np.arange(100_000), order)[0, 1]) < 0.02
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
@@ -50,32 +50,32 @@ def test_an_epoch_visits_disjoint_windows_once_each(n_tokens, T, seed, epoch):
     assert (np.diff(starts) == T).all()
 
 
-def test_the_order_is_a_function_of_the_sample_number_alone():
+def test_the_order_depends_on_seed_and_sample_number_only():
     windows = TrainWindows(1000, 8, seed=3)
     whole = windows.starts(0, 500)
     pieces = np.concatenate([windows.starts(first, 20) for first in range(0, 500, 20)])
     assert np.array_equal(whole, pieces)
     assert not np.array_equal(whole, TrainWindows(1000, 8, seed=4).starts(0, 500))
     phases = {int(windows.starts(epoch * windows.per_epoch, 1)[0]) % 8 for epoch in range(40)}
-    assert len(phases) > 4  # epochs shift the grid
+    assert len(phases) > 4, "epochs must shift the grid of windows"
 
 
 @pytest.mark.parametrize(("n_tokens", "T"), [(95, 32), (64, 32), (33, 32), (351, 32)])
 def test_every_target_is_trained_on(n_tokens, T):
-    """Over many epochs the grid's phases reach every token but the first, those at the end of the text included."""
+    """Over many epochs, every token but the first is a target, also at the end of the text."""
     windows = TrainWindows(n_tokens, T, seed=1)
     starts = set(windows.starts(0, 400 * windows.per_epoch).tolist())
     assert {start + i for start in starts for i in range(1, T + 1)} == set(range(1, n_tokens))
 
 
 def test_targets_are_the_inputs_one_token_later():
-    x, y = read_windows(Counting(100), TrainWindows(100, 8, seed=0).starts(0, 6), 8)
+    x, y = read_windows(CountingSplit(100), TrainWindows(100, 8, seed=0).starts(0, 6), 8)
     assert x.shape == y.shape == (6, 8)
     assert (y == x + 1).all()
 
 
 def test_masked_targets_do_not_count():
-    x, y = read_windows(Counting(40, frozenset({3, 9})), np.array([0, 8]), 8)
+    x, y = read_windows(CountingSplit(40, frozenset({3, 9})), np.array([0, 8]), 8)
     assert (y[0, 2], y[1, 0]) == (IGNORED_TARGET, IGNORED_TARGET)
     assert ((y == x + 1) | (y == IGNORED_TARGET)).all()
     assert int((y == IGNORED_TARGET).sum()) == 2
@@ -84,7 +84,7 @@ def test_masked_targets_do_not_count():
 @given(n_tokens=st.integers(2, 200), T=st.integers(1, 16))
 @settings(max_examples=60, deadline=None)
 def test_the_val_grid_scores_every_target_once(n_tokens, T):
-    _, y = read_windows(Counting(n_tokens), val_starts(n_tokens, T), T)
+    _, y = read_windows(CountingSplit(n_tokens), val_starts(n_tokens, T), T)
     assert sorted(y[y != IGNORED_TARGET].tolist()) == list(range(1, n_tokens))
 
 

@@ -2,11 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
-from training.data import IGNORED_TARGET, TrainWindows, keyed_permutation, read_windows, val_starts
+from training.data import (
+    IGNORED_TARGET,
+    TrainBatches,
+    TrainWindows,
+    keyed_permutation,
+    read_windows,
+    val_starts,
+)
 
 
 class CountingSplit:
@@ -89,8 +97,34 @@ def test_the_val_grid_scores_every_target_once(n_tokens, T):
 
 
 def test_a_corpus_shorter_than_a_window_is_an_error():
-    with pytest.raises(
-        UserError, match=r"8 tokens, fewer than one window of block_size \+ 1 = 9; lower --block_size to at most 7"
-    ):
+    message = r"8 tokens, fewer than one window of block_size \+ 1 = 9; lower --block_size to at most 7"
+    with pytest.raises(UserError, match=message):
         TrainWindows(8, 8, seed=0)
     assert TrainWindows(9, 8, seed=0).starts(0, 3).tolist() == [0, 0, 0]
+
+
+def step_of(batches, step):
+    """x, y of all micro-batches of a step."""
+    micro_batches = batches(step)
+    assert all(len(batch.x) == len(batch.y) == batches.size for batch in micro_batches)
+    return torch.cat([batch.x for batch in micro_batches]), torch.cat([batch.y for batch in micro_batches])
+
+
+def test_a_step_has_the_same_rows_in_any_micro_batch_size():
+    expected = read_windows(CountingSplit(200), TrainWindows(200, 8, seed=3).starts(12, 6), 8)
+    for size in (1, 2, 3, 6):
+        batches = TrainBatches(CountingSplit(200), 8, 6, size, 3, torch.device("cpu"), dropout=False)
+        assert all(map(torch.equal, step_of(batches, 2), expected))
+        assert {batch.dropout_seed for batch in batches(2)} == {None}
+
+
+def test_read_ahead_does_not_change_the_batches():
+    """The meta device stands for a GPU: a thread reads ahead. Steps are repeated and skipped, and the size changes."""
+    ahead, direct = (
+        TrainBatches(CountingSplit(200), 8, 6, 6, 3, torch.device(name), dropout=True) for name in ("meta", "cpu")
+    )
+    assert (ahead.reader is None, direct.reader is None) == (False, True)
+    for step, size in ((0, 6), (1, 6), (1, 3), (2, 3), (7, 3), (8, 2)):
+        ahead.size = direct.size = size
+        assert all(map(torch.equal, step_of(ahead, step), step_of(direct, step)))
+        assert [batch.dropout_seed for batch in ahead(step)] == [batch.dropout_seed for batch in direct(step)]

@@ -7,8 +7,8 @@
 
 A directory `step-N` is always complete: it gets that name by a rename. Other names are stages of the writer:
 `step-N.writing` is unfinished, `step-N.removing` partly deleted, and `step-N.replaced` is the complete former
-checkpoint of a step that is being saved again; it counts while there is no `step-N`. A kill at any moment leaves the old
-state or the new one.
+checkpoint of a step that is being saved again; it counts while there is no `step-N`. A kill at any moment leaves the
+old state or the new one.
 
 Files are data: their names are fixed here, nothing read is unpickled, executed or used as a path, and foreign text is
 shown by repr. This file stores tensors and JSON values; it knows neither the model, the optimizer nor their options.
@@ -47,7 +47,7 @@ CHUNK = 1 << 20
 
 
 class SaveFailed(UserError):
-    """A checkpoint was not written; the earlier ones are unchanged. Training may continue and retry at the next save."""
+    """A checkpoint was not written; the earlier ones are unchanged. Training may continue and retry later."""
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Choices that depend on the machine, on machines that are not there."""
+"""common/hardware.py: choices for devices that this machine does not have."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def hardware(device: str, dtype: torch.dtype = torch.bfloat16) -> Hardware:
     return Hardware(torch.device(device), dtype, threads=1, reasons={})
 
 
-def test_compiling_must_save_more_than_it_takes(monkeypatch):
+def test_compile_auto_compares_saved_time_with_compile_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(model_module.shutil, "which", lambda name: "/usr/bin/cc")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -26,7 +26,7 @@ def test_compiling_must_save_more_than_it_takes(monkeypatch):
     assert choose_compile(True, hardware("cpu"), 1.0).value is True
 
 
-def test_utilisation_needs_a_known_device(monkeypatch):
+def test_peak_flops_are_known_for_listed_devices_only(monkeypatch):
     assert vendor_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert vendor_flops("NVIDIA H100 PCIe") == 756e12
     assert vendor_flops("NVIDIA A100-SXM4-80GB") == 312e12
@@ -37,8 +37,8 @@ def test_utilisation_needs_a_known_device(monkeypatch):
     assert hardware("cuda", torch.float32).peak_flops() is None
 
 
-def test_flops_of_gpt2_are_those_of_the_field():
-    """855 MFLOP a token: six of 123.65M parameters that multiply, and attention at 1,024 tokens."""
+def test_flops_of_gpt2_124m():
+    """855 MFLOP per token: six per matrix parameter (123.65M), plus attention over 1,024 tokens."""
     with torch.device("meta"):
         assert GPT(load("train.py", ["gpt2_124m"]).section(GPTConfig), seed=None).flops_per_token() == pytest.approx(
             855e6, rel=2e-3

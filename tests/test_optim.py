@@ -1,4 +1,4 @@
-"""Schedules and optimizers."""
+"""Learning rate schedules and optimizers."""
 
 import math
 import subprocess
@@ -46,7 +46,7 @@ def test_schedules_after_the_warm_up():
     assert rates(110, schedule="constant")[109] == 1.0
 
 
-def test_the_paper_s_formula():
+def test_inverse_sqrt_is_the_formula_of_the_2017_paper():
     """d^-0.5 · min(step^-0.5, step · warmup^-1.5), steps from 1 (Vaswani et al. 2017, equation 3)."""
     options = OptimizerOptions(learning_rate=(512 * 4000) ** -0.5, schedule="inverse_sqrt", warmup_steps=4000)
     for step in (1, 100, 3999, 4000, 4001, 100_000):
@@ -54,7 +54,7 @@ def test_the_paper_s_formula():
         assert learning_rate(step - 1, Plan(100_000, 1), options) == pytest.approx(paper)
 
 
-def test_only_matrices_decay():
+def test_only_matrices_have_weight_decay():
     model = GPT(TINY)
     groups = make_optimizer(model, OptimizerOptions(weight_decay=0.3)).param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
@@ -64,7 +64,7 @@ def test_only_matrices_decay():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
-def test_optimizer_state_survives_a_checkpoint_bit_for_bit(name):
+def test_optimizer_state_round_trips_through_a_checkpoint_bitwise(name):
     ids = torch.randint(0, 1100, (4, 8), generator=torch.Generator().manual_seed(0))
     options = OptimizerOptions(optimizer=name, learning_rate=0.01)
 
@@ -87,12 +87,12 @@ def test_optimizer_state_survives_a_checkpoint_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_updates_are_those_of_torch_optim(name):
+def test_updates_equal_torch_optim_bitwise(name):
     ids = torch.randint(0, 1100, (4, 8), generator=torch.Generator().manual_seed(0))
     options = OptimizerOptions(optimizer=name, learning_rate=0.01, weight_decay=0.1)
     ours, theirs = GPT(TINY), GPT(TINY)
-    decaying, rest = ([p for p in theirs.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
-    groups = [{"params": decaying, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    decayed, others = ([p for p in theirs.parameters() if (p.dim() >= 2) == decay] for decay in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     if name == "adamw":
         peer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True)
     else:
@@ -105,14 +105,25 @@ def test_updates_are_those_of_torch_optim(name):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+ONE_STEP = """
+import sys
+import torch
+from model import GPT, GPTConfig
+from training.optim import OptimizerOptions, make_optimizer
+model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=4, eos_id=3))
+optimizer = make_optimizer(model, OptimizerOptions(optimizer="muon"))
+ids = torch.zeros(1, 4, dtype=torch.int64)
+model(ids, ids).backward()
+optimizer.step()
+assert "torch._dynamo" not in sys.modules
+"""
+
+
 def test_making_an_optimizer_does_not_import_the_compiler():
-    program = "import sys, model, training.optim as o; g = model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, "
-    program += "vocab_size=4, eos_id=3)); m = o.make_optimizer(g, o.OptimizerOptions(optimizer='muon')); import torch; "
-    program += "x = torch.zeros(1, 4, dtype=torch.int64); g(x, x).backward(); m.step(); assert 'torch._dynamo' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", ONE_STEP], cwd=ROOT, check=False).returncode == 0
 
 
-def test_foreign_optimizer_state_is_refused():
+def test_optimizer_state_of_another_model_is_refused():
     model = GPT(TINY)
     with pytest.raises(ValueError, match=r"'blocks\.9'"):
         load_optimizer_tensors(make_optimizer(model, OptimizerOptions()), model, {"blocks.9/exp_avg": torch.zeros(3)})

@@ -1,4 +1,7 @@
-"""Which optimizer updates the weights, and how large a step it takes when."""
+"""Optimizers (AdamW, Muon, SGD), their parameter groups, learning rate schedules, and their state in a checkpoint.
+
+Knows neither data nor the training loop. Reading order: OptimizerOptions, the schedule, Optimizer, checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -24,40 +27,39 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class OptimizerOptions:
     optimizer: Literal["adamw", "muon", "sgd"] = fixed("adamw")
-    """AdamW (fused where torch can); Muon for the matrices inside the blocks and AdamW for the rest; or SGD with
-    momentum."""
+    """adamw (fused), muon (for the matrices of the blocks, AdamW for the rest), or sgd with momentum."""
     learning_rate: Annotated[float, Ge(0)] = 1e-3
-    """Peak step size."""
+    """Peak learning rate."""
     muon_learning_rate: Annotated[float, Ge(0)] | None = None
-    """Peak step size of Muon's matrices, in AdamW's unit; none: learning_rate. The schedule scales both alike."""
+    """Peak learning rate of Muon's matrices, on AdamW's scale; none: learning_rate. The schedule scales both."""
     muon_momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.95
-    """Muon's memory of the gradient."""
+    """Muon: EMA decay of the momentum."""
     muon_steps: Annotated[int, Ge(1)] = 5
-    """Newton–Schulz steps that orthogonalise an update; 3 cost less and lost nothing in the small models measured."""
+    """Muon: Newton–Schulz iterations. 3 are cheaper and cost no loss in the small models measured."""
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
-    """After the warm-up: cosine or linear to the minimum; wsd: stay, then decay linearly; the 2017 paper's; stay."""
+    """After warm-up: decay to min_learning_rate; wsd: constant, then linear decay; inverse_sqrt: the 2017 paper's."""
     warmup_steps: Annotated[int, Ge(0)] = 100
-    """Steps over which the learning rate rises from 0."""
+    """Steps of linear warm-up from 0."""
     decay_steps: Annotated[int, Ge(1)] | None = None
-    """Last steps, in which wsd decays; none: a fifth of max_steps."""
+    """wsd: number of final steps in which it decays; none: a fifth of max_steps."""
     min_learning_rate: Annotated[float, Ge(0)] = 0.0
-    """Where cosine, linear and wsd end."""
+    """Final learning rate of cosine, linear and wsd."""
     weight_decay: Annotated[float, Ge(0)] = 0.1
-    """Decay of matrices (embeddings included); biases and norms are not decayed."""
+    """Decoupled weight decay of matrices and embeddings (SGD: L2 penalty); biases and norms have none."""
     beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-    """AdamW's memory of the gradient."""
+    """AdamW: EMA decay of the first moment (β1)."""
     beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.95
-    """AdamW's memory of the squared gradient."""
+    """AdamW: EMA decay of the second moment (β2)."""
     adam_eps: Annotated[float, Gt(0)] = 1e-8
-    """AdamW's guard against division by 0."""
+    """AdamW: added to the denominator (ε)."""
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-    """SGD's memory of the gradient."""
+    """SGD: momentum."""
     grad_clip: Annotated[float, Gt(0)] | None = 1.0
-    """Gradients are scaled down to this norm; none: never."""
+    """Maximum gradient norm; none: no clipping."""
 
     @property
     def muon_scale(self) -> float:
-        """Muon's learning rate as a multiple of the other parameters', which schedules speak of."""
+        """Muon's learning rate as a multiple of `learning_rate`, which the schedule gives."""
         return 1.0 if self.muon_learning_rate is None else self.muon_learning_rate / self.learning_rate
 
     def problems(self) -> list[str]:
@@ -66,30 +68,30 @@ class OptimizerOptions:
             found.append(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
         if self.muon_learning_rate is not None and self.learning_rate == 0:
             found.append(
-                f"muon_learning_rate={self.muon_learning_rate} needs a learning_rate above 0, whose schedule it follows"
+                f"muon_learning_rate={self.muon_learning_rate} needs a learning_rate above 0: it is a multiple of it"
             )
         return found
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is, and how many of its last steps wsd decays in."""
+    """Length of a run in steps, and how many of the last ones wsd decays in."""
 
     max_steps: int
     decay_steps: int
 
 
 def planned(max_steps: int, options: OptimizerOptions) -> Plan:
-    """The plan for a number of steps; the decay takes at most what the warm-up leaves."""
+    """The plan for a number of steps; decay and warm-up do not overlap."""
     decay = options.decay_steps if options.decay_steps is not None else max_steps // 5
     return Plan(max_steps, max(1, min(decay, max_steps - options.warmup_steps)))
 
 
 def learning_rate(step: int, plan: Plan, options: OptimizerOptions) -> float:
-    """The learning rate of the update number `step` (from 0). Warm-up is linear and reaches the peak at warmup_steps.
+    """The learning rate of step number `step` (from 0). Warm-up is linear and reaches the peak at warmup_steps.
 
-    inverse_sqrt falls with 1/√step from the end of the warm-up on (Vaswani et al. 2017, 5.3, with the peak as the
-    unit); wsd: Hu et al. 2024 (MiniCPM), with a linear decay.
+    inverse_sqrt: peak · √(warmup / (step + 1)) after warm-up (Vaswani et al. 2017, 5.3). wsd: Hu et al. 2024 (MiniCPM),
+    with linear decay.
     """
     peak, low, warmup = options.learning_rate, options.min_learning_rate, options.warmup_steps
     if step < warmup:
@@ -107,11 +109,11 @@ def learning_rate(step: int, plan: Plan, options: OptimizerOptions) -> float:
 
 
 class Optimizer:
-    """AdamW, Muon or SGD, by group, with the interface of torch.optim's classes and its functions inside.
+    """AdamW, Muon or SGD by parameter group, with torch.optim's interface and its functional implementations.
 
-    Those classes import torch's compiler when they are made, which took as long as importing torch itself
-    (bench/NOTES.md). A group is {"kind", "params", "lr", "scale", …}, the rest being what its function takes; "scale"
-    is its learning rate as a multiple of the schedule's. `state` holds tensors by parameter and name.
+    torch.optim's classes import torch's compiler when constructed, which takes as long as importing torch
+    (bench/NOTES.md). A group is {"kind", "params", "lr", "scale", …}; the other entries are arguments of its update
+    function. "scale" is its learning rate as a multiple of the schedule's. `state`: parameter → name → tensor.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -129,14 +131,10 @@ class Optimizer:
                         self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             settings = {name: value for name, value in group.items() if name not in ("kind", "params", "scale")}
             gradients = [parameter.grad for parameter in parameters]
-            memories: list[list[Tensor]] = [
-                [self.state[parameter][name] for parameter in parameters] for name in MOMENTS[kind]
-            ]
-            if (
-                kind == "adamw"
-            ):  # its function wants an empty list for the largest second moments, which amsgrad would keep
-                memories += [[], [self.state[parameter]["step"] for parameter in parameters]]
-            UPDATES[kind](parameters, gradients, *memories, **settings)
+            buffers = [[self.state[parameter][name] for parameter in parameters] for name in MOMENTS[kind]]
+            if kind == "adamw":  # the empty list: max_exp_avg_sqs, which only amsgrad uses
+                buffers += [[], [self.state[parameter]["step"] for parameter in parameters]]
+            UPDATES[kind](parameters, gradients, *buffers, **settings)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for group in self.param_groups:
@@ -160,13 +158,13 @@ MOMENTS = {
 
 
 def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = torch.float32) -> Optimizer:
-    """The optimizer over the model's parameters; those with two dimensions or more decay, the rest do not.
+    """The optimizer over the model's parameters. Those with two dimensions or more have weight decay, the others none.
 
-    dtype: what the device multiplies fastest.
+    dtype: the run's compute dtype; Muon orthogonalizes in bfloat16 if it is that, else in float32.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if options.optimizer == "muon" else []
-    taken = {id(matrix) for matrix in matrices}
-    others = [p for p in model.parameters() if id(p) not in taken]
+    in_muon = {id(matrix) for matrix in matrices}
+    others = [p for p in model.parameters() if id(p) not in in_muon]
     common: dict[str, Any] = {"lr": options.learning_rate, "scale": 1.0}
     if options.optimizer == "sgd":
         common |= {"kind": "sgd", "momentum": options.momentum}
@@ -177,20 +175,22 @@ def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = t
         {**common, "params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     if matrices:
-        orthogonalization = {
+        group = {
+            "kind": "muon",
+            "params": matrices,
+            "lr": options.learning_rate,
+            "scale": options.muon_scale,
+            "weight_decay": options.weight_decay,
+            "momentum": options.muon_momentum,
             "steps": options.muon_steps,
             "dtype": torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
         }
-        rates = {"lr": options.learning_rate, "scale": options.muon_scale, "weight_decay": options.weight_decay}
-        groups.insert(
-            0, {"kind": "muon", "params": matrices, "momentum": options.muon_momentum, **rates, **orthogonalization}
-        )
+        groups.insert(0, group)
     return Optimizer([group for group in groups if group["params"]])
 
 
 def optimizer_tensors(optimizer: Optimizer, model: GPT) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `parameter name/state name` → tensor, for the checkpoint; vocabulary padding is left
-    out."""
+    """The optimizer's state for a checkpoint: `parameter name/state name` → tensor, without vocabulary padding."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -200,14 +200,14 @@ def optimizer_tensors(optimizer: Optimizer, model: GPT) -> dict[str, torch.Tenso
 
 @torch.no_grad()
 def load_optimizer_tensors(optimizer: Optimizer, model: GPT, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts optimizer_tensors back. Raises ValueError where they are not this model's."""
-    own = dict(model.named_parameters())
+    """Restores the state of optimizer_tensors. Raises ValueError if it does not fit the model."""
+    parameters = dict(model.named_parameters())
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("/")
-        if name not in own:
+        if name not in parameters:
             raise ValueError(f"the optimizer's state names {name!r}, which this model does not have")
-        parameter = own[name]
-        if tensor.dim() == 0:  # a step counter: fused AdamW keeps it beside the parameter
+        parameter = parameters[name]
+        if tensor.dim() == 0:  # AdamW's step counter, on the parameter's device as fused AdamW requires
             optimizer.state.setdefault(parameter, {})[key] = tensor.to(parameter.device).clone()
             continue
         value = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""The options of a training run, apart from the model's, the optimizer's and the data preparation's own."""
+"""The options of training, evaluation and logging. Those of model, optimizer and data stand beside their code."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TrainOptions:
     data: str = "python_stdlib"
-    """A dataset's name or folder, a text file or folder (prepared on the way), or a corpus: python_stdlib,
-    shakespeare."""
+    """Dataset name or folder, text file or folder (prepared first), or a corpus: python_stdlib, shakespeare."""
     resume: str | None = None
-    """Run directory to go on with, exactly where its last checkpoint stands."""
+    """Run directory to resume from its last checkpoint (bitwise exact on a CPU)."""
     init_from: str | None = fixed(None)
-    """Run, checkpoint or model folder whose weights and tokenizer a new run starts from."""
+    """Run, checkpoint or model folder with the initial weights and the tokenizer of a new run."""
     max_steps: Annotated[int, Ge(0)] = 2000
-    """Optimizer updates in all."""
+    """Number of optimizer steps."""
     budget_minutes: Annotated[float, Gt(0)] | None = None
-    """Train about this long: max_steps then follows from the measured speed (stored in config.json)."""
+    """Train for about this long: sets max_steps from the measured speed (stored in config.json)."""
     tokens_per_step: Annotated[int, Ge(1)] = fixed(8192)
-    """Tokens of one update, over all machines; a multiple of block_size."""
+    """Tokens per optimizer step; a multiple of block_size."""
     micro_batch_size: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
-    """Rows of block_size tokens that go through the model at once; the rest of an update is accumulated."""
+    """Sequences of block_size tokens per forward pass; gradients accumulate over tokens_per_step. auto: what fits."""
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Share of each target's probability spread over the vocabulary; it raises the training loss that is shown, not
-    the val loss."""
+    """Share of each target's probability spread over the vocabulary; raises the logged loss, not the val loss."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile the model; auto: on CUDA only, since on a CPU it costs more than it brings."""
+    """torch.compile the model; auto: on CUDA, if it saves more time than it takes."""
     deterministic: bool = False
-    """Bit-exact repetition on a GPU, at some cost in speed; a CPU always repeats."""
+    """Bitwise reproducible training on a GPU, slower; a CPU always is."""
 
     def problems(self) -> list[str]:
         return [f"--{name}= is empty" for name in ("data", "resume", "init_from") if getattr(self, name) == ""]
@@ -45,29 +43,28 @@ class EvalOptions:
     eval_interval: Annotated[int, Ge(1)] = 250
     """Steps between evaluations on the val split."""
     eval_tokens: Annotated[int, Ge(2)] | None = None
-    """Evaluate on the first N tokens of the val split (the whole of it once more at the end); none: always the
-    whole."""
+    """Evaluate on the first N tokens of the val split, and once at the end on all of it; none: always on all of it."""
     eval_only: bool = False
-    """Evaluate the weights of --resume or --init_from on the whole val split, print the result, train nothing."""
+    """Evaluate the weights of --resume or --init_from on the whole val split and exit."""
     save_interval: Annotated[int, Ge(1)] | None = None
-    """Steps between checkpoints; none: at every evaluation. A new best is always saved."""
+    """Steps between checkpoints; none: at every evaluation. A new best val loss is always saved."""
     sample_prompt: str = ""
-    """What the sample shown at every evaluation starts with; empty: a new document."""
+    """Prompt of the sample shown at every evaluation; empty: a new document."""
     sample_tokens: Annotated[int, Ge(0)] = 100
-    """Length of these samples at most; 0: none are written."""
+    """Maximum length of these samples in tokens; 0: no samples."""
     sample_temperature: Annotated[float, Ge(0)] = 0.8
     """Temperature of these samples."""
     sample_seed: Annotated[int, Ge(0)] = 1337
     """Seed of these samples."""
     final_samples: Annotated[int, Ge(0)] = 3
-    """Samples written when the training ends."""
+    """Number of samples at the end of training."""
 
 
 @dataclass(frozen=True)
 class LoggingOptions:
     log_interval: Annotated[int, Ge(1)] = 10
-    """Steps between lines on the console and in metrics.jsonl."""
+    """Steps between log lines on the console and in metrics.jsonl."""
     wandb: Literal["online", "offline"] | None = None
-    """Log to Weights & Biases too; none: metrics.jsonl alone."""
+    """Also log to Weights & Biases; none: metrics.jsonl only."""
     wandb_project: str = "sprout"
     """Project name at Weights & Biases."""

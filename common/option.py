@@ -92,8 +92,8 @@ class Option:
             return value
         if isinstance(value, bool) and bool in self.kinds:
             return value
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and abs(value) < 2**63:  # false for nan and inf
+        # nan and inf are not below 2**63
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63:
             if int in self.kinds and value == int(value) and self._in_range(value):
                 return int(value)
             if float in self.kinds and self._in_range(value):

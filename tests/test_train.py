@@ -172,9 +172,8 @@ def test_a_resumed_run_ends_in_the_same_bits(run):
     shutil.copytree(run, "cut")
     shutil.rmtree("cut/checkpoints/step-00000020")
     with open("cut/metrics.jsonl", "a") as file:
-        file.write(
-            '{"event": "step", "step": 12, "loss": 1.0}\n{"event": "st'
-        )  # what a killed process wrote after its checkpoint
+        # what a killed process wrote after its checkpoint
+        file.write('{"event": "step", "step": 12, "loss": 1.0}\n{"event": "st')
     assert train("--resume=cut") == 0
     assert tensors_of("cut", 20) == tensors_of(run, 20)
     assert reproducible("cut") == reproducible(run)

@@ -66,9 +66,7 @@ class Budget:
         new = planned(step + left, self.options)
         if abs(new.max_steps - plan.max_steps) <= TOLERANCE * plan.max_steps:
             return False
-        self.plan = Plan(
-            new.max_steps, min(left, new.decay_steps)
-        )  # where the decay should have begun already, it begins now
+        self.plan = Plan(new.max_steps, min(left, new.decay_steps))  # a decay that is overdue begins now
         return True
 
     def is_spent(self, now: float) -> bool:

@@ -75,8 +75,7 @@ class TrainWindows:
         if self.n_tokens < self.block_size + 1:
             raise UserError(
                 f"the train split holds {self.n_tokens} tokens, fewer than one window of block_size + 1 = "
-                f"{self.block_size + 1}; "
-                f"lower --block_size to at most {max(1, self.n_tokens - 1)} or train on more text"
+                f"{self.block_size + 1}; lower --block_size to at most {max(1, self.n_tokens - 1)} or train on more text"
             )
 
     @property
@@ -88,16 +87,13 @@ class TrainWindows:
         numbers = np.arange(first, first + count)
         epochs = numbers // self.per_epoch
         starts = np.empty(count, dtype=np.int64)
-        phases = (
-            self.n_tokens - self.per_epoch * self.block_size
-        )  # in the last one the last window ends at the last token
+        phases = self.n_tokens - self.per_epoch * self.block_size  # in the last, the last window ends at the last token
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             phase = keyed_integer(self.seed, "phase", int(epoch)) % phases
             key = keyed_integer(self.seed, "order", int(epoch))
-            starts[chosen] = phase + self.block_size * keyed_permutation(
-                numbers[chosen] % self.per_epoch, self.per_epoch, key
-            )
+            places = keyed_permutation(numbers[chosen] % self.per_epoch, self.per_epoch, key)
+            starts[chosen] = phase + self.block_size * places
         return starts
 
 

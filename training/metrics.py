@@ -41,9 +41,8 @@ def process_start() -> float:
     status = Path("/proc/self/stat")
     if not status.exists():
         return time.perf_counter()
-    ticks = int(
-        status.read_text().rpartition(")")[2].split()[19]
-    )  # starttime in proc(5); the process name before it may hold any character
+    fields = status.read_text().rpartition(")")[2].split()  # the process name before it may hold any character
+    ticks = int(fields[19])  # starttime in proc(5)
     return time.perf_counter() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 

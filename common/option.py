@@ -22,7 +22,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 from errors import UserError
 
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from annotated_types import Interval
 
 T = TypeVar("T")
-RETIRED: dict[str, object] = {
-    "zero_init": False
-}  # removed options and their defaults: stored files may still hold them
+# Removed options and their defaults. Files of earlier versions may hold them: they are skipped when read.
+RETIRED: dict[str, object] = {"zero_init": False}
 
 
 def fixed(default: Any) -> Any:
@@ -140,17 +139,18 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
     Raises AssertionError on an incomplete declaration.
     """
     import annotated_types
+    from annotated_types import Ge, Gt, Interval, Le, Lt
 
     hints = typing.get_type_hints(section, localns=vars(annotated_types), include_extras=True)
-    meanings = _field_docstrings(section)
+    help_texts = _field_docstrings(section)
     for field in dataclasses.fields(section):
         where = f"{section.__name__}.{field.name}"
         assert field.default is not dataclasses.MISSING, f"{where} has no default"
         if field.metadata.get("derived") and not derived:
             continue
-        assert meanings.get(field.name), f"{where} has no help text under it"
+        assert help_texts.get(field.name), f"{where} has no help text under it"
         parts = list(_parts(hints[field.name]))
-        ranges = [_interval(part.bounds) for part in parts if isinstance(part, _Range)]
+        ranges = [part for part in parts if isinstance(part, Ge | Gt | Le | Lt | Interval)]
         kinds = [part for part in parts if part in (int, float, bool, str)]
         choices = [part for part in parts if isinstance(part, str)]
         none = any(part in (None, types.NoneType) for part in parts)
@@ -162,11 +162,11 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
             field.name,
             section,
             field.default,
-            help=meanings[field.name],
+            help=help_texts[field.name],
             kinds=frozenset(kinds),
             choices=tuple(choices),
             none=none,
-            interval=ranges[0] if ranges else annotated_types.Interval(),
+            interval=Interval(**dataclasses.asdict(ranges[0])) if ranges else Interval(),
             fixed=field.metadata.get("resume") == "fixed",
             repeatable=repeatable,
         )
@@ -206,29 +206,11 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in RETIRED}
 
 
-class _Range(NamedTuple):
-    bounds: Any  # the metadata of an Annotated: Ge, Gt, Le, Lt or Interval
-
-
-def _interval(bounds: Any) -> Interval:
-    from annotated_types import Ge, Gt, Interval, Le, Lt
-
-    if isinstance(bounds, str):  # the former form, "0 <= x < 1"
-        match = re.fullmatch(r"(?:(\S+) (<=?) )?x(?: (<=?) (\S+))?", bounds)
-        assert match, f"no range: {bounds!r}"
-        low, above, below, high = match.groups()
-        ends = {above and "g" + "te"[above == "<="]: low, below and "l" + "te"[below == "<="]: high}
-        return Interval(**{end: ast.literal_eval(number) for end, number in ends.items() if end})
-    assert isinstance(bounds, Ge | Gt | Le | Lt | Interval), f"no range: {bounds!r}"
-    return Interval(**dataclasses.asdict(bounds))
-
-
 def _parts(hint: Any) -> Iterator[Any]:
-    """The parts of a type: plain types, None, the words of a Literal, the _Range of an Annotated."""
+    """The parts of a type: plain types, None, the words of a Literal, the metadata of an Annotated."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        yield from _parts(args[0])
-        yield _Range(args[1])
+        yield from args
     elif origin in (typing.Union, types.UnionType):
         for arg in args:
             yield from _parts(arg)

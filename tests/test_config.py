@@ -153,7 +153,7 @@ def test_incomplete_declarations_are_refused() -> None:
         """Size."""
 
     @dataclass
-    class NoRange:
+    class NotARange:
         size: Annotated[int, MultipleOf(2)] = 2
         """Size."""
 
@@ -166,7 +166,7 @@ def test_incomplete_declarations_are_refused() -> None:
         (NoHelp, "no help text"),
         (NoDefault, "no default"),
         (NoType, "no type"),
-        (NoRange, "no range"),
+        (NotARange, "no type"),
     ]:
         with pytest.raises(AssertionError, match=message):
             list(options_of(section))

@@ -1,1 +1,1 @@
-"""What both train.py and sample.py stand on: the check of one option, hardware, run directories, tokenizers."""
+"""What train.py and sample.py share: the check of one option, hardware, run directories, tokenizers, downloads."""

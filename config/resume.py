@@ -11,19 +11,19 @@ from common.option import without_retired
 from errors import UserError
 
 
-def resumed_options(asked: config.Options, stored: Mapping[str, Any]) -> config.Options:
-    """Merges the options of the command line (`asked`) with those of the checkpoint's state (`stored`), by name.
+def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> config.Options:
+    """Merges the options of the command line (`options`) with those of the checkpoint's state (`stored`), by name.
 
     A flag for a fixed option must equal the stored value; a changed free option is added to the result's `notes`.
     Raises UserError naming every fixed option that differs, with both values.
     """
-    resume, stored = asked.flat()["resume"], without_retired(stored)
+    resume, stored = options.flat()["resume"], without_retired(stored)
     fixed = config.fixed_names()
     changed, refused = {}, []
-    if asked.presets:
-        refused.append(f"{asked.presets[0]}: a resumed run keeps its options; presets are for new runs")
-    for name, value in asked.flat().items():
-        if asked.origin[name] != "flag" or name == "resume" or value == stored.get(name):
+    if options.presets:
+        refused.append(f"{options.presets[0]}: a resumed run keeps its options; presets are for new runs")
+    for name, value in options.flat().items():
+        if options.origin[name] != "flag" or name == "resume" or value == stored.get(name):
             continue
         if name == "budget_minutes":
             refused.append(f"--budget_minutes={value}: a resumed run keeps its plan; set its length with --max_steps=N")
@@ -39,7 +39,7 @@ def resumed_options(asked: config.Options, stored: Mapping[str, Any]) -> config.
     if refused:
         advice = f"start a new run instead, from these weights if needed: --init_from={shlex.quote(resume)}"
         raise UserError("\n".join([*refused, advice]))
-    merged = config.replace(asked, **{**stored, **changed, "resume": resume, "run": resume})
+    merged = config.replace(options, **{**stored, **changed, "resume": resume, "run": resume})
     changed.pop("eval_only", None)  # does not change the run
     merged.notes.extend(
         f"changed on resume: {name}={value} (was {stored.get(name)})" for name, value in changed.items()
@@ -47,28 +47,28 @@ def resumed_options(asked: config.Options, stored: Mapping[str, Any]) -> config.
     return merged
 
 
-def with_model_options(asked: config.Options, model_options: Mapping[str, Any]) -> config.Options:
-    """`asked` with the model options of --init_from, which override presets; dropout stays free.
+def with_model_options(options: config.Options, model_options: Mapping[str, Any]) -> config.Options:
+    """`options` with the model options of --init_from, which override presets; dropout stays free.
 
     Raises UserError on a flag that differs from them.
     """
-    source = asked.flat()["init_from"]
-    taken, refused = {}, []
+    source = options.flat()["init_from"]
+    values, refused = {}, []
     for name in ("tokenizer", "vocab_size", "split_pattern"):
-        if asked.origin[name] == "flag":
+        if options.origin[name] == "flag":
             refused.append(
-                f"--{name}={asked.flat()[name]}: the weights of --init_from={source} have their own tokenizer; "
+                f"--{name}={options.flat()[name]}: the weights of --init_from={source} have their own tokenizer; "
                 "leave the flag out"
             )
     for name, value in model_options.items():
-        if name not in asked.origin or name == "dropout":
+        if name not in options.origin or name == "dropout":
             continue
-        if asked.origin[name] == "flag" and asked.flat()[name] != value:
+        if options.origin[name] == "flag" and options.flat()[name] != value:
             refused.append(
-                f"--{name}={asked.flat()[name]}: the weights of --init_from={source} have {name}={value}; "
+                f"--{name}={options.flat()[name]}: the weights of --init_from={source} have {name}={value}; "
                 "leave the flag out"
             )
-        taken[name] = value
+        values[name] = value
     if refused:
         raise UserError("\n".join(refused))
-    return config.replace(asked, **taken)
+    return config.replace(options, **values)

@@ -54,7 +54,7 @@ class Train:
     run: str | None = None
     """Run directory."""
     resume: str | None = None
-    """Run to go on with."""
+    """Run to resume."""
     max_steps: Annotated[int, Ge(0)] = 100
     """Updates in all."""
     learning_rate: Annotated[float, Gt(0)] = 1e-3
@@ -72,7 +72,7 @@ class Sampling:
     top_k: Annotated[int, Ge(1)] | None = None
     """Draw from the k likeliest tokens only."""
     prompt: str | None = None
-    """Text to go on with."""
+    """Prompt."""
     stop: tuple[str, ...] = ()
     """Texts to end at."""
 

@@ -127,7 +127,7 @@ def keep_top_p(probs: Tensor, p: float) -> Tensor:
 def log_probabilities(
     logits: Tensor, drawn: Sequence[int], count: int
 ) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
-    """logits (R, V), the id drawn in each row → per row: its log-probability, (id, log-probability) of the top `count`."""
+    """logits (R, V), the id drawn in each row → per row: its log-probability, the top `count` (id, log-probability)."""
     log_probs = widened(logits).log_softmax(-1)
     drawn_log_probs = log_probs.gather(1, torch.tensor(drawn, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = log_probs.topk(min(count, logits.shape[-1]))

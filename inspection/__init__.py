@@ -1,1 +1,1 @@
-"""sample.py --inspect: one HTML page that shows how the model reads a prompt."""
+"""sample.py --inspect: an HTML page with the attention maps, scores and predictions of a prompt."""

@@ -1,1 +1,1 @@
-"""sample.py --serve: a local HTTP server with OpenAI's completions API and a page to try prompts."""
+"""sample.py --serve: local HTTP server with OpenAI's completions API and a web page."""

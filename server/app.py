@@ -1,7 +1,7 @@
-"""The local server of sample.py --serve: HTTP around completions.py, and the page. Starlette and uvicorn speak HTTP itself.
+"""The local server of sample.py --serve: HTTP routes around completions.py, and the page, on Starlette and uvicorn.
 
-Read in this order: Gate (who may ask), the routes, serve; queue.py has the thread that generates. Nothing in a request is ever taken as a
-path: the routes are fixed, and the one file that is sent is the page beside this module, read once.
+Read in this order: AccessControl, the routes, serve; queue.py has the generating thread. No part of a request is used
+as a file path: the routes are fixed, and the only file sent is page.html beside this module, read once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from generation.engine import first_kept
 from generation.options import SamplingOptions
 from generation.text import Piece
 from model import GPT
-from server.completions import Answer, Refused, Served, read_request, write
+from server.completions import RequestError, ResponseBuilder, ServedModel, generate_pieces, parse_request
 from server.options import ServerOptions
 from server.queue import Job, Queue
 
@@ -51,42 +51,43 @@ except ImportError as error:
     ) from None
 
 PAGE = Path(__file__).with_name("page.html")
-ROUTES = "GET /, /health, /v1/models, /v1/models/NAME and POST /v1/completions (a base model: it has no chat)"
+ROUTES = "GET /, /health, /v1/models, /v1/models/NAME and POST /v1/completions (a base model: no chat endpoint)"
 MAX_BODY = 2**22  # bytes
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
-# ---- who may ask -----------------------------------------------------------------------------------------------------
+# ---- access control --------------------------------------------------------------------------------------------------
 
 
-class Gate:
-    """In front of all routes: refuses what comes from another web page, or without the token, before any of it is read."""
+class AccessControl:
+    """Middleware that refuses foreign Host and Origin headers (DNS rebinding, CSRF) and requests without the token."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self.app, self.options = app, options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = (
-            self.refusal(scope["method"], scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
-        )
-        await (self.app if refused is None else error_response(refused))(scope, receive, send)
+        error = None
+        if scope["type"] == "http":
+            error = self.check(scope["method"], scope["path"], Headers(scope=scope))
+        await (self.app if error is None else error_response(error))(scope, receive, send)
 
-    def refusal(self, method: str, path: str, headers: Headers) -> Refused | None:
+    def check(self, method: str, path: str, headers: Headers) -> RequestError | None:
+        """Returns the error to answer with, or None if the request may pass."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.options.is_local and _hostname(host) not in (*LOCAL_NAMES, self.options.host):
-            return Refused(
-                f"the Host {show(repr(host))} is not this machine's own name; use one of {', '.join(LOCAL_NAMES)}",
+            return RequestError(
+                f"the Host {show(repr(host))} is not a name of this machine; use one of {', '.join(LOCAL_NAMES)}",
                 status=403,
             )
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
-            return Refused(f"requests from another web page ({show(repr(origin))}) are not answered", status=403)
-        token, given = self.options.api_token, headers.get("authorization", "")
-        if token is None or (path == "/" and method in ("GET", "HEAD")):  # the page asks for the token
+            return RequestError(f"requests from another web page ({show(repr(origin))}) are refused", status=403)
+        token, authorization = self.options.api_token, headers.get("authorization", "")
+        if token is None or (path == "/" and method in ("GET", "HEAD")):  # the page has a login form
             return None
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            found = "a wrong one was given" if given else "none was given"
-            return Refused(
-                f"this server expects its token, as Authorization: Bearer TOKEN; {found}",
+        if not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
+            found = "a wrong one was given" if authorization else "none was given"
+            return RequestError(
+                f"this server requires its --api_token as Authorization: Bearer TOKEN; {found}",
                 status=401,
                 code="invalid_api_key",
             )
@@ -104,9 +105,9 @@ def _hostname(host: str) -> str | None:
 
 
 class Completions:
-    """POST /v1/completions, as an ASGI application. A client that goes away frees the model."""
+    """POST /v1/completions, as an ASGI application. Generation stops if the client disconnects."""
 
-    def __init__(self, served: Served, queue: Queue) -> None:
+    def __init__(self, served: ServedModel, queue: Queue) -> None:
         self.served, self.queue = served, queue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,19 +115,19 @@ class Completions:
             body = await read_body(Request(scope, receive))
         except ClientDisconnect:
             return
-        asked = await run_in_threadpool(read_request, body, self.served)
-        job, answer = self.queue.add(write(self.served, asked)), Answer(self.served, asked)
-        watching = asyncio.create_task(leave_when_gone(receive, job))
+        request = await run_in_threadpool(parse_request, body, self.served)
+        job, builder = self.queue.add(generate_pieces(self.served, request)), ResponseBuilder(self.served, request)
+        watcher = asyncio.create_task(cancel_on_disconnect(receive, job))
         try:
-            if asked.stream:
-                await stream(job, answer, send)
+            if request.stream:
+                await stream(job, builder, send)
             else:
                 pieces = list[Piece]()
-                while batch := await job.take():
+                while batch := await job.next_batch():
                     pieces += batch
-                await json_response(answer.whole(pieces))(scope, receive, send)
+                await json_response(builder.whole(pieces))(scope, receive, send)
         finally:
-            watching.cancel()
+            watcher.cancel()
             self.queue.remove(job)
 
 
@@ -135,28 +136,28 @@ async def read_body(request: Request) -> bytes:
     async for part in request.stream():
         body += part
         if len(body) > MAX_BODY:
-            raise Refused(f"the body is larger than {MAX_BODY} bytes", status=413)
+            raise RequestError(f"the body is larger than {MAX_BODY} bytes", status=413)
     return bytes(body)
 
 
-async def leave_when_gone(receive: Receive, job: Job) -> None:
+async def cancel_on_disconnect(receive: Receive, job: Job) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    job.leave()
+    job.cancel()
 
 
-async def stream(job: Job, answer: Answer, send: Send) -> None:
-    """Server-sent events: a chunk each, then [DONE]; an error after the first one is an event too."""
-    batch = await job.take()  # what goes wrong before there is text still has its own status
+async def stream(job: Job, builder: ResponseBuilder, send: Send) -> None:
+    """Sends chunks as server-sent events, then [DONE]; an error after the first chunk is sent as an event too."""
+    batch = await job.next_batch()  # before the headers, so that an early error gets its own HTTP status
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     try:
         while batch:
-            await send({"type": "http.response.body", "body": _events(answer.chunks(batch)), "more_body": True})
-            batch = await job.take()
-        last = _events(answer.last_chunks()) + b"data: [DONE]\n\n"
-    except (Refused, UserError) as error:
-        last = _events([as_refused(error).to_dict()])
+            await send({"type": "http.response.body", "body": _events(builder.chunks(batch)), "more_body": True})
+            batch = await job.next_batch()
+        last = _events(builder.last_chunks()) + b"data: [DONE]\n\n"
+    except (RequestError, UserError) as error:
+        last = _events([as_request_error(error).to_dict()])
     await send({"type": "http.response.body", "body": last})
 
 
@@ -172,19 +173,19 @@ def json_response(content: dict[str, Any], status: int = 200, headers: Mapping[s
     return Response(_json(content), status, headers, "application/json")
 
 
-def as_refused(error: Exception) -> Refused:
-    """What goes wrong in the model is the server's fault, not the request's."""
-    return error if isinstance(error, Refused) else Refused(str(error), status=500)
+def as_request_error(error: Exception) -> RequestError:
+    """Errors of the model become status 500: the request is not to blame."""
+    return error if isinstance(error, RequestError) else RequestError(str(error), status=500)
 
 
 def error_response(error: Exception) -> Response:
-    refused = as_refused(error)
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(refused.status)
-    return json_response(refused.to_dict(), refused.status, headers)
+    content = as_request_error(error)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(content.status)
+    return json_response(content.to_dict(), content.status, headers)
 
 
 def page_response() -> Response:
-    """The page. Its browser runs the one script in it and nothing else, and lets that talk to this server alone."""
+    """The page, with a policy that lets browsers run only its own script, which may connect only to this server."""
     page = PAGE.read_bytes()
     sources = {
         "connect-src": "'self'",
@@ -209,15 +210,15 @@ def page_response() -> Response:
 
 
 def _source(page: bytes, tag: str) -> str:
-    """The content of the page's one element of this kind, as a policy names it."""
+    """Hash of the content of the page's only element with this tag, as a Content-Security-Policy source."""
     (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
 
 
-def make_app(served: Served, options: ServerOptions, queue: Queue, start: Mapping[str, Any]) -> Starlette:
-    """`start`: what the page begins with beside the sampling options."""
+def make_app(served: ServedModel, options: ServerOptions, queue: Queue, page_defaults: Mapping[str, Any]) -> Starlette:
+    """`page_defaults`: initial values of the page's settings beside the sampling options."""
     page = page_response()
-    entry = served.to_dict(**start)
+    entry = served.to_dict(**page_defaults)
 
     async def show_page(_: Request) -> Response:
         return page
@@ -227,8 +228,8 @@ def make_app(served: Served, options: ServerOptions, queue: Queue, start: Mappin
 
     async def model(request: Request) -> Response:
         if (name := request.path_params["name"]) != served.name:
-            raise Refused(
-                f"no model {show(repr(name))} here; there is {served.name!r}",
+            raise RequestError(
+                f"unknown model {show(repr(name))}; this server has {served.name!r}",
                 param="model",
                 status=404,
                 code="model_not_found",
@@ -243,21 +244,21 @@ def make_app(served: Served, options: ServerOptions, queue: Queue, start: Mappin
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = f"{request.method} {show(repr(request.url.path))}: {error.detail.lower()}; there are {ROUTES}"
-        response = error_response(Refused(message, status=error.status_code))
+        message = f"{request.method} {show(repr(request.url.path))}: {error.detail.lower()}; the routes are {ROUTES}"
+        response = error_response(RequestError(message, status=error.status_code))
         response.headers.update(error.headers or {})
         return response
 
     async def on_failure(_: Request, error: Exception) -> Response:
         return error_response(
-            Refused(f"the server failed ({type(error).__name__}); what it prints says more", status=500)
+            RequestError(f"internal server error ({type(error).__name__}); see the server's output", status=500)
         )
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         queue.close()
-        queue.thread.shutdown()  # a token at most
+        queue.thread.shutdown()  # waits for one token at most
 
     return Starlette(
         routes=[
@@ -267,9 +268,9 @@ def make_app(served: Served, options: ServerOptions, queue: Queue, start: Mappin
             Route("/v1/models/{name:path}", model),
             Route("/v1/completions", Completions(served, queue), methods=["POST"]),
         ],
-        middleware=[Middleware(Gate, options)],
+        middleware=[Middleware(AccessControl, options)],
         exception_handlers={
-            Refused: on_error,
+            RequestError: on_error,
             UserError: on_error,
             HTTPException: on_http_error,
             Exception: on_failure,
@@ -282,7 +283,7 @@ def make_app(served: Served, options: ServerOptions, queue: Queue, start: Mappin
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which on a signal first ends the streams that it would otherwise wait for."""
+    """uvicorn.Server that cancels all jobs on a signal; otherwise uvicorn would wait for open streams."""
 
     def __init__(self, app: Starlette, queue: Queue) -> None:
         super().__init__(
@@ -300,18 +301,18 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.queue.close()
-        logging.getLogger("uvicorn.error").disabled = True  # connections that break now are no errors
+        logging.getLogger("uvicorn.error").disabled = True  # connections closed by the shutdown are not errors
         super().handle_exit(sig, frame)
 
 
 def listen(options: ServerOptions) -> socket.socket:
-    """Raises UserError where the address cannot be had."""
+    """A socket that listens on the address of the options. Raises UserError if that is not possible."""
     try:
         family, *_, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         where = f"--host={options.host} --port={options.port}"
-        raise UserError(f"{where}: cannot listen there: {error.strerror}; --port=0 takes any free port") from None
+        raise UserError(f"{where}: cannot listen there: {error.strerror}; use --port=0 for any free port") from None
 
 
 def serve(
@@ -320,17 +321,17 @@ def serve(
     name: str,
     sampling: SamplingOptions,
     options: ServerOptions,
-    start: Mapping[str, Any],
+    page_defaults: Mapping[str, Any],
 ) -> int:
-    """Serves the model until Ctrl-C. `start`: the prompt and the number of samples that the page begins with. Raises UserError."""
-    first_kept(0, model.config.block_size, sampling.keep_head)  # raises where the option does not fit the model
+    """Serves the model until Ctrl-C. `page_defaults`: the page's initial prompt, n and seed. Raises UserError."""
+    first_kept(0, model.config.block_size, sampling.keep_head)  # raises if keep_head does not fit the model
     queue = Queue()
-    served = Served(name, model, tokenizer, sampling, int(time.time()))
-    server = Server(make_app(served, options, queue, start), queue)
+    served = ServedModel(name, model, tokenizer, sampling, int(time.time()))
+    server = Server(make_app(served, options, queue, page_defaults), queue)
     listening = listen(options)
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"serving {name} at {url} (its API: {url}/v1); Ctrl-C ends it", file=sys.stderr, flush=True)
-    with suppress(KeyboardInterrupt):  # uvicorn raises it again when all is closed
+    print(f"serving {name} at {url} (API: {url}/v1); Ctrl-C stops it", file=sys.stderr, flush=True)
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after the shutdown
         server.run(sockets=[listening])
     return 0

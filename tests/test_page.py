@@ -1,4 +1,4 @@
-"""The page of the local server in a real browser, the system's chromium; no test here reaches another machine."""
+"""The page of the local server in Chromium. No test reaches another machine."""
 
 import re
 import time
@@ -18,14 +18,14 @@ MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 
 
 @pytest.fixture(scope="module")
 def server():
-    """Its samples end at their length only."""
-    with running(replace(SERVED, sampling=replace(SERVED.sampling, stop=(), stop_at_eos=False))) as found:
-        yield found
+    """Runs a server whose samples end only at their maximum length."""
+    with running(replace(SERVED, sampling=replace(SERVED.sampling, stop=(), stop_at_eos=False))) as address_and_queue:
+        yield address_and_queue
 
 
 @pytest.fixture
 def open_page(browser):
-    """Opens an address in a fresh profile; at the end nothing may have gone wrong there, and nothing may have gone to another host."""
+    """Opens an address in a new profile. At teardown, fails if the page logged an error or requested another host."""
     problems, contexts = [], []
 
     def open_page(address, *, phone=False, ready="#page"):
@@ -48,9 +48,8 @@ def open_page(browser):
     yield open_page
     for context in contexts:
         context.close()
-    assert [
-        problem for problem in problems if "Failed to load" not in problem
-    ] == []  # the browser's own line on an answer of 400
+    # Chromium logs "Failed to load" for every response with status 400.
+    assert [problem for problem in problems if "Failed to load" not in problem] == []
 
 
 def fill(page, prompt=None, **values):
@@ -60,40 +59,40 @@ def fill(page, prompt=None, **values):
         page.fill(f"#set-{name}", str(value))
 
 
-def ended(page, outcome="done"):
+def wait_until_ended(page, outcome="done"):
     expect(page.locator(f"body[data-outcome={outcome}]")).to_be_attached(timeout=15_000)
 
 
 def texts(page):
-    """The samples' texts as they are shown, without the prompt before them."""
+    """The texts of the samples on the page, without their prompts."""
     return page.eval_on_selector_all(
         ".text", "all => all.map(one => [...one.querySelectorAll('.token')].map(token => token.textContent).join(''))"
     )
 
 
-def test_a_prompt_streams_to_its_end(server, open_page):
+def test_a_sample_is_streamed_and_equals_that_of_the_generator(server, open_page):
     page = open_page(server[0])
     expect(page).to_have_title("notes · Sprout")
-    expect(page.locator("#prompt")).to_have_value("Once")  # of sample.py's flags, like the next two
+    expect(page.locator("#prompt")).to_have_value("Once")  # from sample.py's flags, like the next two
     expect(page.locator("#set-n")).to_have_value("2")
     expect(page.locator("#set-temperature")).to_have_value("0.7")
     fill(page, "né", n=1, max_tokens=40, seed=5, temperature=1)
     page.keyboard.press("Control+Enter")
-    ended(page)
+    wait_until_ended(page)
     assert texts(page) == written(ids_of("né"), 5, max_new_tokens=40, stop_at_eos=False)
-    expect(page.locator(".before")).to_have_text("né")
-    expect(page.locator(".top")).to_contain_text("40 tokens, reached the length")
+    expect(page.locator(".prompt-end")).to_have_text("né")
+    expect(page.locator(".top")).to_contain_text("40 tokens, maximum length")
     expect(page.locator("#status")).to_contain_text("seed 5")
 
 
-def test_several_samples_stand_side_by_side_and_below_each_other_on_a_phone(server, open_page):
+def test_samples_are_side_by_side_and_stacked_on_a_phone(server, open_page):
     for phone in (False, True):
         page = open_page(server[0], phone=phone)
         if phone:
             page.click("summary")
         fill(page, "a", n=3, max_tokens=30, seed=1, temperature=1)
         page.click("#generate")
-        ended(page)
+        wait_until_ended(page)
         assert texts(page) == written(ids_of("a"), 1, 3, max_new_tokens=30, stop_at_eos=False)
         boxes = [page.locator(".sample").nth(i).bounding_box() for i in range(3)]
         places = [(box["x"], box["y"]) for box in boxes]
@@ -110,12 +109,11 @@ def test_stop_and_escape_free_the_model(server, open_page):
     fill(page, "a", n=2, max_tokens=20_000, seed=1)
     for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
         page.click("#generate")
-        page.locator(".sample").nth(1).locator(".token").nth(5).wait_for(
-            state="attached"
-        )  # it streams: the text is there before the end
+        token = page.locator(".sample").nth(1).locator(".token").nth(5)
+        token.wait_for(state="attached")  # text appears before the sample ends
         assert len(queue.jobs) == 1
         stop()
-        ended(page, "stopped")
+        wait_until_ended(page, "stopped")
         wait_for(lambda: not queue.jobs)
         for i in range(2):
             expect(page.locator(".top").nth(i)).to_contain_text("stopped")
@@ -126,28 +124,27 @@ def test_stop_and_escape_free_the_model(server, open_page):
     wait_for(lambda: not queue.jobs)
 
 
-def test_a_token_shows_its_probability_and_the_alternatives(server, open_page):
+def test_the_card_of_a_token_shows_its_probability_and_alternatives(server, open_page):
     page = open_page(server[0])
     fill(page, "a", n=1, max_tokens=20, seed=3, temperature=0.7)
     page.click("#generate")
-    ended(page)
-    answer = post(server[0], prompt="a", max_tokens=20, seed=3, temperature=0.7, logprobs=8, min_tokens=20)["choices"][
-        0
-    ]["logprobs"]
-    offsets = answer["text_offset"]
-    at = next(i for i, offset in enumerate(offsets) if offsets.count(offset) == 1 and answer["tokens"][i].isalnum())
+    wait_until_ended(page)
+    answer = post(server[0], prompt="a", max_tokens=20, seed=3, temperature=0.7, logprobs=8, min_tokens=20)
+    logprobs = answer["choices"][0]["logprobs"]
+    offsets = logprobs["text_offset"]
+    at = next(i for i, offset in enumerate(offsets) if offsets.count(offset) == 1 and logprobs["tokens"][i].isalnum())
     token = page.locator(".token").nth(len(set(offsets[: at + 1])) - 1)
     token.hover()
     card = page.locator("#card")
     expect(card).to_be_visible()
-    expect(card.locator("h3")).to_contain_text(answer["tokens"][at])
-    assert card.locator("li").count() == len(answer["top_logprobs"][at])
+    expect(card.locator("h3")).to_contain_text(logprobs["tokens"][at])
+    assert card.locator("li").count() == len(logprobs["top_logprobs"][at])
     shares = [float(text.strip(" %<")) for text in card.locator("em").all_inner_texts()]
     assert shares == sorted(shares, reverse=True)
     page.mouse.move(5, 5)
     expect(card).to_be_hidden()
 
-    page.locator(".token").first.focus()  # the same by keyboard
+    page.locator(".token").first.focus()  # by keyboard
     page.keyboard.press("ArrowRight")
     expect(card).to_be_visible()
     expect(page.locator(".token.chosen")).to_have_count(1)
@@ -161,7 +158,7 @@ def test_a_token_shows_its_probability_and_the_alternatives(server, open_page):
     expect(card).to_be_hidden()
 
 
-def test_a_tap_shows_the_card_and_an_alternative_goes_into_the_prompt(server, open_page, monkeypatch):
+def test_tapping_an_alternative_continues_the_prompt_with_it(server, open_page, monkeypatch):
     tokens = [Token(72, "H", 0, -0.5, ((72, -0.5), (104, -1.5))), Token(105, "i", 1, -3.0, ((101, -0.25), (105, -3.0)))]
     monkeypatch.setattr(
         completions, "stream_texts", lambda *_, **__: iter([Piece(0, "Hi", tuple(tokens), "end of sequence")])
@@ -171,32 +168,32 @@ def test_a_tap_shows_the_card_and_an_alternative_goes_into_the_prompt(server, op
     fill(page, "Oh ", n=1)
     page.click("summary")
     page.click("#generate")
-    ended(page)
-    expect(page.locator(".top")).to_contain_text("2 tokens, ended by the model")
+    wait_until_ended(page)
+    expect(page.locator(".top")).to_contain_text("2 tokens, end of document")
     page.locator(".token").nth(1).tap()
     expect(page.locator("#card h3")).to_have_text("i5.0 %")
     expect(page.locator("#card .drawn code")).to_have_text("i")
     expect(page.locator(".token").nth(1)).to_be_in_viewport()
     page.locator("#card li button").first.tap()
-    expect(page.locator("#prompt")).to_have_value("Oh He")
+    assert page.input_value("#prompt") == "Oh He"
 
 
-def test_markup_in_a_text_is_text(server, open_page, monkeypatch):
+def test_markup_in_texts_is_shown_as_text(server, open_page, monkeypatch):
     tokens = tuple(Token(ord(char), char, i, -1.0, ((60, -1.0),)) for i, char in enumerate(MARKUP))
     monkeypatch.setattr(completions, "stream_texts", lambda *_, **__: iter([Piece(0, MARKUP, tokens, "length")]))
     page = open_page(server[0])
     fill(page, MARKUP, n=1, stop=MARKUP[:20])
     page.click("#generate")
-    ended(page)
+    wait_until_ended(page)
     assert texts(page) == [MARKUP]
-    expect(page.locator(".before")).to_have_text(MARKUP)
+    expect(page.locator(".prompt-end")).to_have_text(MARKUP)
     page.locator(".token").first.hover()
     expect(page.locator("#card h3")).to_contain_text("<")
     assert page.locator("article script, article img, #card img").count() == 0
     assert page.evaluate_handle("window").get_property("hacked").json_value() is None
 
 
-def test_characters_of_several_tokens_and_of_other_planes_stay_whole(server, open_page, monkeypatch):
+def test_characters_of_several_tokens_are_one_element(server, open_page, monkeypatch):
     parts = [
         Piece(0, "😀", (), None),
         Piece(0, "", tuple(Token(byte, "�", 0, -1.0, ()) for byte in "😀".encode()), None),
@@ -206,13 +203,13 @@ def test_characters_of_several_tokens_and_of_other_planes_stay_whole(server, ope
     page = open_page(server[0])
     fill(page, "", n=1)
     page.click("#generate")
-    ended(page)
+    wait_until_ended(page)
     assert page.locator(".token").all_inner_texts() == ["😀", "!"]
     page.locator(".token").first.hover()
     expect(page.locator("#card h3")).to_have_count(4)
 
 
-def test_errors_are_shown_where_they_are(server, open_page, monkeypatch):
+def test_errors_are_shown_with_the_setting_that_caused_them(server, open_page, monkeypatch):
     page = open_page(server[0])
     fill(page, "a", temperature="hot")
     page.click("#generate")
@@ -222,7 +219,7 @@ def test_errors_are_shown_where_they_are(server, open_page, monkeypatch):
     expect(page.locator(".setting.wrong")).to_have_count(0)
     page.click("#generate")
     expect(page.locator("#error")).to_be_hidden()
-    ended(page)
+    wait_until_ended(page)
 
     def fail(*_, **__):
         yield Piece(0, "Once", (Token(79, "Once", 0, -1.0, ()),), None)
@@ -232,12 +229,12 @@ def test_errors_are_shown_where_they_are(server, open_page, monkeypatch):
 
     monkeypatch.setattr(completions, "stream_texts", fail)
     page.click("#generate")
-    ended(page, "failed")
+    wait_until_ended(page, "failed")
     expect(page.locator("#error")).to_contain_text("the model computes NaN")
     assert texts(page)[0] == "Once more"
 
 
-def test_a_reload_keeps_what_was_typed_until_the_flags_change(server, open_page):
+def test_a_reload_keeps_the_settings_and_reset_restores_the_flags(server, open_page):
     page = open_page(server[0])
     fill(page, "Zwei\nZeilen", n=4, top_k=7, stop="\\n\\n\nEnde")
     page.reload()
@@ -248,34 +245,37 @@ def test_a_reload_keeps_what_was_typed_until_the_flags_change(server, open_page)
     expect(page.locator("#prompt")).to_have_value("Zwei\nZeilen")
 
 
-def test_the_seed_of_a_run_can_be_kept(server, open_page):
+def test_keep_the_seed_repeats_the_samples(server, open_page):
     page = open_page(server[0])
     fill(page, "a", n=1, max_tokens=30, temperature=1.5)
     page.click("#generate")
-    ended(page)
+    wait_until_ended(page)
     first = texts(page)
     page.click("#keep")
     page.click("#generate")
-    ended(page, "done")
+    wait_until_ended(page, "done")
     assert texts(page) == first
 
 
-def test_the_token_is_asked_for(open_page):
+def test_the_login_form_asks_for_the_token(open_page):
     with running(options=ServerOptions(serve=True, host="0.0.0.0", port=0, api_token="a-long-secret")) as (address, _):
         page = open_page(address, ready="#login")
         page.fill("#token", "wrong")
         page.keyboard.press("Enter")
-        expect(page.locator("#login-error")).to_have_text("This is not the token.")
+        expect(page.locator("#login-error")).to_have_text("Wrong token.")
         page.fill("#token", "a-long-secret")
         page.keyboard.press("Enter")
         expect(page.locator("#page")).to_be_visible()
-        fill(page, "a", max_tokens=5)
+        fill(page, "a", n=1, max_tokens=5, seed=2, temperature=1)
         page.click("#generate")
-        ended(page)
+        wait_until_ended(page)
+        assert texts(page) == written(ids_of("a"), 2, max_new_tokens=5)
 
 
-def test_a_server_that_is_gone_is_said(open_page):
+def test_a_stopped_server_is_reported(open_page):
     with running() as (address, _):
         page = open_page(address)
     page.click("#generate")
-    expect(page.locator("#error")).to_contain_text("The server does not answer. Is sample.py --serve still running?")
+    page.locator("#error").wait_for()
+    message = page.locator("#error p").text_content()
+    assert message == "The server does not answer. Is sample.py --serve still running?"

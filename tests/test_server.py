@@ -1,4 +1,4 @@
-"""The local server over real connections: OpenAI's package against it, a table of errors, the queue, who may ask, the end."""
+"""The local server over real connections: the openai package, errors, the queue, access control, shutdown."""
 
 import importlib
 import json
@@ -28,31 +28,31 @@ from errors import UserError
 from generation.options import SamplingOptions
 from generation.text import stream_texts
 from model import GPT, GPTConfig
-from server import completions, queue
+from server import completions
 from server.app import MAX_BODY, PAGE, Queue, Server, listen, make_app
-from server.completions import MAX_PROMPT_TOKENS, MAX_SAMPLES, Refused, Served, read_request
+from server.completions import MAX_PROMPT_TOKENS, MAX_SAMPLES, RequestError, ServedModel, parse_request
 from server.options import ServerOptions
 from tests.test_sample import save
 
 TOKENIZER = bytes_tokenizer()
 EOS = TOKENIZER.eos_id
 MODEL = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=257, eos_id=EOS), seed=3).eval()
-SERVED = Served(
+SERVED = ServedModel(
     "notes", MODEL, TOKENIZER, SamplingOptions(max_new_tokens=50, temperature=0.7, stop=("\n",)), 1_700_000_000
 )
-ENDLESS = {"prompt": "x", "max_tokens": 30_000, "min_tokens": 30_000}  # a minute and more
+ENDLESS = {"prompt": "x", "max_tokens": 30_000, "min_tokens": 30_000}  # takes more than a minute
 
 
 @contextmanager
 def running(served=SERVED, options=None):
-    """A server in a thread → its address, and the queue."""
+    """Runs a server in a thread; yields its address and its queue."""
     options = options or ServerOptions(serve=True, port=0)
-    waiting = Queue()
-    server, listening = Server(make_app(served, options, waiting, {"prompt": "Once", "n": 2}), waiting), listen(options)
+    queue, listening = Queue(), listen(options)
+    server = Server(make_app(served, options, queue, {"prompt": "Once", "n": 2}), queue)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", waiting
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", queue
     finally:
         server.handle_exit(signal.SIGINT, None)
         thread.join(20)
@@ -67,12 +67,12 @@ def url():
 
 @pytest.fixture
 def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as found:
-        yield found
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as opened:
+        yield opened
 
 
 def ask(url, method="GET", path="/v1/completions", body=None, headers=None):
-    """status, headers, content (JSON where it is)."""
+    """Sends a request; returns status, headers, content (decoded if it is JSON)."""
     connection = HTTPConnection(urlsplit(url).netloc, timeout=30)
     data = json.dumps(body).encode() if isinstance(body, dict) else body
     connection.request(method, path, data, headers or {})
@@ -90,7 +90,7 @@ def post(url, **body):
 
 
 def written(ids, seed, n=1, **changes):
-    """The texts of the generator itself."""
+    """The texts of stream_texts, without a server."""
     options = SamplingOptions(**({"max_new_tokens": 16, "temperature": 1.0} | changes))
     texts = [""] * n
     for piece in stream_texts(MODEL, TOKENIZER, [ids] * n, options, seed):
@@ -109,11 +109,11 @@ def test_the_openai_package_lists_the_model(client):
     (entry,) = client.models.list()
     assert (entry.id, entry.object, entry.created) == ("notes", "model", 1_700_000_000)
     assert client.models.retrieve("notes").id == "notes"
-    with pytest.raises(openai.NotFoundError, match="no model 'other' here; there is 'notes'"):
+    with pytest.raises(openai.NotFoundError, match="unknown model 'other'; this server has 'notes'"):
         client.models.retrieve("other")
 
 
-def test_the_openai_package_gets_completions_with_openais_defaults(client):
+def test_the_openai_package_gets_completions_with_its_defaults(client):
     answer = client.completions.create(model="notes", prompt="Once", n=3, seed=7, user="me")
     assert [choice.text for choice in answer.choices] == written(ids_of("Once"), 7, 3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
@@ -153,7 +153,7 @@ def test_the_openai_package_streams_the_same_samples(client):
     assert usages[-1] == whole.usage
 
 
-def test_the_openai_package_passes_our_own_options(client):
+def test_the_openai_package_passes_extra_options(client):
     changes = {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.3, "temperature": 0.9, "top_p": 0.8}
     penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.25}
     extra = {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.3, "min_tokens": 12}
@@ -163,21 +163,21 @@ def test_the_openai_package_passes_our_own_options(client):
     assert [answer.choices[0].text] == written(ids_of("a"), 1, **changes, **penalties, min_new_tokens=12)
 
 
-def test_the_openai_package_raises_its_own_errors(client):
+def test_the_openai_package_raises_the_matching_errors(client):
     with pytest.raises(openai.BadRequestError, match=r"temperature = 'hot': expected a number >= 0") as error:
         client.completions.create(model="notes", prompt="a", temperature="hot")
     assert (error.value.param, error.value.type) == ("temperature", "invalid_request_error")
     with pytest.raises(openai.NotFoundError, match="this server has one model, 'notes'") as error:
         client.completions.create(model="gpt-3.5-turbo-instruct", prompt="a")
     assert error.value.code == "model_not_found"
-    with pytest.raises(openai.NotFoundError, match="it has no chat"):
+    with pytest.raises(openai.NotFoundError, match="no chat endpoint"):
         client.chat.completions.create(model="notes", messages=[])
 
 
-# ---- what is asked and answered
+# ---- requests and responses
 
 
-def test_samples_are_those_of_sample_py(tmp_path, capsys):
+def test_samples_equal_those_of_sample_py(tmp_path, capsys):
     _, model = save(tmp_path, 1, TOKENIZER, seed=5)
     flags = [
         f"--run={tmp_path}",
@@ -194,7 +194,7 @@ def test_samples_are_those_of_sample_py(tmp_path, capsys):
     assert ["Es war" + choice["text"] for choice in answer["choices"]] == texts
 
 
-def test_a_seed_is_drawn_and_told(url):
+def test_a_random_seed_is_reported(url):
     first, second = post(url), post(url)
     assert first["seed"] != second["seed"]
     assert post(url, seed=first["seed"])["choices"] == first["choices"]
@@ -207,7 +207,7 @@ def test_prompts_as_text_and_as_ids(url, prompt):
     assert post(url, prompt=prompt, seed=2)["choices"][0]["text"] == written(ids_of("né"), 2)[0]
 
 
-def test_ids_are_taken_as_they_are_and_no_prompt_is_a_new_document(url):
+def test_ids_are_used_unchanged_and_no_prompt_starts_a_new_document(url):
     assert post(url, prompt=[110], seed=2)["choices"][0]["text"] == written([110], 2)[0]
     assert (
         post(url, seed=2)["choices"][0]["text"]
@@ -216,7 +216,7 @@ def test_ids_are_taken_as_they_are_and_no_prompt_is_a_new_document(url):
     )
 
 
-def test_reasons_of_the_end(url):
+def test_finish_and_stop_reasons(url):
     choice = post(url, prompt="a", seed=4, max_tokens=5, min_tokens=5)["choices"][0]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "length")
     long = post(url, prompt="a", seed=4, max_tokens=3000, temperature=1.5)["choices"][0]
@@ -252,7 +252,7 @@ def test_logprobs_and_echo_agree_with_the_model(url):
     assert by_ids["logprobs"]["top_logprobs"][:1] == [None]
 
 
-def test_a_stream_with_echo_is_the_answer_in_parts(url):
+def test_the_chunks_of_a_stream_add_up_to_the_response(url):
     asked = {"prompt": ["ab", "世"], "n": 2, "echo": True, "logprobs": 1, "seed": 3}
     _, headers, stream = ask(url, "POST", body=asked | {"stream": True})
     assert headers["content-type"].startswith("text/event-stream")
@@ -276,7 +276,7 @@ def test_a_stream_with_echo_is_the_answer_in_parts(url):
         (b"{", None, "not valid JSON"),
         (b'{"prompt": "\xff"}', None, "not UTF-8: byte 0xff at offset 12"),
         (b"[" * 100_000, None, "not valid JSON"),
-        (b"[]", None, "no JSON object"),
+        (b"[]", None, "not a JSON object"),
         (b'{"temperature": NaN}', None, "not valid JSON"),
         (b'{"temperature": 1e999}', "temperature", "temperature = inf: expected a number >= 0"),
         (b'{"max_tokens": ' + b"9" * 5000 + b"}", None, "not valid JSON"),
@@ -287,7 +287,7 @@ def test_a_stream_with_echo_is_the_answer_in_parts(url):
         ({"max_tokens": 1.5}, "max_tokens", "max_tokens = 1.5: expected a whole number"),
         ({"max_tokens": -1}, "max_tokens", "expected a whole number >= 0"),
         ({"max_tokens": 10**6}, "max_tokens", "expected at most 32768"),
-        ({"max_tokens": 32768, "n": 100}, "max_tokens", "ask for fewer at once"),
+        ({"max_tokens": 32768, "n": 100}, "max_tokens", "send smaller requests"),
         ({"min_tokens": 17}, "min_tokens", "expected at most max_tokens, which is 16"),
         ({"top_p": 0}, "top_p", "expected a number with 0 < x <= 1"),
         ({"top_k": 0}, "top_k", "expected a whole number >= 1"),
@@ -314,11 +314,11 @@ def test_a_stream_with_echo_is_the_answer_in_parts(url):
         ({"prompt": ["a", 1]}, "prompt", r"prompt\[1\] = 1: expected a text"),
         ({"prompt": ["a"] * 129}, "prompt", "129 prompts"),
         ({"prompt": "a\ud800"}, "prompt", "surrogate"),
-        ({"prompt": "a" * 33, "echo": True, "logprobs": 1}, "prompt", "at most 32, which the model sees at once"),
-        ({"prompt": "a" * (MAX_PROMPT_TOKENS // 4), "n": 8}, "prompt", "tokens in all, times n"),
+        ({"prompt": "a" * 33, "echo": True, "logprobs": 1}, "prompt", "at most 32, the context length"),
+        ({"prompt": "a" * (MAX_PROMPT_TOKENS // 4), "n": 8}, "prompt", "tokens in total, times n"),
     ],
 )
-def test_what_is_wrong_with_a_request(url, body, param, message):
+def test_errors_of_requests(url, body, param, message):
     status, _, content = ask(url, "POST", body=body)
     assert status == 400
     assert content.keys() == {"error"}
@@ -332,9 +332,9 @@ def test_what_is_wrong_with_a_request(url, body, param, message):
     assert len(content["error"]["message"]) < 500
 
 
-def test_other_statuses(url):
+def test_errors_of_routes_and_health(url):
     for method, path, status, message in [
-        ("GET", "/nothing", 404, "GET '/nothing': not found; there are GET /, /health"),
+        ("GET", "/nothing", 404, "GET '/nothing': not found; the routes are GET /, /health"),
         ("GET", "/v1/completions", 405, "method not allowed"),
         ("GET", "/../../etc/passwd", 404, "not found"),
         ("POST", "/", 405, "method not allowed"),
@@ -352,7 +352,7 @@ def test_other_statuses(url):
 @given(
     st.binary(max_size=40)
     | st.dictionaries(
-        st.sampled_from([*completions.SAMPLING, *completions.OTHERS]),
+        st.sampled_from([*completions.SAMPLING_FIELDS, *completions.OTHER_FIELDS]),
         st.recursive(
             st.none()
             | st.booleans()
@@ -366,18 +366,18 @@ def test_other_statuses(url):
         max_size=4,
     )
 )
-def test_any_body_is_a_request_or_refused(body):
+def test_any_body_is_parsed_or_refused(body):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        asked = read_request(data, SERVED)
-    except Refused as refused:
-        json.dumps(refused.to_dict()).encode()
+        asked = parse_request(data, SERVED)
+    except RequestError as error:
+        json.dumps(error.to_dict()).encode()  # raises if it is not serializable
     else:
         assert asked.prompts
         assert all(prompt.ids for prompt in asked.prompts)
 
 
-def test_a_model_that_fails_is_the_servers_fault():
+def test_errors_of_the_model_are_status_500():
     broken = GPT(MODEL.config, seed=1).eval()
     with torch.no_grad():
         broken.embed.weight.fill_(torch.nan)
@@ -394,7 +394,7 @@ def test_a_model_that_fails_is_the_servers_fault():
 
 @contextmanager
 def sent(url, body):
-    """A connection on which a request was sent, closed at the end whatever came."""
+    """Sends a request; yields the open connection."""
     place = urlsplit(url)
     data = json.dumps(body).encode()
     with socket.create_connection((place.hostname, place.port), timeout=30) as connection:
@@ -410,7 +410,7 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
-def test_a_client_that_goes_away_frees_the_model(url):
+def test_a_disconnected_client_frees_the_model(url):
     def in_queue():
         return ask(url, "GET", "/health")[2]["requests"]
 
@@ -421,31 +421,31 @@ def test_a_client_that_goes_away_frees_the_model(url):
             wait_for(lambda: in_queue() == 1)
             with sent(url, ENDLESS):
                 wait_for(lambda: in_queue() == 2)
-            wait_for(lambda: in_queue() == 1)  # while the first goes on
+            wait_for(lambda: in_queue() == 1)  # while the first continues
         wait_for(lambda: in_queue() == 0)
         started = time.monotonic()
         post(url, prompt="a")
         assert time.monotonic() - started < 5
 
 
-def test_requests_wait_their_turn_up_to_a_number(monkeypatch):
-    monkeypatch.setattr(queue, "MAX_REQUESTS", 3)
+def test_requests_run_in_order_and_a_full_queue_refuses_more(monkeypatch):
+    monkeypatch.setattr("server.queue.MAX_REQUESTS", 3)
     order = []
 
     def wait(name):
         post(address, prompt="a", seed=1)
         order.append(name)
 
-    with running() as (address, waiting):
+    with running() as (address, queue):
         with sent(address, ENDLESS) as first:
-            wait_for(lambda: len(waiting.jobs) == 1)
+            wait_for(lambda: len(queue.jobs) == 1)
             threads = [threading.Thread(target=wait, args=(name,)) for name in ("second", "third")]
             for count, thread in enumerate(threads, start=2):
                 thread.start()
-                wait_for(lambda count=count: len(waiting.jobs) == count)
+                wait_for(lambda count=count: len(queue.jobs) == count)
             status, headers, content = ask(address, "POST", body={})
             assert (status, headers["retry-after"], content["error"]["code"]) == (503, "1", "queue_full")
-            assert "3 requests wait for the model already" in content["error"]["message"]
+            assert "3 requests are waiting already" in content["error"]["message"]
             assert order == []
             first.shutdown(socket.SHUT_RDWR)
             for thread in threads:
@@ -454,25 +454,25 @@ def test_requests_wait_their_turn_up_to_a_number(monkeypatch):
         assert ask(address, "POST", body={})[0] == 200
 
 
-def test_a_server_that_stops_ends_its_streams():
-    with running() as (address, waiting), sent(address, ENDLESS | {"stream": True}) as connection:
-        received = connection.recv(65536)  # it has begun, so the other one has to wait
+def test_shutdown_ends_streams_with_an_error():
+    with running() as (address, queue), sent(address, ENDLESS | {"stream": True}) as connection:
+        received = connection.recv(65536)  # it is running, so the other one has to wait
         with sent(address, ENDLESS) as other:
-            wait_for(lambda: len(waiting.jobs) == 2)
-            waiting.close()
+            wait_for(lambda: len(queue.jobs) == 2)
+            queue.close()
             while (part := connection.recv(65536)) and not part.endswith(b"0\r\n\r\n"):  # the last chunk
                 received += part
             received += part
-            assert b"the server is being stopped" in received
+            assert b"the server is shutting down" in received
             assert b"[DONE]" not in received
             assert b"503" in other.recv(1000)
         assert ask(address, "POST", body={})[0] == 503
 
 
-# ---- who may ask
+# ---- access control
 
 
-def test_other_web_pages_and_names_are_refused(url):
+def test_foreign_host_and_origin_are_refused(url):
     own = urlsplit(url).netloc
     port = own.partition(":")[2]
     for host in (own, f"localhost:{port}", "LOCALHOST", f"[::1]:{port}"):
@@ -480,7 +480,7 @@ def test_other_web_pages_and_names_are_refused(url):
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "[", "localhost@evil.example"):
         status, _, content = ask(url, "GET", "/v1/models", headers={"Host": host})
         assert status == 403
-        assert "not this machine's own name" in content["error"]["message"]
+        assert "not a name of this machine" in content["error"]["message"]
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"http://localhost:{port}"):
         status, headers, content = ask(url, "POST", body={}, headers={"Origin": origin})
         assert status == 403
@@ -493,7 +493,7 @@ def test_other_web_pages_and_names_are_refused(url):
     )
 
 
-def test_a_token_is_asked_of_all_but_the_page():
+def test_the_token_is_required_for_all_but_the_page():
     options = ServerOptions(serve=True, host="0.0.0.0", port=0, api_token="a-long-secret")
     with running(options=options) as (address, _):
         for method, path in (
@@ -533,21 +533,21 @@ def test_a_token_is_asked_of_all_but_the_page():
         (["--serve", "--api_token=short"], "--api_token must have at least 8 characters"),
         (["--serve", "--api_token=with a space"], "no spaces"),
         (["--serve", "--port=65536"], "--port=65536: expected a whole number"),
-        (["--serve", "--interactive=true"], "leave --interactive, --inspect, --prompts and --output out"),
-        (["--serve", "--output=jsonl"], "leave --interactive, --inspect, --prompts and --output out"),
+        (["--serve", "--interactive=true"], "remove --interactive, --inspect, --prompts and --output"),
+        (["--serve", "--output=jsonl"], "remove --interactive, --inspect, --prompts and --output"),
     ],
 )
-def test_flags_that_cannot_be(flags, message):
+def test_invalid_flags(flags, message):
     with pytest.raises(UserError, match=message):
         sample.main(flags)
 
 
-def test_addresses_of_this_machine_need_no_token():
+def test_loopback_addresses_need_no_token():
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
         assert config.load("sample.py", ["--serve", f"--host={host}"]).section(ServerOptions).is_local
 
 
-def test_a_port_that_is_taken_and_a_host_that_is_not_ours():
+def test_a_port_in_use_and_a_foreign_host():
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(UserError, match=r"--port=\d+: cannot listen there.*--port=0"),
@@ -566,10 +566,10 @@ def test_missing_packages_are_named(monkeypatch):
         importlib.import_module("server.app")
 
 
-# ---- the page, and the process
+# ---- the page and the process
 
 
-def test_the_page_is_one_file_that_talks_to_nobody_else(url):
+def test_the_page_is_one_file_and_its_policy_allows_no_other_host(url):
     status, headers, page = ask(url, "GET", "/")
     assert status == 200
     assert page == PAGE.read_bytes()
@@ -581,25 +581,25 @@ def test_the_page_is_one_file_that_talks_to_nobody_else(url):
     assert ask(url, "HEAD", "/")[0] == 200
 
 
-def test_the_page_begins_with_the_flags_of_sample_py(url):
+def test_the_pages_initial_settings_are_the_flags_of_sample_py(url):
     start = ask(url, "GET", "/v1/models/notes")[2]["start"]
     expected = {"prompt": "Once", "n": 2, "max_tokens": 50, "temperature": 0.7, "top_p": None, "stop": ["\n"]}
     assert {name: start[name] for name in expected} == expected
 
 
-def test_sample_py_hands_its_flags_over(tmp_path, monkeypatch):
+def test_sample_py_passes_its_flags_to_serve(tmp_path, monkeypatch):
     save(tmp_path / "notes", 1, TOKENIZER)
     calls = []
     monkeypatch.setattr("server.app.serve", lambda *args: calls.append(args) or 0)
     for flags in (["--prompt=x", "--num_samples=3", "--seed=7", "--min_p=0.1"], []):
         assert sample.main([f"--run={tmp_path / 'notes'}", "--serve", *flags]) == 0
-    (_, _, name, sampling, _, start), (*_, without) = calls
-    assert (name, sampling.min_p, start) == ("notes", 0.1, {"prompt": "x", "n": 3, "seed": 7})
-    assert without == {"prompt": "", "n": 1, "seed": None}
+    (_, _, name, sampling, _, page_defaults), (*_, defaults_without_flags) = calls
+    assert (name, sampling.min_p, page_defaults) == ("notes", 0.1, {"prompt": "x", "n": 3, "seed": 7})
+    assert defaults_without_flags == {"prompt": "", "n": 1, "seed": None}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_ends_the_server_at_once_with_exit_code_0(tmp_path):
+def test_ctrl_c_stops_the_server_at_once_with_exit_code_0(tmp_path):
     save(tmp_path / "runs" / "mine", 1, TOKENIZER)
     command = [sys.executable, sample.__file__, "--run=runs/mine", "--serve", "--port=0", "--threads=1"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, text=True)
@@ -608,7 +608,7 @@ def test_ctrl_c_ends_the_server_at_once_with_exit_code_0(tmp_path):
     assert ask(address, "GET", "/v1/models/mine")[0] == 200
     with ExitStack() as connections:
         streaming = connections.enter_context(sent(address, ENDLESS | {"stream": True}))
-        assert streaming.recv(100)  # it has begun, so the other one has to wait
+        assert streaming.recv(100)  # it is running, so the other one has to wait
         connections.enter_context(sent(address, ENDLESS))
         silent = connections.enter_context(socket.create_connection(streaming.getpeername()))
         silent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")

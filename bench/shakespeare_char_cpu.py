@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import statistics
 import sys
@@ -57,14 +58,14 @@ from bench.peer import (  # noqa: E402
     run_process,
     score,
 )
-from common.hardware import HardwareOptions, choose_compile, choose_hardware, tune_allocator  # noqa: E402
+from common.hardware import HardwareOptions, choose_hardware, tune_allocator  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare_data.shards import open_dataset  # noqa: E402
-from training.interrupt import StopRequest  # noqa: E402
+from training.data import TrainBatches  # noqa: E402
 from training.micro_batch import choose_micro_batch  # noqa: E402
+from training.optim import OptimizerOptions, learning_rate, make_optimizer, planned  # noqa: E402
 from training.options import TrainOptions  # noqa: E402
-from training.run import Training  # noqa: E402
 
 PRESET = "shakespeare_char_cpu"
 ROWS, BLOCK_SIZE = 12, 64
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         peer, data = copy_peer(arguments.peer, text, work / "peer"), prepare_ours(text, work / "data")
         check_same_ids(peer, data)
         rounds, steps = arguments.repeats * ROUNDS, min(TIMED_STEPS, arguments.steps)
-        figures["speed"] = measure_speed(peer, data, work, dtypes, rounds, steps, arguments.dropout)
+        figures["speed"] = measure_speed(peer, data, dtypes, rounds, steps, arguments.dropout)
         show_speed(figures["speed"])
         figures["runs"] = run_programs(peer, data, work, dtypes, arguments.repeats, arguments.steps, arguments.dropout)
         figures["programs"] = summarise_runs(figures["runs"])
@@ -132,13 +133,13 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure_speed(
-    peer: Path, data: Path, work: Path, dtypes: Sequence[str], rounds: int, steps: int, dropout: float
+    peer: Path, data: Path, dtypes: Sequence[str], rounds: int, steps: int, dropout: float
 ) -> dict[str, Any]:
     """Tokens/s of whole training steps, in `rounds` rounds of one block of `steps` steps a side."""
     tune_allocator()
     with contextlib.redirect_stdout(io.StringIO()):  # their reports of what they built
         sides: dict[str, Step] = {PEER: peer_step(peer, dropout)}
-        sides |= {f"Sprout {dtype}": our_step(data, work / f"speed-{dtype}", dtype, dropout) for dtype in dtypes}
+        sides |= {f"Sprout {dtype}": our_step(data, dtype, dropout) for dtype in dtypes}
     for step in sides.values():
         for _ in range(3):
             step()
@@ -177,22 +178,43 @@ def peer_step(peer: Path, dropout: float) -> Step:
     return step
 
 
-def our_step(data: Path, run: Path, dtype: str, dropout: float) -> Step:
-    """training/run.py's step, set up as train.py does it."""
-    options = config.load(
-        "train.py", [PRESET, f"--data_dir={data}", f"--dtype={dtype}", f"--dropout={dropout}", "--device=cpu"]
-    )
+def our_step(data: Path, dtype: str, dropout: float) -> Step:
+    """One step of train.py's loop: learning rate, batch, forward, backward, clipping, update."""
+    flags = [f"--data_dir={data}", f"--dtype={dtype}", f"--dropout={dropout}", "--device=cpu"]
+    options = config.load("train.py", [PRESET, *flags])
+    shape, train, optim = options.section(GPTConfig), options.section(TrainOptions), options.section(OptimizerOptions)
     chosen = choose_hardware(options.section(HardwareOptions))
-    asked, model_options = options.section(TrainOptions), options.section(GPTConfig)
-    size = choose_micro_batch(asked.micro_batch_size, asked.tokens_per_step, model_options, chosen).value
-    options = config.replace(options, micro_batch_size=size, compile=choose_compile(asked.compile, chosen, 0.0).value)
     dataset = open_dataset(data / "shakespeare")
     tokenizer = dataset.tokenizer
-    model = GPT(replace(model_options, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id), seed=SEED)
-    run.mkdir()
-    training = Training(run, options, {}, chosen, dataset, model, None, StopRequest())
-    model.train()
-    return training.update
+    model = GPT(replace(shape, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id), seed=SEED).train()
+    optimizer = make_optimizer(model, optim, chosen.dtype)
+    plan = planned(train.max_steps, optim)
+    size = choose_micro_batch(train.micro_batch_size, train.tokens_per_step, shape, chosen).value
+    rows = train.tokens_per_step // shape.block_size
+    batches = TrainBatches(dataset.train, shape.block_size, rows, size, SEED, chosen.device, dropout > 0)
+    numbers = itertools.count()
+
+    def step() -> float:
+        number = next(numbers)
+        rate = learning_rate(number, plan, optim)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        micro_batches = batches(number)
+        n_targets = sum(batch.n_targets for batch in micro_batches)
+        total = 0.0
+        for x, y, dropout_seed in micro_batches:
+            if dropout_seed is not None:
+                torch.manual_seed(dropout_seed)
+            with chosen.autocast():
+                loss = model(x, y, reduction="sum") / n_targets
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return step
 
 
 def alternate(sides: Mapping[str, Step], rounds: int, steps: int, tokens: int) -> dict[str, list[float]]:

@@ -36,7 +36,6 @@ sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-import config  # noqa: E402
 from bench.gpu import Deadline, card, ceilings, choose_device, peak_memory, reasons  # noqa: E402
 from bench.hardware import commit_of, hardware, write_results  # noqa: E402
 from bench.peer import import_model  # noqa: E402
@@ -45,7 +44,15 @@ from errors import UserError, run_script  # noqa: E402
 from model import GPT, AttentionPath, GPTConfig  # noqa: E402
 from training.optim import OptimizerOptions, make_optimizer  # noqa: E402
 
-PRESETS = ("gpt2_124m", "modern_124m")
+MODERN: dict[str, Any] = {
+    "n_hidden": 2048,
+    "positions": "rotary",
+    "norm": "rmsnorm",
+    "mlp": "swiglu",
+    "qk_norm": True,
+    "bias": False,
+}
+PRESETS = {"gpt2_124m": GPTConfig(), "modern_124m": GPTConfig(**MODERN)}  # as in config/, which needs more packages
 PEER_VOCABULARY = {"nanogpt": 50_304, "llmc": 50_257}
 TINY: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32}
 
@@ -63,7 +70,7 @@ def make_sides(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
     """The sides asked for, by name; each is made when its turn comes, so that one that does not fit costs only itself."""
     sides: dict[str, Callable[[], Side]] = {}
     for preset in arguments.presets:
-        shape = config.load("train.py", [preset]).section(GPTConfig)
+        shape = PRESETS[preset]
         if arguments.smoke:
             shape = replace(shape, **TINY, n_hidden=64)
         sides |= {f"{preset}, {path}": partial(make_ours, shape, path) for path in arguments.attention}
@@ -239,6 +246,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     arguments.presets, arguments.attention = arguments.presets.split(","), arguments.attention.split(",")
+    if unknown := [preset for preset in arguments.presets if preset not in PRESETS]:
+        raise UserError(f"--presets: unknown {unknown[0]!r}; expected {', '.join(PRESETS)}")
     if not set(arguments.attention) <= {"triton", "sdpa"}:
         raise UserError(f"--attention={','.join(arguments.attention)}: expected triton, sdpa, or triton,sdpa")
     if min(arguments.rows, arguments.steps, arguments.rounds) < 1:

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
+import config
 from bench import shakespeare_char_cpu as bench
+from bench import train_speed, versions
 from bench.hardware import Stopwatch, hardware, parse_cpuinfo, write_results
 from bench.peer import (
     copy_peer,
@@ -27,6 +30,7 @@ from bench.peer import (
     score,
 )
 from errors import UserError
+from model import GPTConfig
 from tests.conftest import ROOT
 
 
@@ -124,7 +128,7 @@ def test_our_step_trains(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("to be, or not to be: that is the question.\n" * 40)
     prepare_ours(text, tmp_path / "data")
-    step = bench.our_step(tmp_path / "data", tmp_path / "run", "float32", 0.1)
+    step = bench.our_step(tmp_path / "data", "float32", 0.1)
     losses = [step() for _ in range(12)]
     assert losses[-1] < losses[0] - 0.05
 
@@ -169,9 +173,134 @@ def test_a_command_that_fails_shows_its_last_lines(tmp_path):
 
 def test_the_gpu_benches_need_nothing_but_torch_triton_and_numpy():
     """On machines with a GPU the other packages may be missing, so no bench imports them on the way to its first line."""
-    others = re.findall(r"^([a-z]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    missing = sorted({*others} - {"torch", "triton", "numpy"})
-    assert {"tiktoken", "safetensors"} <= {*missing}
+    packages = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    missing = sorted({name.replace("-", "_") for name in packages} - {"torch", "triton", "numpy"})
+    assert {"tiktoken", "safetensors", "annotated_types"} <= {*missing}
     benches = ", ".join(f"bench.{name}" for name in ("generate", "train_speed", "attention", "tune_attention"))
     code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import {benches}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("preset", train_speed.PRESETS)
+def test_train_speed_measures_the_shapes_of_the_presets(preset):
+    assert train_speed.PRESETS[preset] == config.load("train.py", [preset]).section(GPTConfig)
+
+
+def test_a_preset_that_train_speed_does_not_know_is_refused():
+    with pytest.raises(UserError, match="unknown 'debug'; expected gpt2_124m, modern_124m"):
+        train_speed.read_arguments(["--presets=debug"])
+
+
+# ---- bench/versions.py ----
+
+
+def write_run(folder, weight=1.0, loss=2.5, sample="so it was"):
+    """A run directory with one checkpoint, as small as can be."""
+    checkpoint = folder / "checkpoints" / "step-00000008"
+    (checkpoint / "model").mkdir(parents=True)
+    save_file({"embed.weight": torch.tensor([[0.0, weight]])}, checkpoint / "model" / "model.safetensors")
+    save_file({"step": torch.tensor(8.0)}, checkpoint / "optimizer.safetensors")
+    record = {"event": "step", "step": 8, "loss": loss, "timing": {"seconds": weight}}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "samples.txt").write_text(sample)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({}, None),
+        ({"weight": 1.0000001}, r"step-00000008/model/model.safetensors: embed.weight: 1 of 2 numbers differ"),
+        ({"loss": 2.6}, r"metrics.jsonl: line 1, loss: 2.5 before, 2.6 after"),
+        ({"sample": "so it is"}, r"samples.txt: byte 6 \(line 1\): 'so it was' before, 'so it is' after"),
+    ],
+)
+def test_the_first_difference_of_two_runs_is_named(tmp_path, change, named):
+    before, after = write_run(tmp_path / "before"), write_run(tmp_path / "after", **change)
+    difference = versions.first_difference(before, after)
+    assert difference is None if named is None else re.match(named, difference)
+
+
+def test_one_changed_byte_of_the_optimizers_state_is_found(tmp_path):
+    before, after = write_run(tmp_path / "before"), write_run(tmp_path / "after")
+    path = after / "checkpoints" / "step-00000008" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "optimizer.safetensors: step: 1 of 1 numbers differ" in versions.first_difference(before, after)
+
+
+def test_missing_tensors_lines_and_checkpoints_are_differences(tmp_path):
+    for name, tensors in (("a", {"x": torch.zeros(2)}), ("b", {"y": torch.zeros(2)}), ("c", {"x": torch.zeros(3)})):
+        save_file(tensors, tmp_path / name)
+    assert versions.tensor_difference(tmp_path / "a", tmp_path / "b") == "tensors in one file only: x, y"
+    assert "x: (2,) torch.float32 before, (3,)" in versions.tensor_difference(tmp_path / "a", tmp_path / "c")
+    assert versions.metrics_difference('{"step": 1}\n', '{"step": 1}\n{"step": 2}\n') == "line 2 is there after only"
+    assert versions.metrics_difference('{"a": 1}', '{"b": 1}') == "line 1, a: 1 before, missing after"
+    assert versions.text_difference(b"ab", b"abc") == "byte 2 (line 1): 'ab' before, 'abc' after"
+    before, after = write_run(tmp_path / "before"), write_run(tmp_path / "after")
+    (after / "checkpoints" / "step-00000008").rename(after / "checkpoints" / "step-00000009")
+    assert versions.first_difference(before, after).startswith("last checkpoint: step-00000008 before")
+
+
+def test_speeds_are_read_from_what_the_commands_write():
+    steps = [{"event": "step", "tokens": 100 * n, "timing": {"train_seconds": 3 + n / 10}} for n in (1, 2, 3)]
+    lines = "\n".join(map(json.dumps, [*steps, {"event": "eval", "timing": {"train_seconds": 9.0}}]))
+    assert versions.training_rate(lines) == pytest.approx(1000)
+    assert (
+        versions.decode_rate("device cpu\nsample 1: length, 50 tokens\n50 tokens in 0.03 s: 1531.7 tokens/s\n")
+        == 1531.7
+    )
+    with pytest.raises(UserError, match="expected two or more"):
+        versions.training_rate(json.dumps(steps[0]))
+    with pytest.raises(UserError, match="printed no tokens/s"):
+        versions.decode_rate("error")
+
+
+def test_rates_are_compared_within_and_across_rounds():
+    summary = versions.compare_rates([100.0, 200.0, 400.0], [150.0, 400.0, 600.0])
+    assert summary == {"before": 200.0, "after": 400.0, "ratio": 2.0, "lowest": 1.5, "highest": 2.0}
+
+
+TRAIN_STAND_IN = """
+import pathlib, shutil, sys
+[run] = [argument[6:] for argument in sys.argv if argument.startswith("--run=")]
+shutil.copytree(pathlib.Path(__file__).parent / "a run", run)
+"""
+
+
+@pytest.mark.parametrize(
+    ("weight", "sample_script", "code", "shown"),
+    [
+        (1.0, "print('same')", 0, r"gpt2_124m +equal"),
+        (2.0, "print('same')", 1, r"gpt2_124m +step-.*embed.weight: 1 of 2 numbers differ, by at most 1"),
+        (1.0, "print('other')", 1, r"gpt2_124m +sample.py --temperature=0 .*'other\\n' before, 'same\\n' after"),
+        (1.0, "raise SystemExit('out of ideas')", 1, r"before: sample.py .* exit code 1(?s:.*)out of ideas"),
+    ],
+)
+def test_versions_runs_both_checkouts_and_reports_each_case(
+    tmp_path, monkeypatch, capsys, weight, sample_script, code, shown
+):
+    for side, values in (("before", (weight, sample_script)), ("after", (1.0, "print('same')"))):
+        write_run(tmp_path / side / "a run", weight=values[0])
+        (tmp_path / side / "train.py").write_text(TRAIN_STAND_IN)
+        (tmp_path / side / "sample.py").write_text(values[1])
+    monkeypatch.setattr(versions, "ROOT", tmp_path / "after")
+    arguments = [f"--before={tmp_path / 'before'}", "--parts=bits", "--cases=gpt2", f"--results={tmp_path}"]
+    assert versions.main(arguments) == code
+    assert re.search(shown, capsys.readouterr().out)
+    figures = json.loads(next(tmp_path.glob("*-versions.json")).read_text(encoding="utf-8"))
+    assert list(figures["bits"]) == ["gpt2_124m", "gpt2_124m, sliding_window"]
+
+
+def test_wrong_arguments_of_versions_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"no train\.py and sample\.py there"):
+        versions.main([f"--before={tmp_path}"])
+    for flag, named in (
+        ("--parts=bit", "unknown 'bit'; expected bits, train, decode"),
+        ("--cases=debugger", "none begins with debugger"),
+        ("--rounds=0", "at least 1"),
+        ("--text=nothing.txt", "no such file"),
+    ):
+        with pytest.raises(UserError, match=named):
+            versions.main([f"--before={ROOT}", flag])

@@ -119,11 +119,12 @@ def loop(
         done = state.step >= budget.plan.max_steps or budget.is_spent(time.perf_counter())
         due = (done or state.step % evals.eval_interval == 0) and state.progress.evaluated_step != state.step
         with logger.clock.pause():
-            if due and (result := score(max_tokens=evals.eval_tokens, rows=batches.size)) is not None:  # None: a signal
-                train_loss = state.record_evaluation(result)
-                logger.evaluation(state, budget.plan, result, train_loss)
+            result = score(max_tokens=evals.eval_tokens, rows=batches.size) if due else None  # None: not due, or a signal
+            if result is not None:
+                logger.evaluation(state, budget.plan, result, state.record_evaluation(result))
                 logger.samples(state.step, sample(1, evals.sample_seed))
-            if state.saved_step != state.step and (done or stop() or state.save_is_due(evals.save_interval)):
+            is_new = result is not None or state.saved_step != state.step
+            if is_new and (done or stop() or state.save_is_due(evals.save_interval)):
                 save()
         if due:
             budget.pause_seconds = logger.clock.last_pause

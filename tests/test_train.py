@@ -183,20 +183,18 @@ def test_a_resumed_run_ends_in_the_same_bits(run):
 @pytest.mark.parametrize("moment", [3, 10, 13, 20])
 def test_a_run_stopped_by_a_signal_ends_in_the_same_bits(run, small_text, monkeypatch, moment, capsys):
     """SIGTERM in the middle of an update: the step is finished, everything is saved, the exit code says resumable."""
-    from training.run import Training
+    update, calls = train_script.update, itertools.count(1)
 
-    update = Training.update
-
-    def interrupted(self):
-        if self.step + 1 == moment:
+    def interrupted(*args):
+        if next(calls) == moment:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(self)
+        return update(*args)
 
-    monkeypatch.setattr(Training, "update", interrupted)
+    monkeypatch.setattr(train_script, "update", interrupted)
     assert train(*TINY, f"--data={small_text}", "--run=stopped") == STOPPED
     assert "--resume=stopped" in capsys.readouterr().out
     assert open_checkpoint(list_checkpoints(Path("stopped"))[-1]).step == moment
-    monkeypatch.setattr(Training, "update", update)
+    monkeypatch.setattr(train_script, "update", update)
     assert train("--resume=stopped") == 0
     assert tensors_of("stopped", 20) == tensors_of(run, 20)
     assert reproducible("stopped") == reproducible(run)
@@ -295,7 +293,7 @@ def test_resume_refuses_presets_missing_runs_and_other_data(run, small_text):
     assert "does not exist" in message_of("--resume=runs/nowhere")
     Path("runs/empty").mkdir()
     assert "no checkpoint" in message_of("--resume=runs/empty")
-    assert "these: " in message_of("--resume=runs")
+    assert "contains these runs: runs/straight" in message_of("--resume=runs")
     assert "--resume= is empty" in message_of("--resume=")
     Path("other.txt").write_text(small_text.read_text("utf-8")[:30_000], encoding="utf-8")
     assert "holds other tokens" in message_of(f"--resume={run}", "--max_steps=30", "--data=other.txt")

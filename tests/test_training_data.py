@@ -97,7 +97,7 @@ def test_the_val_grid_scores_every_target_once(n_tokens, T):
 
 
 def test_a_corpus_shorter_than_a_window_is_an_error():
-    message = r"8 tokens, fewer than one window of block_size \+ 1 = 9; lower --block_size to at most 7"
+    message = r"8 tokens, fewer than a window of block_size \+ 1 = 9; lower --block_size to at most 7"
     with pytest.raises(UserError, match=message):
         TrainWindows(8, 8, seed=0)
     assert TrainWindows(9, 8, seed=0).starts(0, 3).tolist() == [0, 0, 0]

@@ -74,7 +74,7 @@ class TrainWindows:
     def __post_init__(self) -> None:
         if self.n_tokens < self.block_size + 1:
             raise UserError(
-                f"the train split holds {self.n_tokens} tokens, fewer than one window of block_size + 1 = "
+                f"the train split holds {self.n_tokens} tokens, fewer than a window of block_size + 1 = "
                 f"{self.block_size + 1}; lower --block_size to at most {max(1, self.n_tokens - 1)} or train on more text"
             )
 

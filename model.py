@@ -1,11 +1,10 @@
-"""The causal Transformer, whole: its options, its blocks, the language model, the key/value cache and the attention.
+"""The Transformer in one file: options, layers, language model, key/value cache, attention and its Triton kernels.
 
-Read from top to bottom: GPTConfig (what can be chosen) → the small parts (norms, positions, dropout) → Attention, MLP,
-Block → GPT (loss, generation, initialisation) → KVCache → attention itself, under a banner at the end.
-This file imports nothing of the project. It knows ids and tensors; text, files, devices and schedules are others' business.
-
-Dimension letters, everywhere: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head size,
-F width of the MLP, V vocabulary, S length of the cache.
+Reading order: GPTConfig (the options) → norms, positions, dropout → Attention, MLP, Block → GPT (forward pass and loss,
+prefill and decode step, weights) → ChunkedCrossEntropy → KVCache → attention (its two paths, then the fused kernels).
+The file imports nothing of the project. It works on ids and tensors; text, files and schedules are handled elsewhere.
+ Dimension letters: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head size, F width of the
+MLP, V vocabulary, R rows and S slots of the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -27,30 +26,30 @@ if TYPE_CHECKING:
     import triton.language as tl
     from annotated_types import Ge, Gt, Interval
 
-IGNORED_TARGET = -100  # a target with this id counts neither in the loss nor in its divisor
+IGNORED_TARGET = -100  # targets with this id count neither in the loss nor in its divisor
 
 
 def _fixed(default: Any) -> Any:
-    """An option that a resumed run may not change: the shapes or the meaning of the weights depend on it."""
+    """The default of an option that a resumed run may not change: shapes or the meaning of the weights depend on it."""
     return field(default=default, metadata={"resume": "fixed"})
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What kind of Transformer. The defaults are GPT-2 124M. Raises ValueError, naming the options, where they do not fit."""
+    """Architecture; the defaults are GPT-2 124M. Raises ValueError that names the options that do not fit together."""
 
     n_layer: Annotated[int, Ge(1)] = _fixed(12)
     """Number of blocks."""
     n_head: Annotated[int, Ge(1)] = _fixed(12)
-    """Query heads a block; divides n_embd."""
+    """Query heads per block; divides n_embd."""
     n_kv_head: Annotated[int, Ge(1)] | None = _fixed(None)
-    """Key/value heads a block (grouped-query attention), divides n_head; none: as many as n_head."""
+    """Key/value heads per block (grouped-query attention), divides n_head; none: as many as n_head."""
     n_embd: Annotated[int, Ge(1)] = _fixed(768)
     """Channels: the width of the residual stream."""
     block_size: Annotated[int, Ge(1)] = _fixed(1024)
-    """Tokens of context: the longest sequence that the model sees at once."""
+    """Context length in tokens: the longest sequence that the model takes."""
     positions: Literal["learned", "sinusoidal", "rotary"] = _fixed("learned")
-    """How a token knows where it stands: a learned table, fixed sine waves, or rotated queries and keys."""
+    """Position encoding: a learned table, fixed sine waves, or rotated queries and keys (RoPE)."""
     rope_theta: Annotated[float, Gt(0)] = _fixed(10_000.0)
     """Base of the rotary wavelengths; larger for longer contexts."""
     norm: Literal["layernorm", "rmsnorm"] = _fixed("layernorm")
@@ -74,17 +73,17 @@ class GPTConfig:
     max_ngram: Annotated[int, Ge(1)] = _fixed(1)
     """Add to a token's embedding those of the n-grams that end with it, n = 2 to this, from a hashed table; 1: none."""
     ngram_rows: Annotated[int, Ge(1)] = _fixed(16_384)
-    """Rows of the table of n-grams; those that share one by chance are not told apart."""
+    """Rows of the n-gram table; n-grams with the same hash share a row."""
     sliding_window: Annotated[int, Ge(1)] | None = _fixed(None)
-    """Each token sees itself and the tokens before it, this many in all; none: the whole context."""
+    """Each token attends to this many tokens, itself and those before it; none: to the whole context."""
     document_mask: bool = _fixed(False)
-    """Tokens see their own document only, and positions restart where a document starts."""
+    """Tokens attend to their own document only, and positions restart at 0 where a document starts."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Share of the embedding's and the residual branches' outputs set to 0 in training; attention weights are never dropped."""
+    """Dropout on the outputs of the embedding and the residual branches; attention weights are never dropped."""
     vocab_size: int = field(default=50_257, metadata={"derived": True, "resume": "fixed"})
-    """Number of token ids. It belongs to the tokenizer, so it is no option."""
+    """Number of token ids; comes from the tokenizer, so it is no option."""
     eos_id: int | None = field(default=50_256, metadata={"derived": True, "resume": "fixed"})
-    """The id that ends a document and starts the next; the document mask needs it."""
+    """The end-of-sequence id; it starts the document that follows it. The document mask needs it."""
 
     @property
     def head_size(self) -> int:
@@ -102,21 +101,20 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding in memory. Large vocabularies are padded to a multiple of 128, which GPUs multiply faster;
-        padded logits are cut off before anything sees them, and files hold vocab_size rows."""
+        """Rows of the embedding in memory: large vocabularies are padded to a multiple of 128, which GPUs multiply
+        faster. The logits of the padding are cut off, and files hold vocab_size rows."""
         return 128 * math.ceil(self.vocab_size / 128) if self.vocab_size > 1024 else self.vocab_size
 
     def problems(self) -> list[str]:
-        """Rules that join several options, each as one line that names them."""
+        """The violated rules that involve several options, one line each."""
         found = []
         if self.n_embd % self.n_head:
             found.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.n_head % self.kv_heads:
             found.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.kv_heads}")
         if self.positions == "rotary" and self.head_size % 2:
-            found.append(
-                f"positions=rotary needs an even head size; n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}"
-            )
+            shape = f"n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}"
+            found.append(f"positions=rotary needs an even head size; {shape}")
         if self.positions == "sinusoidal" and self.n_embd % 2:
             found.append(f"positions=sinusoidal needs an even n_embd; it is {self.n_embd}")
         if self.document_mask and self.eos_id is None:
@@ -135,37 +133,35 @@ class GPTConfig:
         return asdict(self)
 
 
-# ---- The small parts -------------------------------------------------------------------------------------------------
+# ---- Norms, positions, dropout ---------------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose weights wait for GPT.init_weights, so that no start-up time goes into numbers that are overwritten."""
+    """nn.Linear without its own initialisation: GPT.init_weights or import_state sets the weights."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding whose table waits for GPT.init_weights."""
+    """nn.Embedding without its own initialisation. Skips the argument checks of F.embedding, for decode speed."""
 
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, ids: Tensor) -> Tensor:
-        return torch.embedding(
-            self.weight, ids
-        )  # what nn.Embedding comes to, after questions that a small model's token has no time for
+        return torch.embedding(self.weight, ids)
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm without its own questions."""
+    """nn.LayerNorm that skips the argument checks of F.layer_norm, for decode speed."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension (Zhang and Sennrich 2019), statistics in float32 for narrower types."""
+    """x / rms(x) · weight over the last dimension (Zhang and Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -177,13 +173,13 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(…, D) normalised over D and scaled by weight (…, D); same dtype as x."""
+    """x (…, D) normalised over D, times weight (…, D); in float32 for narrower types, returned in x's dtype."""
     wide = widened(x)
     return (F.rms_norm(wide, wide.shape[-1:], eps=eps) * weight).to(x.dtype)
 
 
 def widened(x: Tensor) -> Tensor:
-    """x in float32 where it is in a narrower type."""
+    """x, converted to float32 if its dtype is narrower."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -194,11 +190,11 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 class Dropout(nn.Module):
-    """Zeroes a share p of the inputs in training and scales the rest by 1 / (1 − p).
+    """Sets a share p of the inputs to 0 in training and scales the others by 1 / (1 − p).
 
-    On a CPU drawing a float for each element costs more than the layer around it, so there a mask is cut from random bytes:
-    p is rounded to 1/256 and the scale follows the rounded value. Draws come from torch's default generator, which the
-    training loop seeds anew for every micro-step.
+    On a CPU drawing a float for each element costs more than the layer around it. There the mask comes from random
+    bytes: p is rounded to a multiple of 1/256, and the scale matches the rounded value. Draws come from torch's default
+    generator, which the training loop seeds for every micro-step.
     """
 
     def __init__(self, p: float) -> None:
@@ -211,14 +207,15 @@ class Dropout(nn.Module):
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
         dropped = min(255, max(1, round(256 * self.p)))
-        # random_(-2**63, None) fills all 64 bits; plain random_() leaves the sign bit at 0 and every eighth byte would be biased
+        # random_(-2**63, None) fills all 64 bits; random_() leaves the sign bit at 0, which would bias every eighth
+        # byte
         draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
         keep = (draws[: x.numel()] >= dropped).view(x.shape)
         return x * keep * (256 / (256 - dropped))
 
 
 def sinusoidal_table(length: int, channels: int) -> Tensor:
-    """(length, channels): sin(t / 10000^(2i/C)) in the even channels, the cosines in the odd ones (Vaswani et al. 2017, 3.5)."""
+    """(length, channels): sin(t / 10000^(2i/C)) in even channels, cosines in odd ones (Vaswani et al. 2017, 3.5)."""
     angles = torch.arange(length)[:, None] * torch.exp(torch.arange(0, channels, 2) * (-math.log(10_000.0) / channels))
     return torch.stack((angles.sin(), angles.cos()), dim=-1).view(length, channels)
 
@@ -226,7 +223,7 @@ def sinusoidal_table(length: int, channels: int) -> Tensor:
 def rotary_table(length: int, head_size: int, theta: float) -> Tensor:
     """(length, 2, D): cosines and sines of the angles t · theta^(−2i/D), for both halves of a head (Su et al. 2021).
 
-    The sines of the first half are negative, so that rotate needs no test for the half.
+    The sines of the first half are negated here, so that `rotate` treats both halves alike.
     """
     angles = torch.arange(length)[:, None] * theta ** (torch.arange(0, head_size, 2) * (-1.0 / head_size))
     cos, sin = angles.cos(), angles.sin()
@@ -236,22 +233,38 @@ def rotary_table(length: int, head_size: int, theta: float) -> Tensor:
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotates the pairs (x[i], x[i + D/2]) of every head: the rotate-half layout that Llama and Qwen checkpoints use.
 
-    x: (B, T, heads, D); table: rows of rotary_table for its positions, (T, 2, D) or (B, T, 2, D). Same shape, same dtype.
+    x: (B, T, heads, D); table: rows of rotary_table for its positions, (T, 2, D) or (B, T, 2, D). Same shape, same
+    dtype.
     """
     cos, sin = table[..., None, 0, :], table[..., None, 1, :]
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(
-        x.dtype
-    )  # the halves swapped; compilers fuse a roll, but no cat
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # roll, not cat: torch.compile fuses it into one kernel
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 # ---- The block -------------------------------------------------------------------------------------------------------
 
-# What a block calls for its attention: (layer, qk, v) → (B, T, H, D); qk and v as causal_attention takes them.
-Attend = Callable[[int, Tensor, Tensor | None], Tensor]
+
+class AttentionContext(NamedTuple):
+    """What the attention of all layers shares in one forward pass. Made by GPT, passed through every block."""
+
+    path: AttentionPath
+    rotation: Tensor | None = None
+    """Rows of rotary_table for the positions, (T, 2, D) or (B, T, 2, D); None without rotary positions."""
+    first_visible: Tensor | None = None
+    """(B, T) int32, never falling with t: query t attends to keys first_visible[t] … t. None: to all keys up to t."""
+    mask: Tensor | None = None
+    """Bool, True where a query attends to a key: dense_mask(first_visible) on the sdpa path, (R, 1, 1, S) in a decode
+    step. None: all keys up to t, in a decode step all S."""
+    cache: KVCache | None = None
+    """None where whole sequences are read without a cache."""
+    rows: Tensor | None = None
+    """(B,) int64 in a prefill, the rows of the cache that keys and values are written to; None in a decode step."""
+    observer: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
+    """Called with (layer, q, k, v) before the attention of every layer."""
 
 
 class Attention(nn.Module):
-    """Projects to queries, keys and values, prepares them, attends, projects back."""
+    """Projection to queries, keys and values; QK-norm and rotation; attention; output projection."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -261,26 +274,32 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         B, T, C = x.shape
         H, K = self.heads, self.kv_heads
-        qk, v = self.qkv(x).view(B, T, H + 2 * K, self.head_size), None  # (B, T, H + 2K, D)
-        if rotation is not None or self.q_norm is not None:
-            qk, v = qk.split((H + K, K), dim=2)  # (B, T, H + K, D), (B, T, K, D)
-        if self.q_norm is not None and self.k_norm is not None:
-            # Queries and keys together, and divided by their size last, which a rotation does not change: one pass for a compiler.
-            is_query = torch.arange(H + K, device=x.device)[:, None] < H
-            wide = widened(qk)
-            inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.q_norm.eps)
-            scaled = wide * torch.where(is_query, self.q_norm.weight, self.k_norm.weight)  # (H + K, D) scales
-            qk = ((scaled if rotation is None else rotate(scaled, rotation)) * inverse_rms).to(qk.dtype)
-        elif rotation is not None:
-            qk = rotate(qk, rotation)
-        return self.proj(attend(self.layer, qk, v).reshape(B, T, C))
+        qkv = self.qkv(x).view(B, T, H + 2 * K, self.head_size)  # (B, T, H + 2K, D)
+        # Views by split, not by slices: the gradient of a split is one cat, that of slices is zeros and additions.
+        if context.rotation is None and self.q_norm is None:
+            q, k, v = qkv.split_with_sizes((H, K, K), dim=2)  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
+        else:
+            qk, v = qkv.split_with_sizes((H + K, K), dim=2)
+            q, k = self.normalize_and_rotate(qk, context.rotation).split_with_sizes((H, K), dim=2)
+        return self.proj(attention(q, k, v, context, self.layer).reshape(B, T, C))
+
+    def normalize_and_rotate(self, qk: Tensor, rotation: Tensor | None) -> Tensor:
+        """QK-norm and rotation of queries and keys together, (B, T, H + K, D): one elementwise pass if compiled."""
+        if self.q_norm is None or self.k_norm is None:
+            return qk if rotation is None else rotate(qk, rotation)
+        is_query = torch.arange(qk.shape[2], device=qk.device)[:, None] < self.heads
+        wide = widened(qk)
+        inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.q_norm.eps)
+        scaled = wide * torch.where(is_query, self.q_norm.weight, self.k_norm.weight)  # weights (H + K, D)
+        # A rotation keeps the norm, so the division by it may come last.
+        return ((scaled if rotation is None else rotate(scaled, rotation)) * inverse_rms).to(qk.dtype)
 
 
 class MLP(nn.Module):
-    """Two linear layers around a nonlinearity; for swiglu, `up` holds the gate's rows first, then the values'."""
+    """Two linear layers around a nonlinearity. For swiglu, `up` holds the gate's rows first, then the values'."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -290,7 +309,7 @@ class MLP(nn.Module):
         self.down = Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
+        x = self.up(x)  # (B, T, F), for swiglu (B, T, 2F)
         if self.kind == "gelu":
             x = F.gelu(x, approximate="tanh")
         elif self.kind == "relu":
@@ -313,11 +332,11 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = make_norm(config), MLP(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         if self.post_norm:
-            x = self.attn_norm(x + self.dropout(self.attn(x, rotation, attend)))
+            x = self.attn_norm(x + self.dropout(self.attn(x, context)))
             return self.mlp_norm(x + self.dropout(self.mlp(x)))
-        x = x + self.dropout(self.attn(self.attn_norm(x), rotation, attend))
+        x = x + self.dropout(self.attn(self.attn_norm(x), context))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -327,11 +346,12 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only Transformer over token ids.
 
-    `seed` draws the initial weights on the CPU, so they are the same on every device; None leaves them unset, for a model
-    whose weights are about to be loaded. `attention` is what choose_attention says of the device that the model will be on.
+    seed: of the initial weights, which are drawn on the CPU and so are the same on every device; None leaves them
+    unset, for a model whose weights are loaded next. attention: the path that choose_attention returns for the model's
+    device.
     """
 
-    table: Tensor | None  # the fixed positions: (block_size, C) waves or (block_size, 2, D) rotations
+    table: Tensor | None  # fixed positions: (block_size, C) sine waves or (block_size, 2, D) rotations
 
     def __init__(self, config: GPTConfig, seed: int | None = 0, attention: AttentionPath = "sdpa") -> None:
         super().__init__()
@@ -355,112 +375,114 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """The initial weights, all of them, in the order of named_parameters.
+        """Draws the initial weights, in the order of named_parameters.
 
-        | parameters                                    | drawn from                                                      |
-        |-----------------------------------------------|-----------------------------------------------------------------|
-        | embed, position, head, attn.qkv, mlp.up       | normal, standard deviation 0.02                                 |
-        | attn.proj, mlp.down (a residual branch's end) | normal, 0.02 / √(2 · n_layer): the sum of branches does not grow with depth;
-        | ngrams                                        | 0: a row that was never seen says nothing                       |
-        | norms' weights; every bias                    | 1; 0                                                            |
-        | rows that pad the vocabulary                  | 0, and they stay 0: no gradient reaches them                    |
+        | parameters                                | initial value                                                    |
+        |-------------------------------------------|------------------------------------------------------------------|
+        | embed, position, head, attn.qkv, mlp.up   | normal, standard deviation 0.02                                  |
+        | attn.proj, mlp.down (end of a branch)     | normal, 0.02 / √(2 · n_layer): keeps the sum of branches bounded |
+        | ngrams; every bias                        | 0                                                                |
+        | weights of norms                          | 1                                                                |
+        | rows that pad the vocabulary              | 0, and they stay 0: no gradient reaches them                     |
         """
         generator = torch.Generator().manual_seed(seed)
         branch_std = 0.02 / math.sqrt(2 * self.config.n_layer)
-        branch_ends = ("attn.proj.weight", "mlp.down.weight")
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or name.startswith("ngrams"):
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1.0)
             else:
-                std = branch_std if name.endswith(branch_ends) else 0.02
+                std = branch_std if name.endswith(("attn.proj.weight", "mlp.down.weight")) else 0.02
                 parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
         for vocabulary in self._vocabulary_matrices():
             vocabulary[self.config.vocab_size :] = 0.0
 
     def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor | None = None,
-        reduction: Literal["mean", "sum", "none"] = "mean",
-        label_smoothing: float = 0.0,
-    ) -> Tensor:
-        """ids (B, T) int64, T ≤ block_size → logits (B, T, V); with targets (B, T), the next ids, their loss in nats instead.
+        self, ids: Tensor, targets: Tensor | None = None,
+        reduction: Literal["mean", "sum", "none"] = "mean", label_smoothing: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """ids (B, T) int64, T ≤ block_size → logits (B, T, V); with targets (B, T), the next ids, the loss in nats
+        instead.
 
-        Targets of IGNORED_TARGET do not count. "mean" divides by the number of counted targets; "none" gives (B, T).
+        Targets of IGNORED_TARGET do not count. "mean" divides by the number of counted targets; "none" returns (B, T).
         """
-        attend = self._causal_attention(ids)
-        hidden = self._hidden(ids, self._positions(ids), lambda layer, qk, v: attend(qk, v))
+        hidden = self._hidden(ids, *self._whole_sequences(ids))
         if targets is None:
             return self._logits(hidden)
-        if reduction != "none" and not label_smoothing and losses_in_chunks(hidden, self.config.vocab_size):
-            total = ChunkedCrossEntropy.apply(
-                hidden.flatten(0, 1), self._head_weight(), targets.flatten(), self.config.vocab_size
-            )
+        V = self.config.vocab_size
+        if reduction != "none" and not label_smoothing and losses_in_chunks(hidden, V):
+            weight = self.embed.weight if self.head is None else self.head.weight
+            total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), V)
             return total if reduction == "sum" else total / (targets != IGNORED_TARGET).sum()
-        flat = self._logits(hidden).flatten(0, 1).float()
         loss = F.cross_entropy(
-            flat, targets.flatten(), ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing
-        )
+            self._logits(hidden).flatten(0, 1).float(), targets.flatten(),
+            ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing,
+        )  # fmt: skip
         return loss.view_as(targets) if reduction == "none" else loss
 
-    def observe(self, ids: Tensor, see: Callable[[int, Tensor, Tensor, Tensor], None]) -> Tensor:
-        """forward(ids), and on the way see(layer, q (B, T, H, D), k, v (B, T, K, D)) with what enters the attention of every layer."""
-        attend = self._causal_attention(ids)
+    def observe(self, ids: Tensor, observer: Callable[[int, Tensor, Tensor, Tensor], None]) -> Tensor:
+        """forward(ids) that calls observer(layer, q (B, T, H, D), k (B, T, K, D), v (B, T, K, D)) before every layer's
+        attention, with queries and keys normalised and rotated."""
+        return self._logits(self._hidden(ids, *self._whole_sequences(ids, observer=observer)))
 
-        def seen(layer: int, qk: Tensor, v: Tensor | None) -> Tensor:
-            see(layer, *split_heads(qk, v, self.config.n_head))
-            return attend(qk, v)
+    def _whole_sequences(self, ids: Tensor, **fields: Any) -> tuple[Tensor | slice, AttentionContext]:
+        """ids (B, T) → positions, as _hidden takes them, and the attention context with further fields."""
+        positions: Tensor | slice = slice(0, ids.shape[1])
+        if self.config.document_mask:
+            positions = torch.arange(ids.shape[1], device=ids.device) - self.document_starts(ids)  # (B, T)
+        first = self.first_visible(ids)
+        mask = dense_mask(first) if self.attention == "sdpa" else None
+        return positions, AttentionContext(self.attention, self._rotation(positions), first, mask, **fields)
 
-        return self._logits(self._hidden(ids, self._positions(ids), seen))
+    def _rotation(self, positions: Tensor | slice) -> Tensor | None:
+        return self.table[positions] if self.table is not None and self.config.positions == "rotary" else None
 
-    def _hidden(self, ids: Tensor, positions: Tensor | slice, attend: Attend, before: Tensor | None = None) -> Tensor:
-        """ids (B, T), positions (B, T) or a slice of length T for all rows, before (B, max_ngram − 1) or None: the ids ahead of these
-        where there are any → the final hidden states (B, T, C)."""
-        x = self.embed(ids)
+    def _hidden(
+        self, ids: Tensor, positions: Tensor | slice, context: AttentionContext, before: Tensor | None = None
+    ) -> Tensor:
+        """ids (B, T) → the hidden states after the final norm (B, T, C).
+
+        positions: (B, T), or a slice of length T for all rows. before: (B, max_ngram − 1), the ids ahead of these, or
+        None.
+        """
+        x = self.embed(ids)  # (B, T, C)
         if self.ngrams is not None:
             x = x + self.ngrams(self._ngram_rows(ids, positions, before)).sum(dim=-2)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.n_embd)
-        rotation = None
         if self.position is not None:
             x = x + self.position.weight[positions]
         elif self.table is not None and self.config.positions == "sinusoidal":
             x = x + self.table[positions].to(x.dtype)
-        elif self.table is not None:
-            rotation = self.table[positions]
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, rotation, attend)
+            x = block(x, context)
         return self.final_norm(x)
 
     def _ngram_rows(self, ids: Tensor, positions: Tensor | slice, before: Tensor | None) -> Tensor:
-        """What `_hidden` takes → (B, T, max_ngram − 1): the rows of the table for the 2-, 3-, … grams that end with each token.
+        """Arguments as in _hidden → (B, T, max_ngram − 1): table rows of the 2-, 3-, … grams that end with each token.
 
-        Short sequences are so frequent that a table learns them sooner than attention does (hash n-gram embeddings: Pagnoni et al.
-        2024, Byte Latent Transformer, 3.2.1; Huang et al. 2025, Over-Tokenized Transformer).
+        Frequent short sequences are learned faster from a table than by attention (hash n-gram embeddings: Pagnoni et
+        al. 2024, Byte Latent Transformer, 3.2.1; Huang et al. 2025, Over-Tokenized Transformer).
         """
-        T, most = ids.shape[1], self.config.max_ngram - 1
+        T, context_size = ids.shape[1], self.config.max_ngram - 1
         if isinstance(positions, slice):
             positions = torch.arange(positions.start, positions.stop, device=ids.device)
-        so_far = F.pad(ids, (most, 0)) if before is None else torch.cat((before, ids), dim=1)  # (B, max_ngram − 1 + T)
-        keys = [ids + 1]  # 0 stands for what lies before the document
-        for back in range(1, most + 1):
-            earlier = (so_far[:, most - back : most - back + T] + 1) * (positions >= back)
-            keys.append((keys[-1] * 1_000_003 + earlier) % (2**31 - 1))
-        return torch.stack(keys[1:], dim=-1) % self.config.ngram_rows
+        history = F.pad(ids, (context_size, 0)) if before is None else torch.cat((before, ids), dim=1)
+        hashes = [ids + 1]  # 0 stands for the tokens before the start of the document
+        for back in range(1, context_size + 1):
+            earlier = (history[:, context_size - back : context_size - back + T] + 1) * (positions >= back)
+            hashes.append((hashes[-1] * 1_000_003 + earlier) % (2**31 - 1))
+        return torch.stack(hashes[1:], dim=-1) % self.config.ngram_rows
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """(…, C) → (…, V): the padded columns end here."""
+        """(…, C) → (…, V), without the padding of the vocabulary."""
         logits = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
         return logits if logits.shape[-1] == self.config.vocab_size else logits[..., : self.config.vocab_size]
 
-    def _head_weight(self) -> Tensor:
-        return self.embed.weight if self.head is None else self.head.weight
-
     def document_starts(self, ids: Tensor) -> Tensor:
-        """(B, T) ids → (B, T) int64: where the document of each token starts. An EOS is the start of the document after it."""
+        """ids (B, T) → (B, T) int64: where each token's document starts. An EOS is the first token of a document."""
         steps = torch.arange(ids.shape[1], device=ids.device)
         return torch.where(self._is_eos(ids), steps, 0).cummax(dim=1).values
 
@@ -468,7 +490,7 @@ class GPT(nn.Module):
         return ids.eq(-1 if self.config.eos_id is None else self.config.eos_id)
 
     def first_visible(self, ids: Tensor) -> Tensor | None:
-        """(B, T) ids → (B, T) int32, the first position that each token sees; None where every token sees all before it."""
+        """ids (B, T) → (B, T) int32, the first position that each token attends to; None if that is 0 for all."""
         if not self.config.document_mask and self.config.sliding_window is None:
             return None
         first = self.document_starts(ids) if self.config.document_mask else torch.zeros_like(ids)
@@ -477,57 +499,51 @@ class GPT(nn.Module):
             first = torch.maximum(first, steps - (self.config.sliding_window - 1))  # (B, T)
         return first.to(torch.int32)
 
-    def _causal_attention(self, ids: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-        return causal_attention(self.attention, self.config.n_head, self.first_visible(ids))
-
-    def _positions(self, ids: Tensor) -> Tensor | slice:
-        if not self.config.document_mask:
-            return slice(0, ids.shape[1])
-        return torch.arange(ids.shape[1], device=ids.device) - self.document_starts(ids)
-
-    # -- generation: the same mathematics, one token at a time
+    # -- generation: the same function, one token at a time
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor, lengths: Tensor, cache: KVCache, rows: Tensor) -> Tensor:
-        """Reads prompts into rows of the cache, replacing what these rows held.
+    def prefill(self, ids: Tensor, lengths: Sequence[int], cache: KVCache, rows: Sequence[int]) -> None:
+        """Reads prompts into rows of the cache, replacing what the rows held. The next decode step returns the first
+        logits.
 
-        ids (R, T) int64, prompts padded on the right with any id; lengths (R,) int64, 1 … T; rows (R,) int64 → logits (R, V)
-        after each prompt's last token. What stands beyond a prompt's length is never seen: causality hides it here, the cache's
-        lengths later.
+        ids (B, T) int64: prompts, padded on the right with any id; lengths: of the B prompts, each 0 … T; rows: of the
+        cache. No token attends to the padding: it comes after the prompt, and later the cache's lengths exclude it.
         """
-        attend_to_prompt = self._causal_attention(ids)
-
-        def attend(layer: int, qk: Tensor, v: Tensor | None) -> Tensor:
-            cache.write(layer, rows, *split_heads(qk, v, self.config.n_head)[1:])
-            return attend_to_prompt(qk, v)
-
-        hidden = self._hidden(ids, self._positions(ids), attend)
-        last = lengths - 1
-        every = torch.arange(len(rows), device=ids.device)
-        starts = self.document_starts(ids)[every, last] if self.config.document_mask else torch.zeros_like(last)
-        cache.restart(rows, lengths, starts)
+        index = cache.restart(rows, lengths)  # (B,)
+        if ids.shape[1] == 0:
+            return
+        self._hidden(ids, *self._whole_sequences(ids, cache=cache, rows=index))
         if cache.ids is not None:
-            cache.ids[rows, : ids.shape[1]] = ids
-        return self._logits(hidden[every, last])
+            cache.ids[index, : ids.shape[1]] = ids
+        if self.config.document_mask:
+            last = (cache.lengths[index] - 1).clamp(min=0)
+            cache.starts[index] = self.document_starts(ids).gather(1, last[:, None])[:, 0]
 
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """ids (R,) int64, the next token of every row of the cache → logits (R, V). Raises ValueError where a row is full."""
-        cache.check_room()
-        positions: Tensor | slice = slice(cache.longest, cache.longest + 1)
-        if self.config.document_mask:
+        """ids (R,) int64, the next token of every row of the cache → logits (R, V). Raises ValueError if a row is full."""
+        cache.extend()
+        return self.decode_step(ids, cache, cache.longest, cache.is_even)
+
+    @torch.inference_mode()
+    def decode_step(self, ids: Tensor, cache: KVCache, span: int, is_even: bool = False) -> Tensor:
+        """The work of `decode` on the device. It reads no other numbers of the host than its arguments, so that a CUDA
+        graph can replay it.
+
+        span: slots of the cache that are read, at least the longest row with its new token. is_even: the new token lies
+        in slot span − 1 of all rows, which saves indices and masks.
+        """
+        c = self.config
+        if c.document_mask:
             cache.starts.copy_(torch.where(self._is_eos(ids), cache.lengths, cache.starts))
-        if self.config.document_mask or not cache.even:
-            positions = (cache.lengths - cache.starts)[:, None]
-        mask = cache.mask(self.config.sliding_window, self.config.document_mask)
-        append, n_head = cache.appender(), self.config.n_head
-
-        def attend(layer: int, qk: Tensor, v: Tensor | None) -> Tensor:
-            q, k, v = split_heads(qk, v, n_head)
-            return cached_attention(q, *append(layer, k, v), mask)
-
-        before = cache.newest_ids(self.config.max_ngram - 1)
-        hidden = self._hidden(ids[:, None], positions, attend, before)
+        positions: Tensor | slice = slice(span - 1, span)
+        if not is_even or c.document_mask:
+            positions = (cache.lengths - cache.starts)[:, None]  # (R, 1)
+        sees_all = is_even and not c.document_mask and (c.sliding_window is None or c.sliding_window >= span)
+        mask = None if sees_all else cache.mask(span, c.sliding_window)
+        cache.prepare_append(span, is_even)
+        context = AttentionContext(self.attention, self._rotation(positions), mask=mask, cache=cache)
+        hidden = self._hidden(ids[:, None], positions, context, cache.newest_ids(c.max_ngram - 1))
         cache.advance(ids)
         return self._logits(hidden[:, 0])
 
@@ -537,63 +553,60 @@ class GPT(nn.Module):
         return [self.embed.weight] if self.head is None else [self.embed.weight, self.head.weight]
 
     def n_params(self) -> int:
-        """Parameters, without the rows that only pad the vocabulary."""
-        padding = self.config.padded_vocab_size - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd * len(
-            self._vocabulary_matrices()
-        )
+        """Number of parameters, without the rows that pad the vocabulary."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding * len(self._vocabulary_matrices())
 
     def flops_per_token(self) -> int:
-        """FLOPs of forward and backward a token at the full context: six a number of every matrix that multiplies (Kaplan et al. 2020),
-        and 12 · L · T · C for attention's products, hidden scores counted too, as the field does."""
+        """FLOPs of forward and backward pass per token at full context: 6 per weight of every matrix (Kaplan et al.
+        2020) and 12 · L · T · C for attention, masked scores included, as is usual."""
         c = self.config
         matrices = sum(p.numel() for p in self.blocks.parameters()) + c.vocab_size * c.n_embd
         return 6 * matrices + 12 * c.n_layer * c.block_size * c.n_embd
 
     def export_state(self) -> dict[str, Tensor]:
-        """The weights by name, with exactly vocab_size rows: what checkpoints hold."""
+        """The weights by name, with exactly vocab_size rows, as checkpoints hold them."""
         return {name: self.unpad(name, tensor.detach()) for name, tensor in self.named_parameters()}
 
     def unpad(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor shaped like the parameter `name` (weights, moments) without the rows that pad the vocabulary."""
+        """A tensor shaped like the parameter `name` (weights, moments), without the rows that pad the vocabulary."""
         return tensor[: self.config.vocab_size] if name in ("embed.weight", "head.weight") else tensor
 
     @torch.no_grad()
     def import_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies exported weights in, padding with zeros. Raises ValueError, naming the tensor, where names or shapes differ."""
+        """Copies exported weights in, padding with zeros. Raises ValueError that names a tensor that does not fit."""
         own = dict(self.named_parameters())
         if missing := sorted(own.keys() - tensors.keys()):
             raise ValueError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
         if extra := sorted(tensors.keys() - own.keys()):
             raise ValueError(f"the weights hold {extra[0]!r}, which this model does not have ({len(extra)} too many)")
         for name, parameter in own.items():
-            target = self.unpad(name, parameter)
-            if target.shape != tensors[name].shape:
-                raise ValueError(
-                    f"{name!r} has the shape {tuple(tensors[name].shape)}, this model has {tuple(target.shape)}"
-                )
+            target, given = self.unpad(name, parameter), tuple(tensors[name].shape)
+            if target.shape != given:
+                raise ValueError(f"{name!r} has the shape {given}, this model has {tuple(target.shape)}")
             parameter.zero_()
             target.copy_(tensors[name])
 
 
 # ---- The loss of a large vocabulary ----------------------------------------------------------------------------------
 
-CHUNK_ROWS = 256  # tokens whose logits exist at a time
-SMALLEST_CHUNKED = 2**22  # logits; fewer stay near the caches anyway
+CHUNK_ROWS = 256  # tokens whose logits are in memory at a time
+MIN_CHUNKED_LOGITS = 2**22  # with fewer the plain loss is as fast: they stay near the caches
 
 
 def losses_in_chunks(hidden: Tensor, vocab_size: int) -> bool:
-    """Whether ChunkedCrossEntropy pays: on CPUs, in training, for many logits. torch.compile fuses the plain loss by itself."""
-    wanted = hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return wanted and hidden.shape[:-1].numel() * vocab_size >= SMALLEST_CHUNKED
+    """Whether to use ChunkedCrossEntropy: on CPUs, in training, for many logits. torch.compile fuses the plain loss."""
+    trains_on_cpu = hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return trains_on_cpu and hidden.shape[:-1].numel() * vocab_size >= MIN_CHUNKED_LOGITS
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """hidden (N, C), head weight (≥ V, C), targets (N,) int64 → sum of the counted targets' losses in nats.
+    """hidden (N, C), head weight (≥ V, C), targets (N,) int64 → the sum of the counted targets' losses in nats.
 
-    The gradients are known as soon as the logits are, softmax − one-hot, so they are made on the way, chunk by chunk, in the
-    logits' own memory: never are there (N, V) numbers, let alone the three or four copies that a separate head, softmax and loss make.
-    F.linear_cross_entropy (torch 2.13) has the same aim, but was six times slower than the plain loss on a CPU (bench/NOTES.md).
+    The gradients, softmax − one-hot, are known as soon as the logits are. So the forward pass computes them too, chunk
+    by chunk, in the memory of the logits: (N, V) numbers are never held, nor the three or four copies of them that a
+    separate head, softmax and loss make. F.linear_cross_entropy (torch 2.13) has the same aim, but was six times slower
+    than the plain loss on a CPU (bench/NOTES.md).
     """
 
     @staticmethod
@@ -605,13 +618,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total = widened(hidden.new_zeros(()))
             for start in range(0, len(hidden), CHUNK_ROWS):
                 rows = slice(start, start + CHUNK_ROWS)
-                counts = (targets[rows] != IGNORED_TARGET)[:, None]
+                counted = (targets[rows] != IGNORED_TARGET)[:, None]
                 target = targets[rows, None].clamp(min=0)
                 logits = widened(narrow_hidden[rows] @ narrow_weight.mT)  # (CHUNK_ROWS, V)
-                of_target, largest = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
-                sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-                total += ((sums.log() + largest - of_target) * counts).sum()
-                d_logits = logits.mul_(counts / sums).scatter_add_(1, target, -counts.to(logits.dtype)).to(dtype)
+                target_logits, maxima = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
+                sums = logits.sub_(maxima).exp_().sum(dim=1, keepdim=True)
+                total += ((sums.log() + maxima - target_logits) * counted).sum()
+                d_logits = logits.mul_(counted / sums).scatter_add_(1, target, -counted.to(logits.dtype)).to(dtype)
                 d_hidden[rows] = d_logits @ narrow_weight
                 if dtype == weight.dtype:
                     d_weight[:vocab_size].addmm_(d_logits.mT, narrow_hidden[rows])
@@ -631,22 +644,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, rows of different lengths side by side.
+    """Keys and values of the tokens read so far, for R sequences of different lengths, in memory allocated once.
 
-    memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer; ids (R, S) where the model has n-grams; both
-    allocated once. host_lengths: tokens in each row, known without waiting for a device; starts (R,) int64: where the current document of
-    each row starts. A row's token t lies at index t, so its length is also its next position.
+    memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer. ids (R, S) int64: the
+    tokens, kept only for a model with n-grams. lengths (R,) int64: tokens in each row, on the device; host_lengths: the
+    same numbers as Python ints, known without waiting for the device. starts (R,) int64: where each row's current
+    document starts. Token t of a row lies in slot t, so a row's length is the slot of its next token.
     """
 
     def __init__(
         self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        shape = (2 * config.n_layer, rows, config.kv_heads, config.block_size, config.head_size)
+        S, self.n_layer = config.block_size, config.n_layer
+        shape = (2 * config.n_layer, rows, config.kv_heads, S, config.head_size)
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
-        self.ids = (
-            torch.zeros(rows, config.block_size, dtype=torch.int64, device=device) if config.max_ngram > 1 else None
-        )
-        self.starts = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.ids = torch.zeros(rows, S, dtype=torch.int64, device=device) if config.max_ngram > 1 else None
+        self.lengths, self.starts = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         self.host_lengths = [0] * rows
 
     @property
@@ -654,125 +667,115 @@ class KVCache:
         return self.memory.shape[3]
 
     @property
-    def lengths(self) -> Tensor:
-        """(R,) int64: tokens in each row."""
-        return torch.tensor(self.host_lengths, device=self.memory.device)
-
-    @property
     def longest(self) -> int:
         return max(self.host_lengths)
 
     @property
-    def even(self) -> bool:
-        """Whether all rows are equally long, which saves masks and indices."""
+    def is_even(self) -> bool:
+        """Whether all rows have the same length."""
         return min(self.host_lengths) == max(self.host_lengths)
 
-    def check_room(self) -> None:
-        if self.longest >= self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens and is full; prefill the row anew with fewer")
+    def restart(self, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Sets the lengths of rows that are about to be written anew → the rows as a tensor, (len(rows),) int64."""
+        index, new_lengths = (torch.tensor(x, dtype=torch.int64, device=self.memory.device) for x in (rows, lengths))
+        self.lengths[index], self.starts[index] = new_lengths, 0
+        for row, length in zip(rows, lengths, strict=True):
+            self.host_lengths[row] = length
+        return index
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
-        """Stores a prompt's k, v (R, T, K, D) from index 0 on."""
-        for all_rows, new in ((self.memory[layer], k), (self.memory[layer + len(self.memory) // 2], v)):
-            all_rows[:, :, : k.shape[1]].index_copy_(0, rows, new.transpose(1, 2).to(all_rows.dtype))
+        """Stores a prompt's k, v (B, T, K, D) in slots 0 … T − 1 of rows (B,)."""
+        for slots, new in ((self.memory[layer], k), (self.memory[layer + self.n_layer], v)):
+            slots[:, :, : k.shape[1]].index_copy_(0, rows, new.transpose(1, 2).to(slots.dtype))
 
-    def restart(self, rows: Tensor, lengths: Tensor, starts: Tensor) -> None:
-        self.starts[rows] = starts
-        for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
-            self.host_lengths[row] = length
+    def extend(self) -> None:
+        """Counts one more token per row, on the host; `advance` does so on the device. Raises ValueError if a row is full."""
+        if self.longest >= self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens and is full; prefill the row again with fewer")
+        self.host_lengths = [length + 1 for length in self.host_lengths]
 
-    def appender(self) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """A function for one step: it stores a layer's k, v (R, 1, K, D) of one token behind each row and returns all keys and values so
-        far, (R, K, S, D) with S = longest + 1. What the layers share is made here, once."""
-        S, n_layer = self.longest + 1, len(self.memory) // 2
-        so_far = self.memory.narrow(3, 0, S).unbind()
-        if self.even:
-            slots = self.memory.narrow(3, S - 1, 1).transpose(2, 3).unbind()  # (R, 1, K, D) each
+    def prepare_append(self, span: int, is_even: bool) -> None:
+        """Makes the views that `append` uses in one decode step, for all layers at once."""
+        self.visible = self.memory.narrow(3, 0, span).unbind()  # 2 · n_layer of (R, K, span, D)
+        self.last_slots = self.memory.narrow(3, span - 1, 1).transpose(2, 3).unbind() if is_even else None
+        self.all_rows = None if is_even else torch.arange(len(self.lengths), device=self.memory.device)
 
-            def append(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-                slots[layer].copy_(k)
-                slots[n_layer + layer].copy_(v)
-                return so_far[layer], so_far[n_layer + layer]
-
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (R, 1, K, D) of one token behind each row → all keys and values of the layer, (R, K, span, D)."""
+        keys, values = self.visible[layer], self.visible[layer + self.n_layer]
+        if self.last_slots is not None:
+            self.last_slots[layer].copy_(k)
+            self.last_slots[layer + self.n_layer].copy_(v)
         else:
-            every, lengths = torch.arange(len(self.starts), device=self.memory.device), self.lengths
+            keys[self.all_rows, :, self.lengths] = k[:, 0].to(keys.dtype)
+            values[self.all_rows, :, self.lengths] = v[:, 0].to(values.dtype)
+        return keys, values
 
-            def append(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-                keys, values = so_far[layer], so_far[n_layer + layer]
-                keys[every, :, lengths] = k[:, 0].to(keys.dtype)
-                values[every, :, lengths] = v[:, 0].to(values.dtype)
-                return keys, values
-
-        return append
-
-    def mask(self, sliding_window: int | None, document_mask: bool) -> Tensor | None:
-        """(R, 1, 1, S) bool: what the token about to be appended sees; None where that is everything."""
-        S = self.longest + 1
-        if self.even and not document_mask and (sliding_window is None or sliding_window >= S):
-            return None
-        lengths = self.lengths
-        first = self.starts if sliding_window is None else torch.maximum(self.starts, lengths - (sliding_window - 1))
-        index = torch.arange(S, device=self.memory.device)
-        return ((index <= lengths[:, None]) & (index >= first[:, None]))[:, None, None]
+    def mask(self, span: int, sliding_window: int | None) -> Tensor:
+        """(R, 1, 1, span) bool: the slots that the token about to be appended attends to."""
+        first, last = self.starts, self.lengths
+        if sliding_window is not None:
+            first = torch.maximum(first, last - (sliding_window - 1))
+        slots = torch.arange(span, device=self.memory.device)
+        return ((slots <= last[:, None]) & (slots >= first[:, None]))[:, None, None]
 
     def newest_ids(self, count: int) -> Tensor | None:
-        """(R, count): the last ids of each row, oldest first, any ids where a row holds fewer; None where the model has no n-grams."""
+        """(R, count): the last ids of each row, oldest first, any ids if a row has fewer; None without n-grams."""
         if self.ids is None:
             return None
         index = self.lengths[:, None] + torch.arange(-count, 0, device=self.memory.device)
         return self.ids.gather(1, index.clamp(min=0))
 
     def advance(self, ids: Tensor) -> None:
+        """Ends a decode step: stores the ids (R,) where they are kept, and adds 1 to the lengths on the device."""
         if self.ids is not None:
             self.ids.scatter_(1, self.lengths[:, None], ids[:, None])
-        self.host_lengths = [length + 1 for length in self.host_lengths]
+        self.lengths += 1
 
-    def keep(self, rows: list[int]) -> None:
-        """Drops all rows but these, in this order."""
-        if rows == list(range(len(self.host_lengths))):
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops all rows but these, which become rows 0, 1, … in new memory."""
+        if list(rows) == list(range(len(self.host_lengths))):
             return
         index = torch.tensor(rows, dtype=torch.int64, device=self.memory.device)
-        self.memory = self.memory[:, index]
+        self.memory, self.lengths, self.starts = self.memory[:, index], self.lengths[index], self.starts[index]
         self.ids = None if self.ids is None else self.ids[index]
-        self.starts = self.starts[index]
         self.host_lengths = [self.host_lengths[row] for row in rows]
 
 
 # ======================================================================================================================
-# Attention: softmax(q · kᵀ / √D) · v over the visible positions. This section knows tensors only. Everything above calls its
-# two entries, causal_attention (training and prompts) and cached_attention (one token against the cache), and never asks
-# how they work. Queries are (B, T, H, D), keys and values (B, T, K, D) as they lie in the packed projection: views, no
-# copies. With K < H (grouped queries), query head h reads key/value head h // (H / K).
+# Attention: softmax(q · kᵀ / √D) · v over the visible positions. The code above calls `attention` alone. Queries are
+# (B, T, H, D), keys and values (B, T, K, D); they may be views of the packed projection.
+# With K < H (grouped queries), query head h uses key/value head h // (H / K).
 #
-# There are two ways, chosen once, when the model is made: "triton", the fused kernel at the end of this file, for GPUs; and
-# "sdpa", PyTorch's own, for every other machine.
+# There are two paths, chosen once, when the model is made: "triton", the fused kernels at the end of this file, for
+# GPUs; and "sdpa", PyTorch's attention, for all other machines and for decode steps.
 # ======================================================================================================================
 
 AttentionPath = Literal["triton", "sdpa"]
-LARGEST_FUSED_HEAD = 128  # a tile of rows this wide still fits into registers beside its accumulator
+MAX_FUSED_HEAD = 128  # wider tiles do not fit into registers beside their accumulator
 
 
 def choose_attention(
-    asked: AttentionPath | Literal["auto"], device: torch.device, head_size: int
+    requested: AttentionPath | Literal["auto"], device: torch.device, head_size: int
 ) -> tuple[AttentionPath, str]:
-    """The way to attend on this device, and the reason. Raises ValueError with the reason where "triton" is asked for in vain."""
-    if asked == "sdpa":
-        return "sdpa", "asked for"
+    """The attention path for a device, and the reason. Raises ValueError if "triton" is requested and cannot run."""
+    if requested == "sdpa":
+        return "sdpa", "requested"
     obstacle = triton_obstacle(device, (8, 0))
-    if head_size > LARGEST_FUSED_HEAD:
-        obstacle = f"the kernel takes heads up to {LARGEST_FUSED_HEAD} wide, these have {head_size}"
-    if asked == "triton":
+    if head_size > MAX_FUSED_HEAD:
+        obstacle = f"the kernel takes heads up to {MAX_FUSED_HEAD} wide, these have {head_size}"
+    if requested == "triton":
         if obstacle is not None:
             raise ValueError(obstacle)
-        return "triton", "asked for"
+        return "triton", "requested"
     if obstacle is None and device.type == "cuda":
         return "triton", "the fused kernel runs here"
     return "sdpa", f"no fused kernel: {obstacle or 'its interpreter is for tests'}"
 
 
 def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
-    """Why Triton cannot run on this device, or None where it can; capability: the oldest NVIDIA GPU that will do."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python, on any device: for tests
+    """Why Triton cannot run on the device, or None. capability: the lowest one of an NVIDIA GPU that works."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python on any device, for tests
     if device.type != "cuda" and not interpreted:
         return f"Triton needs a GPU, the device is {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -787,66 +790,50 @@ def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | 
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """The definition, for reading and for tests: softmax(q · kᵀ / √D), q (…, T, D), k (…, S, D) → (…, T, S).
+    """The definition, for readers and tests: softmax(q · kᵀ / √D), q (…, T, D), k (…, S, D) → (…, T, S).
 
     Scores q · k of 112 and 96 at D = 64 become 14 and 12 by the division, 0.88 and 0.12 by the softmax.
     """
     return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
 
 
-def causal_attention(
-    path: AttentionPath, n_head: int, first_visible: Tensor | None
-) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The attention of one batch, a function (qk, v) → (B, T, H, D): token t sees tokens first_visible[t] … t.
+def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer: int) -> Tensor:
+    """q (B, T, H, D), k and v (B, T, K, D) of one layer → (B, T, H, D).
 
-    qk (B, T, H + K, D) holds queries, then keys, and v (B, T, K, D) the values; or v is None and qk (B, T, H + 2K, D) holds them
-    too, last: a projection that needs neither rotation nor normalisation goes in as it is, and its gradient comes back whole.
-    first_visible (B, T) int32 never falls with t; None: every token sees all before it. What all layers share is made here, once.
+    In a prefill it also stores k and v in the cache; in a decode step (T = 1) it appends them and attends to the whole
+    cache.
     """
-    if path == "triton":
-        return lambda qk, v: _attention(qk, v, first_visible, n_head)[0]
-    mask = dense_mask(first_visible)
-    return lambda qk, v: _pytorch_attention(*split_heads(qk, v, n_head), mask)
-
-
-def split_heads(qk: Tensor, v: Tensor | None, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The views q (B, T, H, D), k and v (B, T, K, D) of what causal_attention takes."""
-    if v is None:  # split, whose gradient is one cat; that of slices is zeros and sums
-        kv_heads = (qk.shape[2] - n_head) // 2
-        q, k, v = qk.split_with_sizes((n_head, kv_heads, kv_heads), dim=2)
-    else:
-        q, k = qk.split_with_sizes((n_head, qk.shape[2] - n_head), dim=2)
-    return q, k, v
-
-
-def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """q (R, 1, H, D) against the cache's (R, K, S, D); mask (R, 1, 1, S) bool or None: sees all → (R, 1, H, D)."""
-    return _sdpa(q, keys, values, mask, causal=False)
+    if context.observer is not None:
+        context.observer(layer, q, k, v)
+    if context.cache is not None:
+        if context.rows is None:
+            return _sdpa(q, *context.cache.append(layer, k, v), context.mask, causal=False)
+        context.cache.write(layer, context.rows, k, v)
+    if context.path == "triton":
+        return _fused_attention(q, k, v, context.first_visible)[0]
+    if context.mask is None and q.device.type == "cpu" and q.shape[1] <= MAX_UNFUSED_LENGTH.get(q.dtype, 0):
+        return _unfused_attention(q, k, v)
+    return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), context.mask, causal=context.mask is None)
 
 
 # ---- PyTorch's attention ---------------------------------------------------------------------------------------------
 
-# On a CPU the fused kernel is made for long sequences; up to these lengths the plain products below, forward and backward, were
-# faster wherever they were timed (bench/NOTES.md), in bfloat16 1.6 to 6 times. They hold a (T, T) matrix a head.
-WRITTEN_OUT_UP_TO = {torch.float32: 128, torch.bfloat16: 1024}
+# PyTorch's fused attention on CPUs is made for long sequences. Up to these lengths plain matrix products, forward and
+# backward, were faster wherever they were timed, in bfloat16 1.6 to 6 times (bench/NOTES.md). They hold a (T, T) matrix
+# per head.
+MAX_UNFUSED_LENGTH = {torch.float32: 128, torch.bfloat16: 1024}
 
 
 def dense_mask(first_visible: Tensor | None) -> Tensor | None:
-    """(B, T) first visible positions → (B, 1, T, T) bool, True where query t sees key s."""
+    """first_visible (B, T) → (B, 1, T, T) bool, True where query t attends to key s; None → None."""
     if first_visible is None:
         return None
     steps = torch.arange(first_visible.shape[1], device=first_visible.device)
     return ((steps <= steps[:, None]) & (steps >= first_visible[:, :, None]))[:, None]
 
 
-def _pytorch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None and q.device.type == "cpu" and q.shape[1] <= WRITTEN_OUT_UP_TO.get(q.dtype, 0):
-        return _written_out(q, k, v)
-    return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), mask, causal=mask is None)
-
-
-def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention as two batched matrix products around a softmax, the scale and the mask folded into the first."""
+def _unfused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention as two batched matrix products around a softmax; the first includes scale and mask."""
     B, T, H, D = q.shape
 
     def flat(x: Tensor) -> Tensor:  # (B, T, H or K, D) → (B · H, T, D)
@@ -859,190 +846,179 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    grouped = q.shape[2] != keys.shape[1]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-    )
+    """q (B, T, H, D), keys and values (B, K, S, D), as they lie in the cache → (B, T, H, D)."""
+    q, grouped = q.transpose(1, 2), q.shape[2] != keys.shape[1]
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
-# ---- The fused kernel ------------------------------------------------------------------------------------------------
+# ---- The fused kernels -----------------------------------------------------------------------------------------------
 #
-# Written out, attention moves matrices of T × T scores through memory; at T = 1024 and D = 64 they are 16 times the size of q.
-# The kernel never writes them. A program owns a block of BLOCK_Q queries of one head, keeps them on chip, and walks over the
-# keys it may see, BLOCK_K at a time. Softmax needs the whole row's maximum and sum, but both can be carried along (Milakov and
-# Gimelshein 2018; Rabe and Staats 2021; Dao et al. 2022, FlashAttention). With s the scores of one more block of keys:
+# Unfused, attention moves matrices of T × T scores through memory; at T = 1024 and D = 64 they are 16 times the size of
+# q. The kernels never write them (Dao et al. 2022, FlashAttention). A program of the forward kernel computes BLOCK_Q
+# rows of one head: it keeps their queries on chip and loops over the visible keys, BLOCK_K at a time. Softmax needs the
+# maximum m and the sum l of a whole row; both can be updated block by block (Milakov and Gimelshein 2018; Rabe and
+# Staats 2021). With s the scores of the next block of keys:
 #
-#     peak' = max(peak, max s)        fade = exp(peak − peak')        p = exp(s − peak')
-#     total' = fade · total + Σ p     acc' = fade · acc + p · v
+#     m' = max(m, max s)        alpha = exp(m − m')        p = exp(s − m')
+#     l' = alpha · l + Σ p      acc' = alpha · acc + p · v
 #
-# and in the end out = acc / total. On chip stay q, acc (BLOCK_Q × D, float32), peak and total; k and v blocks stream through
-# shared memory. Exponentials are powers of two, with log2(e) folded into the scale: one multiply-add and one instruction a score.
-# What is written beside out is one number a row, lse = peak + log2(total), from which any p can be had again without
-# a maximum or a sum: p = exp2(s · scale − lse). So the backward pass stores no probabilities; it multiplies q · kᵀ once more in
-# each of its two kernels, because reading T × T numbers back would take longer than computing them. With dp = do · vᵀ,
+# and at the end out = acc / l. On chip stay q, acc (BLOCK_Q × D, float32), m and l; blocks of k and v pass through
+# shared memory. Exponentials are powers of two, with log2(e) folded into the scale: one multiply-add and one
+# instruction per score. Beside out the kernel writes one number per row, lse = m + log2(l): p = exp2(s · scale − lse)
+# can be recomputed from it without maximum and sum. So the backward pass stores no probabilities; each of its two
+# kernels computes q · kᵀ again, because reading T × T numbers would take longer. With do the gradient of out and dp =
+# do · vᵀ:
 #
-#     delta = Σ do ∘ out (a row's)    ds = p ∘ (dp − delta)    dq = scale · ds · k    dk = scale · dsᵀ · q    dv = pᵀ · do
+#     delta = Σ do ∘ out (per row)   ds = p ∘ (dp − delta)   dq = scale · ds · k   dk = scale · dsᵀ · q   dv = pᵀ · do
 #
-# one kernel owns queries and sums dq over keys, the other owns keys and sums dk and dv over queries (of all heads that share
-# them). Nothing is added by two programs, so there are no atomics and the gradients are the same bits every time.
+# One kernel sums dq over keys, for a block of queries; the other sums dk and dv over queries, of all heads that share
+# the keys, for a block of keys. No number is added to by two programs: there are no atomics, and gradients are bitwise
+# reproducible.
 #
-# Cost of a head, causal: forward two products over half of the square, 2 · T² · D FLOP, and 4 · T · D numbers moved (what several
-# programs of a head read comes from the L2 cache after the first time): T / 4 FLOP a byte in 16 bits. Backward seven
-# products, 7 · T² · D, and 12 · T · D numbers. A Hopper GPU turns from memory-bound to compute-bound near 250 FLOP a byte: at T = 1024.
+# Cost per head, causal: forward two products over half of the square, 2 · T² · D FLOP, and 4 · T · D numbers moved
+# (repeated reads by the programs of a head hit the L2 cache), which is T / 4 FLOP per byte in 16 bits. Backward seven
+# products, 7 · T² · D, and 12 · T · D numbers. A Hopper GPU is compute-bound from about 250 FLOP per byte on: at T =
+# 1024.
 #
-# Only some blocks need a mask: those on the diagonal, and, where documents or a window hide old keys, those that the
-# line of first visible keys crosses. Blocks beyond it are not visited. So every loop over blocks is three loops, PHASE 0 for
-# blocks cut by that line, 1 for blocks that are wholly visible and need no test at all, 2 for the diagonal. Hidden scores become
-# a large negative number, not −inf: a row that has seen nothing yet then sums garbage, which `fade` = 0 removes
-# when its first visible key comes; every row sees at least itself.
+# Only some blocks need a mask: those on the diagonal, and with documents or a window those that the line of first
+# visible keys crosses. Blocks beyond that line are skipped. So every loop is split into three: PHASE 0, blocks cut by
+# that line; PHASE 1, blocks that are visible as a whole and need no test; PHASE 2, the diagonal. Masked scores become
+# −1e30, not −inf: a row without a visible key so far sums garbage, which alpha = 0 removes at its first visible key,
+# and every row has one: itself.
 #
-# A head size that is no power of two is padded to BLOCK_D on chip; numbers beyond D or T are read as 0 and never written.
-# DOT is the type in which tiles enter the tensor cores: that of the inputs, but float32 for bfloat16 in the interpreter.
+# Head sizes that are no power of two are padded to BLOCK_D on chip; numbers beyond D or T are read as 0 and never
+# written. DOT is the dtype of the operands of products: that of the inputs, but float32 for bfloat16 in the
+# interpreter.
 
 
-def _forward_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr,
-    stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh, T, H, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+def _query_block(T, H, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The program's sequence, head and first query. Blocks with the most keys start first, so none of them ends last."""
     blocks = (T + BLOCK_Q - 1) // BLOCK_Q
-    b, h = (tl.program_id(0) // blocks // H).to(tl.int64), tl.program_id(0) // blocks % H
-    start_q = (
-        blocks - 1 - tl.program_id(0) % blocks
-    ) * BLOCK_Q  # the longest rows first, so that no long one is left for the end
-    rows, cols, d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
-    own = (rows < T)[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=own, other=0.0).to(
-        DOT
-    )
-    k_tile = k_ptr + b * stride_qb + h // GROUP * stride_qh + cols[:, None] * stride_qt + d[None, :]
-    v_tile = v_ptr + b * stride_vb + h // GROUP * stride_vh + cols[:, None] * stride_vt + d[None, :]
+    bh = tl.program_id(0) // blocks
+    return (bh // H).to(tl.int64), bh % H, (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
 
+
+def _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a block of queries: each row's first visible key; where PHASES 0, 1 and 2 of the loop over keys begin."""
     diagonal = start_q // BLOCK_K * BLOCK_K
-    MASKED: tl.constexpr = first_ptr is not None
-    begin, clear = 0, 0  # the first block of keys that a row sees, the first one that all rows see whole
-    if MASKED:
+    first, begin, clear = rows, 0, 0
+    if first_ptr is not None:
         first = tl.maximum(tl.load(first_ptr + b * T + rows, mask=rows < T, other=0), 0)
         begin = tl.maximum(tl.load(first_ptr + b * T + start_q), 0) // BLOCK_K * BLOCK_K
         last = tl.load(first_ptr + b * T + tl.minimum(start_q + BLOCK_Q, T) - 1)
         clear = tl.minimum((tl.maximum(last, 0) + BLOCK_K - 1) // BLOCK_K * BLOCK_K, diagonal)
+    return first, begin, clear, diagonal
 
-    peak = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
+
+def _tile(ptr, b, h, stride_b, stride_t, stride_h, rows, offs_d):  # type: ignore[no-untyped-def]
+    """Pointers to the numbers of one head in these rows (tokens)."""
+    return ptr + b * stride_b + h * stride_h + rows[:, None] * stride_t + offs_d[None, :]
+
+
+def _load(tile, rows, offs_d, T, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile, 0 beyond T and D. WHOLE: no row is beyond T."""
+    if WHOLE and D == BLOCK_D:
+        x = tl.load(tile)
+    else:
+        x = tl.load(tile, mask=(rows < T)[:, None] & (offs_d < D)[None, :], other=0.0)
+    return x
+
+
+def _mask_scores(s, rows, keys, first, PHASE: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """s (queries, keys) with masked scores at −1e30."""
+    if PHASE == 0:
+        s = tl.where(keys[None, :] >= first[:, None], s, -1.0e30)
+    elif PHASE == 2:
+        visible = keys[None, :] <= rows[:, None]
+        s = tl.where(visible & (keys[None, :] >= first[:, None]) if MASKED else visible, s, -1.0e30)
+    return s
+
+
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh, T, H, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    b, h, start_q = _query_block(T, H, BLOCK_Q)
+    rows, offs_k, offs_d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    MASKED: tl.constexpr = first_ptr is not None
+    first, begin, clear, diagonal = _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q, BLOCK_K)
+    q_tile = _tile(q_ptr, b, h, stride_qb, stride_qt, stride_qh, rows, offs_d)
+    k_tile = _tile(k_ptr, b, h // GROUP, stride_kb, stride_kt, stride_kh, offs_k, offs_d)
+    v_tile = _tile(v_ptr, b, h // GROUP, stride_vb, stride_vt, stride_vh, offs_k, offs_d)
+    q = _load(q_tile, rows, offs_d, T, D, BLOCK_D, False).to(DOT)
+    m_i = tl.full((BLOCK_Q,), -float("inf"), tl.float32)  # running maximum
+    l_i = tl.zeros((BLOCK_Q,), tl.float32)  # running sum
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for PHASE in tl.static_range(0 if MASKED else 1, 3):
         low = begin if PHASE == 0 else clear if PHASE == 1 else diagonal
         high = clear if PHASE == 0 else diagonal if PHASE == 1 else tl.minimum(start_q + BLOCK_Q, T)
         for start_k in tl.range(low, high, BLOCK_K):
-            keys = start_k + cols
-            there = None if PHASE == 1 and D == BLOCK_D else (keys < T)[:, None] & (d < D)[None, :]
-            k = tl.load(k_tile + start_k * stride_qt, mask=there, other=None if there is None else 0.0).to(DOT)
+            keys = start_k + offs_k
+            k = _load(k_tile + start_k * stride_kt, keys, offs_d, T, D, BLOCK_D, PHASE == 1).to(DOT)
             s = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
-            if PHASE == 0:
-                s = tl.where(keys[None, :] >= first[:, None], s, -1.0e30)
-            elif PHASE == 2:
-                visible = keys[None, :] <= rows[:, None]
-                s = tl.where(visible & (keys[None, :] >= first[:, None]) if MASKED else visible, s, -1.0e30)
-            higher = tl.maximum(peak, tl.max(s, 1) * scale)
-            p = tl.exp2(s * scale - higher[:, None])
-            fade = tl.exp2(peak - higher)
-            total = total * fade + tl.sum(p, 1)
-            v = tl.load(v_tile + start_k * stride_vt, mask=there, other=None if there is None else 0.0)
-            acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), acc * fade[:, None], input_precision="ieee")
-            peak = higher
-    out_tile = out_ptr + ((b * T + rows[:, None]) * H + h) * D + d[None, :]
-    tl.store(out_tile, acc / total[:, None], mask=own)
-    tl.store(lse_ptr + (b * H + h) * T + rows, peak + tl.log2(total), mask=rows < T)
+            s = _mask_scores(s, rows, keys, first, PHASE, MASKED)
+            m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+            p = tl.exp2(s * scale_log2 - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)  # rescaling factor of what was summed so far
+            l_i = l_i * alpha + tl.sum(p, 1)
+            v = _load(v_tile + start_k * stride_vt, keys, offs_d, T, D, BLOCK_D, PHASE == 1)
+            acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), acc * alpha[:, None], input_precision="ieee")
+            m_i = m_new
+    out_tile = _tile(out_ptr, b, h, T * H * D, H * D, D, rows, offs_d)
+    tl.store(out_tile, acc / l_i[:, None], mask=(rows < T)[:, None] & (offs_d < D)[None, :])
+    tl.store(lse_ptr + (b * H + h) * T + rows, m_i + tl.log2(l_i), mask=rows < T)
 
 
 def _query_gradient_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr, dq_ptr,
-    stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh, stride_dqb, stride_dqt, stride_dqh, T, H, scale, root,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, do_ptr, delta_ptr, dq_ptr, stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dqb, stride_dqt, stride_dqh, T, H,
+    scale_log2, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Walks as the forward kernel does. It comes first in the backward pass and leaves delta for the other one."""
-    blocks = (T + BLOCK_Q - 1) // BLOCK_Q
-    b, h = (tl.program_id(0) // blocks // H).to(tl.int64), tl.program_id(0) // blocks % H
-    start_q = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
-    rows, cols, d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
-    own = (rows < T)[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=own, other=0.0).to(
-        DOT
-    )
-    k_tile = k_ptr + b * stride_qb + h // GROUP * stride_qh + cols[:, None] * stride_qt + d[None, :]
-    v_tile = v_ptr + b * stride_vb + h // GROUP * stride_vh + cols[:, None] * stride_vt + d[None, :]
-    out_tile = ((b * T + rows[:, None]) * H + h) * D + d[None, :]
-    grad = tl.load(grad_ptr + out_tile, mask=own, other=0.0)
-    out = tl.load(out_ptr + out_tile, mask=own, other=0.0)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    """Loops as the forward kernel does. Runs first in the backward pass and writes delta for the other kernel."""
+    b, h, start_q = _query_block(T, H, BLOCK_Q)
+    rows, offs_k, offs_d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    MASKED: tl.constexpr = first_ptr is not None
+    first, begin, clear, diagonal = _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q, BLOCK_K)
+    q_tile = _tile(q_ptr, b, h, stride_qb, stride_qt, stride_qh, rows, offs_d)
+    k_tile = _tile(k_ptr, b, h // GROUP, stride_kb, stride_kt, stride_kh, offs_k, offs_d)
+    v_tile = _tile(v_ptr, b, h // GROUP, stride_vb, stride_vt, stride_vh, offs_k, offs_d)
+    q = _load(q_tile, rows, offs_d, T, D, BLOCK_D, False).to(DOT)
+    do = _load(_tile(do_ptr, b, h, T * H * D, H * D, D, rows, offs_d), rows, offs_d, T, D, BLOCK_D, False)
+    out = _load(_tile(out_ptr, b, h, T * H * D, H * D, D, rows, offs_d), rows, offs_d, T, D, BLOCK_D, False)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + (b * H + h) * T + rows, delta, mask=rows < T)
     lse = tl.load(lse_ptr + (b * H + h) * T + rows, mask=rows < T, other=0.0)
-    grad = grad.to(DOT)
-
-    diagonal = start_q // BLOCK_K * BLOCK_K
-    MASKED: tl.constexpr = first_ptr is not None
-    begin, clear = 0, 0
-    if MASKED:
-        first = tl.maximum(tl.load(first_ptr + b * T + rows, mask=rows < T, other=0), 0)
-        begin = tl.maximum(tl.load(first_ptr + b * T + start_q), 0) // BLOCK_K * BLOCK_K
-        last = tl.load(first_ptr + b * T + tl.minimum(start_q + BLOCK_Q, T) - 1)
-        clear = tl.minimum((tl.maximum(last, 0) + BLOCK_K - 1) // BLOCK_K * BLOCK_K, diagonal)
-
+    do = do.to(DOT)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for PHASE in tl.static_range(0 if MASKED else 1, 3):
         low = begin if PHASE == 0 else clear if PHASE == 1 else diagonal
         high = clear if PHASE == 0 else diagonal if PHASE == 1 else tl.minimum(start_q + BLOCK_Q, T)
         for start_k in tl.range(low, high, BLOCK_K):
-            keys = start_k + cols
-            there = None if PHASE == 1 and D == BLOCK_D else (keys < T)[:, None] & (d < D)[None, :]
-            k = tl.load(k_tile + start_k * stride_qt, mask=there, other=None if there is None else 0.0)
-            v = tl.load(v_tile + start_k * stride_vt, mask=there, other=None if there is None else 0.0).to(DOT)
+            keys = start_k + offs_k
+            k = _load(k_tile + start_k * stride_kt, keys, offs_d, T, D, BLOCK_D, PHASE == 1)
+            v = _load(v_tile + start_k * stride_vt, keys, offs_d, T, D, BLOCK_D, PHASE == 1).to(DOT)
             s = tl.dot(q, k.to(DOT).T, input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
-            if PHASE == 0:
-                s = tl.where(keys[None, :] >= first[:, None], s, -1.0e30)
-            elif PHASE == 2:
-                visible = keys[None, :] <= rows[:, None]
-                s = tl.where(visible & (keys[None, :] >= first[:, None]) if MASKED else visible, s, -1.0e30)
-            p = tl.exp2(s * scale - lse[:, None])
-            ds = p * (tl.dot(grad, v.T, input_precision="ieee") - delta[:, None])
+            s = _mask_scores(s, rows, keys, first, PHASE, MASKED)
+            p = tl.exp2(s * scale_log2 - lse[:, None])
+            dp = tl.dot(do, v.T, input_precision="ieee")
+            ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype).to(DOT), k.to(DOT), dq, input_precision="ieee")
-    dq_tile = dq_ptr + b * stride_dqb + h * stride_dqh + rows[:, None] * stride_dqt + d[None, :]
-    tl.store(dq_tile, dq * root, mask=own)
+    dq_tile = _tile(dq_ptr, b, h, stride_dqb, stride_dqt, stride_dqh, rows, offs_d)
+    tl.store(dq_tile, dq * scale, mask=(rows < T)[:, None] & (offs_d < D)[None, :])
 
 
-def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, first_ptr, lse_ptr, grad_ptr, delta_ptr, dk_ptr, dv_ptr,
-    stride_qb, stride_qt, stride_qh, stride_vb, stride_vt, stride_vh,
-    stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh, T, H, scale, root,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
-    TAIL: tl.constexpr,
-):  # fmt: skip
-    """Owns keys and values, walks over the queries that see them, transposed: s is (BLOCK_K, BLOCK_Q).
-
-    PHASE 0 here is also the last, incomplete block of queries (TAIL). The first block of keys, which most queries see, starts first.
-    """
-    blocks, kv_heads = (T + BLOCK_K - 1) // BLOCK_K, H // GROUP
-    b, h_kv = (tl.program_id(0) // blocks // kv_heads).to(tl.int64), tl.program_id(0) // blocks % kv_heads
-    start_k = tl.program_id(0) % blocks * BLOCK_K
-    keys, cols, d = start_k + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    own = (keys < T)[:, None] & (d < D)[None, :]
-    k = tl.load(
-        k_ptr + b * stride_qb + h_kv * stride_qh + keys[:, None] * stride_qt + d[None, :], mask=own, other=0.0
-    ).to(DOT)
-    v = tl.load(
-        v_ptr + b * stride_vb + h_kv * stride_vh + keys[:, None] * stride_vt + d[None, :], mask=own, other=0.0
-    ).to(DOT)
-
-    diagonal, whole = start_k // BLOCK_Q * BLOCK_Q, T // BLOCK_Q * BLOCK_Q
-    below = tl.minimum(
-        (start_k + BLOCK_K + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
-    )  # past the diagonal
-    clear, end = tl.maximum(whole, below), T  # where blocks stop to be wholly visible, and to be visible at all
-    MASKED: tl.constexpr = first_ptr is not None
-    if MASKED:  # first_visible never falls, so both are found by bisection
+def _query_bounds(first_ptr, b, start_k, T, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a block of keys: where the queries on its diagonal begin and end, where blocks of queries stop to see all of
+    its keys, and where they stop to see any."""
+    diagonal, last_block = start_k // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q
+    below = tl.minimum((start_k + BLOCK_K + BLOCK_Q - 1) // BLOCK_Q, last_block) * BLOCK_Q
+    clear, end = tl.maximum(T // BLOCK_Q * BLOCK_Q, below), T
+    if first_ptr is not None:  # first_visible never falls, so both are found by bisection
         for BOUND in tl.static_range(2):
-            low, high = below // BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q
+            low, high = below // BLOCK_Q, last_block
             while low < high:
                 middle = (low + high) // 2
                 row = tl.minimum(middle * BLOCK_Q + BLOCK_Q, T) - 1 if BOUND == 0 else middle * BLOCK_Q
@@ -1052,25 +1028,48 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
                 clear = tl.minimum(low * BLOCK_Q, clear)
             else:
                 end = tl.minimum(low * BLOCK_Q, T)
+    return diagonal, below, clear, end
 
+
+def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, first_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dkb, stride_dkt, stride_dkh, T, H,
+    scale_log2, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, DOT: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Keeps a block of keys and values, loops over the queries that see them; s is transposed, (BLOCK_K, BLOCK_Q).
+
+    PHASE 0 here also has the last, incomplete block of queries (TAIL). dv has the strides of dk. The first block of
+    keys starts first: most queries see it.
+    """
+    blocks, kv_heads = (T + BLOCK_K - 1) // BLOCK_K, H // GROUP
+    b, h_kv = (tl.program_id(0) // blocks // kv_heads).to(tl.int64), tl.program_id(0) // blocks % kv_heads
+    start_k = tl.program_id(0) % blocks * BLOCK_K
+    keys, offs_q, offs_d = start_k + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    MASKED: tl.constexpr = first_ptr is not None
+    diagonal, below, clear, end = _query_bounds(first_ptr, b, start_k, T, BLOCK_Q, BLOCK_K)
+    k_tile = _tile(k_ptr, b, h_kv, stride_kb, stride_kt, stride_kh, keys, offs_d)
+    v_tile = _tile(v_ptr, b, h_kv, stride_vb, stride_vt, stride_vh, keys, offs_d)
+    k = _load(k_tile, keys, offs_d, T, D, BLOCK_D, False).to(DOT)
+    v = _load(v_tile, keys, offs_d, T, D, BLOCK_D, False).to(DOT)
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for member in range(GROUP):
         h = h_kv * GROUP + member
-        q_tile = q_ptr + b * stride_qb + h * stride_qh + cols[:, None] * stride_qt + d[None, :]
-        grad_tile = grad_ptr + ((b * T + cols[:, None]) * H + h) * D + d[None, :]
-        row_numbers = (b * H + h) * T + cols
+        q_tile = _tile(q_ptr, b, h, stride_qb, stride_qt, stride_qh, offs_q, offs_d)
+        do_tile = _tile(do_ptr, b, h, T * H * D, H * D, D, offs_q, offs_d)
+        row_tile = (b * H + h) * T + offs_q
         for PHASE in tl.static_range(0 if MASKED or TAIL else 1, 3):
             low = clear if PHASE == 0 else below if PHASE == 1 else diagonal
             high = end if PHASE == 0 else clear if PHASE == 1 else below
             for start_q in tl.range(low, high, BLOCK_Q):
-                rows = start_q + cols
-                is_row = None if PHASE == 1 else rows < T
-                there = None if PHASE == 1 and D == BLOCK_D else (rows < T)[:, None] & (d < D)[None, :]
-                q = tl.load(q_tile + start_q * stride_qt, mask=there, other=None if there is None else 0.0)
-                grad = tl.load(grad_tile + start_q * H * D, mask=there, other=None if there is None else 0.0)
-                lse = tl.load(lse_ptr + row_numbers + start_q, mask=is_row, other=None if is_row is None else 0.0)
-                delta = tl.load(delta_ptr + row_numbers + start_q, mask=is_row, other=None if is_row is None else 0.0)
+                rows = start_q + offs_q
+                in_bounds = None if PHASE == 1 else rows < T
+                zero = None if PHASE == 1 else 0.0
+                q = _load(q_tile + start_q * stride_qt, rows, offs_d, T, D, BLOCK_D, PHASE == 1)
+                do = _load(do_tile + start_q * H * D, rows, offs_d, T, D, BLOCK_D, PHASE == 1)
+                lse = tl.load(lse_ptr + row_tile + start_q, mask=in_bounds, other=zero)
+                delta = tl.load(delta_ptr + row_tile + start_q, mask=in_bounds, other=zero)
                 s = tl.dot(k, q.to(DOT).T, input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
                 if PHASE != 1:
                     visible = (rows < T)[None, :] & (keys[:, None] <= rows[None, :])
@@ -1078,16 +1077,21 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
                         first = tl.load(first_ptr + b * T + rows, mask=rows < T, other=0)
                         visible = visible & (keys[:, None] >= first[None, :])
                     s = tl.where(visible, s, -1.0e30)
-                p = tl.exp2(s * scale - lse[None, :])
-                dv = tl.dot(p.to(q.dtype).to(DOT), grad.to(DOT), dv, input_precision="ieee")
-                ds = p * (tl.dot(v, grad.to(DOT).T, input_precision="ieee") - delta[None, :])
+                p = tl.exp2(s * scale_log2 - lse[None, :])
+                dv = tl.dot(p.to(q.dtype).to(DOT), do.to(DOT), dv, input_precision="ieee")
+                dp = tl.dot(v, do.to(DOT).T, input_precision="ieee")
+                ds = p * (dp - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype).to(DOT), q.to(DOT), dk, input_precision="ieee")
-    tl.store(dk_ptr + b * stride_dkb + h_kv * stride_dkh + keys[:, None] * stride_dkt + d[None, :], dk * root, mask=own)
-    tl.store(dv_ptr + b * stride_dvb + h_kv * stride_dvh + keys[:, None] * stride_dvt + d[None, :], dv, mask=own)
+    in_tile = (keys < T)[:, None] & (offs_d < D)[None, :]
+    tl.store(_tile(dk_ptr, b, h_kv, stride_dkb, stride_dkt, stride_dkh, keys, offs_d), dk * scale, mask=in_tile)
+    tl.store(_tile(dv_ptr, b, h_kv, stride_dkb, stride_dkt, stride_dkh, keys, offs_d), dv, mask=in_tile)
+
+
+# ---- Launching the kernels -------------------------------------------------------------------------------------------
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched: queries and keys a block, warps a program, stages of the pipeline that loads ahead."""
+    """Launch configuration of a kernel: queries and keys per block, warps per program, stages of the pipeline."""
 
     block_q: int
     block_k: int
@@ -1095,9 +1099,10 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# Launches by architecture, bytes a number and padded head size: forward, query gradient, key and value gradient. "other" has the least
-# shared memory that we know of, 99 KB (sm_86, sm_89, sm_120). None was timed yet: these compile, in 16 bits without spilling registers
-# (tests/test_kernel_compile.py), and follow the occupancy that their registers allow. bench/tune_attention.py finds the fastest.
+# Launches by architecture, bytes per number and padded head size: forward, query gradient, key and value gradient.
+# "other" fits the least shared memory that we know of, 99 KB (sm_86, sm_89, sm_120). None was timed yet: all compile,
+# in 16 bits without spilling registers (tests/test_kernel_compile.py), and were chosen by occupancy.
+# bench/tune_attention.py finds the fastest.
 LAUNCHES: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
     ("sm_90", 2, 64): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 2)),
     ("sm_90", 2, 128): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(32, 128, 8, 2)),
@@ -1109,7 +1114,7 @@ LAUNCHES: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
 
 
 def launches_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Launch, Launch, Launch]:
-    """The table's row; devices that it does not name get the most careful one. Raises ValueError on other types than the kernel's."""
+    """The row of LAUNCHES for a device, "other" for unlisted architectures. Raises ValueError for unsupported dtypes."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"the fused kernel takes float32, float16 and bfloat16, not {dtype}; take the sdpa path")
     architecture = "other"
@@ -1119,136 +1124,105 @@ def launches_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tu
     return LAUNCHES.get((architecture, *key)) or LAUNCHES["other", *key]
 
 
-def fused_forward(qk: Tensor, v: Tensor | None, first_visible: Tensor | None, n_head: int) -> list[Tensor]:
-    """What causal_attention takes → out (B, T, H, D) and lse (B, H, T) float32: log2 of the sum of a row's exponentials."""
-    q, k, v = split_heads(qk, v, n_head)
-    B, T, H, D = q.shape
-    out, lse = q.new_empty((B, T, H, D)), q.new_empty((B, H, T), dtype=torch.float32)
-    launch_forward(launches_for(q.device, q.dtype, D)[0], q, k, v, first_visible, out, lse)
-    return [out, lse]
+KERNELS = {
+    "forward": _forward_kernel,
+    "query_gradient": _query_gradient_kernel,
+    "key_value_gradient": _key_value_gradient_kernel,
+}  # in the order of a row of LAUNCHES
+_HELPERS = (_query_block, _key_bounds, _tile, _load, _mask_scores, _query_bounds)
 
 
-def fused_backward(
-    grad: Tensor, qk: Tensor, v: Tensor | None, first_visible: Tensor | None, out: Tensor, lse: Tensor, n_head: int
-) -> list[Tensor]:
-    """The gradient of out → the gradients of qk and, where it is not None, of v."""
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (qk, v) if x is not None]
-    dq, dk, dv = split_heads(grads[0], None if v is None else grads[1], n_head)
-    q, k, v = split_heads(qk, v, n_head)
-    _, by_query, by_key = launches_for(q.device, q.dtype, q.shape[3])
-    grad, delta = grad.contiguous(), torch.empty_like(lse)
-    launch_query_gradient(by_query, q, k, v, first_visible, out, lse, grad, delta, dq)
-    launch_key_value_gradient(by_key, q, k, v, first_visible, lse, grad, delta, dk, dv)
-    return grads
+def launch_kernel(name: str, launch: Launch, *tensors: Any) -> Any:
+    """Launches a kernel on its tensors, in the order of its parameters (first_visible may be None), the last ones its outputs.
 
-
-# The three launches fill their last arguments: out and lse; delta and dq; dk and dv.
-
-
-def launch_forward(
-    launch: Launch, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, out: Tensor, lse: Tensor
-) -> Any:
-    B, T, H, D = q.shape
-    tensors = (q, k, v, first_visible, out, lse)
-    return _run(
-        _forward_kernel,
-        B * H * -(-T // launch.block_q),
-        launch,
-        q,
-        k,
-        tensors,
-        (q, v),
-        (math.log2(math.e) / math.sqrt(D),),
-    )
-
-
-def launch_query_gradient(
-    launch: Launch, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor,
-    delta: Tensor, dq: Tensor,
-) -> Any:  # fmt: skip
-    B, T, H, D = q.shape
-    tensors = (q, k, v, first_visible, out, lse, grad, delta, dq)
-    numbers = math.log2(math.e) / math.sqrt(D), 1 / math.sqrt(D)
-    return _run(_query_gradient_kernel, B * H * -(-T // launch.block_q), launch, q, k, tensors, (q, v, dq), numbers)
-
-
-def launch_key_value_gradient(
-    launch: Launch, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, lse: Tensor, grad: Tensor, delta: Tensor,
-    dk: Tensor, dv: Tensor,
-) -> Any:  # fmt: skip
-    B, T, K, D = k.shape
-    tensors = (q, k, v, first_visible, lse, grad, delta, dk, dv)
-    numbers = math.log2(math.e) / math.sqrt(D), 1 / math.sqrt(D)
-    programs, tail = B * K * -(-T // launch.block_k), T % launch.block_q != 0
-    return _run(_key_value_gradient_kernel, programs, launch, q, k, tensors, (q, v, dk, dv), numbers, TAIL=tail)
-
-
-def _run(
-    kernel: Callable[..., None], programs: int, launch: Launch, q: Tensor, k: Tensor,
-    tensors: tuple[Tensor | None, ...], strided: tuple[Tensor, ...], numbers: tuple[float, ...], **flags: bool,
-) -> Any:  # fmt: skip
-    """Launches a kernel on `tensors`, with the strides of batch, time and head of the `strided` ones, then the numbers and constants.
-
-    Returns what Triton compiled, which can tell its registers and shared memory (the interpreter: None).
+    Returns what Triton compiled, with its registers and shared memory (None in the interpreter).
     """
-    T, H, D = q.shape[1:]
+    q, k, v = tensors[:3]
+    strided = {"forward": (q, k, v), "query_gradient": (q, k, v, tensors[-1])}.get(name, (q, k, v, tensors[-2]))
+    (B, T, H, D), K = q.shape, k.shape[2]
     if any(x.stride(3) != 1 or T * x.stride(1) >= 2**31 for x in strided):
-        raise ValueError(
-            "the kernel needs heads whose numbers lie side by side, and sequences of less than 2³¹ numbers"
-        )
-    jitted = _jitted(kernel)
-    wide = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        raise ValueError("the fused kernel needs heads that are contiguous and sequences of less than 2³¹ numbers")
+    blocks = B * K * -(-T // launch.block_k) if name == "key_value_gradient" else B * H * -(-T // launch.block_q)
+    kernel = _jitted(KERNELS[name])
+    upcast = q.dtype == torch.bfloat16 and q.device.type == "cpu"  # products of bfloat16 are wrong in the interpreter
+    scalars = {
+        "T": T, "H": H, "scale_log2": math.log2(math.e) / math.sqrt(D), "scale": 1 / math.sqrt(D), "D": D,
+        "BLOCK_D": max(16, 1 << (D - 1).bit_length()), "BLOCK_Q": launch.block_q, "BLOCK_K": launch.block_k,
+        "GROUP": H // K, "DOT": getattr(tl, "float32" if upcast else str(q.dtype).removeprefix("torch.")),
+        "TAIL": T % launch.block_q != 0,
+    }  # fmt: skip
+    strides = [stride for x in strided for stride in x.stride()[:3]]
+    scalars = {parameter: value for parameter, value in scalars.items() if parameter in kernel.arg_names}
     with torch.cuda.device_of(q):
-        return jitted[(programs,)](
-            *tensors, *(stride for x in strided for stride in x.stride()[:3]), T, H, *numbers,
-            D=D, BLOCK_D=max(16, 1 << (D - 1).bit_length()), BLOCK_Q=launch.block_q, BLOCK_K=launch.block_k, GROUP=H // k.shape[2],
-            DOT=getattr(tl, "float32" if wide else str(q.dtype).removeprefix("torch.")), **flags,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
-        )  # fmt: skip
+        return kernel[(blocks,)](
+            *tensors, *strides, **scalars, num_warps=launch.num_warps, num_stages=launch.num_stages
+        )
 
 
 @cache
 def _jitted(kernel: Callable[..., None]) -> Any:
-    """The kernel, compiled when it is launched. Triton is imported here, on first use; kernels look `tl` up among this file's names."""
+    """The kernel as a Triton function. Triton is imported here, on first use; what kernels look up among this file's
+    names, `tl` and the helpers, is bound here too."""
     import triton
     import triton.language
 
-    globals()["tl"] = triton.language
+    globals().update({helper.__name__: triton.jit(helper) for helper in _HELPERS}, tl=triton.language)
     return triton.jit(kernel, do_not_specialize=["T"])
 
 
-# What torch sees: two opaque operators, their shapes and their derivative. torch.compile goes through them without a break.
+# What torch sees: two opaque operators, their output shapes and their derivative. torch.compile needs no graph break
+# for them.
 
-_attention = torch.library.custom_op(
-    "sprout::attention", fused_forward, mutates_args=(),
-    schema="(Tensor qk, Tensor? v, Tensor? first_visible, int n_head) -> (Tensor, Tensor)",
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Arguments as in `attention` → out (B, T, H, D), and lse (B, H, T) float32: log2 of each row's sum of exponentials."""
+    B, T, H, D = q.shape
+    out, lse = q.new_empty((B, T, H, D)), q.new_empty((B, H, T), dtype=torch.float32)
+    launch_kernel("forward", launches_for(q.device, q.dtype, D)[0], q, k, v, first_visible, out, lse)
+    return out, lse
+
+
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """do, the gradient of out → the gradients dq, dk, dv, contiguous."""
+    do, delta = do.contiguous(), torch.empty_like(lse)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    _, by_query, by_key = launches_for(q.device, q.dtype, q.shape[3])
+    launch_kernel("query_gradient", by_query, q, k, v, first_visible, out, lse, do, delta, dq)
+    launch_kernel("key_value_gradient", by_key, q, k, v, first_visible, lse, do, delta, dk, dv)
+    return dq, dk, dv
+
+
+_fused_attention = torch.library.custom_op(
+    "sprout::attention", attention_forward, mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? first_visible) -> (Tensor, Tensor)",
 )  # fmt: skip
-_attention_backward = torch.library.custom_op(
-    "sprout::attention_backward", fused_backward, mutates_args=(),
-    schema="(Tensor grad, Tensor qk, Tensor? v, Tensor? first_visible, Tensor out, Tensor lse, int n_head) -> Tensor[]",
+_fused_backward = torch.library.custom_op(
+    "sprout::attention_backward", attention_backward, mutates_args=(),
+    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? first_visible, Tensor out, Tensor lse)"
+    " -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 
 
-@_attention.register_fake
-def _(qk: Tensor, v: Tensor | None, first_visible: Tensor | None, n_head: int) -> tuple[Tensor, Tensor]:
-    B, T, _, D = qk.shape
-    return qk.new_empty((B, T, n_head, D)), qk.new_empty((B, n_head, T), dtype=torch.float32)
+@_fused_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
 
 
-@_attention_backward.register_fake
-def _(grad: Tensor, qk: Tensor, v: Tensor | None, *saved: Any) -> list[Tensor]:
-    return [qk.new_empty(x.shape) for x in (qk, v) if x is not None]
+@_fused_backward.register_fake
+def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.n_head = inputs
-    ctx.save_for_backward(*tensors, *output)
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-    d_qk, *d_v = _attention_backward(grad, *ctx.saved_tensors, ctx.n_head)
-    return d_qk, d_v[0] if d_v else None, None, None
+def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *_fused_backward(do, *ctx.saved_tensors), None
 
 
-_attention.register_autograd(_differentiate, setup_context=_save_for_backward)
+_fused_attention.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -2,18 +2,18 @@
 
     python bench/attention.py --out=DIR                  everything, under 8 minutes: DIR/DATE-attention.json and its .png
     python bench/attention.py --out=DIR --quick          two lengths, one head size, about a minute
-    python bench/attention.py --out=DIR --signatures     only: one packed input against parts that autograd puts together
+    python bench/attention.py --out=DIR --signatures     only: three gradients, which autograd concatenates, against a packed one
     python bench/attention.py --plot=DIR/RESULT.json     draws a result anew, anywhere; needs matplotlib, nothing else here does
     python bench/attention.py --interpret                tries this script out without a GPU: tiny, no figures, nothing written
 
-What is timed: causal attention in bfloat16 on normal random numbers, 16k tokens, heads · head size = 2048; the forward pass as in training,
-and the backward pass alone, by torch.autograd.grad on a graph that stands. Every contender gets the memory layout that suits it and pays
-for no copy: ours one packed (B, T, 3H, D) tensor, the others three (B, T, H, D) tensors. They take turns (bench/gpu.py), the figures are
+Timed: causal attention in bfloat16 on normal random numbers, 16k tokens, heads · head size = 2048; the forward pass as in training, and
+the backward pass alone, by torch.autograd.grad on a retained graph. Every contender gets q, k, v (B, T, H, D) in a layout that it takes
+without a copy: ours views of a packed (B, T, 3H, D) tensor, the others contiguous tensors. They take turns (bench/gpu.py); figures are
 medians. TFLOP/s count 4 · B · H · T² · D / 2 for the forward pass and 2.5 times that for the backward pass, whatever a contender computes.
 
-`memory_mib` is what a run takes at most beyond what stood before it: the inputs, in the backward pass also all that was saved for it.
+`memory_mib` is the peak of a run beyond what was allocated before it: inputs, and before a backward pass all that was saved for it.
 
-Errors are taken against attention in float64 on the same rounded inputs: ‖x − exact‖ / ‖exact‖ for out, dq, dk and dv.
+Errors are relative to attention in float64 on the same rounded inputs: ‖x − exact‖ / ‖exact‖ for out, dq, dk and dv.
 
 Reading order: Problem, the contenders, measure, errors, signatures, main; then bench/attention_report.py.
 """
@@ -42,10 +42,18 @@ from bench.attention_report import obstacles, plot, show, show_speed, table, wit
 from bench.gpu import Deadline, OutOfTime, Run, card, ceilings, choose_device, in_turns, peak_memory, reasons, summary  # noqa: E402
 from bench.hardware import commit_of, hardware, write_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
-from model import causal_attention, dense_mask, rotary_table, rotate, split_heads  # noqa: E402
+from model import (  # noqa: E402
+    AttentionContext,
+    attention,
+    attention_forward,
+    dense_mask,
+    launch_kernel,
+    launches_for,
+    rotary_table,
+    rotate,
+)
 
 LENGTHS, HEAD_SIZES, TOKENS, CHANNELS = (512, 1024, 2048, 4096, 8192, 16384), (64, 128), 16384, 2048
-MOST_ERROR = 1.3  # times that of SDPA's flash: the kernel's promise
 Attend = Callable[..., Tensor]  # the leaves → (B, T, H, D)
 
 
@@ -76,8 +84,8 @@ class Problem:
 
 
 def ours(problem: Problem) -> Attend:
-    attend = causal_attention("triton", problem.H, problem.first)
-    return lambda qkv: attend(qkv, None)
+    context = AttentionContext("triton", first_visible=problem.first)
+    return lambda q, k, v: attention(q, k, v, context, layer=0)
 
 
 def sdpa(backend: str, problem: Problem) -> Attend:
@@ -126,12 +134,10 @@ CONTENDERS: dict[str, Callable[[Problem], Attend]] = {
 
 
 def leaves_of(problem: Problem) -> dict[str, list[Tensor]]:
-    """The same random inputs for every contender: packed for ours, apart for the others."""
-    packed = problem.random(3 * problem.H)
-    parts = [
-        x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in split_heads(packed, None, problem.H)
-    ]
-    return {name: [packed.requires_grad_()] if name == "triton" else parts for name in CONTENDERS}
+    """q, k, v for every contender, the same random numbers: for ours views of a packed projection, for others contiguous."""
+    views = [x.detach().requires_grad_() for x in problem.random(3 * problem.H).split(problem.H, dim=2)]
+    parts = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in views]
+    return {name: views if name == "triton" else parts for name in CONTENDERS}
 
 
 # ---- Speed and memory ------------------------------------------------------------------------------------------------
@@ -198,8 +204,7 @@ def errors(problem: Problem) -> list[dict[str, Any]]:
 
     def results(leaves: list[Tensor], attend: Attend) -> list[Tensor]:
         out = attend(*leaves)
-        grads = torch.autograd.grad(out, leaves, grad.to(out.dtype))
-        return [out.detach(), *(split_heads(grads[0], None, problem.H) if len(leaves) == 1 else grads)]
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
     def by_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -224,25 +229,80 @@ def errors(problem: Problem) -> list[dict[str, Any]]:
 # ---- The form of the inputs ------------------------------------------------------------------------------------------
 
 
-def signatures(problem: Problem) -> list[dict[str, Any]]:
-    """Forward and backward together, from the projection's output to its gradient, for each form in which the kernel can be called.
+@torch.library.custom_op("bench::packed_attention", mutates_args=())
+def packed_attention(qk: Tensor, v: Tensor | None, n_head: int) -> tuple[Tensor, Tensor]:
+    """The kernels on packed inputs: qk (B, T, 3H, D) with the values, or (B, T, 2H, D) and v (B, T, H, D) → out, lse."""
+    return attention_forward(*heads(qk, v, n_head), None)
 
-    Learned positions: the projection as it is, its gradient whole; or queries with keys and values as two views, whose two gradients
-    autograd puts together. Rotary: the values a view of the projection; or copied behind the rotated queries and keys.
+
+@torch.library.custom_op("bench::packed_attention_backward", mutates_args=())
+def packed_backward(do: Tensor, qk: Tensor, v: Tensor | None, out: Tensor, lse: Tensor, n_head: int) -> list[Tensor]:
+    """Gradients packed like the inputs: the kernels write into views of them, so autograd has nothing to concatenate."""
+    d_qk, delta, do = (
+        torch.empty_like(qk, memory_format=torch.contiguous_format),
+        torch.empty_like(lse),
+        do.contiguous(),
+    )
+    d_v = None if v is None else torch.empty_like(d_qk)[:, :, :n_head]  # the kernel wants dv to have the strides of dk
+    (q, k, values), (dq, dk, dv) = heads(qk, v, n_head), heads(d_qk, d_v, n_head)
+    _, by_query, by_key = launches_for(q.device, q.dtype, q.shape[3])
+    launch_kernel("query_gradient", by_query, q, k, values, None, out, lse, do, delta, dq)
+    launch_kernel("key_value_gradient", by_key, q, k, values, None, lse, do, delta, dk, dv)
+    return [d_qk] if d_v is None else [d_qk, d_v.contiguous()]
+
+
+def heads(qk: Tensor, v: Tensor | None, n_head: int) -> list[Tensor]:
+    return [*qk.split(n_head, dim=2), *([] if v is None else [v])]
+
+
+@packed_attention.register_fake
+def _(qk: Tensor, v: Tensor | None, n_head: int) -> tuple[Tensor, Tensor]:
+    B, T, _, D = qk.shape
+    return qk.new_empty((B, T, n_head, D)), qk.new_empty((B, n_head, T), dtype=torch.float32)
+
+
+@packed_backward.register_fake
+def _(do: Tensor, qk: Tensor, v: Tensor | None, *saved: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (qk, v) if x is not None]
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qk, v, ctx.n_head = inputs
+    ctx.save_for_backward(qk, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    d_qk, *d_v = packed_backward(do, *ctx.saved_tensors, ctx.n_head)
+    return d_qk, d_v[0] if d_v else None, None
+
+
+packed_attention.register_autograd(differentiate, setup_context=save_for_backward)
+
+
+def signatures(problem: Problem) -> list[dict[str, Any]]:
+    """Forward and backward pass together, from the packed projection to its gradient: the operator of model.py, whose three
+    gradients autograd concatenates, beside one with packed gradients.
+
+    Learned positions: q, k, v are views of the projection. Rotary: only the values are; the rotation writes queries and keys.
     """
     H, device = problem.H, problem.device
-    attend = causal_attention("triton", H, None)
+    context = AttentionContext("triton")
     table = rotary_table(problem.T, problem.D, 10_000.0).to(device)
 
-    def rotated(x: Tensor) -> tuple[Tensor, Tensor]:
+    def three_rotated(x: Tensor) -> Tensor:
         qk, v = x.split((2 * H, H), dim=2)
-        return rotate(qk, table), v
+        return attention(*rotate(qk, table).split(H, dim=2), v, context, layer=0)
+
+    def packed_rotated(x: Tensor) -> Tensor:
+        qk, v = x.split((2 * H, H), dim=2)
+        return packed_attention(rotate(qk, table), v, H)[0]
 
     forms: dict[str, Attend] = {
-        "learned, packed": lambda x: attend(x, None),
-        "learned, views": lambda x: attend(*x.split((2 * H, H), dim=2)),
-        "rotary, values a view": lambda x: attend(*rotated(x)),
-        "rotary, packed": lambda x: attend(torch.cat(rotated(x), dim=2), None),
+        "learned, three gradients": lambda x: attention(*x.split(H, dim=2), context, layer=0),
+        "learned, packed gradient": lambda x: packed_attention(x, None, H)[0],
+        "rotary, three gradients": three_rotated,
+        "rotary, packed gradients": packed_rotated,
     }
     torch.compiler.reset()
     backend = "inductor" if device.type == "cuda" else "aot_eager"

@@ -39,17 +39,8 @@ import torch  # noqa: E402
 from bench.gpu import Deadline, card, choose_device, in_turns, reasons  # noqa: E402
 from bench.hardware import commit_of, hardware, write_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
-from model import (  # noqa: E402
-    Launch,
-    fused_forward,
-    launch_forward,
-    launch_key_value_gradient,
-    launch_query_gradient,
-    launches_for,
-    split_heads,
-)
+from model import KERNELS, Launch, attention_forward, launch_kernel, launches_for  # noqa: E402
 
-KERNELS = ("forward", "query_gradient", "key_value_gradient")  # the order in a row of LAUNCHES
 LENGTHS, TOKENS, CHANNELS = {"bfloat16": (1024, 4096, 16384), "float32": (1024, 4096)}, 16384, 2048
 NEAR_THE_BEST = 1.15  # times its time: these are timed again, with care
 COMPILE_SHARE = 0.6  # of the time that is left may go into compiling
@@ -126,17 +117,21 @@ def kernels(
 ) -> dict[str, Callable[[Launch], Any]]:
     """Each kernel alone, as a function of its launch, on random numbers. Not solved: out and lse are made up."""
     B, H = tokens // T, channels // head_size
-    packed, grad = (
+    packed, do = (
         torch.randn(B, T, heads, head_size, device=device, dtype=getattr(torch, dtype)) for heads in (3 * H, H)
     )
-    out, lse = fused_forward(packed, None, None, H) if solved else (grad.clone(), torch.zeros(B, H, T, device=device))
-    q, k, v = split_heads(packed, None, H)
-    dq, dk, dv = split_heads(torch.empty_like(packed), None, H)
+    q, k, v = packed.split(H, dim=2)
+    out, lse = attention_forward(q, k, v, None) if solved else (do.clone(), torch.zeros(B, H, T, device=device))
+    dq, dk, dv = (torch.empty_like(do) for _ in range(3))
     delta = torch.zeros_like(lse)
     return {
-        "forward": lambda launch: launch_forward(launch, q, k, v, None, out, lse),
-        "query_gradient": lambda launch: launch_query_gradient(launch, q, k, v, None, out, lse, grad, delta, dq),
-        "key_value_gradient": lambda launch: launch_key_value_gradient(launch, q, k, v, None, lse, grad, delta, dk, dv),
+        "forward": lambda launch: launch_kernel("forward", launch, q, k, v, None, out, lse),
+        "query_gradient": lambda launch: launch_kernel(
+            "query_gradient", launch, q, k, v, None, out, lse, do, delta, dq
+        ),
+        "key_value_gradient": lambda launch: launch_kernel(
+            "key_value_gradient", launch, q, k, v, None, lse, do, delta, dk, dv
+        ),
     }
 
 

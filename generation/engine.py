@@ -1,7 +1,7 @@
-"""Generation on ids: which ids the model sees, and the batched, cached loop that continues prompts. Knows neither text nor files.
-
-`visible` is the rule for sequences longer than block_size, `next_logits` its plain use: one forward pass over the visible ids. `generate`
-computes the same with a key/value cache: one token a step while a window grows, and a new reading of the window where it is cut.
+"""Generation on ids: which ids the model reads, and the batched loop with a KV cache that continues prompts.
+ `visible` is the rule for sequences longer than block_size; `next_logits` applies it without a cache, in one forward
+pass. `generate` computes the same with a cache: one decode step per token, and a new prefill where the visible window
+is cut. Knows neither text nor files. Reading order: visible, generate, _prefill, _decode_loop.
 """
 
 from __future__ import annotations
@@ -14,27 +14,24 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from generation.bare import bare
+from generation.cuda_graphs import GraphDecoder
+from generation.direct_calls import with_direct_calls
 from generation.options import SamplingOptions
 from generation.sampling import Penalties, draw, log_probabilities, uniform
-from generation.static import StaticDecoder
 from model import GPT, KVCache
 
-END_OF_SEQUENCE, STOP, LENGTH = (
-    "end of sequence",
-    "stop string",
-    "length",
-)  # why a sample ends; the second is text.py's to say
-CACHE_BYTES = 2**30  # keys and values held at once; more samples than fit are generated one batch after the other
-LARGE_MATRIX = 2**17  # numbers; several layers of such matrices do not stay in a core's cache
-SMALL_PRODUCT = 2**21  # multiplications of cached matrices, below which a second thread hardly pays
+# Why a sample ended; generation/text.py finds the stop strings.
+END_OF_SEQUENCE, STOP, LENGTH = "end of sequence", "stop string", "length"
+CACHE_BYTES = 2**30  # limit of one batch's keys and values; more samples are generated batch by batch
+LARGE_MATRIX = 2**17  # numbers; the matrices of several such layers do not fit into a core's cache
+SMALL_PRODUCT = 2**21  # multiplications with cached matrices; below this a second thread hardly pays
 
 
 class Event(NamedTuple):
-    """A token of a sample, or its end: one of `token` and `reason` is None.
+    """A token of a sample, or its end: either `token` or `reason` is None.
 
-    Where the options ask for log-probabilities (natural, the model's own, before any filter), a token has its own in `logprob`, and `top`
-    holds the likeliest ids with theirs.
+    If the options ask for log-probabilities (natural, before any filter), `logprob` is the token's, and `top` has the
+    likeliest ids with theirs.
     """
 
     sample: int
@@ -45,27 +42,33 @@ class Event(NamedTuple):
 
 
 def first_kept(n: int, block_size: int, keep_head: int) -> int:
-    """Of n ids the model sees the first keep_head and those from here on, at positions 0, 1, …
+    """Of n ids the model reads the first keep_head (attention sink) and those from the returned index on, at positions
+    0, 1, …
 
-    All ids up to block_size. Each time they outgrow it, the older half of those behind the head is dropped, so that the window grows again
-    token by token. Raises UserError where the head leaves no room.
+    All ids up to block_size. Whenever they exceed it, the older half of those behind the head is dropped, so the window
+    grows again token by token. Raises UserError if the head leaves no room.
     """
     if not 0 <= keep_head < block_size:
         raise UserError(
-            f"--keep_head={keep_head} must be less than the model's block_size={block_size}, so that new ids are seen too"
+            f"--keep_head={keep_head} must be less than the model's block_size={block_size}, to leave room for new ids"
         )
     half = (block_size - keep_head + 1) // 2
     return keep_head + half * max(0, -((block_size - n) // half))
 
 
 def visible(ids: Sequence[int], block_size: int, keep_head: int) -> list[int]:
-    """What the model reads to predict the id after `ids`."""
+    """The ids that the model reads to predict the one after `ids`."""
     return [*ids[:keep_head], *ids[first_kept(len(ids), block_size, keep_head) :]]
+
+
+def _is_cut(n: int, block_size: int, keep_head: int) -> bool:
+    """Whether the n-th id moved the start of the visible window."""
+    return first_kept(n, block_size, keep_head) > first_kept(n - 1, block_size, keep_head)
 
 
 @torch.inference_mode()
 def next_logits(model: GPT, ids: Sequence[int], keep_head: int) -> Tensor:
-    """(V,) logits of the next id, without a cache: what `generate` must agree with."""
+    """(V,) logits of the next id, without a cache; `generate` must agree with it."""
     window = visible(ids, model.config.block_size, keep_head)
     return model(torch.tensor([window], device=model.embed.weight.device))[0, -1]
 
@@ -80,54 +83,45 @@ def generate(
     batch_size: int | None = None,
     leaving: Set[int] = frozenset(),
 ) -> Iterator[Event]:
-    """Continues each prompt (one id at least) as a sample of its own; yields every token as it is drawn, then the sample's end.
+    """Continues each prompt (at least one id) as a sample of its own. Yields every token when it is drawn, then the
+    end.
 
-    A sample's draws depend on the seed, its entry in `draws` (None: 0, 1, …) and its position alone. A drawn end-of-sequence is no token of
-    the text where it stops the sample. A sample that the caller puts into `leaving` ends without an event. `batch_size` samples are
-    generated side by side (None: as many as CACHE_BYTES hold); the ids depend on neither. The model is in eval mode.
-    Under autocast, enter it around the whole loop.
+    A sample's draws depend only on the seed, its entry in `draws` (None: 0, 1, …) and the position. An end-of-sequence
+    that ends the sample is not yielded as a token. A sample that the caller adds to `leaving` ends without an event.
+    batch_size: samples generated together (None: as many as CACHE_BYTES hold); the ids do not depend on it. The model
+    must be in eval mode. Under autocast, enter it around the whole loop.
     """
     assert not model.training
     assert all(prompts), "a prompt without ids"
     draws = range(len(prompts)) if draws is None else draws
-    model, config = bare(model), model.config
-    first_kept(0, config.block_size, options.keep_head)  # raises where the option does not fit the model
+    model, config = with_direct_calls(model), model.config
+    first_kept(0, config.block_size, options.keep_head)  # raises if the option does not fit the model
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     row_bytes = 2 * config.n_layer * config.kv_heads * config.block_size * config.head_size * dtype.itemsize
     size = batch_size or max(1, CACHE_BYTES // row_bytes)
     for first in range(0, len(prompts), size):
-        samples = range(first, min(first + size, len(prompts)))
-        texts = {sample: list(prompts[sample]) for sample in samples}
-        rows = {
-            ids: row for row, ids in enumerate(dict.fromkeys(map(tuple, texts.values())))
-        }  # equal prompts are read once
-        cache = KVCache(config, len(rows), device, dtype)
-        _read(model, cache, list(range(len(rows))), list(rows), options.keep_head)
-        cache.keep([rows[tuple(ids)] for ids in texts.values()])
-        yield from _continue(model, cache, texts, options, seed, draws, leaving)
+        texts = {sample: list(prompts[sample]) for sample in range(first, min(first + size, len(prompts)))}
+        distinct = list(dict.fromkeys(map(tuple, texts.values())))  # equal prompts are read once
+        cache = KVCache(config, len(distinct), device, dtype)
+        _prefill(model, cache, range(len(distinct)), distinct, options.keep_head)
+        row_of = {ids: row for row, ids in enumerate(distinct)}
+        cache.keep([row_of[tuple(ids)] for ids in texts.values()])
+        yield from _decode_loop(model, cache, texts, options, seed, draws, leaving)
 
 
-@torch.inference_mode()
-def _read(model: GPT, cache: KVCache, rows: list[int], texts: Sequence[Sequence[int]], keep_head: int) -> None:
-    """Fills rows of the cache with the visible ids of their texts, all but the newest, which decode reads."""
-    device = model.embed.weight.device
+def _prefill(model: GPT, cache: KVCache, rows: Sequence[int], texts: Sequence[Sequence[int]], keep_head: int) -> None:
+    """Fills rows of the cache with the visible ids of their texts, but the newest: the next decode step reads it."""
     windows = [visible(ids, model.config.block_size, keep_head)[:-1] for ids in texts]
     longest = max(map(len, windows))
-    where, lengths = torch.tensor(rows, device=device), torch.tensor([len(window) for window in windows], device=device)
-    if longest > 0:
-        padded = torch.tensor(
-            [window + [0] * (longest - len(window)) for window in windows], device=device
-        )  # (R, longest)
-        with _threads_for(padded.numel(), model):
-            model.prefill(
-                padded, lengths.clamp(min=1), cache, where
-            )  # it takes no empty row; the next line makes it empty again
-    cache.restart(where, lengths, cache.starts[where])
+    padded = [window + [0] * (longest - len(window)) for window in windows]
+    ids = torch.tensor(padded, dtype=torch.int64, device=model.embed.weight.device)  # (len(rows), longest)
+    with _threads_for(ids.numel(), model):
+        model.prefill(ids, [len(window) for window in windows], cache, rows)
 
 
-def _continue(
+def _decode_loop(
     model: GPT,
     cache: KVCache,
     texts: dict[int, list[int]],
@@ -136,12 +130,12 @@ def _continue(
     draws: Sequence[int],
     leaving: Set[int],
 ) -> Iterator[Event]:
-    """Draws tokens until every text, keyed by its sample, has ended. Row r of the cache belongs to the sample live[r]."""
-    block_size, keep_head, eos_id = model.config.block_size, options.keep_head, model.config.eos_id
+    """Draws tokens until every text, keyed by sample, has ended. Row r of the cache belongs to the sample live[r]."""
+    config, keep_head, device = model.config, options.keep_head, model.embed.weight.device
     decode = decoder_for(model)
     live, penalties = list(texts), None
     if Penalties.needed(options):
-        penalties = Penalties(list(texts.values()), model.config.vocab_size, options, model.embed.weight.device)
+        penalties = Penalties(list(texts.values()), config.vocab_size, options, device)
 
     def keep(rows: list[int]) -> None:
         nonlocal live
@@ -156,53 +150,50 @@ def _continue(
         if not live:
             return
         if step > 0:
-            lengths = [len(texts[sample]) for sample in live]
-            cut = [
-                row
-                for row, n in enumerate(lengths)
-                if first_kept(n, block_size, keep_head) > first_kept(n - 1, block_size, keep_head)
-            ]
+            cut = [row for row, sample in enumerate(live) if _is_cut(len(texts[sample]), config.block_size, keep_head)]
             if cut:
-                _read(model, cache, cut, [texts[live[row]] for row in cut], keep_head)
-        newest = torch.tensor([texts[sample][-1] for sample in live], device=model.embed.weight.device)
+                _prefill(model, cache, cut, [texts[live[row]] for row in cut], keep_head)
+        newest = torch.tensor([texts[sample][-1] for sample in live], device=device)
         uniforms = [uniform(seed, draws[sample], len(texts[sample])) for sample in live]
         with _threads_for(len(live), model):
-            own = logits = decode(newest, cache)
+            logits = raw_logits = decode(newest, cache)
             if penalties is not None:
                 logits = penalties.apply(logits)
-            if step < options.min_new_tokens and eos_id is not None:
-                logits = logits.index_fill(1, torch.tensor([eos_id], device=logits.device), -torch.inf)
+            if step < options.min_new_tokens and config.eos_id is not None:
+                logits = logits.index_fill(1, torch.tensor([config.eos_id], device=device), -torch.inf)
             drawn = draw(logits, uniforms, options)
-            reported = [()] * len(live) if options.logprobs is None else log_probabilities(own, drawn, options.logprobs)
+            logprobs = (
+                [()] * len(live) if options.logprobs is None else log_probabilities(raw_logits, drawn, options.logprobs)
+            )
         if penalties is not None:
             penalties.add(drawn)
-        going_on = []
+        unfinished = []
         for row, token in enumerate(drawn):
-            if options.stop_at_eos and token == eos_id:
+            if options.stop_at_eos and token == config.eos_id:
                 yield Event(live[row], None, END_OF_SEQUENCE)
             else:
                 texts[live[row]].append(token)
-                going_on.append(row)
-                yield Event(live[row], token, None, *reported[row])
-        keep(going_on)
+                unfinished.append(row)
+                yield Event(live[row], token, None, *logprobs[row])
+        keep(unfinished)
     for sample in live:
         if sample not in leaving:
             yield Event(sample, None, LENGTH)
 
 
 def decoder_for(model: GPT) -> Callable[[Tensor, KVCache], Tensor]:
-    """The step from ids (R,) to logits (R, V), as GPT.decode does it: recorded on a GPU, but not for the short samples of a training run,
-    which are drawn under autocast and hardly longer than the recording takes."""
+    """GPT.decode, by CUDA graphs on a GPU; without them under autocast: a training run's samples are hardly longer than
+    the recording takes."""
     recorded = model.embed.weight.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
-    return StaticDecoder(model).decode if recorded else model.decode
+    return GraphDecoder(model).decode if recorded else model.decode
 
 
 @contextmanager
 def _threads_for(tokens: int, model: GPT) -> Iterator[None]:
-    """One thread while little goes through the model on a CPU, else as many as there are.
+    """One thread for little work on a CPU, else torch's number of threads.
 
-    Large matrices are read from memory, which two threads do almost twice as fast. What small ones gain from a second thread is little,
-    and on busy cores it is waited for at every operation, which costs far more than the products.
+    Large matrices are read from memory, which two threads do almost twice as fast. Small ones gain little from a second
+    thread; on busy cores every operation waits for it, which costs far more than the products.
     """
     threads = torch.get_num_threads()
     matrix = model.config.n_embd**2

@@ -19,11 +19,6 @@ from typing import Any
 
 import model
 
-KERNELS = {
-    "forward": model._forward_kernel,
-    "query_gradient": model._query_gradient_kernel,
-    "key_value_gradient": model._key_value_gradient_kernel,
-}
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -36,7 +31,7 @@ def compile_row(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    jitted = model._jitted(KERNELS[kernel])
+    jitted = model._jitted(model.KERNELS[kernel])
     element = TYPES[dtype]
     constants = {
         "D": head_size, "BLOCK_D": max(16, 1 << (head_size - 1).bit_length()), "BLOCK_Q": block_q, "BLOCK_K": block_k, "GROUP": group,
@@ -45,7 +40,7 @@ def compile_row(
     if not masked:
         constants["first_ptr"] = None
     signature, aligned = {}, {}
-    for index, name in enumerate(inspect.signature(KERNELS[kernel]).parameters):
+    for index, name in enumerate(inspect.signature(model.KERNELS[kernel]).parameters):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import model as model_module
-from model import GPT, GPTConfig, Launch, causal_attention, choose_attention, dense_mask, split_heads
+from model import GPT, AttentionContext, GPTConfig, Launch, attention, choose_attention, dense_mask
 from tests.conftest import ROOT
 
 pytest.importorskip("triton", reason="the kernel is Triton's")
@@ -30,7 +30,7 @@ CHOICES = {
     "heads": ((2, 2), (2, 1), (4, 2)),
     "hidden": ("nothing", "documents", "window", "both"),
     "scale": (1.0, 20.0),
-    "layout": ("packed", "values apart", "strided"),
+    "layout": ("packed", "values apart", "contiguous", "strided"),
     "blocks": ((64, 64), (128, 64), (32, 64), (64, 32)),
 }
 
@@ -79,6 +79,10 @@ def first_visible(hidden: str, B: int, T: int) -> torch.Tensor | None:
     return first.to(torch.int32)
 
 
+def fused(q, k, v, first):
+    return attention(q, k, v, AttentionContext("triton", first_visible=first), layer=0)
+
+
 def by_definition(q, k, v, first):
     """softmax(q · kᵀ / √D) · v in the inputs' dtype, written out."""
     group, T = q.shape[2] // k.shape[2], q.shape[1]
@@ -94,9 +98,8 @@ def by_definition(q, k, v, first):
 def launched(monkeypatch):
     """The names of the kernels that were launched."""
     names = []
-    monkeypatch.setattr(
-        model_module, "_jitted", lambda kernel, way=model_module._jitted: names.append(kernel.__name__) or way(kernel)
-    )
+    jitted = model_module._jitted
+    monkeypatch.setattr(model_module, "_jitted", lambda kernel: names.append(kernel.__name__) or jitted(kernel))
     return names
 
 
@@ -122,15 +125,19 @@ def test_outputs_and_gradients_are_as_good_as_plain_pytorch(case, launched, monk
 
     def run(dtype, attend):
         leaf = base.detach().to(dtype).requires_grad_()
-        qkv = leaf[:, room:, : H + 2 * K, :D]
-        out = attend(*((qkv, None) if case["layout"] == "packed" else qkv.split((H + K, K), dim=2)))
+        q, k, v = leaf[:, room:, : H + 2 * K, :D].split((H, K, K), dim=2)
+        if case["layout"] == "values apart":
+            v = v.contiguous()
+        elif case["layout"] == "contiguous":
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = attend(q, k, v)
         out.backward(grad.to(dtype))
-        return [out.detach(), *(x.detach() for x in split_heads(leaf.grad[:, room:, : H + 2 * K, :D], None, H))]
+        return [out.detach(), *leaf.grad[:, room:, : H + 2 * K, :D].split((H, K, K), dim=2)]
 
-    exact = run(torch.float64, lambda qk, v: by_definition(*split_heads(qk, v, H), first))
-    plain = run(dtype, lambda qk, v: by_definition(*split_heads(qk, v, H), first))
+    exact = run(torch.float64, lambda q, k, v: by_definition(q, k, v, first))
+    plain = run(dtype, lambda q, k, v: by_definition(q, k, v, first))
     assert not launched
-    ours = run(dtype, causal_attention("triton", H, first))
+    ours = run(dtype, lambda q, k, v: fused(q, k, v, first))
     assert launched == ["_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel"]
     for name, times, mine, its, true in zip(("out", "dq", "dk", "dv"), (2, 3, 3, 3), ours, plain, exact, strict=True):
         assert mine.dtype == dtype
@@ -195,33 +202,59 @@ def test_hidden_blocks_are_skipped_not_computed(monkeypatch):
     T, window = 128, 16
     qkv = torch.randn(1, T, 3, 16, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     first = (torch.arange(T) - window + 1)[None].to(DEVICE, torch.int32)
-    clean = causal_attention("triton", 1, first)(qkv, None)
+    clean = fused(*qkv.split(1, dim=2), first)
     qkv[:, :32, 1:] = torch.nan  # rows from 64 on see keys from 49 on
-    dirty = causal_attention("triton", 1, first)(qkv, None)
+    dirty = fused(*qkv.split(1, dim=2), first)
     assert torch.equal(dirty[:, 64:], clean[:, 64:])
     assert dirty[:, :32].isnan().all()
     qkv.requires_grad_()
     grad = torch.zeros_like(dirty)
     grad[:, 96:] = 1.0
-    gradient = torch.autograd.grad(causal_attention("triton", 1, first)(qkv, None), qkv, grad)[0]
+    gradient = torch.autograd.grad(fused(*qkv.split(1, dim=2), first), qkv, grad)[0]
     assert gradient[:, 96:].isfinite().all()
 
 
-def test_gradients_are_the_same_bits_every_time():
+def test_gradients_are_bitwise_reproducible():
     qkv = torch.randn(2, 70, 4, 32, generator=torch.Generator().manual_seed(4)).to(DEVICE).requires_grad_()
     first, second = (
-        torch.autograd.grad(causal_attention("triton", 2, None)(qkv, None).square().sum(), qkv)[0] for _ in range(2)
+        torch.autograd.grad(fused(*qkv.split((2, 1, 1), dim=2), None).square().sum(), qkv)[0] for _ in range(2)
     )
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("values_apart", [False, True])
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_views_of_the_projection_reach_the_kernel_without_a_copy(config, monkeypatch):
+    """By their storage and strides: all three with learned positions, the values where queries and keys are rotated."""
+    packed, seen = [], []
+    launch_kernel = model_module.launch_kernel
+
+    def record(name, launch, *tensors):
+        seen.append((name, tensors[:3]))
+        return launch_kernel(name, launch, *tensors)
+
+    monkeypatch.setattr(model_module, "launch_kernel", record)
+    model = GPT(config, attention="triton").to(DEVICE)
+    for block in model.blocks:
+        block.attn.qkv.register_forward_hook(lambda module, args, out: packed.append(out.untyped_storage().data_ptr()))
+    model(torch.randint(0, 39, (2, 20)).to(DEVICE)).sum().backward()
+    assert [name for name, _ in seen[:2]] == ["forward"] * 2
+    assert len(seen) == 6
+    layers = [0, 1, 1, 1, 0, 0]  # the backward pass starts at the last one
+    for layer, (_, (q, k, v)) in zip(layers, seen, strict=True):
+        views = (v,) if config.positions == "rotary" else (q, k, v)
+        assert all(x.untyped_storage().data_ptr() == packed[layer] for x in views)
+        assert all(x.stride() == (20 * 128, 128, 16, 1) for x in views)  # of (B, T, (H + 2K) · D)
+        assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_operator_keeps_torchs_rules(values_apart, masked):
-    qkv = torch.randn(1, 19, 4, 16).to(DEVICE).requires_grad_()
+def test_the_operator_passes_opcheck(contiguous, masked):
+    q, k, v = torch.randn(1, 19, 4, 16).to(DEVICE).requires_grad_().split((2, 1, 1), dim=2)
+    if contiguous:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     first = torch.zeros(1, 19, dtype=torch.int32, device=DEVICE) if masked else None
-    arguments = qkv.split((3, 1), dim=2) if values_apart else (qkv, None)
-    torch.library.opcheck(torch.ops.sprout.attention.default, (*arguments, first, 2))
+    torch.library.opcheck(torch.ops.sprout.attention.default, (q, k, v, first))
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
@@ -263,7 +296,7 @@ def test_the_kernel_is_chosen_by_what_the_machine_can(monkeypatch):
 
 def test_types_that_the_kernel_does_not_take_are_refused():
     with pytest.raises(ValueError, match="float64"):
-        causal_attention("triton", 1, None)(torch.randn(1, 4, 3, 16, dtype=torch.float64, device=DEVICE), None)
+        fused(*torch.randn(1, 4, 3, 16, dtype=torch.float64, device=DEVICE).split(1, dim=2), None)
 
 
 @pytest.mark.parametrize("missing", [False, True])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import generation.engine as engine
 from errors import UserError
-from generation.bare import bare
+from generation.direct_calls import with_direct_calls
 from generation.engine import END_OF_SEQUENCE, LENGTH, generate, next_logits, visible
 from generation.options import SamplingOptions
 from generation.sampling import filtered_probs
@@ -343,16 +343,38 @@ def test_little_work_runs_on_one_thread_and_the_number_is_left_as_it_was(monkeyp
     assert threads == {"prefill": [1, 1, 1, 2], "decode": [1, 1, 1, 1, 1, 1, 2, 2]}
 
 
-# ---- the twin that generates
+# ---- calls without nn.Module.__call__
 
 
-def test_the_bare_twin_computes_the_same_and_shares_what_is_large(monkeypatch):
-    monkeypatch.setattr("generation.bare.SMALL_MATRIX", 600)
+def test_direct_calls_compute_the_same_and_share_large_matrices(monkeypatch):
+    monkeypatch.setattr("generation.direct_calls.MAX_COPIED", 600)
     model = tiny_model(**MODELS["rotary"])
-    twin, ids = bare(model), torch.tensor([[1, 2, 3, 4, 5]])
+    direct, ids = with_direct_calls(model), torch.tensor([[1, 2, 3, 4, 5]])
     with torch.inference_mode():
-        assert torch.allclose(twin(ids), model(ids), rtol=1e-12, atol=1e-12)
-    assert twin.blocks[0].mlp.up.weight is model.blocks[0].mlp.up.weight  # 2 · 64 × 16 numbers
-    assert twin.blocks[0].attn.proj.weight is not model.blocks[0].attn.proj.weight  # 16 × 16
-    assert torch.equal(twin.blocks[0].attn.proj.weight, model.blocks[0].attn.proj.weight)
-    assert type(model)(model.config).state_dict().keys() == model.state_dict().keys()  # the model itself is as it was
+        assert torch.allclose(direct(ids), model(ids), rtol=1e-12, atol=1e-12)
+    assert direct.blocks[0].mlp.up.weight is model.blocks[0].mlp.up.weight  # 2 · 64 × 16 numbers
+    assert direct.blocks[0].attn.proj.weight is not model.blocks[0].attn.proj.weight  # 16 × 16
+    assert torch.equal(direct.blocks[0].attn.proj.weight, model.blocks[0].attn.proj.weight)
+    assert type(model)(model.config).state_dict().keys() == model.state_dict().keys()  # the model is unchanged
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda model, hook: model.blocks[1].mlp.register_forward_hook(hook),
+        lambda model, hook: model.blocks[1].mlp.register_forward_pre_hook(hook),
+        lambda model, hook: torch.nn.modules.module.register_module_forward_hook(hook),
+    ],
+    ids=["forward", "pre", "global"],
+)
+def test_hooks_fire_during_generation(register):
+    """Activations of a prefill and of every decode step reach the hook, and the ids stay the same."""
+    model, calls = tiny_model(), Counter()
+    expected = run(model, [[30, 1, 2]], replace(GREEDY, max_new_tokens=4))
+    handle = register(model, lambda module, args, out=None: calls.update([type(module).__name__]))
+    try:
+        assert run(model, [[30, 1, 2]], replace(GREEDY, max_new_tokens=4)) == expected
+    finally:
+        handle.remove()
+    assert calls["MLP"] in (5, 10)  # of one block or both
+    assert with_direct_calls(model) is not model

@@ -12,7 +12,6 @@ import model
 from tests.conftest import ROOT
 
 pytest.importorskip("triton", reason="the kernel is Triton's")
-from tests.ahead_of_time import KERNELS
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 NARROW_STACK = (
@@ -27,7 +26,7 @@ def table_rows(architecture: int, dtype: str, head_size: int, *variant) -> list[
     launches = model.LAUNCHES.get((f"sm_{architecture}", *key)) or model.LAUNCHES["other", *key]
     return [
         (kernel, architecture, dtype, head_size, *launch, *variant)
-        for kernel, launch in zip(KERNELS, launches, strict=True)
+        for kernel, launch in zip(model.KERNELS, launches, strict=True)
     ]
 
 

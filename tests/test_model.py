@@ -13,15 +13,16 @@ import model as model_module
 from model import (
     GPT,
     IGNORED_TARGET,
+    AttentionContext,
     Dropout,
     GPTConfig,
     KVCache,
+    attention,
     attention_weights,
-    causal_attention,
+    dense_mask,
     rotary_table,
     rotate,
     sinusoidal_table,
-    split_heads,
 )
 
 EOS = 39
@@ -121,10 +122,9 @@ def test_worked_example_of_self_attention():
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_equals_its_definition(kv_heads, masked):
     B, T, H, D = 2, 13, 4, 8
-    qkv = torch.randn(B, T, H + 2 * kv_heads, D, dtype=torch.float64)
-    q, k, v = split_heads(qkv, None, H)
+    q, k, v = torch.randn(B, T, H + 2 * kv_heads, D, dtype=torch.float64).split((H, kv_heads, kv_heads), dim=2)
     first = torch.maximum(torch.zeros(T), torch.arange(T) - 4).to(torch.int32).expand(B, T) if masked else None
-    out = causal_attention("sdpa", H, first)(qkv, None)
+    out = attention(q, k, v, AttentionContext("sdpa", mask=dense_mask(first)), layer=0)
     for b in range(B):
         for h in range(H):
             kv = h // (H // kv_heads)
@@ -139,10 +139,9 @@ def test_attention_equals_its_definition(kv_heads, masked):
 def test_the_ways_to_attend_agree_with_float64(dtype, length, kv_heads, monkeypatch):
     """Outputs and gradients are as close to float64 as those of PyTorch's own attention in the same dtype, give or take a half."""
     q, k, v, grad = (torch.randn(2, length, heads, 16, dtype=dtype) for heads in (4, kv_heads, kv_heads, 4))
-    took_part = []
-    monkeypatch.setattr(
-        model_module, "_written_out", lambda *args, way=model_module._written_out: took_part.append(1) or way(*args)
-    )
+    calls = []
+    unfused = model_module._unfused_attention
+    monkeypatch.setattr(model_module, "_unfused_attention", lambda *args: calls.append(1) or unfused(*args))
 
     def outputs(convert, attend):
         inputs = [convert(x).requires_grad_() for x in (q, k, v)]
@@ -154,13 +153,13 @@ def test_the_ways_to_attend_agree_with_float64(dtype, length, kv_heads, monkeypa
         return model_module._sdpa(q, k.transpose(1, 2), v.transpose(1, 2), None, causal=True)
 
     def chosen(q, k, v):
-        return causal_attention("sdpa", 4, None)(torch.cat((q, k), dim=2), v)
+        return attention(q, k, v, AttentionContext("sdpa"), layer=0)
 
     exact = outputs(lambda x: x.detach().double(), chosen)
-    assert not took_part
+    assert not calls
     plain = outputs(lambda x: x.detach().clone(), sdpa)
     ours = outputs(lambda x: x.detach().clone(), chosen)
-    assert bool(took_part) == (length <= 128)
+    assert bool(calls) == (length <= 128)
     for mine, its, true in zip(ours, plain, exact, strict=True):
         error, allowed = (mine.double() - true).abs().max(), (its.double() - true).abs().max()
         assert error <= 1.5 * allowed + 4 * torch.finfo(dtype).eps * true.abs().max()
@@ -181,22 +180,21 @@ def test_document_mask_makes_a_document_independent_of_its_predecessors(position
 
 @every_variant
 def test_cached_logits_equal_those_of_the_full_forward(variant):
-    """Rows of unequal prompts, a dropped row, and a row that is prefilled anew in the middle."""
+    """Rows of unequal lengths, one of them empty; a dropped row; a row that is prefilled again in the middle."""
     model = full_of_numbers(variant)
     ids = ids_with_documents(3, 16)
-    full, every = model(ids), torch.arange(3)
+    full, rows = model(ids), torch.arange(3)
     cache = KVCache(variant, 3, dtype=torch.float64)
-    lengths = torch.tensor([5, 1, 8])
-    logits = model.prefill(ids[:, :8], lengths, cache, every)
-    torch.testing.assert_close(logits, full[every, lengths - 1], atol=1e-12, rtol=0)
+    model.prefill(ids[:, :8], [5, 0, 8], cache, [0, 1, 2])
     for step in range(8):
         if step == 4:
-            model.prefill(ids[[1], :3], torch.tensor([3]), cache, torch.tensor([1]))
+            model.prefill(ids[[1], :3], [3], cache, [1])
         at = cache.lengths.clone()
-        logits = model.decode(ids[every, at], cache)
-        torch.testing.assert_close(logits, full[every, at], atol=1e-12, rtol=0)
+        assert at.tolist() == cache.host_lengths
+        logits = model.decode(ids[rows, at], cache)
+        torch.testing.assert_close(logits, full[rows, at], atol=1e-12, rtol=0)
     with pytest.raises(ValueError, match="full"):
-        model.decode(ids[every, 0], cache)
+        model.decode(ids[rows, 0], cache)
     cache.keep([1])
     at = cache.lengths.clone()
     torch.testing.assert_close(model.decode(ids[1, at], cache), full[1, at], atol=1e-12, rtol=0)
@@ -356,8 +354,8 @@ def test_the_loss_in_chunks_equals_the_plain_one(dtype, reduction, monkeypatch):
     ids, targets = (torch.randint(0, 1100, (3, 16), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     targets[0, :5] = IGNORED_TARGET
     results = []
-    for smallest in (2**62, 1):
-        monkeypatch.setattr(model_module, "SMALLEST_CHUNKED", smallest)
+    for minimum in (2**62, 1):
+        monkeypatch.setattr(model_module, "MIN_CHUNKED_LOGITS", minimum)
         monkeypatch.setattr(model_module, "CHUNK_ROWS", 20)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(ids, targets, reduction=reduction)
@@ -373,7 +371,7 @@ def test_the_loss_in_chunks_equals_the_plain_one(dtype, reduction, monkeypatch):
 
 
 def test_evaluation_never_makes_gradients_in_chunks(monkeypatch):
-    monkeypatch.setattr(model_module, "SMALLEST_CHUNKED", 1)
+    monkeypatch.setattr(model_module, "MIN_CHUNKED_LOGITS", 1)
     monkeypatch.setattr(model_module.ChunkedCrossEntropy, "apply", None)
     ids = ids_with_documents(2, 16)
     with torch.no_grad():

@@ -1,13 +1,16 @@
-"""Whole training steps on a CPU beside nanoGPT: equal shapes, equal tokens, in turns.
+"""Whole training steps on a CPU beside nanoGPT, in turns: same shapes, same number of tokens.
 
-    python bench/cpu_speed.py --peer=PATH_TO_NANOGPT [--settings=small,baby,124m] [--rounds=N] [--dtype=auto|float32|bfloat16]
+    python bench/cpu_speed.py --peer=PATH_TO_NANOGPT [--settings=small,baby,124m] [--rounds=N]
+                              [--dtype=auto|float32|bfloat16]
 
-small: nanoGPT's documented CPU setting for tinyshakespeare. baby: its GPU setting for the same text, with dropout 0.2; ours drops on
-embeddings and residual branches, never attention weights, so the two do not compute the same there: the val losses that belong to
-such speeds come from whole trainings. 124m: GPT-2's shape, 4 rows of 256 tokens. Random ids; forward, backward, clipping and update
-of each side as its own training does them, ours with the allocator settings, micro-batch and dtype that train.py would choose. Each
-side has a process of its own, since those settings hold for a whole process; only one of the two works at a time. Prints tokens/s
-(medians and bests) and the ratios, and writes them to bench/results/ with the machine.
+small: nanoGPT's documented CPU setting for tinyshakespeare. baby: its GPU setting for the same text, with dropout 0.2;
+ours applies dropout to embeddings and residual branches, never to attention weights, so the two compute different
+things there: compare val losses by whole trainings. 124m: GPT-2's shape, 4 rows of 256 tokens.
+
+Random ids. A step is forward, backward, clipping and update, each as the side's own training does it; ours with the
+allocator settings, micro-batch size and dtype that train.py would choose. Each side has its own process, as those
+settings hold for a whole process; only one of the two works at a time. Prints tokens/s (median and best) and ratios,
+and writes them with the machine to bench/results/.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from training.optim import OptimizerOptions, make_optimizer  # noqa: E402
 class Setting(NamedTuple):
     shape: dict[str, Any]
     rows: int
-    steps: int  # of a block
+    steps: int  # steps of a block
     rounds: int
 
 
@@ -81,13 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of nanoGPT")
     parser.add_argument("--settings", default=",".join(SETTINGS))
-    parser.add_argument("--rounds", type=int, help="blocks of each side; a number for each setting without it")
+    parser.add_argument("--rounds", type=int, help="blocks of each side (default: by setting)")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="ours; the peer's is float32"
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="our dtype; the peer's is float32"
     )
-    parser.add_argument(
-        "--worker", choices=("nanogpt", "sprout"), help=argparse.SUPPRESS
-    )  # a side's own process: see run_worker
+    # the process of one side: see run_worker
+    parser.add_argument("--worker", choices=("nanogpt", "sprout"), help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     arguments = parser.parse_args(argv)
     names = arguments.settings.split(",")
@@ -99,9 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = choose_hardware(HardwareOptions(device="cpu", dtype=arguments.dtype))
     if arguments.worker is not None:
         setting = SETTINGS[names[0]]
-        run_worker(
-            peer_step(peer, setting) if arguments.worker == "nanogpt" else our_step(setting, chosen), setting.steps
-        )
+        step = peer_step(peer, setting) if arguments.worker == "nanogpt" else our_step(setting, chosen)
+        run_worker(step, setting.steps)
         return 0
     figures: dict[str, Any] = {"hardware": hardware(), "sprout": commit_of(ROOT), "peer": commit_of(arguments.peer)}
     figures |= {"dtype": chosen.dtype_name}
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_worker(step: Step, steps: int) -> None:
-    """A block of steps, after one that does not count, for every line that comes in; its seconds go out."""
+    """Warms up with one step. Then, for every line on standard input, runs a block of steps and prints its seconds."""
     step()
     for _ in sys.stdin:
         started = time.perf_counter()
@@ -122,7 +123,7 @@ def run_worker(step: Step, steps: int) -> None:
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Blocks of each side in turns → tokens/s of every block, medians and ratios."""
+    """Runs blocks of both sides in turns. Returns tokens/s of every block, ratios, and the machine's load."""
     setting = SETTINGS[name]
     tokens = setting.rows * setting.shape["block_size"] * setting.steps
     command = [sys.executable, __file__, f"--peer={arguments.peer}", f"--settings={name}", f"--dtype={arguments.dtype}"]
@@ -140,7 +141,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             return tokens / float(worker.stdout.readline())
 
         for side in sides:
-            block(side)
+            block(side)  # warm-up
         for number in range(arguments.rounds or setting.rounds):
             for side in rotated(list(sides), number):
                 rates[side].append(block(side))
@@ -153,8 +154,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "median_of_rounds": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
     }
     print(
-        f"{name:6} tokens/s: nanoGPT {statistics.median(theirs):,.0f} (best {max(theirs):,.0f}), Sprout {statistics.median(ours):,.0f}"
-        f" (best {max(ours):,.0f}); ratios {', '.join(f'{key} {value:.2f}' for key, value in ratios.items())}; {watch.measured}",
+        f"{name:6} tokens/s: nanoGPT {statistics.median(theirs):,.0f} (best {max(theirs):,.0f}),"
+        f" Sprout {statistics.median(ours):,.0f} (best {max(ours):,.0f});"
+        f" ratios {', '.join(f'{key} {value:.2f}' for key, value in ratios.items())}; {watch.measured}",
         flush=True,
     )
     return {"tokens_per_second": rates, "ratios": ratios, "machine": watch.measured}
@@ -166,7 +168,7 @@ def batch(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def peer_step(peer: ModuleType, setting: Setting) -> Step:
-    with contextlib.redirect_stdout(io.StringIO()):  # its report of what it built
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
         model = peer.GPT(peer.GPTConfig(**setting.shape)).train()
         optimizer = model.configure_optimizers(
             weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.99), device_type="cpu"

@@ -1,9 +1,9 @@
-"""`make demo` from a fresh clone: the wall time of each part, what it reached, and the samples as they were printed.
+"""`make demo` from a fresh clone: the wall time of each part, the losses it reached, and its output.
 
     python bench/demo.py
 
-Clones this repository (what is committed) into a temporary folder, installs, prepares, trains and samples there; needs git, make and a
-package index. Writes everything to bench/results/.
+Clones the committed state of this repository into a temporary folder; installs, prepares, trains and samples there.
+Needs git, make and a package index. Writes to bench/results/.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MILESTONES = (
     ("data:", "start"),
     ("prepared ", "prepare"),
     ("budget ", "measure the speed"),
-)  # how a line begins: the part it ends
+)  # (start of a line, the part that ends with it)
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         began = time.perf_counter()
         subprocess.run(["make", ".venv/.ready"], cwd=clone, check=True, stdout=subprocess.DEVNULL)
         parts = {"install": time.perf_counter() - began}
-        began, left, lines = time.perf_counter(), list(MILESTONES), []
+        began, pending, lines = time.perf_counter(), list(MILESTONES), []
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with subprocess.Popen(
             ["make", "demo"], cwd=clone, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8"
@@ -45,16 +45,16 @@ def main() -> None:
             for line in demo.stdout:
                 print(line, end="", flush=True)
                 lines.append(line.rstrip("\n"))
-                if left and line.startswith(left[0][0]):
+                if pending and line.startswith(pending[0][0]):
                     now = time.perf_counter()
-                    parts[left.pop(0)[1]], began = now - began, now
-        rest = time.perf_counter() - began
+                    parts[pending.pop(0)[1]], began = now - began, now
+        remainder = time.perf_counter() - began
         metrics = [
             json.loads(line) for line in (clone / "runs/quickstart-1/metrics.jsonl").read_text("utf-8").splitlines()
         ]
         last = [event for event in metrics if event["event"] == "step"][-1]
         parts["train, evaluations and saves included"] = last["timing"]["seconds"]
-        parts["last evaluations and samples"] = rest - last["timing"]["seconds"]
+        parts["last evaluations and samples"] = remainder - last["timing"]["seconds"]
     parts = {name: round(seconds, 1) for name, seconds in parts.items()}
     reached = {"steps": last["step"], "tokens": last["tokens"], "whole val split": metrics[-1]}
     figures = {**hardware(), "machine": watch.measured, "parts_seconds": parts, "reached": reached, "printed": lines}

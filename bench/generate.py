@@ -1,12 +1,13 @@
-"""Cached generation beside nanoGPT's GPT.generate and the memory's bandwidth: temperature 0.8, top-k 200, random weights.
+"""Cached generation beside nanoGPT's GPT.generate and the memory bandwidth: temperature 0.8, top-k 200, random weights.
 
-    python bench/generate.py --peer=PATH_TO_NANOGPT [--shapes=small,124m] [--runs=N] [--tokens=N] [--threads=N] [--transformers]
-    python bench/generate.py --run=RUN                  what int8 does to the val loss of a trained model
+    python bench/generate.py --peer=PATH_TO_NANOGPT [--shapes=small,124m] [--runs=N] [--tokens=N] [--threads=N]
+                             [--transformers]
+    python bench/generate.py --run=RUN                  val loss of a trained model with and without int8
 
-All sides run in this process, in turns, so that a machine that slows down slows all; an uncounted run of a few tokens each comes first.
-Prints tokens/s (medians of the runs) and ratios; and, over the first 32 tokens, the share of what memory allows: the bandwidth at which
-large matrices are multiplied by a vector, measured in the same run, by the bytes of the weights that a token reads. float32 on a CPU,
-bfloat16 on a GPU. Writes bench/results/.
+All sides run in this process in turns, so that a change of the machine's speed affects all; each starts with an
+uncounted run of a few tokens. Prints tokens/s (medians of the runs) and ratios. Over the first 32 tokens it also prints
+the share of the bandwidth bound: the bandwidth at which large matrices are multiplied by a vector, measured in the same
+run, divided by the bytes of the weights that a token reads. float32 on a CPU, bfloat16 on a GPU. Writes bench/results/.
 """
 
 from __future__ import annotations
@@ -42,25 +43,27 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {  # name: (shape, tokens o
     "small": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65}, 500, 5),
     "124m": ({"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50_257}, 350, 2),
 }
-Run = Callable[[int], int]  # draws so many tokens a sample → tokens in all
+Run = Callable[[int], int]  # number of tokens per sample → number of tokens generated in all
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument("--run", type=Path, help="a trained run: its val loss with and without int8, nothing else")
+    parser.add_argument("--run", type=Path, help="a trained run: only compare its val loss with and without int8")
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--runs", type=int, help="runs of each side; 5 of small and 2 of 124m without it")
-    parser.add_argument("--tokens", type=int, help="tokens of a run; 500 of small and 350 of 124m without it")
+    parser.add_argument("--runs", type=int, help="runs of each side (default: 5 of small, 2 of 124m)")
+    parser.add_argument("--tokens", type=int, help="tokens of a sample (default: 500 of small, 350 of 124m)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--transformers", action="store_true", help="measure its GPT-2 too, with our weights")
+    parser.add_argument(
+        "--transformers", action="store_true", help="also measure Hugging Face's GPT-2 with our weights"
+    )
     options = parser.parse_args()
     names = options.shapes.split(",")
     if unknown := [name for name in names if name not in SHAPES]:
         raise UserError(f"--shapes={options.shapes}: unknown {unknown[0]!r}; expected {', '.join(SHAPES)}")
     if (options.peer is None) == (options.run is None):
         raise UserError(
-            "give one of --peer=PATH_TO_NANOGPT, to measure speed, and --run=RUN, to measure what int8 does to a val loss"
+            "give one of --peer=PATH_TO_NANOGPT (to measure speed) and --run=RUN (to measure the val loss with int8)"
         )
     torch.set_num_threads(options.threads)
     if options.run is not None:
@@ -105,7 +108,7 @@ def measure(
     dtype: torch.dtype,
     transformers: bool,
 ) -> dict[str, Any]:
-    """All sides in turns → shape, ratios, medians, all runs and the bound."""
+    """Runs all sides in turns. Returns shape, ratios, medians, all runs and the bandwidth bound."""
     model = GPT(GPTConfig(**shape, eos_id=None)).eval()
     sides = {
         "sprout": sprout(converted(model, device, dtype)),
@@ -142,7 +145,7 @@ def measure(
 
 
 def converted(model: GPT, device: torch.device, dtype: torch.dtype) -> GPT:
-    """A copy, as load_model would make it."""
+    """A copy on `device` with all parameters in `dtype`, as load_model makes it."""
     copy = GPT(model.config, seed=None).eval()
     copy.import_state(model.export_state())
     copy.to(device)
@@ -164,7 +167,7 @@ def sprout(model: GPT, rows: int = 1, temperature: float = TEMPERATURE) -> Run:
 
 
 def nanogpt(peer: ModuleType, shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Run:
-    """Its sample.py draws one sample after the other, in the same precision by autocast, so this is its speed for many samples too."""
+    """In the same precision by autocast. Its sample.py draws samples one by one, so this is its speed for many, too."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
         model = peer.GPT(peer.GPTConfig(**shape, bias=True, dropout=0.0)).eval().to(device)
 
@@ -180,7 +183,7 @@ def nanogpt(peer: ModuleType, shape: dict[str, Any], device: torch.device, dtype
 
 
 def huggingface(model: GPT, device: torch.device, dtype: torch.dtype) -> Run:
-    """transformers' GPT-2 with our weights; its greedy ids must be ours."""
+    """transformers' GPT-2 with our weights. Raises UserError if its greedy ids differ from ours in float32."""
     try:
         import transformers
     except ImportError:
@@ -207,17 +210,17 @@ def huggingface(model: GPT, device: torch.device, dtype: torch.dtype) -> Run:
     for i, block in enumerate(model.blocks):
         for ours, theirs in places.items():
             part = block.get_submodule(ours)
-            weight = part.weight.T if part.weight.ndim == 2 else part.weight  # its matrices are (in, out)
+            weight = part.weight.T if part.weight.ndim == 2 else part.weight  # theirs are (in, out)
             state |= {f"transformer.h.{i}.{theirs}.weight": weight, f"transformer.h.{i}.{theirs}.bias": part.bias}
     state |= {"transformer.ln_f.weight": model.final_norm.weight, "transformer.ln_f.bias": model.final_norm.bias}
     other.load_state_dict(state)
     other.to(device, dtype)
 
-    def ids(tokens: int, **how: Any) -> list[int]:
+    def ids(tokens: int, **options: Any) -> list[int]:
         prompt = torch.zeros(1, 1, dtype=torch.int64, device=device)
         with torch.inference_mode():
             out = other.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, **how
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, **options
             )
         drawn: list[int] = out[0, 1:].tolist()
         return drawn
@@ -228,11 +231,11 @@ def huggingface(model: GPT, device: torch.device, dtype: torch.dtype) -> Run:
         event.token for event in generate(converted(model, device, dtype), [[0]], greedy, 0) if event.token is not None
     ]
     if (theirs := ids(count, do_sample=False)) != ours and dtype == torch.float32:
-        raise UserError(f"transformers draws other greedy ids with the same weights: {theirs} instead of {ours}")
+        raise UserError(f"transformers generates other greedy ids with the same weights: {theirs}, expected {ours}")
 
     def run(tokens: int) -> int:
         done = 0
-        while done < tokens:  # it has no rule for longer texts: a new one each time the window is full
+        while done < tokens:  # it stops at n_positions: start a new text each time the context is full
             drawn = ids(min(tokens - done, c.block_size - 1), do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
             done += len(drawn)
         return done
@@ -241,12 +244,12 @@ def huggingface(model: GPT, device: torch.device, dtype: torch.dtype) -> Run:
 
 
 def against_bandwidth(name: str, model: GPT, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """The speed over the first CONTEXT tokens beside what reading all weights for each allows: medians of five, in turns."""
+    """Speed over the first CONTEXT tokens relative to the bound of reading all weights per token; medians of five."""
     read = [
         *model.blocks.parameters(),
         *model.final_norm.parameters(),
         model.embed.weight,
-    ]  # the last as the head; of positions one row
+    ]  # the embedding as output head; a decode step reads one row of the positions, which is not counted
     weights = sum(parameter.numel() for parameter in read) * dtype.itemsize
     run = sprout(converted(model, device, dtype))
     reads, speeds = [], []
@@ -277,11 +280,9 @@ def against_bandwidth(name: str, model: GPT, device: torch.device, dtype: torch.
 
 
 def losses_of_int8(run: Path) -> dict[str, float]:
-    """Val loss of a run's best weights as they are and in int8. Raises UserError where its data is gone."""
-    from checkpoint import (  # the rest runs where torch, triton and numpy are all there is
-        open_latest,
-        resolve_model_folder,
-    )
+    """Val loss of a run's best weights, plain and in int8. Raises UserError if its dataset is missing."""
+    # imported here because the speed bench also runs where only torch, triton and numpy are installed
+    from checkpoint import open_latest, resolve_model_folder
     from generation.text import load_model
     from prepare_data.shards import open_dataset
     from training.evaluation import evaluate

@@ -1,6 +1,6 @@
-"""What every bench notes beside its figures: the machine, the versions, how quiet the machine was; and where the figures are kept.
+"""What every bench records beside its figures: machine, versions, load by other processes; and writes them.
 
-Knows no model. A figure without its machine is worth nothing, and a figure from a busy machine is worth little, hence Stopwatch.
+Knows no model. Speeds depend on the machine and on what else ran on it, hence `hardware` and Stopwatch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TELLING_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "sve",
-    "bf16",
-    "i8mm",
-)
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "sve", "bf16", "i8mm")
 
 
 def hardware() -> dict[str, Any]:
@@ -51,18 +40,18 @@ def hardware() -> dict[str, Any]:
 
 
 def parse_cpuinfo(text: str) -> tuple[str, list[str]]:
-    """Linux's /proc/cpuinfo → the CPU's name ("" where it tells none) and those of TELLING_FLAGS that it has."""
+    """The text of Linux's /proc/cpuinfo → the CPU's name ("" if it has none) and those of CPU_FLAGS that it lists."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())  # the first processor speaks for all
+        fields.setdefault(key.strip(), value.strip())  # of the first processor
     has = set(fields.get("flags", fields.get("Features", "")).split())
-    return fields.get("model name", ""), [flag for flag in TELLING_FLAGS if flag in has]
+    return fields.get("model name", ""), [flag for flag in CPU_FLAGS if flag in has]
 
 
 class Stopwatch:
-    """Context manager; then `measured` holds seconds, CPU seconds of this process and of its finished children, and, on Linux,
-    which share of all cores went to `others` and to the hypervisor (`steal`) meanwhile. 0 … 1; above a few hundredths: measure again."""
+    """Context manager that sets `measured`: seconds, CPU seconds of this process and its finished children, on Linux
+    also the shares (0 … 1) of all cores used by `others` and by the hypervisor (`steal`). Above 0.05: measure again."""
 
     measured: dict[str, float]
 
@@ -88,7 +77,7 @@ def _own_cpu_seconds() -> float:
 
 
 def _machine_cpu_seconds() -> tuple[float, float]:
-    """Busy and stolen seconds of all cores since the start; zeros where the system does not tell."""
+    """Busy and stolen seconds of all cores since boot; zeros on systems without /proc/stat."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0, 0.0
@@ -98,7 +87,7 @@ def _machine_cpu_seconds() -> tuple[float, float]:
 
 
 def commit_of(checkout: Path) -> str:
-    """The commit that a checkout stands at, with "+changes" where tracked files differ from it; "unknown" without git."""
+    """The checkout's commit, with "+changes" where tracked files were modified; "unknown" without git."""
     git = ["git", "-C", str(checkout)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -111,7 +100,7 @@ def commit_of(checkout: Path) -> str:
 
 
 def write_results(name: str, figures: dict[str, Any], folder: Path = ROOT / "bench" / "results") -> Path:
-    """Writes FOLDER/DATE-NAME.json, or DATE-NAME-2.json … on the same day: figures are never overwritten."""
+    """Writes FOLDER/DATE-NAME.json, or DATE-NAME-2.json … if that exists: figures are never overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{datetime.date.today().isoformat()}-{name}"
     path, number = folder / f"{stem}.json", 1

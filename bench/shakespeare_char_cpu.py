@@ -1,14 +1,16 @@
 """The preset shakespeare_char_cpu beside nanoGPT's documented CPU command, on the same text, in one session.
 
-    python bench/shakespeare_char_cpu.py --peer=PATH_TO_NANOGPT --text=PATH_TO_TINYSHAKESPEARE [--repeats=3] [--steps=2000] [--dropout=0.2]
+    python bench/shakespeare_char_cpu.py --peer=PATH_TO_NANOGPT --text=PATH_TO_TINYSHAKESPEARE
+                                         [--repeats=3] [--steps=2000] [--dropout=0.2]
 
-Speed: both models in one process, each with its own code for a whole training step (draw a batch, forward, backward, clip,
-update), in alternating blocks of steps. Our allocator settings then hold for both; the peer's learning rate is held, ours moves.
+Speed: both models in one process, each with its own code for a whole training step (read a batch, forward, backward,
+clip, update), in alternating blocks of steps. Our allocator settings therefore hold for both. The peer's learning rate
+is constant here, ours follows its schedule.
 
-Runs: each program's own command from start to end, as processes, evaluations as each does them. Then both final models are
-scored by the same code in float32: every target of the peer's val split once, on a fixed grid of windows; our EOS after the
-last character is no target of it. Repeat r runs both at seed 1337 + r; in the peer's train.py the seed is a literal, which is
-replaced in the temporary copy (at r = 0 it is the file as it came). --dropout is given to both; the peer drops attention weights too.
+Runs: each program's own command from start to end, as processes, with its own evaluations. Then both final models are
+scored by the same code in float32: every target of the peer's val split once, on a fixed grid of windows; our EOS after
+the last character is not a target. Repeat r runs both at seed 1337 + r; the peer's train.py has the seed as a literal,
+which is replaced in the temporary copy. --dropout is given to both; the peer also drops attention weights.
 
 Reading order: main, measure_speed, run_programs; then `score` in bench/peer.py.
 """
@@ -71,8 +73,8 @@ PRESET = "shakespeare_char_cpu"
 ROWS, BLOCK_SIZE = 12, 64
 PEER_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": BLOCK_SIZE, "bias": False}
 PEER = "nanoGPT float32"
-TIMED_STEPS = 20  # of a block
-ROUNDS = 10  # of one block a side, per repeat
+TIMED_STEPS = 20  # steps of a block
+ROUNDS = 10  # blocks of each side, per repeat
 
 Step = Callable[[], object]
 
@@ -83,8 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     dtypes = arguments.dtype.split(",") if arguments.dtype else sorted({"float32", own_choice}, reverse=True)
     figures: dict[str, Any] = {
         "bench": PRESET,
-        "command": f"python bench/{Path(__file__).name} --peer=PATH_TO_NANOGPT --text=PATH_TO_TINYSHAKESPEARE --repeats={arguments.repeats}"
-        f" --steps={arguments.steps} --dtype={','.join(dtypes)} --dropout={arguments.dropout}",
+        "command": f"python bench/{Path(__file__).name} --peer=PATH_TO_NANOGPT --text=PATH_TO_TINYSHAKESPEARE"
+        f" --repeats={arguments.repeats} --steps={arguments.steps} --dtype={','.join(dtypes)}"
+        f" --dropout={arguments.dropout}",
         "hardware": hardware(),
         "sprout": commit_of(ROOT),
         "peer": commit_of(arguments.peer),
@@ -110,12 +113,12 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of nanoGPT")
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare, or any other text")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="runs of each program, and tens of rounds of the speed measurement"
+        "--repeats", type=int, default=3, help="runs of each program; the speed is measured in ten times as many rounds"
     )
     parser.add_argument("--steps", type=int, default=2000, help="steps of a run")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of both sides; their documented setting has none")
+    parser.add_argument("--dropout", type=float, default=0.0, help="dropout of both sides; the documented setting is 0")
     parser.add_argument(
-        "--dtype", help="our dtypes, separated by commas (default: float32, and what --dtype=auto takes here)"
+        "--dtype", help="our dtypes, separated by commas (default: float32, and what --dtype=auto chooses here)"
     )
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     arguments = parser.parse_args(argv)
@@ -137,7 +140,7 @@ def measure_speed(
 ) -> dict[str, Any]:
     """Tokens/s of whole training steps, in `rounds` rounds of one block of `steps` steps a side."""
     tune_allocator()
-    with contextlib.redirect_stdout(io.StringIO()):  # their reports of what they built
+    with contextlib.redirect_stdout(io.StringIO()):  # both print their size
         sides: dict[str, Step] = {PEER: peer_step(peer, dropout)}
         sides |= {f"Sprout {dtype}": our_step(data, dtype, dropout) for dtype in dtypes}
     for step in sides.values():
@@ -155,7 +158,7 @@ def measure_speed(
 
 
 def peer_step(peer: Path, dropout: float) -> Step:
-    """One step of the peer's training loop on its own model, optimizer and batches."""
+    """One step of the peer's training loop, with its own model, optimizer and batches."""
     module = import_model(peer)
     torch.manual_seed(SEED)
     model = module.GPT(
@@ -218,7 +221,7 @@ def our_step(data: Path, dtype: str, dropout: float) -> Step:
 
 
 def alternate(sides: Mapping[str, Step], rounds: int, steps: int, tokens: int) -> dict[str, list[float]]:
-    """Tokens/s of each side, one figure a round; the order rotates, so that no side always follows the same other."""
+    """Tokens/s of each side in every round. The order rotates, so no side always follows the same other one."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in rotated(list(sides), number):
@@ -230,7 +233,7 @@ def alternate(sides: Mapping[str, Step], rounds: int, steps: int, tokens: int) -
 
 
 def summarise_speed(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Per side: median and best tokens/s; ratios to the peer's, and the median of the ratios within each round."""
+    """Per side: median and best tokens/s, their ratios to the peer's, and the median of the ratios of the rounds."""
     theirs = rates[PEER]
     return {
         name: {
@@ -246,7 +249,8 @@ def summarise_speed(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str,
 
 def show_speed(speed: Mapping[str, Any]) -> None:
     print(
-        f"{'whole steps, tokens/s':24}{'median':>10}{'best':>10}   ratio to nanoGPT: of medians, of bests, median of the rounds"
+        f"{'whole steps, tokens/s':24}{'median':>10}{'best':>10}"
+        "   ratio to nanoGPT: of medians, of bests, median of the rounds"
     )
     for name, row in speed["summary"].items():
         ratios = f"{row['ratio_of_medians']:.2f}  {row['ratio_of_bests']:.2f}  {row['median_of_ratios']:.2f}"
@@ -260,7 +264,7 @@ def show_speed(speed: Mapping[str, Any]) -> None:
 def run_programs(
     peer: Path, data: Path, work: Path, dtypes: Sequence[str], repeats: int, steps: int, dropout: float
 ) -> list[dict[str, Any]]:
-    """Runs and scores the peer's command and ours, `repeats` times each in turn."""
+    """Runs and scores the peer's command and ours in turn, `repeats` times each."""
     interval = EVAL_INTERVAL if steps % EVAL_INTERVAL == 0 else steps  # the peer saves only where it evaluates
     val = peer_ids(peer, "val")
     script = (peer / "train.py").read_text(encoding="utf-8")
@@ -288,7 +292,7 @@ def run_programs(
             }
             runs.append({**record, "reported_val_loss": reported, **result["machine"]})
             print(
-                f"{side}, seed {seed}: {loss:.4f} nats a character (it says {reported:.4f}); {result['machine']}",
+                f"{side}, seed {seed}: {loss:.4f} nats a character (it reports {reported:.4f}); {result['machine']}",
                 flush=True,
             )
     return runs
@@ -307,7 +311,7 @@ def our_command(steps: int, interval: int, seed: int, dtype: str, dropout: float
 
 
 def summarise_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Per side: medians of loss and seconds, the best seconds, and how they compare with the peer's."""
+    """Per side: median loss and seconds, best seconds, and all three relative to the peer's."""
     sides = {side: [run for run in runs if run["side"] == side] for side in dict.fromkeys(run["side"] for run in runs)}
     summary = {
         side: {
@@ -329,7 +333,8 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
 
 def show_programs(summary: Mapping[str, Mapping[str, float]]) -> None:
     print(
-        f"{'whole programs, medians':24}{'nats/char':>10}{'seconds':>10}{'best':>10}   beside nanoGPT: loss, times faster (of bests)"
+        f"{'whole programs, medians':24}{'nats/char':>10}{'seconds':>10}{'best':>10}"
+        "   relative to nanoGPT: loss, times faster (of bests)"
     )
     for name, row in summary.items():
         figures = f"{row['val_loss']:10.4f}{row['seconds']:10.1f}{row['best_seconds']:10.1f}"

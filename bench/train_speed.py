@@ -1,19 +1,20 @@
-"""Whole training steps of the 124M presets on a GPU, in tokens/s: with the fused kernel and with SDPA, beside nanoGPT and llm.c's PyTorch.
+"""Whole training steps of the 124M presets on a GPU, in tokens/s: fused kernel and SDPA, nanoGPT and llm.c's PyTorch.
 
-    python bench/train_speed.py --out=DIR                           Sprout's presets, both attentions: DIR/DATE-train_speed.json
-    python bench/train_speed.py --out=DIR --peer-nanogpt=PATH --peer-llmc=PATH      their GPTs too; PATH: a checkout of each
-    python bench/train_speed.py --out=DIR --presets=gpt2_124m --attention=triton    one side alone
-    python bench/train_speed.py --smoke                             tries this script out on a CPU: tiny, nothing written
+    python bench/train_speed.py --out=DIR                   both presets and attention paths: DIR/DATE-train_speed.json
+    python bench/train_speed.py --out=DIR --peer-nanogpt=PATH --peer-llmc=PATH    their GPTs too; PATH: a checkout
+    python bench/train_speed.py --out=DIR --presets=gpt2_124m --attention=triton  one side alone
+    python bench/train_speed.py --smoke                     tests this script on a CPU with tiny sizes; writes nothing
 
-A step is what train.py does with one micro-batch (--rows, 32 of 1,024 tokens): forward and backward under bfloat16 autocast,
-clipping of the gradient, AdamW, all with torch.compile. The peers' models get the very same step, optimizer and data, so that only the
-models differ; nanoGPT pads its vocabulary to 50,304 as its train.py does, llm.c's attention is SDPA as with its --flash=1. Sides take
-turns in blocks of steps, in every other round backwards. A side that does not fit into the memory is a line with the reason.
+A step is train.py's with one micro-batch (--rows, 32 of 1,024 tokens): forward and backward under bfloat16 autocast,
+gradient clipping, AdamW; the model compiled with torch.compile. The peers' models get the same step, optimizer and
+data, so only the models differ. nanoGPT pads its vocabulary to 50,304 as its train.py does; llm.c's attention is SDPA
+as with its --flash=1. The sides take turns in blocks of steps, in reverse order in every other round. A side that runs
+out of memory is reported with the reason.
 
-FLOP of a token: 6 · N + 12 · n_layer · T · C, N all parameters but a table of positions. `of_matmul` is their rate over that of a large
-square bfloat16 product of random numbers in the same run, `mfu` over the vendor's figure, where there is one.
+FLOP of a token: 6 · N + 12 · n_layer · T · C, where N counts all parameters except the table of positions. `of_matmul`
+is the rate relative to a large square bfloat16 product measured in the same run, `mfu` relative to the vendor's figure.
 
-Needs torch, triton and numpy. Compiling takes about a minute a side; after --minutes no other side is begun.
+Needs torch, triton and numpy. Compiling takes about a minute a side; after --minutes no further side is started.
 """
 
 from __future__ import annotations
@@ -59,15 +60,15 @@ TINY: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 3
 
 @dataclass(frozen=True)
 class Side:
-    """One model to train: `model(x, y)` (under autocast) gives its loss by way of `loss`."""
+    """One model to train. `loss(model, x, y)` returns its loss, a scalar; `model` there may be the compiled one."""
 
     model: nn.Module
     loss: Callable[[Callable[..., Any], Tensor, Tensor], Tensor]
-    shape: GPTConfig  # the depth, width and length that the FLOP are counted by
+    shape: GPTConfig  # depth, width and context, by which FLOP are counted
 
 
 def make_sides(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
-    """The sides asked for, by name; each is made when its turn comes, so that one that does not fit costs only itself."""
+    """Name → a function that builds the side. Each is built in its turn: one that runs out of memory stops no other."""
     sides: dict[str, Callable[[], Side]] = {}
     for preset in arguments.presets:
         shape = PRESETS[preset]
@@ -99,7 +100,7 @@ def make_peer(name: str, module: Any, tiny: bool) -> Side:
 
 
 def make_step(side: Side, x: Tensor, y: Tensor, compiled: bool) -> Callable[[], Tensor]:
-    """One training step → its loss, which is not waited for."""
+    """A function that does one training step and returns its loss, without waiting for the device."""
     options = OptimizerOptions()
     side.model.to(x.device).train()
     optimizer = make_optimizer(side.model, options)
@@ -120,14 +121,14 @@ def make_step(side: Side, x: Tensor, y: Tensor, compiled: bool) -> Callable[[], 
 
 
 def flops_per_token(side: Side) -> int:
-    """By the convention above."""
+    """FLOP of a token, as the module docstring counts them."""
     tables = {"position.weight", "transformer.wpe.weight"}
     counted = sum(parameter.numel() for name, parameter in side.model.named_parameters() if name not in tables)
     return 6 * counted + 12 * side.shape.n_layer * side.shape.block_size * side.shape.n_embd
 
 
 def block(step: Callable[[], Tensor], steps: int, device: torch.device) -> tuple[float, float]:
-    """Seconds a step, and the last loss: the device is waited for at both ends only."""
+    """Returns seconds per step and the last loss. Synchronises the device before the first and after the last step."""
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(steps):
@@ -144,7 +145,7 @@ def synchronize(device: torch.device) -> None:
 def prepare(
     sides: dict[str, Callable[[], Side]], x: Tensor, y: Tensor, deadline: Deadline
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, dict[str, Any]], dict[str, str]]:
-    """Makes, compiles and warms up the sides → their steps, their figures so far, and the reasons of those that do not run."""
+    """Builds, compiles and warms up the sides. Returns step functions, figures so far, and reasons for failed sides."""
     steps: dict[str, Callable[[], Tensor]] = {}
     figures: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in refused.items():
         print(f"{name:22}  not measured: {reason}")
     if device.type == "cpu":
-        print("a trial on the CPU: the script works; the timings mean nothing and nothing is written")
+        print("smoke test on the CPU passed; its timings mean nothing, so nothing is written")
         return 0
     peers = {
         name: commit_of(checkout) for name in ("peer_nanogpt", "peer_llmc") if (checkout := getattr(arguments, name))
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def rates(row: dict[str, Any], tokens: int, matmul_tflops: float, vendor_flops: float | None) -> dict[str, Any]:
-    """Tokens/s by the median block, how far the blocks differ as a share of it, and the shares of both peaks."""
+    """Tokens/s of the median block, the spread of the blocks as a share of it, and the shares of both peak rates."""
     middle = statistics.median(row["seconds"])
     tflops = row["flops_per_token"] * tokens / middle / 1e12
     return {
@@ -238,11 +239,11 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--peer-llmc", type=Path, help="a checkout of llm.c")
     parser.add_argument("--rows", type=int, default=32, help="sequences of 1,024 tokens in a step")
-    parser.add_argument("--steps", type=int, default=10, help="of a block")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a block")
     parser.add_argument("--rounds", type=int, default=7, help="blocks of each side")
-    parser.add_argument("--minutes", type=float, default=6.5, help="after this long no other side is begun")
+    parser.add_argument("--minutes", type=float, default=6.5, help="time limit after which no further side is started")
     parser.add_argument(
-        "--smoke", action="store_true", help="try the script out on a CPU, in tiny sizes; also with TRITON_INTERPRET=1"
+        "--smoke", action="store_true", help="test the script on a CPU with tiny sizes; also with TRITON_INTERPRET=1"
     )
     arguments = parser.parse_args(argv)
     arguments.presets, arguments.attention = arguments.presets.split(","), arguments.attention.split(",")

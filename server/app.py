@@ -125,7 +125,7 @@ class Completions:
                 pieces = list[Piece]()
                 while batch := await job.next_batch():
                     pieces += batch
-                await json_response(builder.whole(pieces))(scope, receive, send)
+                await json_response(builder.response(pieces))(scope, receive, send)
         finally:
             watcher.cancel()
             self.queue.remove(job)

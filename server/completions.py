@@ -309,7 +309,7 @@ def prompt_tokens(served: ServedModel, prompt: Prompt, top: int) -> tuple[Token,
 
 
 class ResponseBuilder:
-    """Turns pieces into OpenAI's JSON: `chunks` for each batch of a stream, or `whole` for all of them at once."""
+    """Turns pieces into OpenAI's JSON: `chunks` for each batch of a stream, or one `response` for all of them."""
 
     def __init__(self, served: ServedModel, request: Completion) -> None:
         self.served, self.request = served, request
@@ -331,7 +331,7 @@ class ResponseBuilder:
     def last_chunks(self) -> list[dict[str, Any]]:
         return [self.head | {"choices": [], "usage": self._usage()}] if self.request.include_usage else []
 
-    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def response(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         return self.head | {"choices": self._choices(pieces), "usage": self._usage()}
 
     def _usage(self) -> dict[str, int]:

@@ -124,7 +124,7 @@ def test_the_openai_package_gets_completions_with_its_defaults(client):
 
 
 def test_the_openai_package_streams_the_same_samples(client):
-    asked = {
+    request = {
         "model": "notes",
         "prompt": ["Once", "世"],
         "n": 2,
@@ -133,9 +133,9 @@ def test_the_openai_package_streams_the_same_samples(client):
         "temperature": 1.5,
         "logprobs": 2,
     }
-    whole = client.completions.create(**asked)
+    response = client.completions.create(**request)
     texts, reasons, usages, tokens = [""] * 4, [None] * 4, [], [[] for _ in range(4)]
-    for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    for chunk in client.completions.create(**request, stream=True, stream_options={"include_usage": True}):
         assert chunk.id.startswith("cmpl-")
         usages.append(chunk.usage)
         for choice in chunk.choices:
@@ -143,14 +143,14 @@ def test_the_openai_package_streams_the_same_samples(client):
             texts[choice.index] += choice.text
             reasons[choice.index] = choice.finish_reason
             tokens[choice.index] += choice.logprobs.tokens
-    assert texts == [choice.text for choice in whole.choices]
+    assert texts == [choice.text for choice in response.choices]
     assert texts == written(ids_of("Once"), 9, 2, max_new_tokens=60, temperature=1.5) + written(
         ids_of("世"), 9, 2, max_new_tokens=60, temperature=1.5
     )
-    assert reasons == [choice.finish_reason for choice in whole.choices]
-    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in response.choices]
+    assert tokens == [choice.logprobs.tokens for choice in response.choices]
     assert usages[:-1] == [None] * (len(usages) - 1)
-    assert usages[-1] == whole.usage
+    assert usages[-1] == response.usage
 
 
 def test_the_openai_package_passes_extra_options(client):
@@ -253,13 +253,16 @@ def test_logprobs_and_echo_agree_with_the_model(url):
 
 
 def test_the_chunks_of_a_stream_add_up_to_the_response(url):
-    asked = {"prompt": ["ab", "世"], "n": 2, "echo": True, "logprobs": 1, "seed": 3}
-    _, headers, stream = ask(url, "POST", body=asked | {"stream": True})
+    request = {"prompt": ["ab", "世"], "n": 2, "echo": True, "logprobs": 1, "seed": 3}
+    _, headers, stream = ask(url, "POST", body=request | {"stream": True})
     assert headers["content-type"].startswith("text/event-stream")
     events = stream.decode().removesuffix("\n\n").split("\n\n")
     assert events[-1] == "data: [DONE]"
-    whole, parts = post(url, **asked), [json.loads(event.removeprefix("data: "))["choices"][0] for event in events[:-1]]
-    for choice in whole["choices"]:
+    response, parts = (
+        post(url, **request),
+        [json.loads(event.removeprefix("data: "))["choices"][0] for event in events[:-1]],
+    )
+    for choice in response["choices"]:
         own = [part for part in parts if part["index"] == choice["index"]]
         assert "".join(part["text"] for part in own) == choice["text"]
         for name in choice["logprobs"]:
@@ -369,12 +372,12 @@ def test_errors_of_routes_and_health(url):
 def test_any_body_is_parsed_or_refused(body):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        asked = parse_request(data, SERVED)
+        request = parse_request(data, SERVED)
     except RequestError as error:
         json.dumps(error.to_dict()).encode()  # raises if it is not serializable
     else:
-        assert asked.prompts
-        assert all(prompt.ids for prompt in asked.prompts)
+        assert request.prompts
+        assert all(prompt.ids for prompt in request.prompts)
 
 
 def test_errors_of_the_model_are_status_500():
@@ -382,8 +385,8 @@ def test_errors_of_the_model_are_status_500():
     with torch.no_grad():
         broken.embed.weight.fill_(torch.nan)
     with running(replace(SERVED, model=broken)) as (address, _):
-        for asked in ({}, {"stream": True}, {"prompt": "a", "echo": True, "logprobs": 1}):
-            status, _, content = ask(address, "POST", body=asked)
+        for body in ({}, {"stream": True}, {"prompt": "a", "echo": True, "logprobs": 1}):
+            status, _, content = ask(address, "POST", body=body)
             assert (status, content["error"]["type"]) == (500, "server_error")
             assert "NaN or infinity" in content["error"]["message"]
         assert ask(address, "GET", "/health")[2]["requests"] == 0

@@ -200,7 +200,7 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
             raise UserError(f"the run {run_dir} {kind}; train first: python train.py --run={shlex.quote(str(run_dir))}")
         runs = sorted(str(path) for path in run_dir.iterdir() if path.is_dir() and _stages(path))
         if runs:
-            raise UserError(f"the directory {run_dir} is not a run; it holds these: {', '.join(runs)}")
+            raise UserError(f"the directory {run_dir} is not a run; it contains these runs: {', '.join(runs)}")
         raise UserError(
             f"the run directory {run_dir} has no checkpoint yet; start a run: python train.py --run=NEW_NAME"
         )

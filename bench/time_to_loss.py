@@ -1,25 +1,27 @@
-"""How soon Sprout is as good as nanoGPT: its documented CPU command and ours in turns, on the same text and the same machine.
+"""How soon Sprout reaches nanoGPT's loss: its documented CPU command and ours in turns, same text, same machine.
 
-    python bench/time_to_loss.py --peer PATH_TO_NANOGPT [--text FILE] [--rounds 3] [--sprout_steps N[,N…]] [-- PRESET --option=value …]
+    python bench/time_to_loss.py --peer PATH_TO_NANOGPT [--text FILE] [--rounds 3] [--sprout_steps N[,N…]]
+                                 [-- PRESET --option=value …]
 
-**The target** is the peer's loss after its last step over the whole val split, the last tenth of the characters: the median of the
-rounds. Both sides' last weights are scored by the same code in float32, every target once, in windows at 0, T, 2T … of each side's
-own block size T. Block sizes may differ: how much context a model sees is a part of its recipe, as its width is. Before its end a
-run of ours is judged by its own evaluations of the very same targets (our end-of-text is none of them), in the dtype in which it
-trains; `run_says` keeps what it says at its end, beside the score. Of the peer there are only its own estimates on 20 random batches
-before its end: they are drawn, and count for nothing.
+**The target** is the peer's loss after its last step over the whole val split, the last tenth of the characters: the
+median of the rounds. The last weights of both sides are scored by the same code in float32, every target once, in
+windows at 0, T, 2T … of the side's own block size T. Block sizes may differ: the context length is part of a recipe, as
+the width is. Before its end, our run is judged by its own evaluations on the same targets (without our EOS), in the
+dtype in which it trains; `reported_loss` keeps its own figure at the end, beside the score. The peer's own estimates
+before its end are means over 20 random batches; they are drawn in the picture and used for nothing else.
 
-**Time** runs from the start of the process (imports and compilation included) to the step; evaluation, saving and sampling do not
-count. Ours is `timing.train_seconds` in metrics.jsonl. The peer's is when that step began, less, for each iteration with an
-evaluation before it, what it took beyond the median iteration (so the slow first step is taken off, in the peer's favour).
+**Time** runs from the start of the process (imports and compilation included) to the step; evaluation, saving and
+sampling do not count. Ours is `timing.train_seconds` in metrics.jsonl. The peer's is when that step began, less the
+excess over the median iteration of each earlier iteration with an evaluation (which also removes the slow first step,
+in the peer's favour).
 
-**A plan is made beforehand.** What a learning rate that decays has reached at some step depends on the length of the run, so each N of
---sprout_steps is a run of its own that decays to its end; without it, the preset's length. The time to the target is that of the
-run's first evaluation at or below it, often the last one. Several lengths are reported one by one, by the medians of their rounds; a
-length chosen for its result on these seeds is a little too good: choose it on others. "In nanoGPT's time" is our last evaluation
-within the peer's training time.
+**Each length is a run of its own.** With a decaying learning rate, the loss at some step depends on the length of the
+run. So each N of --sprout_steps is a separate run that decays to its end; the default is the preset's length. The time
+to the target is that of the run's first evaluation at or below it, often the last one. Several lengths are reported
+separately, by the medians of their rounds. A length chosen by its result on these seeds is biased: choose it on other
+seeds. "In nanoGPT's time" is our last evaluation within the peer's training time.
 
-Round r has the seed 1337 + r on both sides, and the order of the sides rotates. Reading order: main, run_round, summarise.
+Round r has the seed 1337 + r on both sides; the order of the sides rotates. Reading order: main, run_round, summarise.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ PEER = "nanoGPT"
 PEER_BLOCK_SIZE, PEER_TOKENS_PER_STEP = 64, 12 * 64
 DEFAULT_FLAGS = ["speedrun_char_cpu"]
 
-Point = dict[str, float]  # of a curve: step, tokens, seconds of training, loss in nats a character
+Point = dict[str, float]  # step, tokens, seconds of training, loss in nats per character
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,20 +107,22 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of nanoGPT")
     parser.add_argument(
-        "--text", type=Path, help="any UTF-8 text (default: the checkout's own tinyshakespeare, where it was prepared)"
+        "--text",
+        type=Path,
+        help="any UTF-8 text (default: the checkout's own tinyshakespeare, if it was prepared there)",
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument(
         "--sprout_steps", default="", help="lengths of our runs, separated by commas (default: the preset's)"
     )
     parser.add_argument(
-        "--evaluations", type=int, default=10, help="of a run of ours; their time does not count, but they take it"
+        "--evaluations", type=int, default=10, help="evaluations in each of our runs; their time is not counted"
     )
     parser.add_argument(
-        "--peer_steps", type=int, default=2000, help="length of its run; its documented command has 2000"
+        "--peer_steps", type=int, default=2000, help="length of the peer's run; its documented command has 2000"
     )
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
-    parser.add_argument("--plot", type=Path, help="where the picture goes (default: beside the figures)")
+    parser.add_argument("--plot", type=Path, help="path of the picture (default: beside the figures)")
     parser.add_argument(
         "sprout",
         nargs="*",
@@ -139,19 +143,20 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
             f"--sprout_steps={arguments.sprout_steps}: expected numbers of steps separated by commas, such as 400,800"
         )
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the curves are drawn with matplotlib, which is not installed: pip install matplotlib")
+        raise UserError("this bench draws its curves with matplotlib, which is not installed: pip install matplotlib")
     if not Path("/proc/self/stat").exists():
-        raise UserError("only Linux tells when a process began, and this bench counts from there")
+        raise UserError("this bench needs Linux: it reads the start time of a process from /proc/self/stat")
     return arguments
 
 
 def plan_runs(flags: Sequence[str], lengths: str, evaluations: int) -> dict[str, dict[str, Any]]:
-    """By name, our runs of a round: train.py's arguments, checked before anything is trained, and their sizes. Raises UserError."""
+    """Our runs of a round by name: train.py's arguments, checked beforehand, and sizes. Raises UserError."""
     flags = flags or DEFAULT_FLAGS
     options = config.load("train.py", flags).section(TrainOptions)
     if not lengths and options.budget_minutes is not None:
         raise UserError(
-            f"{' '.join(flags)}: plans its length by time, which would count as training; give --sprout_steps=N"
+            f"{' '.join(flags)}: plans its length by measuring speed, which would count as training; "
+            "give --sprout_steps=N"
         )
     plans = {}
     for steps in [int(length) for length in lengths.split(",") if length] or [options.max_steps]:
@@ -171,7 +176,7 @@ def plan_runs(flags: Sequence[str], lengths: str, evaluations: int) -> dict[str,
 def run_round(
     number: int, peer: Path, data: Path, folder: Path, plans: Mapping[str, Any], peer_steps: int
 ) -> list[dict[str, Any]]:
-    """One run of each side, with the curve of each and its last loss over all val targets."""
+    """Runs each side once. Returns their curves, whose last loss is over all val targets."""
     seed, val, runs = SEED + number, peer_ids(peer, "val"), []
     for side in rotated([PEER, *plans], number):
         if side == PEER:
@@ -190,10 +195,13 @@ def run_round(
             curve = our_curve((run / "metrics.jsonl").read_text(encoding="utf-8"), plan["tokens_per_step"])
             logits = model = load_ours(run)
             block_size = model.config.block_size
-        run_says = curve[-1]["loss"]
+        reported_loss = curve[-1]["loss"]
         curve[-1]["loss"] = score(logits, val, block_size)
-        shown = f"{curve[-1]['loss']:.4f} nats a character after {curve[-1]['seconds']:.1f} s of training (it says {run_says:.4f})"
-        print(f"round {number + 1}: {side}: {shown}; {result['machine']}", flush=True)
+        print(
+            f"round {number + 1}: {side}: {curve[-1]['loss']:.4f} nats a character"
+            f" after {curve[-1]['seconds']:.1f} s of training (it reports {reported_loss:.4f}); {result['machine']}",
+            flush=True,
+        )
         facts = {
             "side": side,
             "seed": seed,
@@ -201,12 +209,12 @@ def run_round(
             "block_size": block_size,
             "targets": len(val) - 1,
         }
-        runs.append({**facts, "machine": result["machine"], "run_says": run_says, "curve": curve})
+        runs.append({**facts, "machine": result["machine"], "reported_loss": reported_loss, "curve": curve})
     return runs
 
 
 def our_command(plan: Mapping[str, Any], seed: int, targets: int) -> list[str]:
-    """Evaluations of the first targets + 1 tokens: all characters of the val split, without the end-of-text after them."""
+    """Evaluates on the first targets + 1 tokens: all characters of the val split, without the EOS after them."""
     flags = [f"--seed={seed}", f"--eval_interval={plan['eval_interval']}", f"--eval_tokens={targets + 1}"]
     return ["train.py", *plan["arguments"], *flags, "--device=cpu", "--sample_tokens=0", "--final_samples=0"]
 
@@ -223,24 +231,25 @@ def our_curve(metrics: str, tokens_per_step: int) -> list[Point]:
 
 
 def peer_curve(lines: Sequence[tuple[float, str]], tokens_per_step: int) -> list[Point]:
-    """The peer's own estimates, from its lines and the seconds at which they came. Raises UserError where there are none."""
+    """The peer's own estimates, from its lines and the seconds at which they were printed. Raises UserError if there
+    are none."""
     estimates: dict[int, float] = {}
-    iterations: dict[
-        int, tuple[float, float]
-    ] = {}  # of the update after step N: when it ended, and what it took, evaluation included
-    for came, line in lines:
+    # step N → when the update after it ended, and its duration, evaluation included
+    iterations: dict[int, tuple[float, float]] = {}
+    for printed_at, line in lines:
         if found := re.match(r"step (\d+): train loss \S+, val loss (\S+)", line):
             estimates[int(found[1])] = float(found[2])
         elif found := re.match(r"iter (\d+): loss \S+, time ([\d.]+)ms", line):
-            iterations[int(found[1])] = came, float(found[2]) / 1000
+            iterations[int(found[1])] = printed_at, float(found[2]) / 1000
     if not estimates or not estimates.keys() <= iterations.keys():
-        raise UserError("the peer printed no losses as nanoGPT does; take the commit named in bench/results")
-    usual = statistics.median([took for step, (_, took) in iterations.items() if step not in estimates] or [0.0])
+        raise UserError("the peer printed no losses as nanoGPT does; use the commit named in bench/results")
+    undisturbed = [duration for step, (_, duration) in iterations.items() if step not in estimates]
+    usual = statistics.median(undisturbed or [0.0])
     points, paused = [], 0.0
     for step, loss in sorted(estimates.items()):
-        ended, took = iterations[step]
-        points.append(point(step, tokens_per_step, ended - took - paused, loss))
-        paused += max(0.0, took - usual)
+        end, duration = iterations[step]
+        points.append(point(step, tokens_per_step, end - duration - paused, loss))
+        paused += max(0.0, duration - usual)
     return points
 
 
@@ -252,7 +261,8 @@ def point(step: int, tokens_per_step: int, seconds: float, loss: float) -> Point
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The target, and by side the medians of what reaching it takes (None where half of the runs or more do not) and of its losses."""
+    """The target, and for each side the medians of the time to the target (None if half of the runs or more miss it)
+    and of the losses."""
     curves = {
         side: [run["curve"] for run in runs if run["side"] == side]
         for side in dict.fromkeys(run["side"] for run in runs)
@@ -285,7 +295,7 @@ def first_at(curve: Sequence[Point], target: float) -> Point | None:
 
 
 def last_within(curve: Sequence[Point], seconds: float) -> Point:
-    """The last evaluation within so many seconds of training; the first one where there is none."""
+    """The last evaluation within `seconds` of training, or the first one if none is."""
     return [curve[0], *(entry for entry in curve if entry["seconds"] <= seconds)][-1]
 
 
@@ -308,7 +318,7 @@ def show(summary: Mapping[str, Any]) -> None:
 
 
 def draw(runs: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], text: str, path: Path) -> None:
-    """Loss against seconds of training, a line a run, as PNG."""
+    """Draws loss over seconds of training, one line per run, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -316,7 +326,7 @@ def draw(runs: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], text: st
     axes = figure.add_subplot()
     sides = list(dict.fromkeys([PEER, *(run["side"] for run in runs)]))
     labels = {
-        side: side if side != PEER else f"{PEER}: its estimates on 20 batches, at its end the whole split"
+        side: side if side != PEER else f"{PEER}: its estimates on 20 batches; at the end the whole split"
         for side in sides
     }
     for run in runs:

@@ -1,4 +1,4 @@
-"""The parts of bench/ that count, parse and compare, on tiny input; the measurements themselves are run by hand."""
+"""The parts of bench/ that count, parse and compare, on tiny inputs. The measurements themselves are run by hand."""
 
 import json
 import math
@@ -37,13 +37,13 @@ from tests.conftest import ROOT
 @pytest.mark.parametrize("length", [2, 9, 16, 17, 18, 40])
 def test_score_counts_every_target_once(length):
     torch.manual_seed(0)
-    table = torch.randn(7, 7)  # a model of bigrams: the logits follow from the id alone
+    table = torch.randn(7, 7)  # a bigram model: logits depend on the last id only
     ids = np.random.default_rng(length).integers(0, 7, length)
     expected = F.cross_entropy(table[ids[:-1]].double(), torch.from_numpy(ids[1:])).item()
     assert score(lambda x: table[x], ids, block_size=8, rows=2) == pytest.approx(expected, rel=1e-12)
 
 
-def test_score_shows_windows_of_at_most_block_size_from_a_fixed_grid():
+def test_score_takes_windows_of_at_most_block_size_from_a_fixed_grid():
     seen = []
 
     def uniform(x):
@@ -54,7 +54,7 @@ def test_score_shows_windows_of_at_most_block_size_from_a_fixed_grid():
     assert seen == [list(range(first, min(first + 5, 21))) for first in range(0, 21, 5)]
 
 
-def test_speed_is_compared_within_and_across_rounds():
+def test_speeds_are_compared_within_and_across_rounds():
     summary = bench.summarise_speed({bench.PEER: [100.0, 200.0, 400.0], "Sprout float32": [150.0, 400.0, 600.0]})
     assert summary["Sprout float32"] == {
         "median": 400.0,
@@ -90,12 +90,12 @@ def test_reports_and_seed_of_the_peer():
         reseeded("", 1337)
 
 
-def test_the_last_weights_are_saved_at_any_number_of_steps():
+def test_the_evaluation_interval_is_passed_unless_it_is_the_default():
     assert not any("eval_interval" in flag for flag in peer_command(2000, 250))
     assert "--eval_interval=30" in peer_command(30, 30)
 
 
-def test_a_function_of_a_script_runs_without_the_script(tmp_path):
+def test_extracting_a_function_does_not_run_its_script(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("def double(x):\n    return factor * x\n\nraise SystemExit('it trained')\n")
     assert extract_function(script, "double", {"factor": 2})(21) == 42
@@ -103,7 +103,7 @@ def test_a_function_of_a_script_runs_without_the_script(tmp_path):
         extract_function(script, "triple", {})
 
 
-def test_the_peers_model_does_not_take_the_place_of_ours(tmp_path):
+def test_the_peers_model_does_not_replace_ours(tmp_path):
     (tmp_path / "model.py").write_text(
         "from dataclasses import dataclass\n\n@dataclass\nclass GPTConfig:\n    n_layer: int = 1\n"
     )
@@ -133,8 +133,9 @@ def test_our_step_trains(tmp_path):
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_cpuinfo_is_read_for_name_and_telling_flags():
-    x86 = "processor\t: 0\nmodel name\t: Some CPU @ 2.5GHz\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\n\nprocessor\t: 1\nflags\t: fpu\n"
+def test_cpuinfo_gives_name_and_flags():
+    first = "processor\t: 0\nmodel name\t: Some CPU @ 2.5GHz\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\n"
+    x86 = first + "\nprocessor\t: 1\nflags\t: fpu\n"
     assert parse_cpuinfo(x86) == ("Some CPU @ 2.5GHz", ["avx2", "avx512_bf16", "amx_bf16"])
     assert parse_cpuinfo("processor : 0\nFeatures : fp asimd bf16 i8mm\n") == ("", ["bf16", "i8mm"])
     assert parse_cpuinfo("") == ("", [])
@@ -154,13 +155,14 @@ def test_results_are_dated_json_and_never_overwritten(tmp_path):
 def test_the_peer_prepares_its_text_without_the_requests_package(tmp_path, monkeypatch):
     home = tmp_path / "checkout" / "data" / "shakespeare_char"
     home.mkdir(parents=True)
-    script = "import os, requests\nhere = os.path.dirname(__file__)\nprint(open(os.path.join(here, 'input.txt')).read(), requests.__file__)"
+    script = "import os, requests\nhere = os.path.dirname(__file__)\n"
+    script += "print(open(os.path.join(here, 'input.txt')).read(), requests.__file__)"
     (home / "prepare.py").write_text(f"{script}\nopen(os.path.join(here, 'val.bin'), 'wb').write(bytes(2))\n")
     (tmp_path / "text.txt").write_text("紅樓夢", encoding="utf-8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     peer = copy_peer(tmp_path / "checkout", tmp_path / "text.txt", tmp_path / "copy")
     assert peer_ids(peer, "val").tolist() == [0]
-    assert [path.name for path in home.iterdir()] == ["prepare.py"], "the checkout itself stays as it is"
+    assert [path.name for path in home.iterdir()] == ["prepare.py"], "the checkout itself must not change"
 
 
 def test_a_command_that_fails_shows_its_last_lines(tmp_path):
@@ -172,7 +174,7 @@ def test_a_command_that_fails_shows_its_last_lines(tmp_path):
 
 
 def test_the_gpu_benches_need_nothing_but_torch_triton_and_numpy():
-    """On machines with a GPU the other packages may be missing, so no bench imports them on the way to its first line."""
+    """The machines with a GPU may lack the other packages."""
     packages = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     missing = sorted({name.replace("-", "_") for name in packages} - {"torch", "triton", "numpy"})
     assert {"tiktoken", "safetensors", "annotated_types"} <= {*missing}
@@ -195,7 +197,7 @@ def test_a_preset_that_train_speed_does_not_know_is_refused():
 
 
 def write_run(folder, weight=1.0, loss=2.5, sample="so it was"):
-    """A run directory with one checkpoint, as small as can be."""
+    """A minimal run directory with one checkpoint."""
     checkpoint = folder / "checkpoints" / "step-00000008"
     (checkpoint / "model").mkdir(parents=True)
     save_file({"embed.weight": torch.tensor([[0.0, weight]])}, checkpoint / "model" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""bench/cpu_speed.py as a user starts it, with a model of nanoGPT's interface in place of nanoGPT."""
+"""bench/cpu_speed.py from its command line, with a stand-in for nanoGPT's model.py."""
 
 import json
 
@@ -23,7 +23,7 @@ class GPT(torch.nn.Module):
 """
 
 
-def test_both_sides_work_in_turns_and_the_ratio_is_written(tmp_path, capsys):
+def test_both_sides_are_measured_and_the_ratio_is_written(tmp_path, capsys):
     (tmp_path / "a peer").mkdir()
     (tmp_path / "a peer" / "model.py").write_text(PEER)
     arguments = [

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 @dataclass
 class GPTConfig:
-    n_layer: int = 1; n_head: int = 1; n_embd: int = 8; block_size: int = 4; vocab_size: int = 5; bias: bool = True; dropout: float = 0.0
+    n_layer: int = 1; n_head: int = 1; n_embd: int = 8; block_size: int = 4; vocab_size: int = 5
+    bias: bool = True; dropout: float = 0.0
 
 class GPT(torch.nn.Module):
     def __init__(self, config):
@@ -60,7 +61,7 @@ def test_unknown_shapes_are_refused(tmp_path, monkeypatch):
         bench.main()
 
 
-def test_speed_and_losses_are_asked_for_one_at_a_time(tmp_path, monkeypatch):
+def test_peer_and_run_exclude_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["generate.py"])
     with pytest.raises(UserError, match="give one of --peer"):
         bench.main()
@@ -83,10 +84,9 @@ def test_the_loss_of_a_run_with_and_without_int8(tmp_path, capsys):
         f"--data_dir={tmp_path}",
     ]
     assert prepare(prepared) == 0
-    save_checkpoint(
-        tmp_path / "run", 1, model=model.export_state(), config=model.config.to_dict(), tokenizer=tokenizer.to_dict(), optimizer={},
-        state={"dataset": {"path": str(tmp_path / "mini")}, "val_loss": 1.0},
-    )  # fmt: skip
+    contents = {"model": model.export_state(), "config": model.config.to_dict(), "tokenizer": tokenizer.to_dict()}
+    state = {"dataset": {"path": str(tmp_path / "mini")}, "val_loss": 1.0}
+    save_checkpoint(tmp_path / "run", 1, **contents, optimizer={}, state=state)
     figures = bench.losses_of_int8(tmp_path / "run")
     assert abs(figures["val_loss_int8"] - figures["val_loss"]) < 0.01
     assert "val loss 5." in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""bench/time_to_loss.py: the arithmetic of a fair comparison on numbers that are known; the measurement itself is run by hand."""
+"""bench/time_to_loss.py: its arithmetic on known numbers; the measurement itself is run by hand."""
 
 import json
 
@@ -9,7 +9,7 @@ from errors import UserError
 
 
 def peer_lines(evaluated=(0, 4), startup=2.0, step=0.1, evaluation=3.0, steps=5):
-    """What nanoGPT prints, with the second at which it comes: an evaluation belongs to the iteration it precedes."""
+    """nanoGPT's output with the second of each line. It counts an evaluation in the time of the following iteration."""
     now, lines = startup, [(startup, "tokens per iteration will be: 768\n")]
     for number in range(steps):
         pause = evaluation if number in evaluated else 0.0
@@ -20,7 +20,7 @@ def peer_lines(evaluated=(0, 4), startup=2.0, step=0.1, evaluation=3.0, steps=5)
     return lines
 
 
-def test_evaluations_of_the_peer_do_not_count():
+def test_the_peers_evaluations_are_not_counted_as_training_time():
     with_pauses = bench.peer_curve(peer_lines(), 768)
     assert [point["step"] for point in with_pauses] == [0, 4]
     assert [point["seconds"] for point in with_pauses] == pytest.approx([2.0, 2.4])  # the start, then four steps
@@ -32,12 +32,12 @@ def test_several_pauses_add_up():
     assert [p["seconds"] for p in bench.peer_curve(peer_lines((0, 3, 6), steps=7), 1)] == pytest.approx([2.0, 2.3, 2.6])
 
 
-def test_a_peer_that_prints_something_else_is_an_error():
+def test_peer_output_without_losses_is_an_error():
     with pytest.raises(UserError, match="printed no losses as nanoGPT does"):
         bench.peer_curve([(0.1, "hello\n")], 768)
 
 
-def test_our_curve_is_that_of_the_evaluations():
+def test_our_curve_holds_the_evaluations_only():
     def event(kind, step, seconds):
         return json.dumps(
             {"event": kind, "step": step, "val_loss": 2.0, "loss": 2.0, "timing": {"train_seconds": seconds}}
@@ -68,15 +68,15 @@ def test_a_target_that_most_runs_miss_is_not_reached():
     runs += [run("Sprout", (0, 2, 4.0), (20, 10, loss)) for loss in (1.8, 1.95, 1.95)]
     ours = bench.summarise(runs)["sides"]["Sprout"]
     assert (ours["reached_in"], ours["seconds"], ours["times_sooner"]) == ("1 of 3", None, None)
-    bench.show(bench.summarise(runs))
+    bench.show(bench.summarise(runs))  # without the lines on the time to the target
 
 
-def test_equal_time_asks_for_the_last_evaluation_within_it():
+def test_equal_time_takes_the_last_evaluation_within_it():
     curve = run("Sprout", (0, 2, 4.0), (20, 10, 1.5), (40, 20, 1.6))["curve"]
     assert [bench.last_within(curve, seconds)["loss"] for seconds in (1, 9, 10, 19, 99)] == [4.0, 4.0, 1.5, 1.5, 1.6]
 
 
-def test_each_length_is_a_run_with_a_plan_of_its_own():
+def test_each_length_is_a_run_of_its_own():
     plans = bench.plan_runs(["shakespeare_char_cpu", "--dropout=0.1"], "40,500", evaluations=10)
     short, long = plans.values()
     assert short["arguments"] == ["shakespeare_char_cpu", "--dropout=0.1", "--max_steps=40"]
@@ -86,7 +86,7 @@ def test_each_length_is_a_run_with_a_plan_of_its_own():
     assert {"--seed=1338", "--eval_interval=50", "--eval_tokens=1000", "--max_steps=500"} <= set(command)
 
 
-def test_the_curves_become_a_small_picture(tmp_path):
+def test_the_curves_are_drawn_as_a_small_png(tmp_path):
     runs = [run(bench.PEER, (0, 1, 4.2), (100, 100, 1.9)), run("Sprout", (0, 2, 4.2), (20, 10, 1.8))] * 3
     bench.draw(runs, bench.summarise(runs), "tëxt.txt", tmp_path / "new folder" / "plot.png")
     picture = (tmp_path / "new folder" / "plot.png").read_bytes()
@@ -110,5 +110,5 @@ def test_each_mistake_is_one_clear_line(tmp_path):
         bench.main(["--peer", str(peer), "--text", str(text), "--rounds=0"])
     with pytest.raises(UserError, match="n_layers"):
         bench.main(["--peer", str(peer), "--text", str(text), "--", "debug", "--n_layers=3"])
-    with pytest.raises(UserError, match=r"quickstart: plans its length by time.*--sprout_steps=N"):
+    with pytest.raises(UserError, match=r"quickstart: plans its length by measuring speed.*--sprout_steps=N"):
         bench.main(["--peer", str(peer), "--text", str(text), "--", "quickstart"])

@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
+sys.path.insert(0, str(ROOT))  # for imports from the project
 
 import torch  # noqa: E402
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
+sys.path.insert(0, str(ROOT))  # for imports from the project
 
 from bench.hardware import Stopwatch, hardware, write_results  # noqa: E402
 from errors import run_script  # noqa: E402

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
+sys.path.insert(0, str(ROOT))  # for imports from the project
 
 import config  # noqa: E402
 from bench.hardware import commit_of, hardware, write_results  # noqa: E402

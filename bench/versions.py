@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
+sys.path.insert(0, str(ROOT))  # for imports from the project
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -167,7 +167,7 @@ def excerpt_of_stdlib(folder: Path) -> Path:
             shutil.copyfile(path, folder / path.name)
             size += path.stat().st_size
     if not size:
-        raise UserError("this Python came without the sources of its standard library; give a text: --text=FILE")
+        raise UserError("this Python has no sources of its standard library; give a text: --text=FILE")
     return folder
 
 
@@ -277,7 +277,7 @@ def tensor_difference(before: Path, after: Path) -> str | None:
 
 
 def metrics_difference(before: str, after: str) -> str | None:
-    """The first field, `timing` apart, in which two metrics.jsonl differ."""
+    """The first field in which two metrics.jsonl differ, `timing` left out."""
     for number, (old, new) in enumerate(zip_longest(before.splitlines(), after.splitlines()), 1):
         if old is None or new is None:
             return f"line {number} is there {'after' if old is None else 'before'} only"
@@ -292,7 +292,7 @@ def metrics_difference(before: str, after: str) -> str | None:
 
 
 def text_difference(before: bytes, after: bytes) -> str | None:
-    """The first byte that differs, with what stands around it."""
+    """The first byte that differs, with the text around it."""
     if before == after:
         return None
     place = next(

@@ -119,7 +119,7 @@ def loop(
         done = state.step >= budget.plan.max_steps or budget.is_spent(time.perf_counter())
         due = (done or state.step % evals.eval_interval == 0) and state.progress.evaluated_step != state.step
         with logger.clock.pause():
-            result = score(max_tokens=evals.eval_tokens, rows=batches.size) if due else None  # None: not due, or a signal
+            result = score(max_tokens=evals.eval_tokens, rows=batches.size) if due else None  # None after a signal
             if result is not None:
                 logger.evaluation(state, budget.plan, result, state.record_evaluation(result))
                 logger.samples(state.step, sample(1, evals.sample_seed))

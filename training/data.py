@@ -75,7 +75,8 @@ class TrainWindows:
         if self.n_tokens < self.block_size + 1:
             raise UserError(
                 f"the train split holds {self.n_tokens} tokens, fewer than a window of block_size + 1 = "
-                f"{self.block_size + 1}; lower --block_size to at most {max(1, self.n_tokens - 1)} or train on more text"
+                f"{self.block_size + 1}; lower --block_size to "
+                f"at most {max(1, self.n_tokens - 1)} or train on more text"
             )
 
     @property

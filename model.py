@@ -107,21 +107,17 @@ class GPTConfig:
 
     def problems(self) -> list[str]:
         """The violated rules that involve several options, one line each."""
-        found = []
-        if self.n_embd % self.n_head:
-            found.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if self.n_head % self.kv_heads:
-            found.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.kv_heads}")
-        if self.positions == "rotary" and self.head_size % 2:
-            shape = f"n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}"
-            found.append(f"positions=rotary needs an even head size; {shape}")
-        if self.positions == "sinusoidal" and self.n_embd % 2:
-            found.append(f"positions=sinusoidal needs an even n_embd; it is {self.n_embd}")
-        if self.document_mask and self.eos_id is None:
-            found.append("document_mask=true needs a tokenizer with an end-of-sequence id")
-        if self.eos_id is not None and not 0 <= self.eos_id < self.vocab_size:
-            found.append(f"eos_id={self.eos_id} lies outside the vocabulary of {self.vocab_size}")
-        return found
+        ratio = f"n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}"
+        sinusoidal, eos = self.positions == "sinusoidal", self.eos_id
+        violated = {
+            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": self.n_embd % self.n_head,
+            f"n_head={self.n_head} is not divisible by n_kv_head={self.kv_heads}": self.n_head % self.kv_heads,
+            f"positions=rotary needs an even head size; {ratio}": self.positions == "rotary" and self.head_size % 2,
+            f"positions=sinusoidal needs an even n_embd; it is {self.n_embd}": sinusoidal and self.n_embd % 2,
+            "document_mask=true needs a tokenizer with an end-of-sequence id": self.document_mask and eos is None,
+            f"eos_id={eos} lies outside the vocabulary of {self.vocab_size}": not 0 <= (eos or 0) < self.vocab_size,
+        }
+        return [rule for rule, is_violated in violated.items() if is_violated]
 
     def __post_init__(self) -> None:
         if min(self.n_embd, self.n_head, self.kv_heads, self.n_layer, self.block_size, self.vocab_size) < 1:
@@ -139,15 +135,13 @@ class GPTConfig:
 class Linear(nn.Linear):
     """nn.Linear without its own initialisation: GPT.init_weights or import_state sets the weights."""
 
-    def reset_parameters(self) -> None:
-        pass
+    def reset_parameters(self) -> None: ...
 
 
 class Embedding(nn.Embedding):
     """nn.Embedding without its own initialisation. Skips the argument checks of F.embedding, for decode speed."""
 
-    def reset_parameters(self) -> None:
-        pass
+    def reset_parameters(self) -> None: ...
 
     def forward(self, ids: Tensor) -> Tensor:
         return torch.embedding(self.weight, ids)
@@ -233,8 +227,7 @@ def rotary_table(length: int, head_size: int, theta: float) -> Tensor:
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotates the pairs (x[i], x[i + D/2]) of every head: the rotate-half layout that Llama and Qwen checkpoints use.
 
-    x: (B, T, heads, D); table: rows of rotary_table for its positions, (T, 2, D) or (B, T, 2, D). Same shape, same
-    dtype.
+    x: (B, T, heads, D); table: rows of rotary_table for its positions, (T, 2, D) or (B, T, 2, D). Keeps x's dtype.
     """
     cos, sin = table[..., None, 0, :], table[..., None, 1, :]
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # roll, not cat: torch.compile fuses it into one kernel
@@ -347,8 +340,7 @@ class GPT(nn.Module):
     """A decoder-only Transformer over token ids.
 
     seed: of the initial weights, which are drawn on the CPU and so are the same on every device; None leaves them
-    unset, for a model whose weights are loaded next. attention: the path that choose_attention returns for the model's
-    device.
+    unset, for a model whose weights are loaded next. attention: the path that choose_attention returned.
     """
 
     table: Tensor | None  # fixed positions: (block_size, C) sine waves or (block_size, 2, D) rotations
@@ -395,19 +387,17 @@ class GPT(nn.Module):
             else:
                 std = branch_std if name.endswith(("attn.proj.weight", "mlp.down.weight")) else 0.02
                 parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
-        for vocabulary in self._vocabulary_matrices():
-            vocabulary[self.config.vocab_size :] = 0.0
+                parameter[len(self.unpad(name, parameter)) :] = 0.0
 
     def forward(
         self, ids: Tensor, targets: Tensor | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean", label_smoothing: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """ids (B, T) int64, T ≤ block_size → logits (B, T, V); with targets (B, T), the next ids, the loss in nats
-        instead.
+        """ids (B, T) int64, T ≤ block_size → logits (B, T, V), or with targets (B, T), the next ids, the loss in nats.
 
         Targets of IGNORED_TARGET do not count. "mean" divides by the number of counted targets; "none" returns (B, T).
         """
-        hidden = self._hidden(ids, *self._whole_sequences(ids))
+        hidden = self._hidden(ids, *self._sequence_context(ids))
         if targets is None:
             return self._logits(hidden)
         V = self.config.vocab_size
@@ -424,9 +414,9 @@ class GPT(nn.Module):
     def observe(self, ids: Tensor, observer: Callable[[int, Tensor, Tensor, Tensor], None]) -> Tensor:
         """forward(ids) that calls observer(layer, q (B, T, H, D), k (B, T, K, D), v (B, T, K, D)) before every layer's
         attention, with queries and keys normalised and rotated."""
-        return self._logits(self._hidden(ids, *self._whole_sequences(ids, observer=observer)))
+        return self._logits(self._hidden(ids, *self._sequence_context(ids, observer=observer)))
 
-    def _whole_sequences(self, ids: Tensor, **fields: Any) -> tuple[Tensor | slice, AttentionContext]:
+    def _sequence_context(self, ids: Tensor, **fields: Any) -> tuple[Tensor | slice, AttentionContext]:
         """ids (B, T) → positions, as _hidden takes them, and the attention context with further fields."""
         positions: Tensor | slice = slice(0, ids.shape[1])
         if self.config.document_mask:
@@ -441,11 +431,8 @@ class GPT(nn.Module):
     def _hidden(
         self, ids: Tensor, positions: Tensor | slice, context: AttentionContext, before: Tensor | None = None
     ) -> Tensor:
-        """ids (B, T) → the hidden states after the final norm (B, T, C).
-
-        positions: (B, T), or a slice of length T for all rows. before: (B, max_ngram − 1), the ids ahead of these, or
-        None.
-        """
+        """ids (B, T), positions (B, T) or a slice for all rows, the ids before (B, max_ngram − 1), if any → hidden
+        states after the final norm (B, T, C)."""
         x = self.embed(ids)  # (B, T, C)
         if self.ngrams is not None:
             x = x + self.ngrams(self._ngram_rows(ids, positions, before)).sum(dim=-2)
@@ -503,8 +490,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Sequence[int], cache: KVCache, rows: Sequence[int]) -> None:
-        """Reads prompts into rows of the cache, replacing what the rows held. The next decode step returns the first
-        logits.
+        """Reads prompts into rows of the cache, replacing what the rows held. The next decode step returns logits.
 
         ids (B, T) int64: prompts, padded on the right with any id; lengths: of the B prompts, each 0 … T; rows: of the
         cache. No token attends to the padding: it comes after the prompt, and later the cache's lengths exclude it.
@@ -512,7 +498,7 @@ class GPT(nn.Module):
         index = cache.restart(rows, lengths)  # (B,)
         if ids.shape[1] == 0:
             return
-        self._hidden(ids, *self._whole_sequences(ids, cache=cache, rows=index))
+        self._hidden(ids, *self._sequence_context(ids, cache=cache, rows=index))
         if cache.ids is not None:
             cache.ids[index, : ids.shape[1]] = ids
         if self.config.document_mask:
@@ -521,27 +507,26 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """ids (R,) int64, the next token of every row of the cache → logits (R, V). Raises ValueError if a row is full."""
+        """ids (R,) int64, the next token of every row of the cache → logits (R, V). ValueError if a row is full."""
         cache.extend()
-        return self.decode_step(ids, cache, cache.longest, cache.is_even)
+        return self.decode_step(ids, cache, cache.longest, cache.equal_lengths)
 
     @torch.inference_mode()
-    def decode_step(self, ids: Tensor, cache: KVCache, span: int, is_even: bool = False) -> Tensor:
-        """The work of `decode` on the device. It reads no other numbers of the host than its arguments, so that a CUDA
-        graph can replay it.
+    def decode_step(self, ids: Tensor, cache: KVCache, span: int, equal_lengths: bool = False) -> Tensor:
+        """The work of `decode` on the device; the host only chooses the shapes, so a CUDA graph can replay it.
 
-        span: slots of the cache that are read, at least the longest row with its new token. is_even: the new token lies
-        in slot span − 1 of all rows, which saves indices and masks.
+        span: slots of the cache that are read; the longest row with its new token must fit. equal_lengths: the new
+        token lies in slot span − 1 of every row, which saves indices and masks.
         """
         c = self.config
         if c.document_mask:
             cache.starts.copy_(torch.where(self._is_eos(ids), cache.lengths, cache.starts))
         positions: Tensor | slice = slice(span - 1, span)
-        if not is_even or c.document_mask:
+        if not equal_lengths or c.document_mask:
             positions = (cache.lengths - cache.starts)[:, None]  # (R, 1)
-        sees_all = is_even and not c.document_mask and (c.sliding_window is None or c.sliding_window >= span)
+        sees_all = equal_lengths and not c.document_mask and (c.sliding_window is None or c.sliding_window >= span)
         mask = None if sees_all else cache.mask(span, c.sliding_window)
-        cache.prepare_append(span, is_even)
+        cache.prepare_append(span, equal_lengths)
         context = AttentionContext(self.attention, self._rotation(positions), mask=mask, cache=cache)
         hidden = self._hidden(ids[:, None], positions, context, cache.newest_ids(c.max_ngram - 1))
         cache.advance(ids)
@@ -549,17 +534,13 @@ class GPT(nn.Module):
 
     # -- weights in and out
 
-    def _vocabulary_matrices(self) -> list[Tensor]:
-        return [self.embed.weight] if self.head is None else [self.embed.weight, self.head.weight]
-
     def n_params(self) -> int:
         """Number of parameters, without the rows that pad the vocabulary."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding * len(self._vocabulary_matrices())
+        return sum(tensor.numel() for tensor in self.export_state().values())
 
     def flops_per_token(self) -> int:
-        """FLOPs of forward and backward pass per token at full context: 6 per weight of every matrix (Kaplan et al.
-        2020) and 12 · L · T · C for attention, masked scores included, as is usual."""
+        """FLOPs of a training step per token at full context: 6 per weight of every matrix (Kaplan et al. 2020), and
+        12 · L · T · C for attention, masked scores included, as is usual."""
         c = self.config
         matrices = sum(p.numel() for p in self.blocks.parameters()) + c.vocab_size * c.n_embd
         return 6 * matrices + 12 * c.n_layer * c.block_size * c.n_embd
@@ -671,7 +652,7 @@ class KVCache:
         return max(self.host_lengths)
 
     @property
-    def is_even(self) -> bool:
+    def equal_lengths(self) -> bool:
         """Whether all rows have the same length."""
         return min(self.host_lengths) == max(self.host_lengths)
 
@@ -689,16 +670,16 @@ class KVCache:
             slots[:, :, : k.shape[1]].index_copy_(0, rows, new.transpose(1, 2).to(slots.dtype))
 
     def extend(self) -> None:
-        """Counts one more token per row, on the host; `advance` does so on the device. Raises ValueError if a row is full."""
+        """Adds 1 to the host's lengths; `advance` does so on the device. Raises ValueError if a row is full."""
         if self.longest >= self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens and is full; prefill the row again with fewer")
         self.host_lengths = [length + 1 for length in self.host_lengths]
 
-    def prepare_append(self, span: int, is_even: bool) -> None:
+    def prepare_append(self, span: int, equal_lengths: bool) -> None:
         """Makes the views that `append` uses in one decode step, for all layers at once."""
         self.visible = self.memory.narrow(3, 0, span).unbind()  # 2 · n_layer of (R, K, span, D)
-        self.last_slots = self.memory.narrow(3, span - 1, 1).transpose(2, 3).unbind() if is_even else None
-        self.all_rows = None if is_even else torch.arange(len(self.lengths), device=self.memory.device)
+        self.last_slots = self.memory.narrow(3, span - 1, 1).transpose(2, 3).unbind() if equal_lengths else None
+        self.all_rows = None if equal_lengths else torch.arange(len(self.lengths), device=self.memory.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (R, 1, K, D) of one token behind each row → all keys and values of the layer, (R, K, span, D)."""
@@ -744,11 +725,9 @@ class KVCache:
 
 # ======================================================================================================================
 # Attention: softmax(q · kᵀ / √D) · v over the visible positions. The code above calls `attention` alone. Queries are
-# (B, T, H, D), keys and values (B, T, K, D); they may be views of the packed projection.
-# With K < H (grouped queries), query head h uses key/value head h // (H / K).
-#
-# There are two paths, chosen once, when the model is made: "triton", the fused kernels at the end of this file, for
-# GPUs; and "sdpa", PyTorch's attention, for all other machines and for decode steps.
+# (B, T, H, D), keys and values (B, T, K, D); they may be views of the packed projection. With K < H (grouped queries),
+# query head h uses key/value head h // (H / K). There are two paths, chosen once per model: "triton", the fused kernels
+# at the end of this file, for GPUs; and "sdpa", PyTorch's attention, for all other devices and for decode steps.
 # ======================================================================================================================
 
 AttentionPath = Literal["triton", "sdpa"]
@@ -810,7 +789,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer:
             return _sdpa(q, *context.cache.append(layer, k, v), context.mask, causal=False)
         context.cache.write(layer, context.rows, k, v)
     if context.path == "triton":
-        return _fused_attention(q, k, v, context.first_visible)[0]
+        return fused_attention(q, k, v, context.first_visible)[0]
     if context.mask is None and q.device.type == "cpu" and q.shape[1] <= MAX_UNFUSED_LENGTH.get(q.dtype, 0):
         return _unfused_attention(q, k, v)
     return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), context.mask, causal=context.mask is None)
@@ -818,9 +797,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer:
 
 # ---- PyTorch's attention ---------------------------------------------------------------------------------------------
 
-# PyTorch's fused attention on CPUs is made for long sequences. Up to these lengths plain matrix products, forward and
-# backward, were faster wherever they were timed, in bfloat16 1.6 to 6 times (bench/NOTES.md). They hold a (T, T) matrix
-# per head.
+# PyTorch's fused attention on CPUs is made for long sequences. Up to these lengths plain matrix products were faster
+# in every timing, in bfloat16 1.6 to 6 times (bench/NOTES.md). They hold a (T, T) matrix per head.
 MAX_UNFUSED_LENGTH = {torch.float32: 128, torch.bfloat16: 1024}
 
 
@@ -854,36 +832,33 @@ def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: 
 
 # ---- The fused kernels -----------------------------------------------------------------------------------------------
 #
-# Unfused, attention moves matrices of T × T scores through memory; at T = 1024 and D = 64 they are 16 times the size of
+# Unfused, attention moves matrices of T × T scores through memory; at T = 1024 and D = 64 they are 16 times as large as
 # q. The kernels never write them (Dao et al. 2022, FlashAttention). A program of the forward kernel computes BLOCK_Q
 # rows of one head: it keeps their queries on chip and loops over the visible keys, BLOCK_K at a time. Softmax needs the
-# maximum m and the sum l of a whole row; both can be updated block by block (Milakov and Gimelshein 2018; Rabe and
-# Staats 2021). With s the scores of the next block of keys:
+# maximum m and the sum l of a whole row; both are updated block by block (Milakov and Gimelshein 2018; Rabe and Staats
+# 2021). With s the scores of the next block of keys:
 #
 #     m' = max(m, max s)        alpha = exp(m − m')        p = exp(s − m')
 #     l' = alpha · l + Σ p      acc' = alpha · acc + p · v
 #
 # and at the end out = acc / l. On chip stay q, acc (BLOCK_Q × D, float32), m and l; blocks of k and v pass through
 # shared memory. Exponentials are powers of two, with log2(e) folded into the scale: one multiply-add and one
-# instruction per score. Beside out the kernel writes one number per row, lse = m + log2(l): p = exp2(s · scale − lse)
-# can be recomputed from it without maximum and sum. So the backward pass stores no probabilities; each of its two
-# kernels computes q · kᵀ again, because reading T × T numbers would take longer. With do the gradient of out and dp =
-# do · vᵀ:
+# instruction per score. Beside out the kernel writes one number per row, lse = m + log2(l). From it the backward pass
+# recomputes p = exp2(s · scale − lse) without maximum and sum. So no probabilities are stored; each of its two kernels
+# computes q · kᵀ again, which takes less time than reading T × T numbers. With do the gradient of out, dp = do · vᵀ:
 #
 #     delta = Σ do ∘ out (per row)   ds = p ∘ (dp − delta)   dq = scale · ds · k   dk = scale · dsᵀ · q   dv = pᵀ · do
 #
 # One kernel sums dq over keys, for a block of queries; the other sums dk and dv over queries, of all heads that share
-# the keys, for a block of keys. No number is added to by two programs: there are no atomics, and gradients are bitwise
-# reproducible.
+# the keys, for a block of keys. No two programs add to the same number: no atomics, bitwise reproducible gradients.
 #
 # Cost per head, causal: forward two products over half of the square, 2 · T² · D FLOP, and 4 · T · D numbers moved
-# (repeated reads by the programs of a head hit the L2 cache), which is T / 4 FLOP per byte in 16 bits. Backward seven
-# products, 7 · T² · D, and 12 · T · D numbers. A Hopper GPU is compute-bound from about 250 FLOP per byte on: at T =
-# 1024.
+# (repeated reads by the programs of a head hit the L2 cache): T / 4 FLOP per byte in 16 bits. Backward seven products,
+# 7 · T² · D, and 12 · T · D numbers. A Hopper GPU is compute-bound from about 250 FLOP per byte on, at T = 1024.
 #
 # Only some blocks need a mask: those on the diagonal, and with documents or a window those that the line of first
 # visible keys crosses. Blocks beyond that line are skipped. So every loop is split into three: PHASE 0, blocks cut by
-# that line; PHASE 1, blocks that are visible as a whole and need no test; PHASE 2, the diagonal. Masked scores become
+# the line; PHASE 1, blocks that are visible as a whole and need no test; PHASE 2, the diagonal. Masked scores are
 # −1e30, not −inf: a row without a visible key so far sums garbage, which alpha = 0 removes at its first visible key,
 # and every row has one: itself.
 #
@@ -893,14 +868,14 @@ def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: 
 
 
 def _query_block(T, H, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The program's sequence, head and first query. Blocks with the most keys start first, so none of them ends last."""
+    """The program's sequence, head and first query. Blocks with the most keys start first, so that none ends last."""
     blocks = (T + BLOCK_Q - 1) // BLOCK_Q
     bh = tl.program_id(0) // blocks
     return (bh // H).to(tl.int64), bh % H, (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
 
 
 def _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a block of queries: each row's first visible key; where PHASES 0, 1 and 2 of the loop over keys begin."""
+    """Of a block of queries: each row's first visible key, and the bounds of PHASES 0, 1, 2 of the loop over keys."""
     diagonal = start_q // BLOCK_K * BLOCK_K
     first, begin, clear = rows, 0, 0
     if first_ptr is not None:
@@ -908,7 +883,7 @@ def _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q: tl.constexpr, BLOCK_K: 
         begin = tl.maximum(tl.load(first_ptr + b * T + start_q), 0) // BLOCK_K * BLOCK_K
         last = tl.load(first_ptr + b * T + tl.minimum(start_q + BLOCK_Q, T) - 1)
         clear = tl.minimum((tl.maximum(last, 0) + BLOCK_K - 1) // BLOCK_K * BLOCK_K, diagonal)
-    return first, begin, clear, diagonal
+    return first, (begin, clear, diagonal, tl.minimum(start_q + BLOCK_Q, T))
 
 
 def _tile(ptr, b, h, stride_b, stride_t, stride_h, rows, offs_d):  # type: ignore[no-untyped-def]
@@ -943,7 +918,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     b, h, start_q = _query_block(T, H, BLOCK_Q)
     rows, offs_k, offs_d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     MASKED: tl.constexpr = first_ptr is not None
-    first, begin, clear, diagonal = _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q, BLOCK_K)
+    first, bounds = _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q, BLOCK_K)
     q_tile = _tile(q_ptr, b, h, stride_qb, stride_qt, stride_qh, rows, offs_d)
     k_tile = _tile(k_ptr, b, h // GROUP, stride_kb, stride_kt, stride_kh, offs_k, offs_d)
     v_tile = _tile(v_ptr, b, h // GROUP, stride_vb, stride_vt, stride_vh, offs_k, offs_d)
@@ -952,9 +927,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     l_i = tl.zeros((BLOCK_Q,), tl.float32)  # running sum
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for PHASE in tl.static_range(0 if MASKED else 1, 3):
-        low = begin if PHASE == 0 else clear if PHASE == 1 else diagonal
-        high = clear if PHASE == 0 else diagonal if PHASE == 1 else tl.minimum(start_q + BLOCK_Q, T)
-        for start_k in tl.range(low, high, BLOCK_K):
+        for start_k in tl.range(bounds[PHASE], bounds[PHASE + 1], BLOCK_K):
             keys = start_k + offs_k
             k = _load(k_tile + start_k * stride_kt, keys, offs_d, T, D, BLOCK_D, PHASE == 1).to(DOT)
             s = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
@@ -981,7 +954,7 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     b, h, start_q = _query_block(T, H, BLOCK_Q)
     rows, offs_k, offs_d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     MASKED: tl.constexpr = first_ptr is not None
-    first, begin, clear, diagonal = _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q, BLOCK_K)
+    first, bounds = _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q, BLOCK_K)
     q_tile = _tile(q_ptr, b, h, stride_qb, stride_qt, stride_qh, rows, offs_d)
     k_tile = _tile(k_ptr, b, h // GROUP, stride_kb, stride_kt, stride_kh, offs_k, offs_d)
     v_tile = _tile(v_ptr, b, h // GROUP, stride_vb, stride_vt, stride_vh, offs_k, offs_d)
@@ -994,9 +967,7 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     do = do.to(DOT)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for PHASE in tl.static_range(0 if MASKED else 1, 3):
-        low = begin if PHASE == 0 else clear if PHASE == 1 else diagonal
-        high = clear if PHASE == 0 else diagonal if PHASE == 1 else tl.minimum(start_q + BLOCK_Q, T)
-        for start_k in tl.range(low, high, BLOCK_K):
+        for start_k in tl.range(bounds[PHASE], bounds[PHASE + 1], BLOCK_K):
             keys = start_k + offs_k
             k = _load(k_tile + start_k * stride_kt, keys, offs_d, T, D, BLOCK_D, PHASE == 1)
             v = _load(v_tile + start_k * stride_vt, keys, offs_d, T, D, BLOCK_D, PHASE == 1).to(DOT)
@@ -1011,8 +982,8 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 def _query_bounds(first_ptr, b, start_k, T, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a block of keys: where the queries on its diagonal begin and end, where blocks of queries stop to see all of
-    its keys, and where they stop to see any."""
+    """Of a block of keys: the bounds of PHASES 2, 1, 0 of the loop over queries. From `clear` on blocks of queries
+    see some of the keys only, from `end` on none."""
     diagonal, last_block = start_k // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q
     below = tl.minimum((start_k + BLOCK_K + BLOCK_Q - 1) // BLOCK_Q, last_block) * BLOCK_Q
     clear, end = tl.maximum(T // BLOCK_Q * BLOCK_Q, below), T
@@ -1047,7 +1018,7 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
     start_k = tl.program_id(0) % blocks * BLOCK_K
     keys, offs_q, offs_d = start_k + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     MASKED: tl.constexpr = first_ptr is not None
-    diagonal, below, clear, end = _query_bounds(first_ptr, b, start_k, T, BLOCK_Q, BLOCK_K)
+    bounds = _query_bounds(first_ptr, b, start_k, T, BLOCK_Q, BLOCK_K)
     k_tile = _tile(k_ptr, b, h_kv, stride_kb, stride_kt, stride_kh, keys, offs_d)
     v_tile = _tile(v_ptr, b, h_kv, stride_vb, stride_vt, stride_vh, keys, offs_d)
     k = _load(k_tile, keys, offs_d, T, D, BLOCK_D, False).to(DOT)
@@ -1060,9 +1031,7 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
         do_tile = _tile(do_ptr, b, h, T * H * D, H * D, D, offs_q, offs_d)
         row_tile = (b * H + h) * T + offs_q
         for PHASE in tl.static_range(0 if MASKED or TAIL else 1, 3):
-            low = clear if PHASE == 0 else below if PHASE == 1 else diagonal
-            high = end if PHASE == 0 else clear if PHASE == 1 else below
-            for start_q in tl.range(low, high, BLOCK_Q):
+            for start_q in tl.range(bounds[2 - PHASE], bounds[3 - PHASE], BLOCK_Q):
                 rows = start_q + offs_q
                 in_bounds = None if PHASE == 1 else rows < T
                 zero = None if PHASE == 1 else 0.0
@@ -1114,7 +1083,7 @@ LAUNCHES: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
 
 
 def launches_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Launch, Launch, Launch]:
-    """The row of LAUNCHES for a device, "other" for unlisted architectures. Raises ValueError for unsupported dtypes."""
+    """The row of LAUNCHES for a device, else that of "other". Raises ValueError for dtypes that the kernels lack."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"the fused kernel takes float32, float16 and bfloat16, not {dtype}; take the sdpa path")
     architecture = "other"
@@ -1133,7 +1102,7 @@ _HELPERS = (_query_block, _key_bounds, _tile, _load, _mask_scores, _query_bounds
 
 
 def launch_kernel(name: str, launch: Launch, *tensors: Any) -> Any:
-    """Launches a kernel on its tensors, in the order of its parameters (first_visible may be None), the last ones its outputs.
+    """Launches a kernel on its tensors, in the order of its parameters; first_visible may be None.
 
     Returns what Triton compiled, with its registers and shared memory (None in the interpreter).
     """
@@ -1170,19 +1139,34 @@ def _jitted(kernel: Callable[..., None]) -> Any:
     return triton.jit(kernel, do_not_specialize=["T"])
 
 
-# What torch sees: two opaque operators, their output shapes and their derivative. torch.compile needs no graph break
-# for them.
+# Two operators that are opaque to torch, with output shapes and derivative; torch.compile does not break at them.
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Arguments as in `attention` → out (B, T, H, D), and lse (B, H, T) float32: log2 of each row's sum of exponentials."""
+@torch.library.custom_op(
+    "sprout::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? first_visible) -> (Tensor, Tensor)",
+)
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `attention` → out (B, T, H, D), and lse (B, H, T) float32: log2 of each row's sum of exponentials."""
     B, T, H, D = q.shape
     out, lse = q.new_empty((B, T, H, D)), q.new_empty((B, H, T), dtype=torch.float32)
     launch_kernel("forward", launches_for(q.device, q.dtype, D)[0], q, k, v, first_visible, out, lse)
     return out, lse
 
 
-def attention_backward(
+@fused_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "sprout::attention_backward", mutates_args=(),
+    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? first_visible, Tensor out, Tensor lse)"
+    " -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def fused_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """do, the gradient of out → the gradients dq, dk, dv, contiguous."""
@@ -1194,24 +1178,7 @@ def attention_backward(
     return dq, dk, dv
 
 
-_fused_attention = torch.library.custom_op(
-    "sprout::attention", attention_forward, mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? first_visible) -> (Tensor, Tensor)",
-)  # fmt: skip
-_fused_backward = torch.library.custom_op(
-    "sprout::attention_backward", attention_backward, mutates_args=(),
-    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? first_visible, Tensor out, Tensor lse)"
-    " -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
-
-
-@_fused_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
-    B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
-
-
-@_fused_backward.register_fake
+@fused_attention_backward.register_fake
 def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -1222,7 +1189,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: tupl
 
 
 def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_fused_backward(do, *ctx.saved_tensors), None
+    return *fused_attention_backward(do, *ctx.saved_tensors), None
 
 
-_fused_attention.register_autograd(_differentiate, setup_context=_save_for_backward)
+fused_attention.register_autograd(_differentiate, setup_context=_save_for_backward)

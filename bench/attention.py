@@ -45,8 +45,8 @@ from errors import UserError, run_script  # noqa: E402
 from model import (  # noqa: E402
     AttentionContext,
     attention,
-    attention_forward,
     dense_mask,
+    fused_attention,
     launch_kernel,
     launches_for,
     rotary_table,
@@ -232,7 +232,7 @@ def errors(problem: Problem) -> list[dict[str, Any]]:
 @torch.library.custom_op("bench::packed_attention", mutates_args=())
 def packed_attention(qk: Tensor, v: Tensor | None, n_head: int) -> tuple[Tensor, Tensor]:
     """The kernels on packed inputs: qk (B, T, 3H, D) with the values, or (B, T, 2H, D) and v (B, T, H, D) → out, lse."""
-    return attention_forward(*heads(qk, v, n_head), None)
+    return fused_attention(*heads(qk, v, n_head), None)
 
 
 @torch.library.custom_op("bench::packed_attention_backward", mutates_args=())

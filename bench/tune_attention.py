@@ -39,7 +39,7 @@ import torch  # noqa: E402
 from bench.gpu import Deadline, card, choose_device, in_turns, reasons  # noqa: E402
 from bench.hardware import commit_of, hardware, write_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
-from model import KERNELS, Launch, attention_forward, launch_kernel, launches_for  # noqa: E402
+from model import KERNELS, Launch, fused_attention, launch_kernel, launches_for  # noqa: E402
 
 LENGTHS, TOKENS, CHANNELS = {"bfloat16": (1024, 4096, 16384), "float32": (1024, 4096)}, 16384, 2048
 NEAR_THE_BEST = 1.15  # times its time: these are timed again, with care
@@ -121,7 +121,7 @@ def kernels(
         torch.randn(B, T, heads, head_size, device=device, dtype=getattr(torch, dtype)) for heads in (3 * H, H)
     )
     q, k, v = packed.split(H, dim=2)
-    out, lse = attention_forward(q, k, v, None) if solved else (do.clone(), torch.zeros(B, H, T, device=device))
+    out, lse = fused_attention(q, k, v, None) if solved else (do.clone(), torch.zeros(B, H, T, device=device))
     dq, dk, dv = (torch.empty_like(do) for _ in range(3))
     delta = torch.zeros_like(lse)
     return {

@@ -14,8 +14,8 @@ if any case differs.
 
 train, decode: tokens/s on a CPU. The sides take turns in processes of their own, in alternating order; reported are the
 medians of the rounds and the ratio after/before. Training is measured from the first logged step to the last, without
-start-up and evaluation; decoding as sample.py reports it. The 124m model has random weights and a vocabulary of bytes,
-so it lacks most of GPT-2's output head.
+start-up and evaluation; decoding as sample.py reports it. The 124m model has random weights. It has GPT-2's vocabulary
+where TIKTOKEN_CACHE_DIR is set, else one of bytes, and then lacks most of GPT-2's output head.
 
 Reading order: main, compare_bits, first_difference, then compare_training and compare_decoding.
 """
@@ -100,7 +100,8 @@ class Shape(NamedTuple):
 
 
 TRAINED = {"small": Shape("shakespeare_char_cpu", 300, 50), "quickstart": Shape("quickstart", 60, 10)}
-MODELS = {"small": ("shakespeare_char_cpu", ""), "124m": ("gpt2_124m", "--tokenizer=bytes")}  # name: (preset, flags)
+VOCABULARY = "gpt2" if os.environ.get("TIKTOKEN_CACHE_DIR") else "bytes"  # GPT-2's would have to be downloaded
+MODELS = {"small": ("shakespeare_char_cpu", ""), "124m": ("gpt2_124m", f"--tokenizer={VOCABULARY}")}  # preset, flags
 DECODED = {
     "small, 1 sample": ("small", 1, 500),
     "small, 16 samples": ("small", 16, 500),
@@ -128,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         if "train" in arguments.parts:
             figures["train"] = compare_training(sides, text, arguments.rounds)
         if "decode" in arguments.parts:
+            figures["vocabulary_of_124m"] = VOCABULARY
             figures["decode"] = compare_decoding(sides, text, arguments.rounds)
     print(f"written: {write_results('versions', figures, arguments.results)}")
     return int(any(figures.get("bits", {}).values()))

@@ -3,7 +3,8 @@
 Reading order: GPTConfig (the options) → norms, positions, dropout → Attention, MLP, Block → GPT (forward pass and loss,
 prefill and decode step, weights) → ChunkedCrossEntropy → KVCache → attention (its two paths, then the fused kernels).
 The file imports nothing of the project. It works on ids and tensors; text, files and schedules are handled elsewhere.
- Dimension letters: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head size, F width of the
+
+Dimension letters: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head size, F width of the
 MLP, V vocabulary, R rows and S slots of the cache.
 """
 

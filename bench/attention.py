@@ -1,19 +1,19 @@
-"""The fused attention kernel beside PyTorch's: SDPA pinned to each of its backends, and FlexAttention. Needs a CUDA GPU.
+"""The fused attention kernels against SDPA, pinned to each of its backends, and FlexAttention. Needs a CUDA GPU.
 
-    python bench/attention.py --out=DIR                  everything, under 8 minutes: DIR/DATE-attention.json and its .png
-    python bench/attention.py --out=DIR --quick          two lengths, one head size, about a minute
-    python bench/attention.py --out=DIR --signatures     only: three gradients, which autograd concatenates, against a packed one
-    python bench/attention.py --plot=DIR/RESULT.json     draws a result anew, anywhere; needs matplotlib, nothing else here does
-    python bench/attention.py --interpret                tries this script out without a GPU: tiny, no figures, nothing written
+    python bench/attention.py --out=DIR                everything, under 8 minutes: DIR/DATE-attention.json and its .png
+    python bench/attention.py --out=DIR --quick        two lengths, one head size, about a minute
+    python bench/attention.py --out=DIR --signatures   only: three gradients, which autograd concatenates, or one packed
+    python bench/attention.py --plot=DIR/RESULT.json   draws a result again, on any machine; needs matplotlib
+    python bench/attention.py --interpret              tries this script out without a GPU: tiny, nothing is written
 
-Timed: causal attention in bfloat16 on normal random numbers, 16k tokens, heads · head size = 2048; the forward pass as in training, and
-the backward pass alone, by torch.autograd.grad on a retained graph. Every contender gets q, k, v (B, T, H, D) in a layout that it takes
-without a copy: ours views of a packed (B, T, 3H, D) tensor, the others contiguous tensors. They take turns (bench/gpu.py); figures are
-medians. TFLOP/s count 4 · B · H · T² · D / 2 for the forward pass and 2.5 times that for the backward pass, whatever a contender computes.
+Timed: causal attention in bfloat16 on normal random numbers, 16k tokens, heads · head size = 2048; the forward pass as
+in training, and the backward pass alone, by torch.autograd.grad on a retained graph. Every contender gets q, k, v
+(B, T, H, D) in a layout that it takes without a copy: ours views of a packed (B, T, 3H, D) tensor, the others
+contiguous tensors. They take turns (bench/gpu.py); figures are medians. TFLOP/s count 4 · B · H · T² · D / 2 for the
+forward pass and 2.5 times that for the backward pass, whatever a contender computes.
 
-`memory_mib` is the peak of a run beyond what was allocated before it: inputs, and before a backward pass all that was saved for it.
-
-Errors are relative to attention in float64 on the same rounded inputs: ‖x − exact‖ / ‖exact‖ for out, dq, dk and dv.
+`memory_mib` is the peak of a run beyond what was allocated before it: inputs, and before a backward pass all that was
+saved for it. Errors are relative to attention in float64 on the same rounded inputs: ‖x − exact‖ / ‖exact‖.
 
 Reading order: Problem, the contenders, measure, errors, signatures, main; then bench/attention_report.py.
 """
@@ -39,7 +39,18 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench.attention_report import obstacles, plot, show, show_speed, table, with_ratios  # noqa: E402
-from bench.gpu import Deadline, OutOfTime, Run, card, ceilings, choose_device, in_turns, peak_memory, reasons, summary  # noqa: E402
+from bench.gpu import (  # noqa: E402
+    Deadline,
+    OutOfTime,
+    Run,
+    card,
+    ceilings,
+    choose_device,
+    in_turns,
+    peak_memory,
+    reasons,
+    summary,
+)
 from bench.hardware import commit_of, hardware, write_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import (  # noqa: E402
@@ -59,7 +70,7 @@ Attend = Callable[..., Tensor]  # the leaves → (B, T, H, D)
 
 @dataclass(frozen=True)
 class Problem:
-    """Shapes, and which keys are seen: first (B, T) int32 as causal_attention takes it, or None for plain causal attention."""
+    """Shapes, and `first`: first_visible (B, T) int32 as in AttentionContext, or None for plain causal attention."""
 
     name: str
     B: int
@@ -80,7 +91,7 @@ class Problem:
         return torch.randn(self.B, self.T, heads, self.D, device=self.device, dtype=torch.bfloat16)
 
 
-# ---- The contenders: each makes, for a problem, the function that attends ----------------------------------------------
+# ---- The contenders: each makes the attention function of a problem --------------------------------------------------
 
 
 def ours(problem: Problem) -> Attend:
@@ -110,10 +121,8 @@ def flex(problem: Problem) -> Attend:
         return query >= key if first is None else (query >= key) & (key >= first[b, query])
 
     mask = create_block_mask(visible, None if first is None else problem.B, None, T, T, device=problem.device.type)
-    torch.compiler.reset()  # every shape is compiled anew; past a limit torch would run the last ones uncompiled, without an error
-    functorch_config.donated_buffer = (
-        False  # a graph whose backward pass is run many times may not give its tensors away
-    )
+    torch.compiler.reset()  # beyond its limit of recompilations torch runs further shapes uncompiled, without an error
+    functorch_config.donated_buffer = False  # the backward pass runs many times on one graph
     kernel = torch.compile(flex_attention, dynamic=False) if problem.device.type == "cuda" else flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -134,7 +143,7 @@ CONTENDERS: dict[str, Callable[[Problem], Attend]] = {
 
 
 def leaves_of(problem: Problem) -> dict[str, list[Tensor]]:
-    """q, k, v for every contender, the same random numbers: for ours views of a packed projection, for others contiguous."""
+    """The same random q, k, v for every contender: views of a packed projection for ours, else contiguous."""
     views = [x.detach().requires_grad_() for x in problem.random(3 * problem.H).split(problem.H, dim=2)]
     parts = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in views]
     return {name: views if name == "triton" else parts for name in CONTENDERS}
@@ -144,7 +153,7 @@ def leaves_of(problem: Problem) -> dict[str, list[Tensor]]:
 
 
 def measure(problem: Problem, seconds: float) -> list[dict[str, Any]]:
-    """A row a direction and contender: time, TFLOP/s, memory, or why there is none. About so many seconds of timed runs."""
+    """A row per direction and contender: time, TFLOP/s, memory, or why it did not run. `seconds`: of timed runs."""
     names = [name for name in CONTENDERS if name != "math" or problem.first is None]
     inputs, grad = leaves_of(problem), problem.random(problem.H)
     forward: dict[str, Callable[[], Any]] = {}
@@ -155,7 +164,7 @@ def measure(problem: Problem, seconds: float) -> list[dict[str, Any]]:
 
     def prepare_backward(name: str) -> Callable[[], Any]:
         out = forward[name]()
-        upstream = torch.empty_like(out).copy_(grad)  # in the layout of out: nobody has to rearrange it
+        upstream = torch.empty_like(out).copy_(grad)  # in the layout of out, so that no contender copies it
         return partial(torch.autograd.grad, out, inputs[name], upstream, retain_graph=True)
 
     rows = []
@@ -173,7 +182,7 @@ def measure(problem: Problem, seconds: float) -> list[dict[str, Any]]:
 def warm(
     prepare: dict[str, Callable[[], Run]], device: torch.device
 ) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
-    """Makes the runs and calls each a few times, the first of which compiles → the runs, their memory in MiB, and who does not run."""
+    """Makes the runs and calls each a few times; the first call compiles → runs, memory in MiB, reasons of failures."""
     runs: dict[str, Run] = {}
     memory: dict[str, float] = {}
     refused: dict[str, str] = {}
@@ -188,7 +197,7 @@ def warm(
 
 
 def timed(runs: dict[str, Run], seconds: float, device: torch.device) -> dict[str, list[float]]:
-    """As many rounds as fit into the seconds, 5 … 50; in the interpreter one."""
+    """As many rounds as fit into the seconds, 5 … 50; one in the interpreter."""
     if device.type != "cuda":
         return in_turns(runs, 1, device)
     one = sum(sum(times) for times in in_turns(runs, 1, device).values())
@@ -199,7 +208,7 @@ def timed(runs: dict[str, Run], seconds: float, device: torch.device) -> dict[st
 
 
 def errors(problem: Problem) -> list[dict[str, Any]]:
-    """A row a contender: the relative errors of out, dq, dk, dv against float64, and their largest ratio to flash's."""
+    """A row per contender: errors of out, dq, dk, dv relative to float64, and their largest ratio to flash's."""
     inputs, grad = leaves_of(problem), problem.random(problem.H)
 
     def results(leaves: list[Tensor], attend: Attend) -> list[Tensor]:
@@ -231,19 +240,19 @@ def errors(problem: Problem) -> list[dict[str, Any]]:
 
 @torch.library.custom_op("bench::packed_attention", mutates_args=())
 def packed_attention(qk: Tensor, v: Tensor | None, n_head: int) -> tuple[Tensor, Tensor]:
-    """The kernels on packed inputs: qk (B, T, 3H, D) with the values, or (B, T, 2H, D) and v (B, T, H, D) → out, lse."""
+    """The kernel on packed inputs: qk (B, T, 3H, D) with the values, or (B, T, 2H, D) and v (B, T, H, D) → out, lse."""
     return fused_attention(*heads(qk, v, n_head), None)
 
 
 @torch.library.custom_op("bench::packed_attention_backward", mutates_args=())
 def packed_backward(do: Tensor, qk: Tensor, v: Tensor | None, out: Tensor, lse: Tensor, n_head: int) -> list[Tensor]:
-    """Gradients packed like the inputs: the kernels write into views of them, so autograd has nothing to concatenate."""
+    """Gradients packed like the inputs: the kernels write into views of them, so autograd concatenates nothing."""
     d_qk, delta, do = (
         torch.empty_like(qk, memory_format=torch.contiguous_format),
         torch.empty_like(lse),
         do.contiguous(),
     )
-    d_v = None if v is None else torch.empty_like(d_qk)[:, :, :n_head]  # the kernel wants dv to have the strides of dk
+    d_v = None if v is None else torch.empty_like(d_qk)[:, :, :n_head]  # the kernel takes the strides of dk for dv
     (q, k, values), (dq, dk, dv) = heads(qk, v, n_head), heads(d_qk, d_v, n_head)
     _, by_query, by_key = launches_for(q.device, q.dtype, q.shape[3])
     launch_kernel("query_gradient", by_query, q, k, values, None, out, lse, do, delta, dq)
@@ -281,10 +290,11 @@ packed_attention.register_autograd(differentiate, setup_context=save_for_backwar
 
 
 def signatures(problem: Problem) -> list[dict[str, Any]]:
-    """Forward and backward pass together, from the packed projection to its gradient: the operator of model.py, whose three
-    gradients autograd concatenates, beside one with packed gradients.
+    """Forward and backward pass together, from the packed projection to its gradient: the operator of model.py, whose
+    three gradients autograd concatenates, beside one with packed gradients.
 
-    Learned positions: q, k, v are views of the projection. Rotary: only the values are; the rotation writes queries and keys.
+    Learned positions: q, k, v are views of the projection. Rotary: only the values are; the rotation writes queries and
+    keys.
     """
     H, device = problem.H, problem.device
     context = AttentionContext("triton")
@@ -315,7 +325,8 @@ def signatures(problem: Problem) -> list[dict[str, Any]]:
     def step(form: Attend) -> object:
         return torch.autograd.grad(form(x), x, grad)
 
-    runs, memory, refused = warm({name: lambda form=form: partial(step, form) for name, form in forms.items()}, device)  # type: ignore[misc]
+    steps = {name: partial(partial, step, form) for name, form in forms.items()}  # name → function that makes the run
+    runs, memory, refused = warm(steps, device)
     rows: list[dict[str, Any]] = [
         {"form": name, **summary(times), "memory_mib": memory[name]} for name, times in timed(runs, 2.0, device).items()
     ]

@@ -1,6 +1,7 @@
-"""What the figures of bench/attention.py come to: ratios, targets, lines, a table for README, a plot. Knows no GPU, only rows of figures.
+"""Reports the figures of bench/attention.py: ratios, targets, lines, a table for README, a plot. Needs no GPU.
 
-A row is a dict: problem, T, D, direction and contender, then either tflops, ms, spread, runs and memory_mib, or `unavailable`, the reason.
+A row is a dict: problem, T, D, direction and contender, then tflops, ms, spread, runs and memory_mib, or `unavailable`,
+the reason.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 from errors import UserError
 
-# TFLOP/s on a Hopper GPU at T = 1k, 2k, 4k, 8k, 16k: "must" is what FlashAttention-2 reaches, "stretch" about FlashAttention-3.
+# TFLOP/s on a Hopper GPU at T = 1k, 2k, 4k, 8k, 16k: "must" is what FlashAttention-2 reaches, "stretch" about
+# FlashAttention-3.
 TARGETS: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {
     ("forward", 64): {
         "must": (229, 262, 284, 295, 299),
@@ -39,7 +41,7 @@ TARGET_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds to the rows of one problem their speed as a multiple of flash's and cuDNN's, and to ours the target that it meets."""
+    """Adds to the rows of one problem their speed relative to flash and cuDNN, and to ours the target that it meets."""
     speeds = {(row["direction"], row["contender"]): row["tflops"] for row in rows if "tflops" in row}
     for row in rows:
         for rival in ("flash", "cudnn"):
@@ -51,7 +53,7 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def target_met(direction: str, head_size: int, length: int, tflops: float) -> str:
-    """The highest of TARGETS that is reached, "below must", or "" where there is none for this shape."""
+    """The highest of TARGETS that is met, "below must", or "" if this shape has none."""
     levels = TARGETS.get((direction, head_size), {})
     if not levels or length not in TARGET_LENGTHS:
         return ""
@@ -62,7 +64,7 @@ def target_met(direction: str, head_size: int, length: int, tflops: float) -> st
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Errors and signatures: a line a row."""
+    """Prints errors and signatures: a line per row."""
     for row in rows:
         print(
             "  ".join(
@@ -73,7 +75,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def show_speed(rows: list[dict[str, Any]]) -> None:
-    """A line a direction: TFLOP/s of everybody, then how ours stands."""
+    """Prints a line per direction: TFLOP/s of every contender, ratios and target of ours."""
     for direction in ("forward", "backward"):
         mine = {row["contender"]: row for row in rows if row["direction"] == direction}
         if not mine:
@@ -90,7 +92,7 @@ def show_speed(rows: list[dict[str, Any]]) -> None:
 
 
 def obstacles(rows: list[dict[str, Any]]) -> list[str]:
-    """Who did not run where, and why: a line a contender and reason."""
+    """Which contender did not run where, and why: a line per contender and reason."""
     where: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if "unavailable" in row:
@@ -104,7 +106,7 @@ def obstacles(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def table(rows: list[dict[str, Any]], direction: str, head_size: int) -> str:
-    """TFLOP/s of plain causal attention in Markdown: a row a contender, a column a length; for README. "" where nothing was measured."""
+    """TFLOP/s of plain causal attention in Markdown: a row per contender, a column per T; "" if not measured."""
     mine = [row for row in rows if (row["problem"], row["direction"], row["D"]) == ("causal", direction, head_size)]
     if not mine:
         return ""
@@ -121,7 +123,7 @@ def table(rows: list[dict[str, Any]], direction: str, head_size: int) -> str:
 
 
 def plot(result: Path) -> Path:
-    """Draws a result's TFLOP/s over T, a panel a direction and head size, as a PNG beside it. Raises UserError."""
+    """Draws a result's TFLOP/s over T as a PNG beside it, a panel per direction and head size. Raises UserError."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

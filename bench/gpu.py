@@ -1,4 +1,4 @@
-"""What the benches of a GPU share: a clock for device work, runs that take turns, the two ceilings of the card, and its name.
+"""Shared by the GPU benches: timing on the device, runs in turns, the GPU's matmul and copy speed, its name.
 
 Knows no model. Everything also runs on a CPU, so that a bench can be tested without a GPU; such timings mean nothing.
 """
@@ -44,19 +44,19 @@ class Deadline:
 
 
 def choose_device(script: str, trial: str, interpret: bool) -> torch.device:
-    """CUDA, or the CPU where `trial`, an option of the script, asks for interpreted kernels. Raises UserError without either."""
+    """CUDA, or the CPU with interpreted kernels if the option named `trial` is set. Raises UserError without a GPU."""
     if interpret or os.environ.get("TRITON_INTERPRET") == "1":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which nothing has done yet
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
-            f"{script} needs a CUDA GPU and finds none; {trial} tries the script out on a CPU, in tiny sizes, without figures"
+            f"{script} needs a CUDA GPU and finds none; {trial} tries it out on a CPU, in tiny sizes, without figures"
         )
     return torch.device("cuda")
 
 
 def card(device: torch.device) -> dict[str, Any]:
-    """The GPU and the libraries that count on it, ready for JSON."""
+    """The GPU and the versions of the libraries that drive it, ready for JSON."""
     if device.type != "cuda":
         return {"gpu": "none: interpreted on the CPU, the timings mean nothing"}
     import triton
@@ -74,7 +74,7 @@ def card(device: torch.device) -> dict[str, Any]:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this card reaches: TFLOP/s of a square bfloat16 product of random numbers, TB/s of a copy (bytes read plus bytes written)."""
+    """Measured: TFLOP/s of a square bfloat16 product of random numbers, TB/s of a copy (bytes read plus written)."""
     size, rounds = (8192, 20) if device.type == "cuda" else (64, 1)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     out, source = torch.empty_like(a), torch.empty(size * size * 16, dtype=torch.uint8, device=device)
@@ -89,8 +89,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def in_turns(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every run, `rounds` of each. They take turns, in every other round backwards, so that a card which warms up and clocks
-    down slows all alike. Each was called before, uncounted."""
+    """Seconds of every run, `rounds` of each. They take turns, in reverse order every other round, so that a GPU that
+    warms up and clocks down slows all alike. Call each once before: the first call may compile."""
     flush = _flush_buffer(device)
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
     for number in range(rounds):
@@ -107,12 +107,12 @@ def in_turns(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict
 
 @cache
 def _flush_buffer(device: torch.device) -> torch.Tensor:
-    """Kept, so that it is not what no longer fits in the end."""
+    """Allocated once, so that it cannot fail when memory is full later."""
     return torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
 
 
 def _mark(device: torch.device) -> Any:
-    """A moment in the device's queue of work; on a CPU, which works at once, the time."""
+    """A CUDA event in the device's queue; on a CPU the time in seconds."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -121,13 +121,13 @@ def _mark(device: torch.device) -> Any:
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Median milliseconds, and the middle half of the runs as a share of it: differences below that are noise."""
+    """Median milliseconds, and the interquartile range relative to it: smaller differences are noise."""
     low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {"ms": round(1e3 * middle, 4), "spread": round((high - low) / middle, 3), "runs": len(seconds)}
 
 
 def peak_memory(run: Run, device: torch.device) -> int:
-    """Bytes of device memory that a run needs at most, beyond what is there before it."""
+    """Peak bytes of device memory of a run, beyond what was allocated before it."""
     if device.type != "cuda":
         run()
         return 0
@@ -140,7 +140,7 @@ def peak_memory(run: Run, device: torch.device) -> int:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """How PyTorch and Triton say that something does not run here: no kernel, no memory, no shared memory, no compiler."""
+    """What PyTorch and Triton raise if something cannot run: no kernel, memory, shared memory or compiler."""
     found: list[type[Exception]] = [RuntimeError, NotImplementedError]
     try:
         from triton.compiler.errors import CompilationError
@@ -154,7 +154,7 @@ def refusals() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def reasons(rows: dict[str, str], name: str) -> Iterator[None]:
-    """What does not run becomes a line in rows[name], PyTorch's own warnings included, instead of the end of the bench."""
+    """Catches errors of `refusals` and stores them in rows[name] as one line, with PyTorch's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -1,16 +1,17 @@
 """Finds the fastest launches of the attention kernels on a CUDA GPU and prints the rows of LAUNCHES in model.py for it.
 
-    python bench/tune_attention.py --out=DIR                        bfloat16 and float32, under 8 minutes: DIR/DATE-tune_attention.json
-    python bench/tune_attention.py --out=DIR --dtypes=bfloat16 --head_sizes=64       a part of it
-    python bench/tune_attention.py --interpret                      tries this script out without a GPU: tiny, nothing written
+    python bench/tune_attention.py --out=DIR      bfloat16 and float32, under 8 minutes: DIR/DATE-tune_attention.json
+    python bench/tune_attention.py --out=DIR --dtypes=bfloat16 --head_sizes=64      a part of it
+    python bench/tune_attention.py --interpret    tries this script out without a GPU: tiny, nothing is written
 
-A launch is queries and keys a block, warps a program and stages of the loading pipeline. First all launches are compiled, by a process
-a core, each of which runs them once on little data; Triton keeps what it compiled on disk, where this process finds it. Then every
-kernel is timed alone, on random numbers, 16k tokens, heads · head size = 2048: all launches a few times, those near the best one again,
-in turns. A launch does not depend on T, so the one is chosen whose time, as a multiple of the best at each T, has the least
-geometric mean. Launches that spill registers are timed and shown, but not chosen: tests hold the table to that.
+A launch is queries and keys per block, warps per program and stages of the loading pipeline. First all launches are
+compiled by one process per core, each of which runs them once on little data; this process finds the results in
+Triton's cache on disk. Then every kernel is timed alone, on random numbers, 16k tokens, heads · head size = 2048: all
+launches a few times, those near the best one again, in turns. A launch does not depend on T; the one is chosen whose
+time relative to the best at each T has the smallest geometric mean. Launches that spill registers are timed and shown,
+but not chosen: tests require that the table's launches do not spill.
 
-After pasting a row: run the tests marked gpu and bench/attention.py, which compare the results with attention in float64.
+After pasting a row, run the tests marked gpu and bench/attention.py, which compare results with attention in float64.
 
 Reading order: candidates, compile_all, kernels, time_kernel, choose, main.
 """
@@ -42,14 +43,14 @@ from errors import UserError, run_script  # noqa: E402
 from model import KERNELS, Launch, fused_attention, launch_kernel, launches_for  # noqa: E402
 
 LENGTHS, TOKENS, CHANNELS = {"bfloat16": (1024, 4096, 16384), "float32": (1024, 4096)}, 16384, 2048
-NEAR_THE_BEST = 1.15  # times its time: these are timed again, with care
+NEAR_BEST = 1.15  # launches within this factor of the best time are timed again, more often
 COMPILE_SHARE = 0.6  # of the time that is left may go into compiling
 Job = tuple[str, str, int, Launch]  # kernel, dtype, head size, launch
 Timings = dict[int, dict[Launch, float]]  # by T: seconds of each launch
 
 
 def candidates(kernel: str, dtype: str) -> list[Launch]:
-    """The launches to try. float32 multiplies without tensor cores; its code grows with the block, and large ones compile for minutes."""
+    """The launches to try. float32 uses no tensor cores: code grows with the block; large ones compile slowly."""
     if dtype == "float32":
         return [
             Launch(q, k, warps, stages)
@@ -68,9 +69,9 @@ def candidates(kernel: str, dtype: str) -> list[Launch]:
 
 
 def compile_all(jobs: list[Job], seconds: float) -> dict[Job, dict[str, Any]]:
-    """Compiles on every core, for so many seconds at most → registers, spills and shared memory of each, or why it does not run.
+    """Compiles on every core, for at most `seconds` → registers, spills and shared memory, or why it does not run.
 
-    Workers are processes, since much of the compiler is Python; one that the compiler takes down with it costs one launch.
+    Workers are processes, since much of the compiler is Python; a crash of the compiler costs one launch.
     """
     context = multiprocessing.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
@@ -91,7 +92,7 @@ def compile_all(jobs: list[Job], seconds: float) -> dict[Job, dict[str, Any]]:
 
 
 def compile_some(todo: Any, done: Any) -> None:
-    """A worker: takes jobs until there are none, runs each once on little data."""
+    """A worker: takes jobs until the queue is empty and runs each once on little data."""
     while True:
         try:
             job = todo.get(timeout=1)
@@ -115,7 +116,7 @@ def compile_some(todo: Any, done: Any) -> None:
 def kernels(
     T: int, tokens: int, head_size: int, dtype: str, device: torch.device, channels: int = CHANNELS, solved: bool = True
 ) -> dict[str, Callable[[Launch], Any]]:
-    """Each kernel alone, as a function of its launch, on random numbers. Not solved: out and lse are made up."""
+    """Each kernel as a function of its launch, on random numbers. solved=False: out and lse are arbitrary numbers."""
     B, H = tokens // T, channels // head_size
     packed, do = (
         torch.randn(B, T, heads, head_size, device=device, dtype=getattr(torch, dtype)) for heads in (3 * H, H)
@@ -138,7 +139,7 @@ def kernels(
 def time_kernel(
     kernel: str, dtype: str, D: int, launches: list[Launch], device: torch.device, deadline: Deadline
 ) -> Timings:
-    """A sweep at every T, once the time is over at the first one only; a T at which nothing runs is left out."""
+    """A sweep at every T, or at the first one if the time is over; a T at which nothing runs is left out."""
     tokens, channels, lengths = (TOKENS, CHANNELS, LENGTHS[dtype]) if device.type == "cuda" else (32, 32, (32,))
     timings: Timings = {}
     for T in lengths if deadline.left() > 0 else lengths[:1]:
@@ -148,7 +149,7 @@ def time_kernel(
 
 
 def sweep(run: Callable[[Launch], Any], launches: list[Launch], device: torch.device) -> dict[Launch, float]:
-    """Median seconds of each launch that runs: of 3 runs, of 15 where it comes near the best one."""
+    """Median seconds of each launch that runs: of 3 runs, of 15 if it is near the best one."""
     runs: dict[str, Callable[[], object]] = {}
     for launch in launches:
         with reasons({}, "not here"):
@@ -158,13 +159,13 @@ def sweep(run: Callable[[Launch], Any], launches: list[Launch], device: torch.de
     if not runs:
         return {}
     seconds = {name: statistics.median(times) for name, times in in_turns(runs, once, device).items()}
-    near = {name: runs[name] for name in runs if seconds[name] <= NEAR_THE_BEST * min(seconds.values())}
+    near = {name: runs[name] for name in runs if seconds[name] <= NEAR_BEST * min(seconds.values())}
     seconds |= {name: statistics.median(times) for name, times in in_turns(near, again, device).items()}
     return {launch: seconds[show(launch)] for launch in launches if show(launch) in seconds}
 
 
 def rank(timings: Timings) -> list[tuple[Launch, float]]:
-    """The launches that run at every T, the best first, each with the geometric mean of its time over the best one's at that T."""
+    """The launches that run at every T, best first, with the geometric mean over T of time relative to the best."""
     everywhere = set.intersection(*(set(times) for times in timings.values()))
     best = {T: min(times.values()) for T, times in timings.items()}
     scores = {launch: statistics.geometric_mean(timings[T][launch] / best[T] for T in timings) for launch in everywhere}
@@ -172,7 +173,7 @@ def rank(timings: Timings) -> list[tuple[Launch, float]]:
 
 
 def choose(timings: Timings, present: Launch, compiled: Mapping[Launch, dict[str, Any]]) -> dict[str, Any]:
-    """What the table should say of a kernel: the best launch that spills nothing, and how far behind it others are (0.02: 2 % slower)."""
+    """The best launch of a kernel that spills nothing, and how far behind it others are (0.02: 2 % slower)."""
     ranked = rank(timings)
     clean = [(launch, score) for launch, score in ranked if not compiled.get(launch, {}).get("spills")] or ranked
     best, score = clean[0]

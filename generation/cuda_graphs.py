@@ -1,5 +1,6 @@
 """Decode steps recorded as CUDA graphs: a GPU then runs a whole step without Python.
- A graph can replay a step whose shapes and memory stay the same. So a step reads the first 64, 128, 256 … slots of the
+
+A graph can replay a step whose shapes and memory stay the same. So a step reads the first 64, 128, 256 … slots of the
 cache, up to all of them, with one graph for each such span; the mask excludes slots beyond a row's length, and the
 lengths are counted on the device. When rows leave the batch, KVCache.keep moves the cache to new memory, and the graphs
 are recorded again. Recording takes as long as a few plain steps.

@@ -1,5 +1,6 @@
 """Generation on ids: which ids the model reads, and the batched loop with a KV cache that continues prompts.
- `visible` is the rule for sequences longer than block_size; `next_logits` applies it without a cache, in one forward
+
+`visible` is the rule for sequences longer than block_size; `next_logits` applies it without a cache, in one forward
 pass. `generate` computes the same with a cache: one decode step per token, and a new prefill where the visible window
 is cut. Knows neither text nor files. Reading order: visible, generate, _prefill, _decode_loop.
 """

@@ -1,4 +1,4 @@
-"""Weights in eight bits, for generating on CPUs: a token of a large model waits for memory, and reads a quarter of it then."""
+"""int8 weights for generation on CPUs: decode is bound by memory bandwidth, int8 has a quarter of the bytes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from errors import UserError
 from model import GPT
 
-SMALLEST = 1e-30  # no row's largest number is taken for less, so that a row of zeros stays zeros
+MIN_SCALE = 1e-30  # lower bound of a row's largest number, so that a row of zeros stays zeros
 
 
 class Int8Linear(nn.Module):
     """x (…, in) → (…, out) float32, by oneDNN's product of 8-bit integers.
 
-    The weights have a scale for each output, chosen here, once. The inputs are rounded too, with a scale for each row, so that a row's
-    result does not depend on those beside it: a sample is the same alone and in a batch.
+    The weights have a scale for each output, chosen here, once. The inputs are rounded too, with a scale for each row,
+    so that a row's result does not depend on those beside it: a sample is the same alone and in a batch.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, levels: int) -> None:
@@ -25,18 +25,18 @@ class Int8Linear(nn.Module):
         weight = weight.detach()
         self.bias = None if bias is None else bias.detach()
         self.levels, self.outputs = levels, len(weight)
-        self.scales = weight.abs().amax(dim=1).clamp_(min=SMALLEST) / 127  # (out,)
+        self.scales = weight.abs().amax(dim=1).clamp_(min=MIN_SCALE) / 127  # (out,)
         self.zeros = torch.zeros(len(weight), dtype=torch.int64)
         whole = (weight / self.scales[:, None]).round_().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
-        # Inputs are bytes with 0 at levels + 1, and what that adds to every output is taken off again. (oneDNN could do it, but slower; and
-        # signed inputs end in a kernel that is hundreds of times slower.)
+        # Inputs are unsigned bytes with 0 at levels + 1; the offset removes what that adds to outputs. oneDNN's own
+        # zero point is slower, and with signed inputs it takes a kernel that is hundreds of times slower.
         self.offset = whole.sum(dim=1) * self.scales * (-(levels + 1) / levels)  # (out,)
-        self.zero = torch.full((1,), levels + 1.5)  # with the half that makes cutting off a rounding
+        self.zero = torch.full((1,), levels + 1.5)  # the half turns truncation into rounding
 
     def forward(self, x: Tensor) -> Tensor:
         levels, rows = self.levels, x.flatten(0, -2)
-        largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=SMALLEST)  # NaN stays NaN
+        largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=MIN_SCALE)  # NaN stays NaN
         whole = torch.addcdiv(self.zero, rows, largest, value=levels).to(torch.uint8)
         out = torch.ops.onednn.qlinear_pointwise(
             whole,
@@ -58,8 +58,8 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model: GPT) -> GPT:
-    """Replaces the matrices of the blocks and of the head, in place; embeddings and norms stay as they are. The model can then generate
-    and be evaluated, not be trained or saved. Raises UserError where this machine, or the dtype, cannot have it."""
+    """Replaces the linear layers of blocks and head, in place. The model can then generate and be evaluated, but
+    not be trained or saved. Raises UserError if the device, the dtype or this PyTorch does not support it."""
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     if device.type != "cpu" or dtype != torch.float32:
         raise UserError(
@@ -72,13 +72,13 @@ def quantize(model: GPT) -> GPT:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child.weight, child.bias, levels))
-    if model.head is None:  # tied: the embedding's table stays for looking up
+    if model.head is None:  # tied weights: the embedding keeps its float table
         model.head = Int8Linear(model.embed.weight, None, levels)  # type: ignore[assignment]
     return model
 
 
 def input_levels() -> int:
-    """Steps from 0 to the largest input. Without VNNI, x86 adds pairs of products in 16 bits, which only inputs of 7 bits fit into."""
+    """Steps from 0 to the largest input. Without VNNI, x86 adds pairs of products in 16 bits: inputs get 7 bits."""
     flags = Path("/proc/cpuinfo")
     found = set(flags.read_text(errors="replace").split()) if flags.exists() else set()
     return 127 if "avx512_vnni" in found else 63

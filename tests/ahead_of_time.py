@@ -1,8 +1,9 @@
-"""Compiles the attention kernels for GPUs that are not there: python -m tests.ahead_of_time '[[row], …]' → a JSON line a row.
+"""Compiles the attention kernels without a GPU: python -m tests.ahead_of_time '[[row], …]' prints a JSON line per row.
 
-A row is [kernel, architecture, dtype, head size, block_q, block_k, warps, stages, masked, group, tail]. A process of its own, because
-Triton either compiles or interprets for the whole life of a process. The line tells shared memory and stack in bytes, registers a
-thread, and how many instructions of some kinds the machine code has: spills, tensor-core products, exponentials.
+A row is [kernel, architecture, dtype, head size, block_q, block_k, warps, stages, masked, group, tail]. It runs in a
+process of its own, because Triton either compiles or interprets for the whole life of a process. A line holds shared
+memory and stack in bytes, registers per thread, and numbers of machine instructions: spills, tensor-core products,
+exponentials.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def compile_row(
     jitted = model._jitted(model.KERNELS[kernel])
     element = TYPES[dtype]
     constants = {
-        "D": head_size, "BLOCK_D": max(16, 1 << (head_size - 1).bit_length()), "BLOCK_Q": block_q, "BLOCK_K": block_k, "GROUP": group,
-        "DOT": getattr(model.tl, dtype), "TAIL": tail,
+        "D": head_size, "BLOCK_D": max(16, 1 << (head_size - 1).bit_length()), "BLOCK_Q": block_q, "BLOCK_K": block_k,
+        "GROUP": group, "DOT": getattr(model.tl, dtype), "TAIL": tail,
     }  # fmt: skip
     if not masked:
         constants["first_ptr"] = None

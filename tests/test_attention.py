@@ -1,4 +1,4 @@
-"""The fused kernel, run by Triton's interpreter on CPU tensors (on a GPU where there is one), against attention in float64."""
+"""The fused kernels against attention in float64: by Triton's interpreter on a CPU, or on a GPU if there is one."""
 
 import dataclasses
 import itertools
@@ -107,9 +107,10 @@ def launched(monkeypatch):
     "case", CASES, ids=lambda case: "-".join(str(value).removeprefix("torch.") for value in case.values())
 )
 def test_outputs_and_gradients_are_as_good_as_plain_pytorch(case, launched, monkeypatch):
-    """Error against float64 at most 2 × (gradients 3 ×) that of PyTorch in the same dtype, beside 4 units of rounding of the largest.
+    """Errors against float64 are at most 2 × (gradients 3 ×) those of PyTorch in the same dtype, plus 4 rounding units.
 
-    With one token dq and dk are exactly 0, with two nearly so: differences of sums as large as dv, which therefore is the measure there.
+    With one token dq and dk are exactly 0, with two nearly so: differences of sums as large as dv, which therefore is
+    the measure there.
     """
     T, D, dtype, (H, K) = case["T"], case["D"], case["dtype"], case["heads"]
     B = 2 if T < 64 else 1
@@ -176,8 +177,8 @@ def test_a_model_learns_the_same_on_both_paths(config, launched):
 
 
 @pytest.mark.parametrize("path", ["sdpa", "triton"])
-def test_losses_of_a_document_do_not_depend_on_what_stood_before_it(path):
-    """Of every token, the first included, whatever the length of its predecessors: the blocks of the kernel then lie differently."""
+def test_losses_of_a_document_do_not_depend_on_earlier_documents(path):
+    """Losses of all its tokens, for predecessors of several lengths, which shift the kernel's blocks."""
     config = dataclasses.replace(MODELS["modern"], sliding_window=None, document_mask=True)
     model = GPT(config, attention=path).to(DEVICE)
     draw = torch.Generator().manual_seed(2)
@@ -197,7 +198,7 @@ def test_losses_of_a_document_do_not_depend_on_what_stood_before_it(path):
 
 
 def test_hidden_blocks_are_skipped_not_computed(monkeypatch):
-    """NaN in every key and value that no query of a block can see reaches no output: they were not even read into a product."""
+    """NaN in all keys and values that no query of a block can see reaches no output: no product read them."""
     monkeypatch.setitem(model_module.LAUNCHES, ("other", 4, 64), (Launch(32, 32, 4, 1),) * 3)
     T, window = 128, 16
     qkv = torch.randn(1, T, 3, 16, generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -258,7 +259,7 @@ def test_the_operator_passes_opcheck(contiguous, masked):
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_torch_compile_goes_through_without_a_break(config, launched):
+def test_torch_compile_needs_no_graph_break(config, launched):
     model = GPT(config, attention="triton").to(DEVICE)
     ids = torch.randint(0, 39, (2, 33), generator=torch.Generator().manual_seed(5)).to(DEVICE)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -294,13 +295,13 @@ def test_the_kernel_is_chosen_by_what_the_machine_can(monkeypatch):
         choose_attention("triton", gpu, 64)
 
 
-def test_types_that_the_kernel_does_not_take_are_refused():
+def test_unsupported_dtypes_raise():
     with pytest.raises(ValueError, match="float64"):
         fused(*torch.randn(1, 4, 3, 16, dtype=torch.float64, device=DEVICE).split(1, dim=2), None)
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_triton_is_neither_needed_nor_imported_where_it_is_not_used(missing):
+def test_triton_is_not_imported_on_the_sdpa_path(missing):
     program = f"""
 import sys
 if {missing}: sys.modules["triton"] = None

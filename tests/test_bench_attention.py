@@ -1,4 +1,4 @@
-"""What the benches of a GPU count, choose and print, and each of them once from end to end in tiny sizes, without a GPU."""
+"""What the GPU benches count, choose and print, and a whole run of each in tiny sizes without a GPU."""
 
 import itertools
 import json
@@ -82,14 +82,14 @@ def speed_rows():
     )
 
 
-def test_ratios_are_given_where_there_is_a_rival():
+def test_ratios_are_given_if_the_rival_ran():
     mine, flash, cudnn = speed_rows()
     assert (mine["of_flash"], mine["target"], flash["of_flash"]) == (1.5, "stretch", 1.0)
     assert "of_cudnn" not in mine
     assert "of_flash" not in cudnn
 
 
-def test_a_line_tells_everybodys_speed_and_how_ours_stands(capsys):
+def test_a_line_shows_all_speeds_and_our_ratios(capsys):
     attention_report.show_speed(speed_rows())
     line = capsys.readouterr().out.strip()
     assert (
@@ -134,12 +134,12 @@ def test_runs_take_turns_there_and_back():
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_a_summary_tells_the_median_and_the_middle_half():
+def test_summary_gives_median_and_interquartile_range():
     assert gpu.summary([0.001, 0.002, 0.003, 0.004, 0.1]) == {"ms": 3.0, "spread": pytest.approx(16.833), "runs": 5}
     assert gpu.summary([0.5]) == {"ms": 500.0, "spread": 0.0, "runs": 1}
 
 
-def test_what_does_not_run_is_a_line_and_what_is_wrong_is_not():
+def test_reasons_catches_refusals_but_not_bugs():
     refused = {}
     with gpu.reasons(refused, "it"):
         raise torch.OutOfMemoryError("CUDA out of memory.\nand much more")
@@ -209,14 +209,14 @@ def test_the_launch_that_is_good_everywhere_is_chosen():
     assert "at T=1,024 Launch(64, 64, 4, 2) is faster: 10.0%" in text
 
 
-def test_launches_that_spill_are_told_but_not_chosen():
+def test_launches_that_spill_are_reported_but_not_chosen():
     choice = tune_attention.choose(
         {1024: {A: 1.0, B: 1.2}}, present=Launch(1, 1, 1, 1), compiled={A: {"spills": 8}, B: {"spills": 0}}
     )
     assert (choice["best"], choice["ahead_but_spills"], choice["present_behind"]) == (B, [A], None)
 
 
-def test_the_sweep_holds_what_kernel_notes_and_table_name():
+def test_the_sweep_includes_the_launches_of_the_table():
     forward, by_key = (tune_attention.candidates(kernel, "bfloat16") for kernel in ("forward", "key_value_gradient"))
     assert {(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)} <= set(forward)
     assert {(64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2)} <= set(by_key)

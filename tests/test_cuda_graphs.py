@@ -1,4 +1,4 @@
-"""Decode steps of fixed shapes compute what the plain step does, and are recorded only when they must be (here on a CPU)."""
+"""Decode steps of fixed shapes equal the plain step, and are recorded only when needed; here they run on a CPU."""
 
 import pytest
 import torch

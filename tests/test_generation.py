@@ -1,4 +1,4 @@
-"""Generation on ids: the window rule, cached = uncached (promise 1), draws by (seed, sample, position) (promise 3), the filters."""
+"""Generation on ids: visible window, cached = uncached, draws by (seed, sample, position), ends of samples."""
 
 import math
 from collections import Counter
@@ -64,12 +64,12 @@ def test_visible_ids(block_size, data):
         assert window == grown if len(grown) <= block_size else window == grown[:keep_head] + grown[keep_head + half :]
 
 
-def test_a_head_that_fills_the_window_is_refused():
+def test_keep_head_must_be_less_than_block_size():
     with pytest.raises(UserError, match=r"keep_head=8 .*block_size=8"):
         list(generate(tiny_model(), [[1]], replace(GREEDY, keep_head=8), 0))
 
 
-# ---- promise 1: the cache changes nothing
+# ---- with the cache = without
 
 MODELS = {
     "learned": {},
@@ -105,7 +105,7 @@ def test_greedy_ids_with_and_without_the_cache_are_equal(name, keep_head):
         for token in ids:
             text.append(int(next_logits(model, text, keep_head).argmax()))
             assert text[-1] == token, f"at {len(text)} ids"
-    assert len({token for ids, _ in cached for token in ids}) > 5, "a test on one repeated id shows nothing"
+    assert len({token for ids, _ in cached for token in ids}) > 5, "one repeated id would prove nothing"
 
 
 @pytest.mark.parametrize(("block_size", "keep_head"), [(1, 0), (2, 0), (2, 1), (3, 1)])
@@ -119,7 +119,7 @@ def test_tiny_windows(block_size, keep_head):
             text.append(token)
 
 
-def test_the_cache_is_filled_anew_only_where_a_window_is_cut(monkeypatch):
+def test_prefill_runs_again_only_when_the_window_is_cut(monkeypatch):
     calls = Counter()
     for name in ("prefill", "decode"):
         method = getattr(GPT, name)
@@ -155,7 +155,7 @@ def test_autocast_cache_has_the_type_that_attention_sees(monkeypatch):
     assert dtypes[1:] == [torch.float64]
 
 
-# ---- promise 3: a draw depends on (seed, sample, position) alone
+# ---- a draw depends on (seed, sample, position) alone
 
 SAMPLED = SamplingOptions(max_new_tokens=25, temperature=1.0, top_k=20, top_p=0.95, stop_at_eos=True)
 
@@ -174,7 +174,7 @@ def test_a_sample_is_the_same_in_every_batch():
     assert run(model, [[30, 1]] * 7, SAMPLED, seed=6) != alone
 
 
-def test_a_text_goes_on_as_if_it_had_never_stopped():
+def test_a_continued_text_equals_an_uninterrupted_one():
     model = tiny_model(scale=5.0)
     ids = run(model, [[30, 1]], replace(SAMPLED, stop_at_eos=False))[0][0]
     assert run(model, [[30, 1, *ids[:15]]], replace(SAMPLED, stop_at_eos=False, max_new_tokens=10))[0][0] == ids[15:]
@@ -207,7 +207,7 @@ def test_the_engine_draws_the_models_distribution():
 
 
 def test_the_first_tokens_of_the_samples_of_one_prompt_are_independent():
-    """Pairs (sample 2i, sample 2i + 1) over 5,000 samples: each token follows the model, and the second knows nothing of the first."""
+    """Over 5,000 samples: tokens follow the model's distribution, those of samples 2i and 2i + 1 are independent."""
     model = tiny_model(scale=2.0)
     options = SamplingOptions(max_new_tokens=1, temperature=1.0, top_k=4, stop_at_eos=False)
     firsts = [ids[0] for ids, _ in run(model, [[30, 4]] * 5_000, options, seed=9)]
@@ -237,7 +237,7 @@ def test_a_batch_of_unequal_prompts_is_each_alone(name):
             assert ids[-1][1] == together[sample][1]
 
 
-def test_draws_names_the_samples_whose_numbers_are_drawn():
+def test_draws_selects_the_random_numbers_of_samples():
     model = tiny_model(scale=5.0)
     usual = run(model, [[30, 1]] * 4, SAMPLED, seed=5)
     events = list(generate(model, [[30, 1]] * 2, SAMPLED, 5, draws=[3, 1]))
@@ -296,7 +296,7 @@ def test_no_end_of_sequence_before_min_new_tokens():
         )
 
 
-def test_samples_leave_when_the_caller_says_so():
+def test_samples_in_leaving_end_without_an_event():
     model, leaving = tiny_model(scale=5.0), set()
     options = replace(SAMPLED, stop_at_eos=False)
     whole, seen = run(model, [[30]] * 3, options), [[], [], []]
@@ -322,7 +322,7 @@ def test_ids_that_pad_the_vocabulary_are_never_drawn():
 # ---- threads
 
 
-def test_little_work_runs_on_one_thread_and_the_number_is_left_as_it_was(monkeypatch):
+def test_little_work_runs_on_one_thread_and_the_setting_is_restored(monkeypatch):
     threads = {"prefill": [], "decode": []}
     for name, seen in threads.items():
         method = getattr(GPT, name)

@@ -1,4 +1,4 @@
-"""Every row of the launch table compiles for GPUs that are not there, without spilling, with the tensor cores that it should use."""
+"""Every row of LAUNCHES compiles ahead of time, without register spills, and uses tensor cores. Needs no GPU."""
 
 import json
 import os
@@ -14,10 +14,8 @@ from tests.conftest import ROOT
 pytest.importorskip("triton", reason="the kernel is Triton's")
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-NARROW_STACK = (
-    8  # bytes that the assembler takes once for 16-wide heads on sm_80, at 80 of 255 registers: no lack of them
-)
-GROUPED_STACK = 128  # bytes of stack that the key and value gradient may take where several heads share keys: a loop more, the same registers
+NARROW_STACK = 8  # bytes of stack that ptxas uses for 16-wide heads on sm_80, though only 80 of 255 registers are taken
+GROUPED_STACK = 128  # bytes allowed to the key and value gradient with grouped heads, which adds a loop
 
 
 def table_rows(architecture: int, dtype: str, head_size: int, *variant) -> list[tuple]:

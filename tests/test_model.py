@@ -102,7 +102,7 @@ def test_initial_loss_is_that_of_a_uniform_guess(variant):
 
 @pytest.mark.parametrize(("preset", "parameters"), [("gpt2_124m", 124_439_808), ("modern_124m", 123_552_768)])
 def test_parameter_counts_of_the_124m_presets(preset, parameters):
-    """GPT-2's count is the one that OpenAI's small model has. modern: 50257·768 + 12·(4·768² + 3·768·2048 + 2·64 + 2·768) + 768."""
+    """gpt2_124m: as OpenAI's model. modern: 50257·768 + 12·(4·768² + 3·768·2048 + 2·64 + 2·768) + 768."""
     options = config.load("train.py", [preset]).section(GPTConfig)
     with torch.device("meta"):
         assert GPT(options, seed=None).n_params() == parameters
@@ -137,7 +137,7 @@ def test_attention_equals_its_definition(kv_heads, masked):
 @pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 100), (torch.float32, 129), (torch.bfloat16, 100)])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_the_ways_to_attend_agree_with_float64(dtype, length, kv_heads, monkeypatch):
-    """Outputs and gradients are as close to float64 as those of PyTorch's own attention in the same dtype, give or take a half."""
+    """Outputs and gradients differ from float64 by at most 1.5 × what PyTorch's attention in the same dtype does."""
     q, k, v, grad = (torch.randn(2, length, heads, 16, dtype=dtype) for heads in (4, kv_heads, kv_heads, 4))
     calls = []
     unfused = model_module._unfused_attention
@@ -201,7 +201,7 @@ def test_cached_logits_equal_those_of_the_full_forward(variant):
 
 
 def test_a_token_is_embedded_with_the_ngrams_that_end_with_it():
-    """Equal n-grams have equal rows wherever they stand, others hardly ever the same; the first tokens have shorter ones only."""
+    """Equal n-grams share a row at every position, others hardly ever do; the first tokens have shorter ones only."""
     model = GPT(dataclasses.replace(TINY, max_ngram=3, ngram_rows=10_000))
     ids = torch.tensor([[1, 2, 3, 9, 2, 3, 1, 2, 3, 2, 1]])
     rows = model._ngram_rows(ids, slice(0, ids.shape[1]), None)[0]  # (T, 2)
@@ -252,7 +252,7 @@ def test_initial_weights_follow_the_table():
     assert not torch.equal(again["embed.weight"], GPT(TINY, seed=4).export_state()["embed.weight"])
 
 
-def test_import_refuses_what_does_not_fit():
+def test_import_raises_on_missing_extra_or_misshapen_tensors():
     state = GPT(TINY).export_state()
     with pytest.raises(ValueError, match=r"lack 'embed\.weight'"):
         GPT(TINY).import_state({name: tensor for name, tensor in state.items() if name != "embed.weight"})
@@ -262,7 +262,7 @@ def test_import_refuses_what_does_not_fit():
         GPT(TINY).import_state({**state, "embed.weight": state["embed.weight"][:-1]})
 
 
-def test_ignored_targets_count_neither_above_nor_below_the_line():
+def test_ignored_targets_count_neither_in_the_loss_nor_in_its_divisor():
     model, ids = GPT(TINY), ids_with_documents(2, 16)
     targets = ids.roll(-1, dims=1)
     losses = model(ids, targets, reduction="none")

@@ -1,4 +1,4 @@
-"""Weights in eight bits: close to the float model, the same for a row alone and in a batch, refused where they cannot be had."""
+"""int8 weights: close to the float model, independent of the batch, refused if unsupported."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def test_products_are_those_of_rounded_numbers(levels, bias):
     torch.testing.assert_close(
         actual.double(), expected, atol=0.02, rtol=1e-4
     )  # 0.02: an input that lies halfway between two steps
-    assert torch.equal(Int8Linear(weight, offset, levels)(x[1:, 1:2]), actual[1:, 1:2])  # whatever the other rows hold
+    assert torch.equal(Int8Linear(weight, offset, levels)(x[1:, 1:2]), actual[1:, 1:2])  # independent of other rows
 
 
 def test_nan_is_not_hidden():
@@ -53,7 +53,7 @@ def test_a_quantised_model_is_close_and_generates_the_same_in_every_batch(name):
     assert together == [run(model, [prompt], options)[0] for prompt in prompts]
 
 
-def test_it_is_refused_where_it_cannot_be_had(monkeypatch):
+def test_unsupported_dtypes_and_builds_are_refused(monkeypatch):
     with pytest.raises(UserError, match=r"--quantize=int8 works on a CPU in float32.*--device=cpu --dtype=float32"):
         quantize(tiny_model(torch.bfloat16))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)

@@ -239,22 +239,20 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class AttentionContext(NamedTuple):
-    """What the attention of all layers shares in one forward pass. Made by GPT, passed through every block."""
+    """What the attention of all layers shares in one forward pass. Made by GPT, passed through every block.
+
+    first_visible (B, T) int32 never falls with t: query t attends to keys first_visible[t] … t; None: to all keys up
+    to t. mask is bool, True where a query attends to a key: dense_mask(first_visible) on the sdpa path, (R, 1, 1, S) in
+    a decode step; None: all keys up to t, in a decode step all S. observer(layer, q, k, v) is called in every layer.
+    """
 
     path: AttentionPath
-    rotation: Tensor | None = None
-    """Rows of rotary_table for the positions, (T, 2, D) or (B, T, 2, D); None without rotary positions."""
+    rotation: Tensor | None = None  # rows of rotary_table for the positions, (T, 2, D) or (B, T, 2, D)
     first_visible: Tensor | None = None
-    """(B, T) int32, never falling with t: query t attends to keys first_visible[t] … t. None: to all keys up to t."""
     mask: Tensor | None = None
-    """Bool, True where a query attends to a key: dense_mask(first_visible) on the sdpa path, (R, 1, 1, S) in a decode
-    step. None: all keys up to t, in a decode step all S."""
-    cache: KVCache | None = None
-    """None where whole sequences are read without a cache."""
-    rows: Tensor | None = None
-    """(B,) int64 in a prefill, the rows of the cache that keys and values are written to; None in a decode step."""
+    cache: KVCache | None = None  # in a prefill or a decode step
+    rows: Tensor | None = None  # (B,) int64, in a prefill: the rows of the cache to write
     observer: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
-    """Called with (layer, q, k, v) before the attention of every layer."""
 
 
 class Attention(nn.Module):

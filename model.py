@@ -1,7 +1,7 @@
 """The Transformer in one file: options, layers, language model, key/value cache, attention and its Triton kernels.
 
 Reading order: GPTConfig (the options) → norms, positions, dropout → Attention, MLP, Block → GPT (forward pass and loss,
-prefill and decode step, weights) → ChunkedCrossEntropy → KVCache → attention (its two paths, then the fused kernels).
+prefill and decode step) → ChunkedCrossEntropy → KVCache → attention (its two paths, then the fused kernels).
 The file imports nothing of the project. It works on ids and tensors; text, files and schedules are handled elsewhere.
 
 Dimension letters: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head size, F width of the
@@ -10,14 +10,11 @@ MLP, V vocabulary, R rows and S slots of the cache.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,60 +27,57 @@ if TYPE_CHECKING:
 IGNORED_TARGET = -100  # targets with this id count neither in the loss nor in its divisor
 
 
-def _fixed(default: Any) -> Any:
-    """The default of an option that a resumed run may not change: shapes or the meaning of the weights depend on it."""
-    return field(default=default, metadata={"resume": "fixed"})
-
-
 @dataclass(frozen=True)
 class GPTConfig:
     """Architecture; the defaults are GPT-2 124M. Raises ValueError that names the options that do not fit together."""
 
-    n_layer: Annotated[int, Ge(1)] = _fixed(12)
+    FREE_ON_RESUME: ClassVar = {"dropout"}  # a resumed run may change these alone; the weights depend on the others
+
+    n_layer: Annotated[int, Ge(1)] = 12
     """Number of blocks."""
-    n_head: Annotated[int, Ge(1)] = _fixed(12)
+    n_head: Annotated[int, Ge(1)] = 12
     """Query heads per block; divides n_embd."""
-    n_kv_head: Annotated[int, Ge(1)] | None = _fixed(None)
+    n_kv_head: Annotated[int, Ge(1)] | None = None
     """Key/value heads per block (grouped-query attention), divides n_head; none: as many as n_head."""
-    n_embd: Annotated[int, Ge(1)] = _fixed(768)
+    n_embd: Annotated[int, Ge(1)] = 768
     """Channels: the width of the residual stream."""
-    block_size: Annotated[int, Ge(1)] = _fixed(1024)
+    block_size: Annotated[int, Ge(1)] = 1024
     """Context length in tokens: the longest sequence that the model takes."""
-    positions: Literal["learned", "sinusoidal", "rotary"] = _fixed("learned")
+    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     """Position encoding: a learned table, fixed sine waves, or rotated queries and keys (RoPE)."""
-    rope_theta: Annotated[float, Gt(0)] = _fixed(10_000.0)
+    rope_theta: Annotated[float, Gt(0)] = 10_000.0
     """Base of the rotary wavelengths; larger for longer contexts."""
-    norm: Literal["layernorm", "rmsnorm"] = _fixed("layernorm")
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation: LayerNorm, or RMSNorm (no mean, no bias)."""
-    norm_eps: Annotated[float, Gt(0)] = _fixed(1e-5)
+    norm_eps: Annotated[float, Gt(0)] = 1e-5
     """Added to the variance before the square root."""
-    norm_position: Literal["pre", "post"] = _fixed("pre")
+    norm_position: Literal["pre", "post"] = "pre"
     """Normalise the input of a sublayer (GPT-2 and later), or its sum with the residual (the 2017 paper)."""
-    mlp: Literal["gelu", "relu", "relu2", "swiglu"] = _fixed("gelu")
+    mlp: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"
     """Nonlinearity of the MLP: GELU (tanh form), ReLU, squared ReLU, or SiLU-gated."""
-    n_hidden: Annotated[int, Ge(1)] | None = _fixed(None)
+    n_hidden: Annotated[int, Ge(1)] | None = None
     """Width of the MLP; none: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 64."""
-    qk_norm: bool = _fixed(False)
+    qk_norm: bool = False
     """RMSNorm with learned scales on every head's queries and keys, before the rotation."""
-    bias: bool = _fixed(True)
+    bias: bool = True
     """Biases in the linear layers and in LayerNorm."""
-    tie_embeddings: bool = _fixed(True)
+    tie_embeddings: bool = True
     """Use the token embedding as the output head too."""
-    scale_embeddings: bool = _fixed(False)
+    scale_embeddings: bool = False
     """Multiply token embeddings by the square root of n_embd (the 2017 paper)."""
-    max_ngram: Annotated[int, Ge(1)] = _fixed(1)
+    max_ngram: Annotated[int, Ge(1)] = 1
     """Add to a token's embedding those of the n-grams that end with it, n = 2 to this, from a hashed table; 1: none."""
-    ngram_rows: Annotated[int, Ge(1)] = _fixed(16_384)
+    ngram_rows: Annotated[int, Ge(1)] = 16_384
     """Rows of the n-gram table; n-grams with the same hash share a row."""
-    sliding_window: Annotated[int, Ge(1)] | None = _fixed(None)
+    sliding_window: Annotated[int, Ge(1)] | None = None
     """Each token attends to this many tokens, itself and those before it; none: to the whole context."""
-    document_mask: bool = _fixed(False)
+    document_mask: bool = False
     """Tokens attend to their own document only, and positions restart at 0 where a document starts."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Dropout on the outputs of the embedding and the residual branches; attention weights are never dropped."""
-    vocab_size: int = field(default=50_257, metadata={"derived": True, "resume": "fixed"})
+    vocab_size: int = field(default=50_257, metadata={"derived": True})
     """Number of token ids; comes from the tokenizer, so it is no option."""
-    eos_id: int | None = field(default=50_256, metadata={"derived": True, "resume": "fixed"})
+    eos_id: int | None = field(default=50_256, metadata={"derived": True})
     """The end-of-sequence id; it starts the document that follows it. The document mask needs it."""
 
     @property
@@ -108,8 +102,8 @@ class GPTConfig:
 
     def problems(self) -> list[str]:
         """The violated rules that involve several options, one line each."""
-        ratio = f"n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}"
-        sinusoidal, eos = self.positions == "sinusoidal", self.eos_id
+        ratio, eos = f"n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}", self.eos_id
+        sinusoidal = self.positions == "sinusoidal"
         violated = {
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": self.n_embd % self.n_head,
             f"n_head={self.n_head} is not divisible by n_kv_head={self.kv_heads}": self.n_head % self.kv_heads,
@@ -134,29 +128,17 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its own initialisation: GPT.init_weights or import_state sets the weights."""
+    """nn.Linear without its own initialization: that is GPT.init_weights."""
 
     def reset_parameters(self) -> None: ...
 
 
-class Embedding(nn.Embedding):
-    """nn.Embedding without its own initialisation. Skips the argument checks of F.embedding, for decode speed."""
-
-    def reset_parameters(self) -> None: ...
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return torch.embedding(self.weight, ids)
-
-
-class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm that skips the argument checks of F.layer_norm, for decode speed."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+def embedding(rows: int, channels: int) -> nn.Embedding:
+    return nn.Embedding.from_pretrained(torch.empty(rows, channels), freeze=False)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension (Zhang and Sennrich 2019)."""
+    """x (…, D) / rms(x) · weight over the last dimension (Zhang and Sennrich 2019), computed in float32 at least."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -164,13 +146,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (…, D) normalised over D, times weight (…, D); in float32 for narrower types, returned in x's dtype."""
-    wide = widened(x)
-    return (F.rms_norm(wide, wide.shape[-1:], eps=eps) * weight).to(x.dtype)
+        wide = widened(x)
+        return (F.rms_norm(wide, wide.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -181,16 +158,12 @@ def widened(x: Tensor) -> Tensor:
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, config.norm_eps)
-    return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 class Dropout(nn.Module):
-    """Sets a share p of the inputs to 0 in training and scales the others by 1 / (1 − p).
-
-    On a CPU drawing a float for each element costs more than the layer around it. There the mask comes from random
-    bytes: p is rounded to a multiple of 1/256, and the scale matches the rounded value. Draws come from torch's default
-    generator, which the training loop seeds for every micro-step.
-    """
+    """Sets a share p of the inputs to 0 in training, and scales the others by 1 / (1 − p). On a CPU, where drawing a
+    float per element costs more than the layer around it, by random bytes, with p rounded to a multiple of 1/256."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -202,8 +175,7 @@ class Dropout(nn.Module):
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
         dropped = min(255, max(1, round(256 * self.p)))
-        # random_(-2**63, None) fills all 64 bits; random_() leaves the sign bit at 0, which would bias every eighth
-        # byte
+        # random_(-2**63, None) fills all 64 bits; random_() leaves the sign bit at 0, a bias of every eighth byte
         draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
         keep = (draws[: x.numel()] >= dropped).view(x.shape)
         return x * keep * (256 / (256 - dropped))
@@ -216,20 +188,15 @@ def sinusoidal_table(length: int, channels: int) -> Tensor:
 
 
 def rotary_table(length: int, head_size: int, theta: float) -> Tensor:
-    """(length, 2, D): cosines and sines of the angles t · theta^(−2i/D), for both halves of a head (Su et al. 2021).
-
-    The sines of the first half are negated here, so that `rotate` treats both halves alike.
-    """
+    """(length, 2, D): cos and sin of the angles t · theta^(−2i/D), sin negated in the first half (Su et al. 2021)."""
     angles = torch.arange(length)[:, None] * theta ** (torch.arange(0, head_size, 2) * (-1.0 / head_size))
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)), dim=1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates the pairs (x[i], x[i + D/2]) of every head: the rotate-half layout that Llama and Qwen checkpoints use.
-
-    x: (B, T, heads, D); table: rows of rotary_table for its positions, (T, 2, D) or (B, T, 2, D). Keeps x's dtype.
-    """
+    """x (B, T, heads, D), rows of rotary_table (T, 2, D) or (B, T, 2, D) → x in its dtype, with the pairs
+    (x[i], x[i + D/2]) of every head rotated: the layout of Llama and Qwen checkpoints."""
     cos, sin = table[..., None, 0, :], table[..., None, 1, :]
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # roll, not cat: torch.compile fuses it into one kernel
     return (x * cos + swapped * sin).to(x.dtype)
@@ -239,20 +206,14 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class AttentionContext(NamedTuple):
-    """What the attention of all layers shares in one forward pass. Made by GPT, passed through every block.
-
-    first_visible (B, T) int32 never falls with t: query t attends to keys first_visible[t] … t; None: to all keys up
-    to t. mask is bool, True where a query attends to a key: dense_mask(first_visible) on the sdpa path, (R, 1, 1, S) in
-    a decode step; None: all keys up to t, in a decode step all S. observer(layer, q, k, v) is called in every layer.
-    """
+    """What the attention of all layers shares in one forward pass."""
 
     path: AttentionPath
     rotation: Tensor | None = None  # rows of rotary_table for the positions, (T, 2, D) or (B, T, 2, D)
-    first_visible: Tensor | None = None
-    mask: Tensor | None = None
+    first_visible: Tensor | None = None  # (B, T) int32, never falling: query t attends to keys first_visible[t] … t
+    mask: Tensor | None = None  # bool: dense_mask(first_visible) on the sdpa path, (R, 1, 1, S) in a decode step
     cache: KVCache | None = None  # in a prefill or a decode step
     rows: Tensor | None = None  # (B,) int64, in a prefill: the rows of the cache to write
-    observer: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
 
 
 class Attention(nn.Module):
@@ -267,16 +228,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        B, T, C = x.shape
+        out = attention(*self.queries_keys_values(x, context.rotation), context, self.layer)  # (B, T, H, D)
+        return self.proj(out.reshape(x.shape))
+
+    def queries_keys_values(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) → q (B, T, H, D), k and v (B, T, K, D), with QK-norm and rotation; views of one projection."""
         H, K = self.heads, self.kv_heads
-        qkv = self.qkv(x).view(B, T, H + 2 * K, self.head_size)  # (B, T, H + 2K, D)
-        # Views by split, not by slices: the gradient of a split is one cat, that of slices is zeros and additions.
-        if context.rotation is None and self.q_norm is None:
-            q, k, v = qkv.split_with_sizes((H, K, K), dim=2)  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
+        qkv = self.qkv(x).view(*x.shape[:2], H + 2 * K, self.head_size)
+        if rotation is None and self.q_norm is None:  # split, not slices: its gradient is one cat, not sums of zeros
+            q, k, v = qkv.split_with_sizes((H, K, K), dim=2)
         else:
             qk, v = qkv.split_with_sizes((H + K, K), dim=2)
-            q, k = self.normalize_and_rotate(qk, context.rotation).split_with_sizes((H, K), dim=2)
-        return self.proj(attention(q, k, v, context, self.layer).reshape(B, T, C))
+            q, k = self.normalize_and_rotate(qk, rotation).split_with_sizes((H, K), dim=2)
+        return q, k, v
 
     def normalize_and_rotate(self, qk: Tensor, rotation: Tensor | None) -> Tensor:
         """QK-norm and rotation of queries and keys together, (B, T, H + K, D): one elementwise pass if compiled."""
@@ -302,16 +266,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)  # (B, T, F), for swiglu (B, T, 2F)
-        if self.kind == "gelu":
-            x = F.gelu(x, approximate="tanh")
-        elif self.kind == "relu":
-            x = F.relu(x)
-        elif self.kind == "relu2":
-            x = F.relu(x).square()
-        else:
+        if self.kind == "swiglu":
             gate, value = x.chunk(2, dim=-1)
-            x = F.silu(gate) * value
-        return self.down(x)
+            return self.down(F.silu(gate) * value)
+        x = F.gelu(x, approximate="tanh") if self.kind == "gelu" else F.relu(x)
+        return self.down(x.square() if self.kind == "relu2" else x)
 
 
 class Block(nn.Module):
@@ -336,26 +295,23 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only Transformer over token ids.
-
-    seed: of the initial weights, which are drawn on the CPU and so are the same on every device; None leaves them
-    unset, for a model whose weights are loaded next. attention: the path that choose_attention returned.
-    """
+    """A decoder-only Transformer over token ids. seed: of the initial weights, drawn on the CPU, so the same on every
+    device; None leaves them unset, to be loaded. attention: the path, from choose_attention in common/hardware.py."""
 
     table: Tensor | None  # fixed positions: (block_size, C) sine waves or (block_size, 2, D) rotations
 
     def __init__(self, config: GPTConfig, seed: int | None = 0, attention: AttentionPath = "sdpa") -> None:
         super().__init__()
         self.config, self.attention = config, attention
-        V, C = config.padded_vocab_size, config.n_embd
-        self.embed = Embedding(V, C)
-        self.ngrams = Embedding(config.ngram_rows, C) if config.max_ngram > 1 else None
-        self.position = Embedding(config.block_size, C) if config.positions == "learned" else None
+        self.eos_id = -1 if config.eos_id is None else config.eos_id
+        V, C, table = config.padded_vocab_size, config.n_embd, None
+        self.embed = embedding(V, C)
+        self.ngrams = embedding(config.ngram_rows, C) if config.max_ngram > 1 else None
+        self.position = embedding(config.block_size, C) if config.positions == "learned" else None
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.head = None if config.tie_embeddings else Linear(C, V, bias=False)
-        table = None
         if config.positions == "sinusoidal":
             table = sinusoidal_table(config.block_size, C)
         elif config.positions == "rotary":
@@ -366,16 +322,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draws the initial weights, in the order of named_parameters.
-
-        | parameters                                | initial value                                                    |
-        |-------------------------------------------|------------------------------------------------------------------|
-        | embed, position, head, attn.qkv, mlp.up   | normal, standard deviation 0.02                                  |
-        | attn.proj, mlp.down (end of a branch)     | normal, 0.02 / √(2 · n_layer): keeps the sum of branches bounded |
-        | ngrams; every bias                        | 0                                                                |
-        | weights of norms                          | 1                                                                |
-        | rows that pad the vocabulary              | 0, and they stay 0: no gradient reaches them                     |
-        """
+        """Draws the weights, in the order of named_parameters: matrices and embeddings from a normal distribution of
+        standard deviation 0.02, at the end of a residual branch (attn.proj, mlp.down) 0.02 / √(2 · n_layer), which
+        bounds the sum of the branches. Norms start at 1; biases, n-grams and the rows that pad the vocabulary at 0."""
         generator = torch.Generator().manual_seed(seed)
         branch_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
@@ -393,14 +342,14 @@ class GPT(nn.Module):
         reduction: Literal["mean", "sum", "none"] = "mean", label_smoothing: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """ids (B, T) int64, T ≤ block_size → logits (B, T, V), or with targets (B, T), the next ids, the loss in nats.
-
         Targets of IGNORED_TARGET do not count. "mean" divides by the number of counted targets; "none" returns (B, T).
         """
         hidden = self._hidden(ids, *self._sequence_context(ids))
         if targets is None:
             return self._logits(hidden)
         V = self.config.vocab_size
-        if reduction != "none" and not label_smoothing and losses_in_chunks(hidden, V):
+        plain = reduction == "none" or label_smoothing or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        if hidden.device.type == "cpu" and not plain and targets.numel() * V >= MIN_CHUNKED_LOGITS:
             weight = self.embed.weight if self.head is None else self.head.weight
             total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), V)
             return total if reduction == "sum" else total / (targets != IGNORED_TARGET).sum()
@@ -409,11 +358,6 @@ class GPT(nn.Module):
             ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing,
         )  # fmt: skip
         return loss.view_as(targets) if reduction == "none" else loss
-
-    def observe(self, ids: Tensor, observer: Callable[[int, Tensor, Tensor, Tensor], None]) -> Tensor:
-        """forward(ids) that calls observer(layer, q (B, T, H, D), k (B, T, K, D), v (B, T, K, D)) before every layer's
-        attention, with queries and keys normalised and rotated."""
-        return self._logits(self._hidden(ids, *self._sequence_context(ids, observer=observer)))
 
     def _sequence_context(self, ids: Tensor, **fields: Any) -> tuple[Tensor | slice, AttentionContext]:
         """ids (B, T) → positions, as _hidden takes them, and the attention context with further fields."""
@@ -447,11 +391,8 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     def _ngram_rows(self, ids: Tensor, positions: Tensor | slice, before: Tensor | None) -> Tensor:
-        """Arguments as in _hidden → (B, T, max_ngram − 1): table rows of the 2-, 3-, … grams that end with each token.
-
-        Frequent short sequences are learned faster from a table than by attention (hash n-gram embeddings: Pagnoni et
-        al. 2024, Byte Latent Transformer, 3.2.1; Huang et al. 2025, Over-Tokenized Transformer).
-        """
+        """Arguments as in _hidden → (B, T, max_ngram − 1): table rows of the 2-, 3-, … grams that end with each token
+        (hash n-gram embeddings: Pagnoni et al. 2024, Byte Latent Transformer, 3.2.1)."""
         T, context_size = ids.shape[1], self.config.max_ngram - 1
         if isinstance(positions, slice):
             positions = torch.arange(positions.start, positions.stop, device=ids.device)
@@ -470,10 +411,7 @@ class GPT(nn.Module):
     def document_starts(self, ids: Tensor) -> Tensor:
         """ids (B, T) → (B, T) int64: where each token's document starts. An EOS is the first token of a document."""
         steps = torch.arange(ids.shape[1], device=ids.device)
-        return torch.where(self._is_eos(ids), steps, 0).cummax(dim=1).values
-
-    def _is_eos(self, ids: Tensor) -> Tensor:
-        return ids.eq(-1 if self.config.eos_id is None else self.config.eos_id)
+        return torch.where(ids.eq(self.eos_id), steps, 0).cummax(dim=1).values
 
     def first_visible(self, ids: Tensor) -> Tensor | None:
         """ids (B, T) → (B, T) int32, the first position that each token attends to; None if that is 0 for all."""
@@ -485,12 +423,9 @@ class GPT(nn.Module):
             first = torch.maximum(first, steps - (self.config.sliding_window - 1))  # (B, T)
         return first.to(torch.int32)
 
-    # -- generation: the same function, one token at a time
-
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Sequence[int], cache: KVCache, rows: Sequence[int]) -> None:
         """Reads prompts into rows of the cache, replacing what the rows held. The next decode step returns logits.
-
         ids (B, T) int64: prompts, padded on the right with any id; lengths: of the B prompts, each 0 … T; rows: of the
         cache. No token attends to the padding: it comes after the prompt, and later the cache's lengths exclude it.
         """
@@ -512,14 +447,11 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def decode_step(self, ids: Tensor, cache: KVCache, span: int, equal_lengths: bool = False) -> Tensor:
-        """The work of `decode` on the device; the host only chooses the shapes, so a CUDA graph can replay it.
-
-        span: slots of the cache that are read; the longest row with its new token must fit. equal_lengths: the new
-        token lies in slot span − 1 of every row, which saves indices and masks.
-        """
+        """The part of `decode` that a CUDA graph can replay. span: slots of the cache that are read, at least those of
+        the longest row and its new token. equal_lengths: of all rows, so that the new tokens go into slot span − 1."""
         c = self.config
         if c.document_mask:
-            cache.starts.copy_(torch.where(self._is_eos(ids), cache.lengths, cache.starts))
+            cache.starts.copy_(torch.where(ids.eq(self.eos_id), cache.lengths, cache.starts))
         positions: Tensor | slice = slice(span - 1, span)
         if not equal_lengths or c.document_mask:
             positions = (cache.lengths - cache.starts)[:, None]  # (R, 1)
@@ -531,62 +463,19 @@ class GPT(nn.Module):
         cache.advance(ids)
         return self._logits(hidden[:, 0])
 
-    # -- weights in and out
-
-    def n_params(self) -> int:
-        """Number of parameters, without the rows that pad the vocabulary."""
-        return sum(tensor.numel() for tensor in self.export_state().values())
-
-    def flops_per_token(self) -> int:
-        """FLOPs of a training step per token at full context: 6 per weight of every matrix (Kaplan et al. 2020), and
-        12 · L · T · C for attention, masked scores included, as is usual."""
-        c = self.config
-        matrices = sum(p.numel() for p in self.blocks.parameters()) + c.vocab_size * c.n_embd
-        return 6 * matrices + 12 * c.n_layer * c.block_size * c.n_embd
-
-    def export_state(self) -> dict[str, Tensor]:
-        """The weights by name, with exactly vocab_size rows, as checkpoints hold them."""
-        return {name: self.unpad(name, tensor.detach()) for name, tensor in self.named_parameters()}
-
     def unpad(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor shaped like the parameter `name` (weights, moments), without the rows that pad the vocabulary."""
         return tensor[: self.config.vocab_size] if name in ("embed.weight", "head.weight") else tensor
 
-    @torch.no_grad()
-    def import_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies exported weights in, padding with zeros. Raises ValueError that names a tensor that does not fit."""
-        own = dict(self.named_parameters())
-        if missing := sorted(own.keys() - tensors.keys()):
-            raise ValueError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
-        if extra := sorted(tensors.keys() - own.keys()):
-            raise ValueError(f"the weights hold {extra[0]!r}, which this model does not have ({len(extra)} too many)")
-        for name, parameter in own.items():
-            target, given = self.unpad(name, parameter), tuple(tensors[name].shape)
-            if target.shape != given:
-                raise ValueError(f"{name!r} has the shape {given}, this model has {tuple(target.shape)}")
-            parameter.zero_()
-            target.copy_(tensors[name])
 
-
-# ---- The loss of a large vocabulary ----------------------------------------------------------------------------------
-
-CHUNK_ROWS = 256  # tokens whose logits are in memory at a time
-MIN_CHUNKED_LOGITS = 2**22  # with fewer the plain loss is as fast: they stay near the caches
-
-
-def losses_in_chunks(hidden: Tensor, vocab_size: int) -> bool:
-    """Whether to use ChunkedCrossEntropy: on CPUs, in training, for many logits. torch.compile fuses the plain loss."""
-    trains_on_cpu = hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return trains_on_cpu and hidden.shape[:-1].numel() * vocab_size >= MIN_CHUNKED_LOGITS
+CHUNK_ROWS, MIN_CHUNKED_LOGITS = 256, 2**22  # tokens per chunk; fewer logits stay near the caches, without chunks
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """hidden (N, C), head weight (≥ V, C), targets (N,) int64 → the sum of the counted targets' losses in nats.
 
-    The gradients, softmax − one-hot, are known as soon as the logits are. So the forward pass computes them too, chunk
-    by chunk, in the memory of the logits: (N, V) numbers are never held, nor the three or four copies of them that a
-    separate head, softmax and loss make. F.linear_cross_entropy (torch 2.13) has the same aim, but was six times slower
-    than the plain loss on a CPU (bench/NOTES.md).
+    The forward pass computes the gradients too, softmax − one-hot, chunk by chunk in the memory of the logits: (N, V)
+    numbers are never held. For CPUs; F.linear_cross_entropy (torch 2.13) is six times slower there than the plain loss.
     """
 
     @staticmethod
@@ -620,31 +509,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden * grad, d_weight * grad, None, None
 
 
-# ---- The key/value cache ---------------------------------------------------------------------------------------------
-
-
 class KVCache:
     """Keys and values of the tokens read so far, for R sequences of different lengths, in memory allocated once.
 
-    memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer. ids (R, S) int64: the
-    tokens, kept only for a model with n-grams. lengths (R,) int64: tokens in each row, on the device; host_lengths: the
-    same numbers as Python ints, known without waiting for the device. starts (R,) int64: where each row's current
-    document starts. Token t of a row lies in slot t, so a row's length is the slot of its next token.
+    memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer; token t lies in slot t.
+    lengths (R,) int64: tokens in each row, on the device; host_lengths: the same as Python ints, known without waiting
+    for the device. starts (R,) int64: where each row's document starts. ids (R, S) int64: for a model with n-grams.
     """
 
     def __init__(
         self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        S, self.n_layer = config.block_size, config.n_layer
+        S, self.n_layer, self.capacity = config.block_size, config.n_layer, config.block_size
         shape = (2 * config.n_layer, rows, config.kv_heads, S, config.head_size)
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(rows, S, dtype=torch.int64, device=device) if config.max_ngram > 1 else None
         self.lengths, self.starts = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         self.host_lengths = [0] * rows
-
-    @property
-    def capacity(self) -> int:
-        return self.memory.shape[3]
 
     @property
     def longest(self) -> int:
@@ -723,56 +604,13 @@ class KVCache:
 
 
 # ======================================================================================================================
-# Attention: softmax(q · kᵀ / √D) · v over the visible positions. The code above calls `attention` alone. Queries are
-# (B, T, H, D), keys and values (B, T, K, D); they may be views of the packed projection. With K < H (grouped queries),
-# query head h uses key/value head h // (H / K). There are two paths, chosen once per model: "triton", the fused kernels
-# at the end of this file, for GPUs; and "sdpa", PyTorch's attention, for all other devices and for decode steps.
+# Attention: softmax(q · kᵀ / √D) · v over the visible positions. With K < H (grouped queries), query head h uses
+# key/value head h // (H / K). There are two paths, chosen once per model: "triton", the fused kernels below, for GPUs;
+# and "sdpa", PyTorch's attention, for all other devices and for decode steps.
 # ======================================================================================================================
 
 AttentionPath = Literal["triton", "sdpa"]
 MAX_FUSED_HEAD = 128  # wider tiles do not fit into registers beside their accumulator
-
-
-def choose_attention(
-    requested: AttentionPath | Literal["auto"], device: torch.device, head_size: int
-) -> tuple[AttentionPath, str]:
-    """The attention path for a device, and the reason. Raises ValueError if "triton" is requested and cannot run."""
-    if requested == "sdpa":
-        return "sdpa", "requested"
-    obstacle = triton_obstacle(device, (8, 0))
-    if head_size > MAX_FUSED_HEAD:
-        obstacle = f"the kernel takes heads up to {MAX_FUSED_HEAD} wide, these have {head_size}"
-    if requested == "triton":
-        if obstacle is not None:
-            raise ValueError(obstacle)
-        return "triton", "requested"
-    if obstacle is None and device.type == "cuda":
-        return "triton", "the fused kernel runs here"
-    return "sdpa", f"no fused kernel: {obstacle or 'its interpreter is for tests'}"
-
-
-def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
-    """Why Triton cannot run on the device, or None. capability: the lowest one of an NVIDIA GPU that works."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python on any device, for tests
-    if device.type != "cuda" and not interpreted:
-        return f"Triton needs a GPU, the device is {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if interpreted:
-        return None
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < capability:
-        return f"the GPU has compute capability {torch.cuda.get_device_capability(device)}, {capability} is needed"
-    if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", "cc"), "gcc", "clang")):
-        return "there is no C compiler, which Triton needs"
-    return None
-
-
-def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """The definition, for readers and tests: softmax(q · kᵀ / √D), q (…, T, D), k (…, S, D) → (…, T, S).
-
-    Scores q · k of 112 and 96 at D = 64 become 14 and 12 by the division, 0.88 and 0.12 by the softmax.
-    """
-    return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer: int) -> Tensor:
@@ -781,8 +619,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer:
     In a prefill it also stores k and v in the cache; in a decode step (T = 1) it appends them and attends to the whole
     cache.
     """
-    if context.observer is not None:
-        context.observer(layer, q, k, v)
     if context.cache is not None:
         if context.rows is None:
             return _sdpa(q, *context.cache.append(layer, k, v), context.mask, causal=False)
@@ -793,8 +629,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer:
         return _unfused_attention(q, k, v)
     return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), context.mask, causal=context.mask is None)
 
-
-# ---- PyTorch's attention ---------------------------------------------------------------------------------------------
 
 # PyTorch's fused attention on CPUs is made for long sequences. Up to these lengths plain matrix products were faster
 # in every timing, in bfloat16 1.6 to 6 times (bench/NOTES.md). They hold a (T, T) matrix per head.
@@ -832,38 +666,31 @@ def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: 
 # ---- The fused kernels -----------------------------------------------------------------------------------------------
 #
 # Unfused, attention moves matrices of T × T scores through memory; at T = 1024 and D = 64 they are 16 times as large as
-# q. The kernels never write them (Dao et al. 2022, FlashAttention). A program of the forward kernel computes BLOCK_Q
-# rows of one head: it keeps their queries on chip and loops over the visible keys, BLOCK_K at a time. Softmax needs the
-# maximum m and the sum l of a whole row; both are updated block by block (Milakov and Gimelshein 2018; Rabe and Staats
-# 2021). With s the scores of the next block of keys:
+# q. The kernels never write them (Dao et al. 2022, FlashAttention). A program of the forward kernel keeps BLOCK_Q
+# queries of one head on chip and loops over the visible keys, BLOCK_K at a time. The maximum m and the sum l of a row,
+# which softmax needs, are updated per block (Milakov and Gimelshein 2018). With s the scores of the next block of keys:
 #
 #     m' = max(m, max s)        alpha = exp(m − m')        p = exp(s − m')
 #     l' = alpha · l + Σ p      acc' = alpha · acc + p · v
 #
-# and at the end out = acc / l. On chip stay q, acc (BLOCK_Q × D, float32), m and l; blocks of k and v pass through
-# shared memory. Exponentials are powers of two, with log2(e) folded into the scale: one multiply-add and one
-# instruction per score. Beside out the kernel writes one number per row, lse = m + log2(l). From it the backward pass
-# recomputes p = exp2(s · scale − lse) without maximum and sum. So no probabilities are stored; each of its two kernels
-# computes q · kᵀ again, which takes less time than reading T × T numbers. With do the gradient of out, dp = do · vᵀ:
+# and at the end out = acc / l. Exponentials are powers of two, with log2(e) folded into the scale: one multiply-add and
+# one instruction per score. Beside out the kernel writes one number per row, lse = m + log2(l), from which the backward
+# pass recomputes p = exp2(s · scale − lse). Computing q · kᵀ again in each of its two kernels takes less time than
+# reading T × T numbers. With do the gradient of out and dp = do · vᵀ:
 #
 #     delta = Σ do ∘ out (per row)   ds = p ∘ (dp − delta)   dq = scale · ds · k   dk = scale · dsᵀ · q   dv = pᵀ · do
 #
 # One kernel sums dq over keys, for a block of queries; the other sums dk and dv over queries, of all heads that share
 # the keys, for a block of keys. No two programs add to the same number: no atomics, bitwise reproducible gradients.
-#
-# Cost per head, causal: forward two products over half of the square, 2 · T² · D FLOP, and 4 · T · D numbers moved
-# (repeated reads by the programs of a head hit the L2 cache): T / 4 FLOP per byte in 16 bits. Backward seven products,
-# 7 · T² · D, and 12 · T · D numbers. A Hopper GPU is compute-bound from about 250 FLOP per byte on, at T = 1024.
-#
+# Cost per head, causal: forward 2 · T² · D FLOP and 4 · T · D numbers moved, T / 4 FLOP per byte in 16 bits; backward
+# 7 · T² · D and 12 · T · D. A Hopper GPU is compute-bound from about 250 FLOP per byte on, at T = 1024.
 # Only some blocks need a mask: those on the diagonal, and with documents or a window those that the line of first
-# visible keys crosses. Blocks beyond that line are skipped. So every loop is split into three: PHASE 0, blocks cut by
-# the line; PHASE 1, blocks that are visible as a whole and need no test; PHASE 2, the diagonal. Masked scores are
-# −1e30, not −inf: a row without a visible key so far sums garbage, which alpha = 0 removes at its first visible key,
-# and every row has one: itself.
+# visible keys crosses; blocks beyond that line are skipped. So every loop is split into three: PHASE 0, blocks cut by
+# the line; PHASE 1, blocks that are visible as a whole; PHASE 2, the diagonal. Masked scores are −1e30, not −inf: a row
+# without a visible key so far sums garbage, which alpha = 0 removes at its first visible key, at the latest itself.
 #
 # Head sizes that are no power of two are padded to BLOCK_D on chip; numbers beyond D or T are read as 0 and never
-# written. DOT is the dtype of the operands of products: that of the inputs, but float32 for bfloat16 in the
-# interpreter.
+# written. DOT is the dtype of the operands of products: the inputs', but float32 for bfloat16 in the interpreter.
 
 
 def _query_block(T, H, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -892,11 +719,8 @@ def _tile(ptr, b, h, stride_b, stride_t, stride_h, rows, offs_d):  # type: ignor
 
 def _load(tile, rows, offs_d, T, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile, 0 beyond T and D. WHOLE: no row is beyond T."""
-    if WHOLE and D == BLOCK_D:
-        x = tl.load(tile)
-    else:
-        x = tl.load(tile, mask=(rows < T)[:, None] & (offs_d < D)[None, :], other=0.0)
-    return x
+    in_bounds = (rows < T)[:, None] & (offs_d < D)[None, :]
+    return tl.load(tile) if WHOLE and D == BLOCK_D else tl.load(tile, mask=in_bounds, other=0.0)
 
 
 def _mask_scores(s, rows, keys, first, PHASE: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -1008,10 +832,8 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, DOT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Keeps a block of keys and values, loops over the queries that see them; s is transposed, (BLOCK_K, BLOCK_Q).
-
-    PHASE 0 here also has the last, incomplete block of queries (TAIL). dv has the strides of dk. The first block of
-    keys starts first: most queries see it.
-    """
+    PHASE 0 also has the last, incomplete block of queries (TAIL). The first block of keys starts first: most queries
+    see it. dv has the strides of dk."""
     blocks, kv_heads = (T + BLOCK_K - 1) // BLOCK_K, H // GROUP
     b, h_kv = (tl.program_id(0) // blocks // kv_heads).to(tl.int64), tl.program_id(0) // blocks % kv_heads
     start_k = tl.program_id(0) % blocks * BLOCK_K
@@ -1055,9 +877,6 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(_tile(dv_ptr, b, h_kv, stride_dkb, stride_dkt, stride_dkh, keys, offs_d), dv, mask=in_tile)
 
 
-# ---- Launching the kernels -------------------------------------------------------------------------------------------
-
-
 class Launch(NamedTuple):
     """Launch configuration of a kernel: queries and keys per block, warps per program, stages of the pipeline."""
 
@@ -1067,10 +886,9 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# Launches by architecture, bytes per number and padded head size: forward, query gradient, key and value gradient.
-# "other" fits the least shared memory that we know of, 99 KB (sm_86, sm_89, sm_120). None was timed yet: all compile,
-# in 16 bits without spilling registers (tests/test_kernel_compile.py), and were chosen by occupancy.
-# bench/tune_attention.py finds the fastest.
+# By architecture, bytes per number and padded head size: forward, query gradient, key and value gradient. "other" fits
+# 99 KB of shared memory (sm_86, sm_89, sm_120). Chosen by occupancy, without spills in 16 bits
+# (tests/test_kernel_compile.py); none was timed on a GPU yet (bench/tune_attention.py).
 LAUNCHES: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
     ("sm_90", 2, 64): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 2)),
     ("sm_90", 2, 128): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(32, 128, 8, 2)),
@@ -1093,18 +911,15 @@ def launches_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tu
 
 
 KERNELS = {
-    "forward": _forward_kernel,
-    "query_gradient": _query_gradient_kernel,
+    "forward": _forward_kernel, "query_gradient": _query_gradient_kernel,
     "key_value_gradient": _key_value_gradient_kernel,
-}  # in the order of a row of LAUNCHES
+}  # fmt: skip
 _HELPERS = (_query_block, _key_bounds, _tile, _load, _mask_scores, _query_bounds)
 
 
 def launch_kernel(name: str, launch: Launch, *tensors: Any) -> Any:
-    """Launches a kernel on its tensors, in the order of its parameters; first_visible may be None.
-
-    Returns what Triton compiled, with its registers and shared memory (None in the interpreter).
-    """
+    """Launches a kernel on its tensors, in the order of its parameters; first_visible may be None. Returns what Triton
+    compiled, with its registers and shared memory (None in the interpreter)."""
     q, k, v = tensors[:3]
     strided = {"forward": (q, k, v), "query_gradient": (q, k, v, tensors[-1])}.get(name, (q, k, v, tensors[-2]))
     (B, T, H, D), K = q.shape, k.shape[2]
@@ -1122,9 +937,8 @@ def launch_kernel(name: str, launch: Launch, *tensors: Any) -> Any:
     strides = [stride for x in strided for stride in x.stride()[:3]]
     scalars = {parameter: value for parameter, value in scalars.items() if parameter in kernel.arg_names}
     with torch.cuda.device_of(q):
-        return kernel[(blocks,)](
-            *tensors, *strides, **scalars, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+        launches = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        return kernel[(blocks,)](*tensors, *strides, **scalars, **launches)
 
 
 @cache
@@ -1142,20 +956,17 @@ def _jitted(kernel: Callable[..., None]) -> Any:
 
 
 @torch.library.custom_op(
-    "sprout::attention",
-    mutates_args=(),
+    "sprout::attention", mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? first_visible) -> (Tensor, Tensor)",
-)
+)  # fmt: skip
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `attention` → out (B, T, H, D), and lse (B, H, T) float32: log2 of each row's sum of exponentials."""
-    B, T, H, D = q.shape
-    out, lse = q.new_empty((B, T, H, D)), q.new_empty((B, H, T), dtype=torch.float32)
-    launch_kernel("forward", launches_for(q.device, q.dtype, D)[0], q, k, v, first_visible, out, lse)
+    out, lse = empty_outputs(q)
+    launch_kernel("forward", launches_for(q.device, q.dtype, q.shape[3])[0], q, k, v, first_visible, out, lse)
     return out, lse
 
 
-@fused_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
+def empty_outputs(q: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
 
@@ -1177,18 +988,13 @@ def fused_attention_backward(
     return dq, dk, dv
 
 
-@fused_attention_backward.register_fake
-def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *fused_attention_backward(do, *ctx.saved_tensors), None
-
-
-fused_attention.register_autograd(_differentiate, setup_context=_save_for_backward)
+fused_attention.register_fake(empty_outputs)
+fused_attention_backward.register_fake(lambda do, *qkv_saved: tuple(x.new_empty(x.shape) for x in qkv_saved[:3]))
+fused_attention.register_autograd(
+    lambda ctx, do, _: (*fused_attention_backward(do, *ctx.saved_tensors), None), setup_context=_save_for_backward
+)

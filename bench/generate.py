@@ -31,6 +31,7 @@ import torch.nn.functional as F  # noqa: E402
 
 from bench.hardware import Stopwatch, commit_of, hardware, write_results  # noqa: E402
 from bench.peer import import_model  # noqa: E402
+from common.weights import export_weights, import_weights  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from generation.engine import generate  # noqa: E402
 from generation.options import SamplingOptions  # noqa: E402
@@ -147,7 +148,7 @@ def measure(
 def converted(model: GPT, device: torch.device, dtype: torch.dtype) -> GPT:
     """A copy on `device` with all parameters in `dtype`, as load_model makes it."""
     copy = GPT(model.config, seed=None).eval()
-    copy.import_state(model.export_state())
+    import_weights(copy, export_weights(model))
     copy.to(device)
     for parameter in copy.parameters():
         parameter.data = parameter.data.to(dtype)

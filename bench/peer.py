@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.hardware import ROOT, Stopwatch
+from common.weights import import_weights
 from errors import UserError
 from model import GPT, GPTConfig
 
@@ -190,7 +191,7 @@ def load_ours(run: Path) -> GPT:
 
     saved = open_latest(run)
     model = GPT(section_from(GPTConfig, saved.config), seed=None)
-    model.import_state(saved.model_tensors())
+    import_weights(model, saved.model_tensors())
     model.eval()
     return model
 

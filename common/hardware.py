@@ -7,8 +7,10 @@ attention paths.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 
 from errors import UserError
-from model import choose_attention, triton_obstacle
+from model import MAX_FUSED_HEAD, AttentionPath
 
 if TYPE_CHECKING:
     from annotated_types import Ge
@@ -149,6 +151,40 @@ def choose_attention_path(option: Literal["auto", "triton", "sdpa"], hardware: H
     except ValueError as error:
         raise UserError(f"--attention={option}: {error}; take --attention=auto") from None
     return Choice(path, {"attention": reason} if option == "auto" else {})
+
+
+def choose_attention(
+    requested: AttentionPath | Literal["auto"], device: torch.device, head_size: int
+) -> tuple[AttentionPath, str]:
+    """The attention path for a device, and the reason. Raises ValueError if "triton" is requested and cannot run."""
+    if requested == "sdpa":
+        return "sdpa", "requested"
+    obstacle = triton_obstacle(device, (8, 0))
+    if head_size > MAX_FUSED_HEAD:
+        obstacle = f"the kernel takes heads up to {MAX_FUSED_HEAD} wide, these have {head_size}"
+    if requested == "triton":
+        if obstacle is not None:
+            raise ValueError(obstacle)
+        return "triton", "requested"
+    if obstacle is None and device.type == "cuda":
+        return "triton", "the fused kernel runs here"
+    return "sdpa", f"no fused kernel: {obstacle or 'its interpreter is for tests'}"
+
+
+def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
+    """Why Triton cannot run on the device, or None. capability: the lowest one of an NVIDIA GPU that works."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python on any device, for tests
+    if device.type != "cuda" and not interpreted:
+        return f"Triton needs a GPU, the device is {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if interpreted:
+        return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < capability:
+        return f"the GPU has compute capability {torch.cuda.get_device_capability(device)}, {capability} is needed"
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "there is no C compiler, which Triton needs"
+    return None
 
 
 def vendor_flops(name: str) -> float | None:

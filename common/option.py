@@ -143,6 +143,7 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
 
     hints = typing.get_type_hints(section, localns=vars(annotated_types), include_extras=True)
     help_texts = _field_docstrings(section)
+    free: set[str] | None = getattr(section, "FREE_ON_RESUME", None)  # all other options of the section are fixed
     for field in dataclasses.fields(section):
         where = f"{section.__name__}.{field.name}"
         assert field.default is not dataclasses.MISSING, f"{where} has no default"
@@ -167,7 +168,7 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
             choices=tuple(choices),
             none=none,
             interval=Interval(**dataclasses.asdict(ranges[0])) if ranges else Interval(),
-            fixed=field.metadata.get("resume") == "fixed",
+            fixed=field.metadata.get("resume") == "fixed" or (free is not None and field.name not in free),
             repeatable=repeatable,
         )
         assert option.check(option.default) == option.default, f"{where}: wrong default"

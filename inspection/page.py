@@ -25,7 +25,7 @@ from files import replace_file
 from generation.engine import visible
 from generation.options import SamplingOptions
 from generation.sampling import Penalties, filtered_probs
-from model import GPT, GPTConfig, dense_mask
+from model import GPT, Attention, AttentionContext, GPTConfig, dense_mask
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_TOKENS, MIN_TOKENS = 96, 8  # shown at once
@@ -46,10 +46,8 @@ def inspect_prompt(model: GPT, tokenizer: Tokenizer, ids: Sequence[int], options
     context = visible(ids, config.block_size, options.keep_head)
     positions = shown_positions(config, len(context))  # N of T
     inputs = torch.tensor([context], device=model.embed.weight.device)  # (1, T)
-    layers: list[tuple[Tensor, ...]] = []  # q (H, T, D), k and v (K, T, D)
-    logits = model.observe(
-        inputs, lambda layer, *qkv: layers.append(tuple(x[0].transpose(0, 1).float().cpu() for x in qkv))
-    )
+    logits, attended = attention_inputs(model, inputs)
+    layers = [tuple(x[0].transpose(0, 1).float().cpu() for x in qkv) for qkv in attended]  # (H, T, D), 2 · (K, T, D)
     logits = logits[0, positions].float().cpu()  # (N, V)
     if not logits.isfinite().all():
         raise UserError(
@@ -89,6 +87,23 @@ def inspect_prompt(model: GPT, tokenizer: Tokenizer, ids: Sequence[int], options
         "kinds": kinds,
         "predictions": predictions,
     }  # fmt: skip
+
+
+def attention_inputs(model: GPT, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """ids (B, T) → logits (B, T, V), and what enters the attention of each layer, normalized and rotated:
+    q (B, T, H, D), k and v (B, T, K, D)."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def record(attention: Attention, inputs: tuple[Tensor, AttentionContext]) -> None:
+        found.append(attention.queries_keys_values(inputs[0], inputs[1].rotation))
+
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    hooks = [module.register_forward_pre_hook(record) for module in attentions]
+    try:
+        return model(ids), found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def classify_heads(

@@ -215,6 +215,24 @@ def _source(page: bytes, tag: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
 
 
+async def on_error(_: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {show(repr(request.url.path))}: {error.detail.lower()}; the routes are {ROUTES}"
+    response = error_response(RequestError(message, status=error.status_code))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_failure(_: Request, error: Exception) -> Response:
+    return error_response(
+        RequestError(f"internal server error ({type(error).__name__}); see the server's output", status=500)
+    )
+
+
 def make_app(served: ServedModel, options: ServerOptions, queue: Queue, page_defaults: Mapping[str, Any]) -> Starlette:
     """`page_defaults`: initial values of the page's settings beside the sampling options."""
     page = page_response()
@@ -238,21 +256,6 @@ def make_app(served: ServedModel, options: ServerOptions, queue: Queue, page_def
 
     async def health(_: Request) -> Response:
         return json_response({"status": "ok", "model": served.name, "requests": len(queue.jobs)})
-
-    async def on_error(_: Request, error: Exception) -> Response:
-        return error_response(error)
-
-    async def on_http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        message = f"{request.method} {show(repr(request.url.path))}: {error.detail.lower()}; the routes are {ROUTES}"
-        response = error_response(RequestError(message, status=error.status_code))
-        response.headers.update(error.headers or {})
-        return response
-
-    async def on_failure(_: Request, error: Exception) -> Response:
-        return error_response(
-            RequestError(f"internal server error ({type(error).__name__}); see the server's output", status=500)
-        )
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import common.hardware as hardware_module
 import model as model_module
-from model import GPT, AttentionContext, GPTConfig, Launch, attention, choose_attention, dense_mask
+from common.hardware import choose_attention
+from model import GPT, AttentionContext, GPTConfig, Launch, attention, dense_mask
 from tests.conftest import ROOT
 
 pytest.importorskip("triton", reason="the kernel is Triton's")
@@ -278,7 +280,7 @@ def test_the_kernel_is_chosen_by_what_the_machine_can(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert choose_attention("auto", cpu, 64) == ("sdpa", "no fused kernel: Triton needs a GPU, the device is cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(model_module.shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr(hardware_module.shutil, "which", lambda name: "/usr/bin/cc")
     assert choose_attention("auto", gpu, 64)[0] == choose_attention("triton", gpu, 128)[0] == "triton"
     assert choose_attention("sdpa", gpu, 64)[0] == choose_attention("auto", gpu, 256)[0] == "sdpa"
     for device, head_size, reason in (
@@ -288,7 +290,7 @@ def test_the_kernel_is_chosen_by_what_the_machine_can(monkeypatch):
     ):
         with pytest.raises(ValueError, match=reason):
             choose_attention("triton", device, head_size)
-    monkeypatch.setattr(model_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(hardware_module.shutil, "which", lambda name: None)
     assert choose_attention("auto", gpu, 64)[0] == "sdpa"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability \(7, 5\), \(8, 0\) is needed"):
@@ -310,7 +312,8 @@ before = set(sys.modules)
 gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=10, eos_id=9))
 gpt(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
 assert not [name for name in sys.modules if name.startswith("triton") and sys.modules[name] is not None], "imported"
-print(model.choose_attention("auto", torch.device("cuda"), 16)[1] if {missing} else "fine")
+from common.hardware import choose_attention
+print(choose_attention("auto", torch.device("cuda"), 16)[1] if {missing} else "fine")
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)

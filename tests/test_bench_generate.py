@@ -7,6 +7,7 @@ import pytest
 from bench import generate as bench
 from checkpoint import save_checkpoint
 from common.tokenizer import bytes_tokenizer
+from common.weights import export_weights
 from errors import UserError
 from model import GPT, GPTConfig
 from prepare_data.__main__ import main as prepare
@@ -84,7 +85,7 @@ def test_the_loss_of_a_run_with_and_without_int8(tmp_path, capsys):
         f"--data_dir={tmp_path}",
     ]
     assert prepare(prepared) == 0
-    contents = {"model": model.export_state(), "config": model.config.to_dict(), "tokenizer": tokenizer.to_dict()}
+    contents = {"model": export_weights(model), "config": model.config.to_dict(), "tokenizer": tokenizer.to_dict()}
     state = {"dataset": {"path": str(tmp_path / "mini")}, "val_loss": 1.0}
     save_checkpoint(tmp_path / "run", 1, **contents, optimizer={}, state=state)
     figures = bench.losses_of_int8(tmp_path / "run")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-import model as model_module
+import common.hardware as hardware_module
 from common.hardware import Hardware, choose_compile, vendor_flops
+from common.weights import flops_per_token
 from config import load
 from model import GPT, GPTConfig
 
@@ -15,7 +16,7 @@ def hardware(device: str, dtype: torch.dtype = torch.bfloat16) -> Hardware:
 
 def test_compile_auto_compares_saved_time_with_compile_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(model_module.shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr(hardware_module.shutil, "which", lambda name: "/usr/bin/cc")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     pytest.importorskip("triton")
     for seconds, pays in ((100.0, False), (200.0, True)):
@@ -40,6 +41,6 @@ def test_peak_flops_are_known_for_listed_devices_only(monkeypatch):
 def test_flops_of_gpt2_124m():
     """855 MFLOP per token: six per matrix parameter (123.65M), plus attention over 1,024 tokens."""
     with torch.device("meta"):
-        assert GPT(load("train.py", ["gpt2_124m"]).section(GPTConfig), seed=None).flops_per_token() == pytest.approx(
+        assert flops_per_token(GPT(load("train.py", ["gpt2_124m"]).section(GPTConfig), seed=None)) == pytest.approx(
             855e6, rel=2e-3
         )

@@ -15,12 +15,14 @@ import config
 import sample
 from checkpoint import save_checkpoint
 from common.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
+from common.weights import export_weights
 from errors import UserError
 from generation.engine import next_logits, visible
 from generation.options import SamplingOptions
 from generation.sampling import Penalties, filtered_probs
-from inspection.page import head_kinds, inspect_prompt, printable, render_page, shown_positions
-from model import GPT, GPTConfig, attention_weights, dense_mask
+from inspection.page import attention_inputs, head_kinds, inspect_prompt, printable, render_page, shown_positions
+from model import GPT, GPTConfig, dense_mask
+from tests.oracle import attention_weights
 
 EOS = 256
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=128, vocab_size=257, eos_id=EOS)
@@ -98,10 +100,9 @@ def page_weights(data):
 @torch.no_grad()
 def queries_and_keys(model, ids):
     """q (T, H, D) and k (T, K, D) of each layer in float64."""
-    found = []
-    model.double().observe(torch.tensor([ids]), lambda layer, q, k, v: found.append((q[0], k[0])))
+    _, found = attention_inputs(model.double(), torch.tensor([ids]))
     model.float()
-    return found
+    return [(q[0], k[0]) for q, k, _ in found]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -348,7 +349,7 @@ def test_no_text_can_inject_markup_and_the_page_makes_no_requests():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path, tokenizer = tmp_path_factory.mktemp("läufe") / "bytes", bytes_tokenizer()
-    content = {"model": make("learned").export_state(), "config": SMALL.to_dict(), "tokenizer": tokenizer.to_dict()}
+    content = {"model": export_weights(make("learned")), "config": SMALL.to_dict(), "tokenizer": tokenizer.to_dict()}
     save_checkpoint(path, 7, **content, optimizer={}, state={"val_loss": 1.5})
     return path
 

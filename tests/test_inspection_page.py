@@ -8,7 +8,7 @@ import torch
 from common.tokenizer import bytes_tokenizer
 from generation.options import SamplingOptions
 from inspection.page import inspect_prompt, render_page
-from model import attention_weights
+from tests.oracle import attention_weights
 from tests.test_inspection import EOS, KINDS, SMALL, TEXT, make, queries_and_keys
 
 pytestmark = pytest.mark.slow

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import config
 import model as model_module
+from common.weights import count_parameters, export_weights, import_weights
 from model import (
     GPT,
     IGNORED_TARGET,
@@ -18,12 +19,12 @@ from model import (
     GPTConfig,
     KVCache,
     attention,
-    attention_weights,
     dense_mask,
     rotary_table,
     rotate,
     sinusoidal_table,
 )
+from tests.oracle import attention_weights
 
 EOS = 39
 TINY = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=EOS + 1, eos_id=EOS)
@@ -105,7 +106,7 @@ def test_parameter_counts_of_the_124m_presets(preset, parameters):
     """gpt2_124m: as OpenAI's model. modern: 50257·768 + 12·(4·768² + 3·768·2048 + 2·64 + 2·768) + 768."""
     options = config.load("train.py", [preset]).section(GPTConfig)
     with torch.device("meta"):
-        assert GPT(options, seed=None).n_params() == parameters
+        assert count_parameters(GPT(options, seed=None)) == parameters
 
 
 def test_worked_example_of_self_attention():
@@ -230,9 +231,11 @@ def test_padded_rows_never_matter():
     optimizer.step()
     for matrix in (model.embed.weight, model.head.weight):
         assert not matrix[1500:].any()
-    assert {t.shape[0] for name, t in model.export_state().items() if name in ("embed.weight", "head.weight")} == {1500}
+    assert {t.shape[0] for name, t in export_weights(model).items() if name in ("embed.weight", "head.weight")} == {
+        1500
+    }
     other = GPT(padded, seed=7)
-    other.import_state(model.export_state())
+    import_weights(other, export_weights(model))
     assert torch.equal(other(ids[:, :-1]), model(ids[:, :-1]))
 
 
@@ -247,19 +250,19 @@ def test_initial_weights_follow_the_table():
             expected = 0.02 / math.sqrt(2 * 8) if name.endswith(("attn.proj.weight", "mlp.down.weight")) else 0.02
             assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
             assert abs(parameter.mean().item()) < expected / 5, name
-    again, other = GPT(TINY, seed=3).export_state(), GPT(TINY, seed=3).export_state()
+    again, other = export_weights(GPT(TINY, seed=3)), export_weights(GPT(TINY, seed=3))
     assert all(torch.equal(again[name], other[name]) for name in again)
-    assert not torch.equal(again["embed.weight"], GPT(TINY, seed=4).export_state()["embed.weight"])
+    assert not torch.equal(again["embed.weight"], export_weights(GPT(TINY, seed=4))["embed.weight"])
 
 
 def test_import_raises_on_missing_extra_or_misshapen_tensors():
-    state = GPT(TINY).export_state()
+    state = export_weights(GPT(TINY))
     with pytest.raises(ValueError, match=r"lack 'embed\.weight'"):
-        GPT(TINY).import_state({name: tensor for name, tensor in state.items() if name != "embed.weight"})
+        import_weights(GPT(TINY), {name: tensor for name, tensor in state.items() if name != "embed.weight"})
     with pytest.raises(ValueError, match="'surplus'"):
-        GPT(TINY).import_state({**state, "surplus": torch.zeros(1)})
+        import_weights(GPT(TINY), {**state, "surplus": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"'embed\.weight' has the shape \(39, 32\)"):
-        GPT(TINY).import_state({**state, "embed.weight": state["embed.weight"][:-1]})
+        import_weights(GPT(TINY), {**state, "embed.weight": state["embed.weight"][:-1]})
 
 
 def test_ignored_targets_count_neither_in_the_loss_nor_in_its_divisor():

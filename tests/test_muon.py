@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from common.weights import export_weights
 from model import GPT
 from tests.test_model import MODERN, TINY, ids_with_documents
 from tests.test_train import TINY as TINY_RUN
@@ -40,11 +41,11 @@ def test_orthogonalizing_a_batch_equals_one_by_one():
 
 def updates_of(model: GPT, options: OptimizerOptions = PLAIN) -> dict[str, torch.Tensor]:
     """The change of each tensor in one step."""
-    before, ids = model.export_state(), ids_with_documents(4, 17)
+    before, ids = export_weights(model), ids_with_documents(4, 17)
     before = {name: tensor.clone() for name, tensor in before.items()}
     model(ids[:, :-1], ids[:, 1:]).backward()
     make_optimizer(model, options).step()
-    return {name: tensor - before[name] for name, tensor in model.export_state().items()}
+    return {name: tensor - before[name] for name, tensor in export_weights(model).items()}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 import sample
 from checkpoint import save_checkpoint
 from common.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
+from common.weights import export_weights
 from errors import UserError
 from generation.prompts import has_trailing_space, print_texts
 from generation.text import Piece, load_model, sample_texts
@@ -33,7 +34,7 @@ def save(run, step, tokenizer, seed=0, val_loss=None, **changes):
     path = save_checkpoint(
         run,
         step,
-        model=model.export_state(),
+        model=export_weights(model),
         config=config.to_dict(),
         tokenizer=tokenizer.to_dict(),
         optimizer={},
@@ -322,7 +323,7 @@ def test_model_folders_with_files_of_two_models(runs, capsys, tmp_path):
 def test_weights_that_are_not_finite(capsys, tmp_path):
     tokenizer = bytes_tokenizer()
     model = GPT(replace(CONFIG, vocab_size=257, eos_id=256))
-    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in model.export_state().items()}
+    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in export_weights(model).items()}
     content = {"model": weights, "config": model.config.to_dict(), "tokenizer": tokenizer.to_dict()}
     save_checkpoint(tmp_path, 1, **content, optimizer={}, state={})
     for flag in ("--temperature=0", "--temperature=1"):

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from common.hardware import Hardware
+from common.weights import flops_per_token
 from errors import UserError
 from model import GPT
 from training.budget import Budget
@@ -46,7 +47,7 @@ class RunLogger:
     ) -> None:
         self.hardware, self.reference, self.log_interval = hardware, reference, options.log_interval
         self.tokens_per_step = int(settings["tokens_per_step"])
-        self.flops_per_token = model.flops_per_token()
+        self.flops_per_token = flops_per_token(model)
         self.clock = TrainClock()
         self.wandb = WandbLog(run, options, settings)
         self.files = RunLog(run, lengths)

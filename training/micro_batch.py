@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from common.hardware import Choice, Hardware
+from common.weights import count_parameters
 from errors import UserError
 from model import GPT, GPTConfig
 from training.metrics import log
@@ -61,7 +62,7 @@ def fit_micro_batch(size: int, model: GPT, hardware: Hardware) -> int:
     step allocates. Logs a line where it is smaller."""
     if hardware.device.type != "cuda":
         return size
-    free = torch.cuda.mem_get_info(hardware.device)[0] - 8 * model.n_params()
+    free = torch.cuda.mem_get_info(hardware.device)[0] - 8 * count_parameters(model)
     fitting = fit_to_memory(size, lambda rows: measure_peak(model, hardware, rows), free)
     torch.cuda.empty_cache()
     if fitting < size:

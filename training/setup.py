@@ -25,6 +25,7 @@ from common.hardware import (
 )
 from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
+from common.weights import count_parameters, flops_per_token, import_weights
 from errors import UserError
 from model import GPT, AttentionPath, GPTConfig
 from prepare_data import PrepareOptions
@@ -75,7 +76,7 @@ def expected_seconds(train: TrainOptions, shape: GPTConfig) -> float:
     if train.budget_minutes is not None:
         return 60.0 * train.budget_minutes
     with torch.device("meta"):
-        return GPT(shape, seed=None).flops_per_token() * train.tokens_per_step * train.max_steps / EAGER_FLOPS
+        return flops_per_token(GPT(shape, seed=None)) * train.tokens_per_step * train.max_steps / EAGER_FLOPS
 
 
 def open_data(
@@ -134,11 +135,11 @@ def build_model(
     model = GPT(shape, seed if source is None else None, attention)
     if source is not None:
         try:
-            model.import_state(source.model_tensors())
+            import_weights(model, source.model_tensors())
         except ValueError as error:
             raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
     print(
-        f"model: {model.n_params():,} parameters, {shape.n_layer} layers, {shape.n_embd} channels,"
+        f"model: {count_parameters(model):,} parameters, {shape.n_layer} layers, {shape.n_embd} channels,"
         f" context {shape.block_size}"
     )
     return model

@@ -20,6 +20,7 @@ import torch
 
 from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
 from common.hardware import Hardware
+from common.weights import export_weights
 from errors import UserError
 from model import GPT
 from prepare_data.shards import Dataset
@@ -144,7 +145,7 @@ class TrainState:
             save_checkpoint(
                 run,
                 self.step,
-                model=self.model.export_state(),
+                model=export_weights(self.model),
                 config=self.model.config.to_dict(),
                 tokenizer=dataset.tokenizer.to_dict(),
                 optimizer=optimizer_tensors(self.optimizer, self.model),

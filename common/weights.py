@@ -1,0 +1,45 @@
+"""A model's weights as files hold them, with exactly vocab_size rows, and what is counted in them. Knows no files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from model import GPT
+
+
+def export_weights(model: GPT) -> dict[str, Tensor]:
+    """The weights by name, without the rows that pad the vocabulary: what checkpoints hold."""
+    return {name: model.unpad(name, tensor.detach()) for name, tensor in model.named_parameters()}
+
+
+@torch.no_grad()
+def import_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+    """Copies exported weights into the model, padding with zeros. Raises ValueError that names a tensor that does not
+    fit."""
+    own = dict(model.named_parameters())
+    if missing := sorted(own.keys() - tensors.keys()):
+        raise ValueError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
+    if extra := sorted(tensors.keys() - own.keys()):
+        raise ValueError(f"the weights hold {extra[0]!r}, which this model does not have ({len(extra)} too many)")
+    for name, parameter in own.items():
+        target, given = model.unpad(name, parameter), tuple(tensors[name].shape)
+        if target.shape != given:
+            raise ValueError(f"{name!r} has the shape {given}, this model has {tuple(target.shape)}")
+        parameter.zero_()
+        target.copy_(tensors[name])
+
+
+def count_parameters(model: GPT) -> int:
+    """Number of parameters, without the rows that pad the vocabulary."""
+    return sum(tensor.numel() for tensor in export_weights(model).values())
+
+
+def flops_per_token(model: GPT) -> int:
+    """FLOPs of forward and backward pass per token at full context: 6 per weight of every matrix (Kaplan et al. 2020)
+    and 12 · L · T · C for attention, masked scores included, as is usual."""
+    c = model.config
+    matrices = sum(parameter.numel() for parameter in model.blocks.parameters()) + c.vocab_size * c.n_embd
+    return 6 * matrices + 12 * c.n_layer * c.block_size * c.n_embd

@@ -228,13 +228,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        B, T, C = x.shape
         out = attention(*self.queries_keys_values(x, context.rotation), context, self.layer)  # (B, T, H, D)
-        return self.proj(out.reshape(x.shape))
+        return self.proj(out.reshape(B, T, C))
 
     def queries_keys_values(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) → q (B, T, H, D), k and v (B, T, K, D), with QK-norm and rotation; views of one projection."""
-        H, K = self.heads, self.kv_heads
-        qkv = self.qkv(x).view(*x.shape[:2], H + 2 * K, self.head_size)
+        (B, T, _), H, K = x.shape, self.heads, self.kv_heads
+        qkv = self.qkv(x).view(B, T, H + 2 * K, self.head_size)
         if rotation is None and self.q_norm is None:  # split, not slices: its gradient is one cat, not sums of zeros
             q, k, v = qkv.split_with_sizes((H, K, K), dim=2)
         else:
@@ -439,7 +440,6 @@ class GPT(nn.Module):
             last = (cache.lengths[index] - 1).clamp(min=0)
             cache.starts[index] = self.document_starts(ids).gather(1, last[:, None])[:, 0]
 
-    @torch.inference_mode()
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
         """ids (R,) int64, the next token of every row of the cache → logits (R, V). ValueError if a row is full."""
         cache.extend()

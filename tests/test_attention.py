@@ -257,7 +257,8 @@ def test_the_operator_passes_opcheck(contiguous, masked):
     if contiguous:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     first = torch.zeros(1, 19, dtype=torch.int32, device=DEVICE) if masked else None
-    torch.library.opcheck(torch.ops.sprout.attention.default, (q, k, v, first))
+    results = torch.library.opcheck(torch.ops.sprout.attention.default, (q, k, v, first))
+    assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)

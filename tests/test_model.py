@@ -375,7 +375,12 @@ def test_the_loss_in_chunks_equals_the_plain_one(dtype, reduction, monkeypatch):
 
 def test_evaluation_never_makes_gradients_in_chunks(monkeypatch):
     monkeypatch.setattr(model_module, "MIN_CHUNKED_LOGITS", 1)
-    monkeypatch.setattr(model_module.ChunkedCrossEntropy, "apply", None)
-    ids = ids_with_documents(2, 16)
+    chunked = []
+    apply = model_module.ChunkedCrossEntropy.apply
+    monkeypatch.setattr(model_module.ChunkedCrossEntropy, "apply", lambda *args: chunked.append(args) or apply(*args))
+    model, ids = GPT(TINY), ids_with_documents(2, 16)
     with torch.no_grad():
-        GPT(TINY)(ids, ids, reduction="sum")
+        loss = model(ids, ids, reduction="sum")
+    assert chunked == []
+    assert model(ids, ids, reduction="sum").item() == pytest.approx(loss.item())  # in training it does
+    assert len(chunked) == 1

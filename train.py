@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -135,15 +135,17 @@ def loop(
         rate = learning_rate(state.step, budget.plan, budget.options)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        try:
-            loss, grad_norm = step(batches(state.step))
-        except torch.OutOfMemoryError:
+        updated = None
+        with suppress(torch.OutOfMemoryError):  # handled below: until then the exception keeps the step's tensors alive
+            updated = step(batches(state.step))
+        if updated is None:
             forced = "micro_batch_size" not in recorded.reasons
             batches.size = reduce_micro_batch(batches.size, state.step, state.optimizer, forced)
             recorded.change(micro_batch_size=batches.size)
             continue
 
         # ---- log
+        loss, grad_norm = updated
         if not state.advance(loss, grad_norm):
             logger.skip(state.step, loss, grad_norm)
             state.raise_if_diverged()

@@ -103,8 +103,8 @@ TRAINED = {"small": Shape("shakespeare_char_cpu", 300, 50), "quickstart": Shape(
 VOCABULARY = "gpt2" if os.environ.get("TIKTOKEN_CACHE_DIR") else "bytes"  # GPT-2's would have to be downloaded
 MODELS = {"small": ("shakespeare_char_cpu", ""), "124m": ("gpt2_124m", f"--tokenizer={VOCABULARY}")}  # preset, flags
 DECODED = {
-    "small, 1 sample": ("small", 1, 500),
-    "small, 16 samples": ("small", 16, 500),
+    "small, 1 sample": ("small", 1, 3000),
+    "small, 16 samples": ("small", 16, 2000),
     "124m, 1 sample": ("124m", 1, 128),
 }  # name: (model, samples, tokens of each)
 NO_EXTRAS = ["--device=cpu", "--eval_interval=1000000", "--eval_tokens=1000", "--sample_tokens=0", "--final_samples=0"]

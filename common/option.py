@@ -5,6 +5,9 @@ Literal[...] and unions of these with None, or tuple[str, ...] for a flag that m
 annotated_types: Annotated[int, Ge(1)], Annotated[float, Interval(ge=0, lt=1)]. The string literal under a field is its
 help text. Which sections exist and where values come from is config's business.
 
+An option that a resumed run may not change is declared with `fixed(default)`. Where a section has FREE_ON_RESUME, all
+its options but these are fixed.
+
 A module that declares a section imports the names of annotated_types under `if TYPE_CHECKING:` only, with
 `from __future__ import annotations`; options_of resolves them. So model.py and the benches run without the package.
 Reading order: Option, options_of, check_option and section_from, the parsing of type hints.

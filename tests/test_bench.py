@@ -1,6 +1,7 @@
 """The parts of bench/ that count, parse and compare, on tiny inputs. The measurements themselves are run by hand."""
 
 import json
+import os
 import math
 import re
 import subprocess
@@ -306,3 +307,14 @@ def test_wrong_arguments_of_versions_are_one_clear_line(tmp_path):
     ):
         with pytest.raises(UserError, match=named):
             versions.main([f"--before={ROOT}", flag])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SPROUT_BEFORE" not in os.environ, reason="SPROUT_BEFORE names no other checkout to compare with")
+def test_another_version_computes_the_same_bits(tmp_path):
+    """Weights, metrics.jsonl and samples of short runs: SPROUT_BEFORE=PATH python -m pytest -m slow tests/test_bench.py"""
+    flags = [f"--before={os.environ['SPROUT_BEFORE']}", "--parts=bits", f"--results={tmp_path}"]
+    command = [sys.executable, "bench/versions.py", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count(" equal\n") == len(versions.CASES)

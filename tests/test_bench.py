@@ -1,8 +1,8 @@
 """The parts of bench/ that count, parse and compare, on tiny inputs. The measurements themselves are run by hand."""
 
 import json
-import os
 import math
+import os
 import re
 import subprocess
 import sys
@@ -312,7 +312,7 @@ def test_wrong_arguments_of_versions_are_one_clear_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif("SPROUT_BEFORE" not in os.environ, reason="SPROUT_BEFORE names no other checkout to compare with")
 def test_another_version_computes_the_same_bits(tmp_path):
-    """Weights, metrics.jsonl and samples of short runs: SPROUT_BEFORE=PATH python -m pytest -m slow tests/test_bench.py"""
+    """Weights, metrics.jsonl and samples of short runs: SPROUT_BEFORE=PATH make test-slow."""
     flags = [f"--before={os.environ['SPROUT_BEFORE']}", "--parts=bits", f"--results={tmp_path}"]
     command = [sys.executable, "bench/versions.py", *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

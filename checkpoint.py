@@ -5,12 +5,12 @@
         optimizer.safetensors   state.json
         manifest.json           bytes and crc32 of every other file, and a crc32 of itself; written last
 
-A directory `step-N` is always complete: it gets that name by a rename. Other names are stages of the writer:
+A directory `step-N` is always complete: it gets that name by a rename. The writer also uses these names:
 `step-N.writing` is unfinished, `step-N.removing` partly deleted, and `step-N.replaced` is the complete former
 checkpoint of a step that is being saved again; it counts while there is no `step-N`. A kill at any moment leaves the
 old state or the new one.
 
-Files are data: their names are fixed here, nothing read is unpickled, executed or used as a path, and foreign text is
+Files are data: their names are fixed here, nothing read is unpickled, executed or used as a path, and text from them is
 shown by repr. This file stores tensors and JSON values; it knows neither the model, the optimizer nor their options.
 Reading order: writing, finding, reading.
 """
@@ -65,7 +65,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes checkpoints/step-N, verifies it and returns its path. The caller holds the RunLock.
 
-    Then removes checkpoints of later steps: open_latest found them damaged, and the run resumed from an earlier one.
+    Then removes the checkpoints of later steps: open_latest skipped them as damaged, and the run resumed before them.
     Memory holds one serialized file at a time beside the tensors. Raises SaveFailed (disk full, …), with all earlier
     checkpoints unchanged, and ValueError on a NaN in the JSON values.
     """
@@ -80,7 +80,7 @@ def save_checkpoint(
         STATE: json_bytes({**state, "step": step}),
     }
     try:
-        obsolete = [replaced, *(path for other, path in _stages(run_dir) if other > step)]
+        obsolete = [replaced, *(path for other, path in _complete_paths(run_dir) if other > step)]
         _discard(temporary)
         home.mkdir(parents=True, exist_ok=True)
         sync_directory(run_dir)
@@ -153,12 +153,12 @@ def _write_contents(directory: Path, contents: dict[str, bytes | dict[str, Tenso
 
 def _discard(path: Path) -> None:
     """Renames a directory, then deletes it: a partly deleted checkpoint never has the name of a complete one."""
-    doomed = path.with_name(path.name.partition(".")[0] + ".removing")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    removing = path.with_name(path.name.partition(".")[0] + ".removing")
+    if removing.exists():
+        shutil.rmtree(removing)
     if path.exists():
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        os.rename(path, removing)
+        shutil.rmtree(removing)
 
 
 def _try_discard(paths: Iterable[Path]) -> None:
@@ -176,7 +176,7 @@ def _directories(run_dir: Path) -> list[Path]:
     return [path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir() and not path.is_symlink()]
 
 
-def _stages(run_dir: Path) -> list[tuple[int, Path]]:
+def _complete_paths(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, path) of the complete checkpoints, oldest first; `step-N.replaced` before `step-N`."""
     matches = [(re.fullmatch(r"step-(\d{8,})(\.replaced)?", path.name), path) for path in _directories(run_dir)]
     found = sorted((int(match[1]), match[2] is None, path) for match, path in matches if match)
@@ -185,7 +185,7 @@ def _stages(run_dir: Path) -> list[tuple[int, Path]]:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, one per step, oldest first. Reads no file."""
-    return list(dict(_stages(run_dir)).values())
+    return list(dict(_complete_paths(run_dir)).values())
 
 
 def find_checkpoint(run_dir: Path, which: str) -> Path:
@@ -193,12 +193,12 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
 
     best: the lowest val_loss in state.json; ties go to the earlier step; latest if none has a val_loss.
     """
-    checkpoints = dict(_stages(run_dir))
+    checkpoints = dict(_complete_paths(run_dir))
     if not checkpoints:
         if not run_dir.is_dir():
             kind = "is a file, not a run directory" if run_dir.exists() else "does not exist"
             raise UserError(f"the run {run_dir} {kind}; train first: python train.py --run={shlex.quote(str(run_dir))}")
-        runs = sorted(str(path) for path in run_dir.iterdir() if path.is_dir() and _stages(path))
+        runs = sorted(str(path) for path in run_dir.iterdir() if path.is_dir() and _complete_paths(path))
         if runs:
             raise UserError(f"the directory {run_dir} is not a run; it contains these runs: {', '.join(runs)}")
         raise UserError(
@@ -256,7 +256,7 @@ class ModelFolder:
     tokenizer: dict[str, Any]
 
     def model_tensors(self) -> dict[str, Tensor]:
-        _check_model_files(self.path)  # again: the files may have changed since open_model_folder
+        _check_model_files(self.path)  # the files may have changed since open_model_folder
         return _read_tensors(self.path / WEIGHTS)
 
 
@@ -298,7 +298,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def open_latest(run_dir: Path) -> Checkpoint:
     """The newest intact checkpoint, for --resume; damaged ones are skipped with a warning on standard error."""
     find_checkpoint(run_dir, "latest")  # raises if there is none
-    for _, path in reversed(_stages(run_dir)):
+    for _, path in reversed(_complete_paths(run_dir)):
         try:
             return open_checkpoint(path)
         except DamagedFile as error:

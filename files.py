@@ -53,7 +53,7 @@ def json_bytes(value: dict[str, Any]) -> bytes:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """replace_file of a JSON object."""
+    """Writes a JSON object atomically. Raises OSError."""
     replace_file(path, json_bytes(value))
 
 

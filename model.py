@@ -48,11 +48,11 @@ class GPTConfig:
     rope_theta: Annotated[float, Gt(0)] = 10_000.0
     """Base of the rotary wavelengths; larger for longer contexts."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation: LayerNorm, or RMSNorm (no mean, no bias)."""
+    """Normalization: LayerNorm, or RMSNorm (no mean, no bias)."""
     norm_eps: Annotated[float, Gt(0)] = 1e-5
     """Added to the variance before the square root."""
     norm_position: Literal["pre", "post"] = "pre"
-    """Normalise the input of a sublayer (GPT-2 and later), or its sum with the residual (the 2017 paper)."""
+    """Normalize the input of a sublayer (GPT-2 and later), or its sum with the residual (the 2017 paper)."""
     mlp: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"
     """Nonlinearity of the MLP: GELU (tanh form), ReLU, squared ReLU, or SiLU-gated."""
     n_hidden: Annotated[int, Ge(1)] | None = None
@@ -76,7 +76,7 @@ class GPTConfig:
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Dropout on the outputs of the embedding and the residual branches; attention weights are never dropped."""
     vocab_size: int = field(default=50_257, metadata={"derived": True})
-    """Number of token ids; comes from the tokenizer, so it is no option."""
+    """Number of token ids; comes from the tokenizer, so it is not an option."""
     eos_id: int | None = field(default=50_256, metadata={"derived": True})
     """The end-of-sequence id; it starts the document that follows it. The document mask needs it."""
 
@@ -128,7 +128,7 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its own initialization: that is GPT.init_weights."""
+    """nn.Linear that leaves initialization to GPT.init_weights."""
 
     def reset_parameters(self) -> None: ...
 
@@ -162,8 +162,8 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 class Dropout(nn.Module):
-    """Sets a share p of the inputs to 0 in training, and scales the others by 1 / (1 − p). On a CPU, where drawing a
-    float per element costs more than the layer around it, by random bytes, with p rounded to a multiple of 1/256."""
+    """Zeroes each input with probability p in training, and scales the others by 1 / (1 − p). On a CPU from random
+    bytes, with p rounded to a multiple of 1/256: a float per element would cost more than the surrounding layer."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class AttentionContext(NamedTuple):
 
     path: AttentionPath
     rotation: Tensor | None = None  # rows of rotary_table for the positions, (T, 2, D) or (B, T, 2, D)
-    first_visible: Tensor | None = None  # (B, T) int32, never falling: query t attends to keys first_visible[t] … t
+    first_visible: Tensor | None = None  # (B, T) int32, nondecreasing: query t attends to keys first_visible[t] … t
     mask: Tensor | None = None  # bool: dense_mask(first_visible) on the sdpa path, (R, 1, 1, S) in a decode step
     cache: KVCache | None = None  # in a prefill or a decode step
     rows: Tensor | None = None  # (B,) int64, in a prefill: the rows of the cache to write
@@ -236,7 +236,7 @@ class Attention(nn.Module):
         """x (B, T, C) → q (B, T, H, D), k and v (B, T, K, D), with QK-norm and rotation; views of one projection."""
         (B, T, _), H, K = x.shape, self.heads, self.kv_heads
         qkv = self.qkv(x).view(B, T, H + 2 * K, self.head_size)
-        if rotation is None and self.q_norm is None:  # split, not slices: its gradient is one cat, not sums of zeros
+        if rotation is None and self.q_norm is None:  # split: slices would have zero-padded gradients
             q, k, v = qkv.split_with_sizes((H, K, K), dim=2)
         else:
             qk, v = qkv.split_with_sizes((H + K, K), dim=2)
@@ -251,7 +251,7 @@ class Attention(nn.Module):
         wide = widened(qk)
         inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.q_norm.eps)
         scaled = wide * torch.where(is_query, self.q_norm.weight, self.k_norm.weight)  # weights (H + K, D)
-        # A rotation keeps the norm, so the division by it may come last.
+        # A rotation preserves the norm, so the division by it may come last.
         return ((scaled if rotation is None else rotate(scaled, rotation)) * inverse_rms).to(qk.dtype)
 
 
@@ -296,7 +296,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only Transformer over token ids. seed: of the initial weights, drawn on the CPU, so the same on every
+    """A decoder-only Transformer over token ids. seed: for the initial weights, drawn on the CPU, so equal on every
     device; None leaves them unset, to be loaded. attention: the path, from choose_attention in common/hardware.py."""
 
     table: Tensor | None  # fixed positions: (block_size, C) sine waves or (block_size, 2, D) rotations
@@ -448,7 +448,7 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def decode_step(self, ids: Tensor, cache: KVCache, span: int, equal_lengths: bool = False) -> Tensor:
         """The part of `decode` that a CUDA graph can replay. span: slots of the cache that are read, at least those of
-        the longest row and its new token. equal_lengths: of all rows, so that the new tokens go into slot span − 1."""
+        the longest row and its new token. equal_lengths: all rows have one length; the new slot is span − 1."""
         c = self.config
         if c.document_mask:
             cache.starts.copy_(torch.where(ids.eq(self.eos_id), cache.lengths, cache.starts))
@@ -468,14 +468,14 @@ class GPT(nn.Module):
         return tensor[: self.config.vocab_size] if name in ("embed.weight", "head.weight") else tensor
 
 
-CHUNK_ROWS, MIN_CHUNKED_LOGITS = 256, 2**22  # tokens per chunk; fewer logits stay near the caches, without chunks
+CHUNK_ROWS, MIN_CHUNKED_LOGITS = 256, 2**22  # tokens per chunk; fewer logits are computed at once
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """hidden (N, C), head weight (≥ V, C), targets (N,) int64 → the sum of the counted targets' losses in nats.
 
-    The forward pass computes the gradients too, softmax − one-hot, chunk by chunk in the memory of the logits: (N, V)
-    numbers are never held. For CPUs; F.linear_cross_entropy (torch 2.13) is six times slower there than the plain loss.
+    The forward pass computes the gradients too, softmax − one-hot, chunk by chunk in place of the logits, so no (N, V)
+    tensor is allocated. For CPUs; F.linear_cross_entropy (torch 2.13) is six times slower there than the plain loss.
     """
 
     @staticmethod
@@ -512,7 +512,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class KVCache:
     """Keys and values of the tokens read so far, for R sequences of different lengths, in memory allocated once.
 
-    memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer; token t lies in slot t.
+    memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer; token t is in slot t.
     lengths (R,) int64: tokens in each row, on the device; host_lengths: the same as Python ints, known without waiting
     for the device. starts (R,) int64: where each row's document starts. ids (R, S) int64: for a model with n-grams.
     """
@@ -537,7 +537,7 @@ class KVCache:
         return min(self.host_lengths) == max(self.host_lengths)
 
     def restart(self, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Sets the lengths of rows that are about to be written anew → the rows as a tensor, (len(rows),) int64."""
+        """Sets the lengths of rows that are about to be rewritten → the rows as a tensor, (len(rows),) int64."""
         index, new_lengths = (torch.tensor(x, dtype=torch.int64, device=self.memory.device) for x in (rows, lengths))
         self.lengths[index], self.starts[index] = new_lengths, 0
         for row, length in zip(rows, lengths, strict=True):
@@ -562,7 +562,7 @@ class KVCache:
         self.all_rows = None if equal_lengths else torch.arange(len(self.lengths), device=self.memory.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (R, 1, K, D) of one token behind each row → all keys and values of the layer, (R, K, span, D)."""
+        """Stores k, v (R, 1, K, D) of one new token per row → all keys and values of the layer, (R, K, span, D)."""
         keys, values = self.visible[layer], self.visible[layer + self.n_layer]
         if self.last_slots is not None:
             self.last_slots[layer].copy_(k)
@@ -657,7 +657,7 @@ def _unfused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """q (B, T, H, D), keys and values (B, K, S, D), as they lie in the cache → (B, T, H, D)."""
+    """q (B, T, H, D), keys and values (B, K, S, D), the cache's layout → (B, T, H, D)."""
     q, grouped = q.transpose(1, 2), q.shape[2] != keys.shape[1]
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
@@ -683,18 +683,18 @@ def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: 
 # One kernel sums dq over keys, for a block of queries; the other sums dk and dv over queries, of all heads that share
 # the keys, for a block of keys. No two programs add to the same number: no atomics, bitwise reproducible gradients.
 # Cost per head, causal: forward 2 · T² · D FLOP and 4 · T · D numbers moved, T / 4 FLOP per byte in 16 bits; backward
-# 7 · T² · D and 12 · T · D. A Hopper GPU is compute-bound from about 250 FLOP per byte on, at T = 1024.
-# Only some blocks need a mask: those on the diagonal, and with documents or a window those that the line of first
-# visible keys crosses; blocks beyond that line are skipped. So every loop is split into three: PHASE 0, blocks cut by
-# the line; PHASE 1, blocks that are visible as a whole; PHASE 2, the diagonal. Masked scores are −1e30, not −inf: a row
-# without a visible key so far sums garbage, which alpha = 0 removes at its first visible key, at the latest itself.
+# 7 · T² · D and 12 · T · D. A Hopper GPU is compute-bound above about 250 FLOP per byte, from T = 1024 on.
+# Only some blocks need a mask: those on the diagonal, and with documents or a window those that contain the boundary
+# given by first_visible; blocks beyond it are skipped. So every loop is split into three: PHASE 0, blocks on the
+# boundary; PHASE 1, fully visible blocks; PHASE 2, the diagonal. Masked scores are −1e30, not −inf: a row without a
+# visible key so far sums garbage, which alpha = 0 removes at its first visible key, at the latest on the diagonal.
 #
-# Head sizes that are no power of two are padded to BLOCK_D on chip; numbers beyond D or T are read as 0 and never
+# Head sizes that are not a power of two are padded to BLOCK_D on chip; numbers beyond D or T are read as 0 and never
 # written. DOT is the dtype of the operands of products: the inputs', but float32 for bfloat16 in the interpreter.
 
 
 def _query_block(T, H, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The program's sequence, head and first query. Blocks with the most keys start first, so that none ends last."""
+    """The program's sequence, head and first query. Blocks with the most keys start first (load balance)."""
     blocks = (T + BLOCK_Q - 1) // BLOCK_Q
     bh = tl.program_id(0) // blocks
     return (bh // H).to(tl.int64), bh % H, (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
@@ -773,7 +773,7 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     scale_log2, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Loops as the forward kernel does. Runs first in the backward pass and writes delta for the other kernel."""
+    """Loops like the forward kernel. Runs first in the backward pass and writes delta for the other kernel."""
     b, h, start_q = _query_block(T, H, BLOCK_Q)
     rows, offs_k, offs_d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     MASKED: tl.constexpr = first_ptr is not None
@@ -805,12 +805,12 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 def _query_bounds(first_ptr, b, start_k, T, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a block of keys: the bounds of PHASES 2, 1, 0 of the loop over queries. From `clear` on blocks of queries
-    see some of the keys only, from `end` on none."""
+    """Of a block of keys: the bounds of PHASES 2, 1, 0 of the loop over queries. From `clear` on, blocks of
+    queries see only some of the keys; from `end` on, none."""
     diagonal, last_block = start_k // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q
     below = tl.minimum((start_k + BLOCK_K + BLOCK_Q - 1) // BLOCK_Q, last_block) * BLOCK_Q
     clear, end = tl.maximum(T // BLOCK_Q * BLOCK_Q, below), T
-    if first_ptr is not None:  # first_visible never falls, so both are found by bisection
+    if first_ptr is not None:  # first_visible is nondecreasing, so bisection finds both
         for BOUND in tl.static_range(2):
             low, high = below // BLOCK_Q, last_block
             while low < high:
@@ -832,8 +832,8 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, DOT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Keeps a block of keys and values, loops over the queries that see them; s is transposed, (BLOCK_K, BLOCK_Q).
-    PHASE 0 also has the last, incomplete block of queries (TAIL). The first block of keys starts first: most queries
-    see it. dv has the strides of dk."""
+    PHASE 0 includes the last, incomplete block of queries (TAIL). The first block of keys starts first: it is seen by
+    the most queries. dv has the strides of dk."""
     blocks, kv_heads = (T + BLOCK_K - 1) // BLOCK_K, H // GROUP
     b, h_kv = (tl.program_id(0) // blocks // kv_heads).to(tl.int64), tl.program_id(0) // blocks % kv_heads
     start_k = tl.program_id(0) % blocks * BLOCK_K
@@ -902,7 +902,7 @@ LAUNCHES: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
 def launches_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Launch, Launch, Launch]:
     """The row of LAUNCHES for a device, else that of "other". Raises ValueError for dtypes that the kernels lack."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"the fused kernel takes float32, float16 and bfloat16, not {dtype}; take the sdpa path")
+        raise ValueError(f"the fused kernel takes float32, float16 and bfloat16, not {dtype}; use the sdpa path")
     architecture = "other"
     if device.type == "cuda" and torch.version.hip is None:
         architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
@@ -943,8 +943,8 @@ def launch_kernel(name: str, launch: Launch, *tensors: Any) -> Any:
 
 @cache
 def _jitted(kernel: Callable[..., None]) -> Any:
-    """The kernel as a Triton function. Triton is imported here, on first use; what kernels look up among this file's
-    names, `tl` and the helpers, is bound here too."""
+    """The kernel as a Triton function. Triton is imported here, on first use; the globals that kernels use,
+    `tl` and the helpers, are bound here too."""
     import triton
     import triton.language
 
@@ -960,7 +960,7 @@ def _jitted(kernel: Callable[..., None]) -> Any:
     schema="(Tensor q, Tensor k, Tensor v, Tensor? first_visible) -> (Tensor, Tensor)",
 )  # fmt: skip
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `attention` → out (B, T, H, D), and lse (B, H, T) float32: log2 of each row's sum of exponentials."""
+    """Like `attention` → out (B, T, H, D), and lse (B, H, T) float32: log2 of each row's sum of exponentials."""
     out, lse = empty_outputs(q)
     launch_kernel("forward", launches_for(q.device, q.dtype, q.shape[3])[0], q, k, v, first_visible, out, lse)
     return out, lse

@@ -1,10 +1,10 @@
 """Samples text from a trained model: options → checkpoint → prompts → text.
 
     python sample.py                                       the newest run's best checkpoint starts a new document
-    python sample.py --run=runs/notes --prompt="Once"      a run continues your text
+    python sample.py --run=runs/notes --prompt="Once"      continues your text
     python sample.py --prompt_file=- < letter.txt          … or a file's
     python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON Lines out
-    python sample.py --interactive                         write together, line by line
+    python sample.py --interactive                         an interactive session, line by line
     python sample.py --inspect=out.html --prompt="Once"    a page of the prompt's attention maps and probabilities
     python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
     python sample.py --help                                every option
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     title = describe_checkpoint(path, folder, script.checkpoint)
     print(f"{title}; {hardware.describe()}", file=sys.stderr)
 
-    # ---- one of four modes; each imports what it alone needs
+    # ---- one of four modes; each imports its own modules
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may have another encoding
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may use another encoding
     if server.serve:
         from server.app import serve
 

@@ -3,10 +3,10 @@
     python train.py                                        the quickstart preset on Python's standard library
     python train.py --data=my_novel.txt                    any file or folder of text
     python train.py config/shakespeare_char.py --max_steps=500 --learning_rate=1e-3
-    python train.py --resume=runs/quickstart-1             continues a run, bit for bit on a CPU
+    python train.py --resume=runs/quickstart-1             resumes a run, bitwise exact on a CPU
     python train.py --help                                 every option
 
-`main` sets a run up, in this order; `loop` trains; `update` is one step: forward, backward, clipping, update.
+`main` sets a run up, in this order; `loop` trains; `update` is one optimizer step.
 """
 
 from __future__ import annotations
@@ -53,26 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # ---- hardware: every `auto` is resolved
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))
-        shape, attention = start.options.section(GPTConfig), start.options.section(HardwareOptions).attention
+        model_config, attention = start.options.section(GPTConfig), start.options.section(HardwareOptions).attention
         values, reasons = setup.choose_auto(
-            start.options.section(TrainOptions), shape, attention, hardware, start.reasons
+            start.options.section(TrainOptions), model_config, attention, hardware, start.reasons
         )
         options = config.replace(start.options, **values)
         train, evals = options.section(TrainOptions), options.section(EvalOptions)
         optim, seed = options.section(OptimizerOptions), options.section(RunOptions).seed
         # ---- data
-        prepare = options.section(PrepareOptions)
+        prepare, block_size = options.section(PrepareOptions), model_config.block_size
         dataset = setup.open_data(train.data, prepare, start.resumed, start.initial, start.flags)
-        setup.check_data(dataset, shape.block_size, evals.sample_prompt)
-        rows, size = train.tokens_per_step // shape.block_size, int(train.micro_batch_size)
-        batches = TrainBatches(dataset.train, shape.block_size, rows, size, seed, hardware.device, shape.dropout > 0)
+        setup.check_data(dataset, block_size, evals.sample_prompt)
+        rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
+        batches = TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, model_config.dropout > 0)
         # ---- model
         path = options.section(HardwareOptions).attention
-        model = setup.build_model(shape, dataset.tokenizer, path, seed, start.source).to(hardware.device).train()
+        model = setup.build_model(model_config, dataset.tokenizer, path, seed, start.source).to(hardware.device).train()
         score = partial(evaluate, model, dataset.val, dataset.tokenizer.token_bytes, autocast=hardware.autocast)
         if evals.eval_only:
             return setup.print_evaluation(start.source, score(rows=size))
-        # ---- optimizer, and all that a checkpoint holds
+        # ---- optimizer, and the rest of what a checkpoint holds
         stop = stack.enter_context(StopRequest())
         run = setup.open_run(options.section(RunOptions).run, options.presets, start.source, stack)
         optimizer, scaler = make_optimizer(model, optim, hardware.dtype), setup.make_scaler(hardware)
@@ -111,8 +111,8 @@ def loop(
     score: Callable[..., Evaluation | None], sample: Callable[[int, int], list[tuple[str, str]]],
     save: Callable[[], None], stop: Callable[[], bool],
 ) -> None:  # fmt: skip
-    """Trains until the last step, the end of the time budget, or a stop signal; the last step is evaluated (but not
-    after a signal) and saved."""
+    """Trains until the last step, the end of the time budget, or a stop signal; the last step is saved, and
+    evaluated unless a signal ended the run."""
     logger.start(state.step)
     while True:
         # ---- evaluate, sample, save
@@ -136,7 +136,7 @@ def loop(
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         updated = None
-        with suppress(torch.OutOfMemoryError):  # handled below: until then the exception keeps the step's tensors alive
+        with suppress(torch.OutOfMemoryError):  # handled below: the exception would keep the step's tensors alive
             updated = step(batches(state.step))
         if updated is None:
             forced = "micro_batch_size" not in recorded.reasons
@@ -161,7 +161,7 @@ def update(
     grad_clip: float | None, batches: Sequence[MicroBatch],
 ) -> tuple[float, float]:  # fmt: skip
     """One optimizer step on the mean loss over all targets of the micro-batches. Returns that loss (nats) and the
-    gradient norm before clipping; where one of them is not finite, the weights stay as they are."""
+    gradient norm before clipping; where one of them is not finite, the weights are unchanged."""
     n_targets = max(1, sum(batch.n_targets for batch in batches))
     total = torch.zeros((), device=hardware.device)
     for x, y, dropout_seed in batches:

@@ -66,7 +66,7 @@ from model import GPT, GPTConfig  # noqa: E402
 from prepare_data.shards import open_dataset  # noqa: E402
 from training.data import TrainBatches  # noqa: E402
 from training.micro_batch import choose_micro_batch  # noqa: E402
-from training.optim import OptimizerOptions, learning_rate, make_optimizer, planned  # noqa: E402
+from training.optim import OptimizerOptions, learning_rate, make_optimizer, make_plan  # noqa: E402
 from training.options import TrainOptions  # noqa: E402
 
 PRESET = "shakespeare_char_cpu"
@@ -191,7 +191,7 @@ def our_step(data: Path, dtype: str, dropout: float) -> Step:
     tokenizer = dataset.tokenizer
     model = GPT(replace(shape, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id), seed=SEED).train()
     optimizer = make_optimizer(model, optim, chosen.dtype)
-    plan = planned(train.max_steps, optim)
+    plan = make_plan(train.max_steps, optim)
     size = choose_micro_batch(train.micro_batch_size, train.tokens_per_step, shape, chosen).value
     rows = train.tokens_per_step // shape.block_size
     batches = TrainBatches(dataset.train, shape.block_size, rows, size, SEED, chosen.device, dropout > 0)

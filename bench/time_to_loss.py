@@ -13,7 +13,7 @@ before its end are means over 20 random batches; they are drawn in the picture a
 **Time** runs from the start of the process (imports and compilation included) to the step; evaluation, saving and
 sampling do not count. Ours is `timing.train_seconds` in metrics.jsonl. The peer's is when that step began, less the
 excess over the median iteration of each earlier iteration with an evaluation (which also removes the slow first step,
-in the peer's favour).
+in the peer's favor).
 
 **Each length is a run of its own.** With a decaying learning rate, the loss at some step depends on the length of the
 run. So each N of --sprout_steps is a separate run that decays to its end; the default is the preset's length. The time

@@ -128,7 +128,7 @@ def flops_per_token(side: Side) -> int:
 
 
 def block(step: Callable[[], Tensor], steps: int, device: torch.device) -> tuple[float, float]:
-    """Returns seconds per step and the last loss. Synchronises the device before the first and after the last step."""
+    """Returns seconds per step and the last loss. Synchronizes the device before the first and after the last step."""
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(steps):

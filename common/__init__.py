@@ -1,1 +1,1 @@
-"""What train.py and sample.py share: the check of one option, hardware, run directories, tokenizers, downloads."""
+"""What train.py and sample.py share: option checks, hardware, weights, run directories, tokenizers, downloads."""

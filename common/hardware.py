@@ -33,7 +33,7 @@ VENDOR_TFLOPS = {
 
 # Assumed, not yet measured on a GPU:
 COMPILE_SECONDS = 60.0  # duration of torch.compile for these models
-COMPILE_SAVES = 0.4  # share of an eager step's time that it saves
+COMPILE_SAVES = 0.4  # fraction of an eager step's time that it saves
 EAGER_FLOPS = 5e13  # FLOP/s of an eager step
 
 
@@ -46,9 +46,9 @@ class HardwareOptions:
     threads: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     """CPU threads; auto: one per core. A CPU run is bitwise reproducible at the same number only."""
     attention: Literal["auto", "triton", "sdpa"] = "auto"
-    """Fused Triton kernel or scaled_dot_product_attention; auto: the kernel where it runs.
+    """Fused Triton kernel or scaled_dot_product_attention; auto: the kernel where supported.
 
-    It runs on GPUs of compute capability 8.0 and later, and on ROCm.
+    That is on GPUs of compute capability 8.0 and later, and on ROCm.
     """
 
 
@@ -101,7 +101,7 @@ class Hardware:
 def choose_hardware(options: HardwareOptions, *, generating: bool = False) -> Hardware:
     """Resolves `auto` by probing, checks explicit choices and sets torch's threads. Raises UserError.
 
-    generating: for decoding. A CPU then stays in float32: a decode step reads each weight once, so that converting it
+    generating: for decoding. A CPU then stays in float32: a decode step reads each weight once, so converting it
     under autocast costs more than it saves.
     """
     reasons = {}
@@ -149,7 +149,7 @@ def choose_attention_path(option: Literal["auto", "triton", "sdpa"], hardware: H
     try:
         path, reason = choose_attention(option, hardware.device, head_size)
     except ValueError as error:
-        raise UserError(f"--attention={option}: {error}; take --attention=auto") from None
+        raise UserError(f"--attention={option}: {error}; use --attention=auto") from None
     return Choice(path, {"attention": reason} if option == "auto" else {})
 
 
@@ -161,7 +161,7 @@ def choose_attention(
         return "sdpa", "requested"
     obstacle = triton_obstacle(device, (8, 0))
     if head_size > MAX_FUSED_HEAD:
-        obstacle = f"the kernel takes heads up to {MAX_FUSED_HEAD} wide, these have {head_size}"
+        obstacle = f"the kernel takes head sizes up to {MAX_FUSED_HEAD}, this model has {head_size}"
     if requested == "triton":
         if obstacle is not None:
             raise ValueError(obstacle)

@@ -3,10 +3,10 @@
 A section is a frozen dataclass beside the code that it configures. Its fields have the types int, float, bool, str,
 Literal[...] and unions of these with None, or tuple[str, ...] for a flag that may be repeated. Ranges are those of
 annotated_types: Annotated[int, Ge(1)], Annotated[float, Interval(ge=0, lt=1)]. The string literal under a field is its
-help text. Which sections exist and where values come from is config's business.
+help text. config/ lists the sections and reads the values.
 
-An option that a resumed run may not change is declared with `fixed(default)`. Where a section has FREE_ON_RESUME, all
-its options but these are fixed.
+An option that a resumed run may not change is declared with `fixed(default)`. In a section with FREE_ON_RESUME, all
+other options are fixed.
 
 A module that declares a section imports the names of annotated_types under `if TYPE_CHECKING:` only, with
 `from __future__ import annotations`; options_of resolves them. So model.py and the benches run without the package.
@@ -62,7 +62,7 @@ class Option:
     repeatable: bool = False
 
     def parse(self, text: str) -> Any:
-        """The value of a flag's text, checked. Raises ValueError with what was expected."""
+        """Parses and checks the text of a flag. Raises ValueError with what was expected."""
         word = text.lower()
         if self.repeatable:
             return () if word == "none" else (text,)
@@ -82,7 +82,7 @@ class Option:
         return self._refuse(text)
 
     def check(self, value: object) -> Any:
-        """A Python value in the option's own type: 1 may be a float and 1e3 an int, True is neither.
+        """A Python value in the option's own type: 1 is accepted as a float and 1e3 as an int, True as neither.
 
         Raises ValueError with what was expected.
         """
@@ -257,6 +257,6 @@ def show(value: object) -> str:
 
 
 def unescape(text: str) -> str:
-    r"""Replaces \n, \r, \t and \\ in a command-line text by the characters that they stand for."""
+    r"""Replaces \n, \r, \t and \\ in a command-line text with the characters that they stand for."""
     known = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
     return re.sub(r"\\([nrt\\])", lambda match: known[match[1]], text)

@@ -78,11 +78,11 @@ def newest_run(runs_dir: Path) -> Path:
 
 
 class RunLock:
-    """Context manager: one writer per run directory. The system drops the lock when the process ends, however it ends.
+    """Context manager: one writer per run directory. The system releases the lock when the process ends, killed or not.
 
     Raises UserError where another process holds the lock, the directory is not writable or its file system cannot lock.
-    The file stays behind; only the lock on it counts. filelock's FileLock is not used, because on a file system without
-    locks it falls back to a marker file, which outlives a killed process.
+    The file is not removed; only the lock on it counts. filelock's FileLock is not used: on a file system without locks
+    it falls back to a marker file, which outlives a killed process.
     """
 
     def __init__(self, run_dir: Path) -> None:

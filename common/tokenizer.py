@@ -1,4 +1,4 @@
-"""Text ↔ token ids. Every tokenizer has an end-of-sequence id (EOS) that `encode` never returns for any text.
+"""Text ↔ token ids. Every tokenizer has an end-of-sequence id (EOS), which `encode` never returns.
 
 `Tokenizer` wraps tiktoken: the published encodings, `bpe` (trained with rustbpe) and `bytes` (256 single bytes).
 `CharTokenizer` has one id per character of a corpus. Both are stored whole as JSON (`to_dict`) and validated when read
@@ -112,21 +112,20 @@ class Tokenizer:
         self.token_bytes = [token or b"" for token in tokens]
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int64 (n,), never EOS. Raises UserError on half of a surrogate pair."""
+        """The ids of a text, int64 (n,), never EOS. Raises UserError on a lone surrogate."""
         try:
             parts = [self._encode_piece(piece) for piece in cut_pieces(text)]
         except UnicodeEncodeError as error:
             found = f"{text[error.start]!r} at character {error.start}"
             raise UserError(
-                f"the text is not valid Unicode: {found} is half of a surrogate pair; "
-                "remove it, or decode the text again"
+                f"the text is not valid Unicode: {found} is a lone surrogate; remove it, or decode the text again"
             ) from None
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[np.ndarray]:
         """`encode` of each text, on several threads (tiktoken releases the GIL)."""
         threads = num_threads or os.cpu_count() or 1
-        size = max(1, len(texts) // (4 * threads))  # several texts per job: a job's overhead equals a short text
+        size = max(1, len(texts) // (4 * threads))  # several texts per job: a job costs as much as a short text
         jobs = [texts[i : i + size] for i in range(0, len(texts), size)]
         if threads == 1 or len(jobs) < 2:
             return [self.encode(text) for text in texts]
@@ -246,7 +245,7 @@ def tokenizer_from_dict(content: Any) -> Tokenizer:
 
     def expect(condition: bool, rule: str) -> None:
         if not condition:
-            raise UserError(f"this is no valid tokenizer: {rule}; copy the file again from its source")
+            raise UserError(f"not a valid tokenizer: {rule}; copy the file again from its source")
 
     expect(
         isinstance(content, dict) and content.get("format") == FORMAT, f'expected an object with "format": "{FORMAT}"'
@@ -261,7 +260,7 @@ def tokenizer_from_dict(content: Any) -> Tokenizer:
     if name == "char":
         chars = content.get("chars")
         expect(isinstance(chars, str), f"chars is {type(chars).__name__}, expected text")
-        expect(not any("\ud800" <= char <= "\udfff" for char in chars), "chars holds half of a surrogate pair")
+        expect(not any("\ud800" <= char <= "\udfff" for char in chars), "chars holds a lone surrogate")
         expect(list(chars) == sorted(set(chars)), "chars must be sorted and unique")
         expect(eos_id == len(chars), f"eos_id is {eos_id}, expected {len(chars)}")
         return CharTokenizer(chars)

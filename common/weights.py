@@ -1,4 +1,4 @@
-"""A model's weights as files hold them, with exactly vocab_size rows, and what is counted in them. Knows no files."""
+"""Export and import of a model's weights (vocab_size rows, no padding); counts of parameters and FLOPs. No file I/O."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def count_parameters(model: GPT) -> int:
 
 def flops_per_token(model: GPT) -> int:
     """FLOPs of forward and backward pass per token at full context: 6 per weight of every matrix (Kaplan et al. 2020)
-    and 12 · L · T · C for attention, masked scores included, as is usual."""
+    and 12 · L · T · C for attention, masked scores included (Chowdhery et al. 2022, B)."""
     c = model.config
     matrices = sum(parameter.numel() for parameter in model.blocks.parameters()) + c.vocab_size * c.n_embd
     return 6 * matrices + 12 * c.n_layer * c.block_size * c.n_embd

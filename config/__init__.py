@@ -68,11 +68,11 @@ usage: python sample.py [PRESET ...] [--option=value ...]
 Samples text from a trained model. Arguments are read from left to right; the last one wins.
 
   python sample.py                                       the newest run, its best checkpoint, a new document
-  python sample.py --run=runs/notes --prompt="Once"      a run of your own continues your prompt
+  python sample.py --run=runs/notes --prompt="Once"      continue a prompt with one of your runs
   python sample.py --temperature=0.5 --top_k=50          less random
   python sample.py --stop='\\n\\n' --stop=THE             stop before an empty line, or before THE
   python sample.py --prompts=many.jsonl --output=jsonl   many prompts in, JSON lines with log-probabilities out
-  python sample.py --interactive                         write together with the model, line by line
+  python sample.py --interactive                         an interactive session, line by line
   python sample.py --inspect=out.html --prompt="Once"    show attention maps, scores, next-token probabilities
   python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
 
@@ -82,7 +82,7 @@ filters have no effect), top-k, top-p, min-p. Log-probabilities are those before
     "prepare_data": """
 usage: python -m prepare_data SOURCE [PRESET ...] [--option=value ...]
 
-Turns text into a dataset of tokens in data/NAME. train.py does so by itself; this command gives you the options.
+Turns text into a dataset of tokens in data/NAME. train.py does this automatically; this command has more options.
 
   python -m prepare_data text --input=folder/ --name=notes --tokenizer=bpe --vocab_size=8192
   python -m prepare_data text --input=novel.txt --dry_run=true      only count and show a sample

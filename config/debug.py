@@ -1,4 +1,4 @@
-"""A tiny model for trying things out. Seconds."""
+"""A tiny model for trying things out. Takes seconds."""
 
 data = "python_stdlib"
 tokenizer = "bytes"

@@ -1,4 +1,4 @@
-"""GPT-2 small (124M) on 10B tokens of web text, which you prepare as data/openwebtext with --tokenizer=gpt2. A GPU."""
+"""GPT-2 small (124M) on 10B tokens of web text, prepared as data/openwebtext with --tokenizer=gpt2. Needs a GPU."""
 
 data = "openwebtext"
 tokenizer = "gpt2"

@@ -19,8 +19,8 @@ from common.option import RETIRED, Option, check_option, did_you_mean, options_o
 from errors import UserError
 
 T = TypeVar("T")
-BELONG_TO_THE_RUN = ("run", "resume", "wandb")  # not taken over from a saved config.json
-NO_PRESETS = ("__init__", "loader", "resume", "start")  # modules beside the presets
+RUN_SPECIFIC = ("run", "resume", "wandb")  # not taken over from a saved config.json
+NOT_PRESETS = ("__init__", "loader", "resume", "start")  # modules in the folder of the presets
 HELP_WIDTH = 116
 NO_BREAK = "\u00a0"  # a space at which textwrap does not wrap
 
@@ -124,7 +124,7 @@ def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) ->
         if options.get(name, default) != default
     ]
     options = without_retired(options)
-    left_out = [name for name in options if name in BELONG_TO_THE_RUN or name in auto]
+    left_out = [name for name in options if name in RUN_SPECIFIC or name in auto]
     if named := [name for name in left_out if options[name] is not None]:
         notes.append(
             f"{shown}: not taken over, because they belong to that run or were chosen automatically: {', '.join(named)}"
@@ -210,7 +210,7 @@ class Loader:
 
     def presets(self) -> dict[str, Path]:
         """Name → file."""
-        return {path.stem: path for path in sorted((self.root / "config").glob("*.py")) if path.stem not in NO_PRESETS}
+        return {path.stem: path for path in sorted((self.root / "config").glob("*.py")) if path.stem not in NOT_PRESETS}
 
     def check(self, name: str, value: object) -> Any:
         """A Python value in the type of the option `name`. Raises UserError if it does not fit."""
@@ -360,7 +360,7 @@ class Loader:
 
 
 def _columns(cells: Sequence[str], widths: Sequence[int], text: str) -> Iterator[str]:
-    """Lines with cells of these widths, then the wrapped text. After a cell that is too wide a new line begins."""
+    """Lines with cells of these widths, then the wrapped text. A cell that is too wide ends its line."""
     line, start = "  ", 2
     for cell, width in zip(cells, widths, strict=True):
         line, start = line.ljust(start) + cell, start + width + 2

@@ -1,4 +1,4 @@
-"""GPT-2's size with rotary positions, RMSNorm, QK-norm and SwiGLU on 10B tokens of data/fineweb_edu. A GPU."""
+"""GPT-2's size with rotary positions, RMSNorm, QK-norm and SwiGLU on 10B tokens of data/fineweb_edu. Needs a GPU."""
 
 data = "fineweb_edu"
 tokenizer = "gpt2"

@@ -48,7 +48,7 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
 
 
 def with_model_options(options: config.Options, model_options: Mapping[str, Any]) -> config.Options:
-    """`options` with the model options of --init_from, which override presets; dropout stays free.
+    """`options` with the model options of --init_from, which override presets; dropout may differ.
 
     Raises UserError on a flag that differs from them.
     """

@@ -1,8 +1,8 @@
 """How a training run starts: from the command line to its options, and to the checkpoint or the weights that it starts
 from.
 
-`read_start` is the first call of train.py; `RunConfig` keeps the run's config.json up to date. They need the option
-loader, which training/ does not know.
+`read_start` is the first call of train.py; `RunConfig` keeps the run's config.json up to date. They are here because
+training/ must not import the option loader.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     train, eval_only = options.section(TrainOptions), options.section(EvalOptions).eval_only
     if train.resume is not None and train.init_from is not None:
         raise UserError("--resume continues a run, --init_from starts a new one: give one of them")
-    options = settle_length(options)
+    options = resolve_length(options)
     if train.resume is not None:
         run = Path(train.resume)
         if not eval_only and run.is_dir():
@@ -79,7 +79,7 @@ def read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     return Start(options)
 
 
-def settle_length(options: config.Options) -> config.Options:
+def resolve_length(options: config.Options) -> config.Options:
     """--max_steps and --budget_minutes both set the length: a flag overrides a preset, two flags are an error."""
     if options.section(TrainOptions).budget_minutes is None or options.origin["max_steps"] != "flag":
         return options
@@ -95,10 +95,10 @@ class RunConfig:
         self.path, self.options, self.reasons = run / "config.json", options, dict(reasons)
 
     def change(self, **values: object) -> None:
-        """Changes options, and writes config.json anew. Raises OSError."""
+        """Changes options, and rewrites config.json. Raises OSError."""
         self.options = config.replace(self.options, **values)
         write_json(self.path, config.dump(self.options, self.reasons))
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint stores of it."""
+        """Options and reasons, for a checkpoint's state.json."""
         return {"options": self.options.flat(), "auto": self.reasons}

@@ -5,7 +5,7 @@ cache, up to all of them, with one graph for each such span; the mask excludes s
 lengths are counted on the device. When rows leave the batch, KVCache.keep moves the cache to new memory, and the graphs
 are recorded again. Recording takes as long as a few plain steps.
 
-On other devices the same step runs plainly, which is how it is tested. It has not run on a GPU yet.
+On other devices the same step runs without a graph, as in the tests. It has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GraphDecoder:
 
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """As GPT.decode: ids (R,) int64 → logits (R, V). Raises ValueError if a row is full."""
+        """Like GPT.decode: ids (R,) int64 → logits (R, V). Raises ValueError if a row is full."""
         cache.extend()
         if cache.memory is not self.memory:
             self.graphs.clear()
@@ -49,9 +49,8 @@ class GraphDecoder:
         with torch.cuda.device(device):
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(
-                side
-            ):  # warm-up: libraries allocate memory at their first call, which must not be recorded
+            # warm-up: a library's first call allocates memory, which must not be recorded
+            with torch.cuda.stream(side):
                 for _ in range(2):
                     cache.lengths.copy_(lengths)
                     self.model.decode_step(self.ids, cache, span)

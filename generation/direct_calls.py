@@ -16,9 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from model import GPT
 
-MAX_COPIED = (
-    2**18
-)  # numbers; up to this size, products of a few rows take half the time with weights stored as (in, out)
+MAX_COPIED = 2**18  # elements; products of a few rows with smaller weights take half the time if stored as (in, out)
 FORWARD: dict[type[nn.Module], Any] = {
     nn.Embedding: lambda self, ids: torch.embedding(self.weight, ids),
     nn.LayerNorm: lambda self, x: torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps),
@@ -29,7 +27,7 @@ def with_direct_calls(model: GPT) -> GPT:
     """A copy of `model` with its methods and parameters; small matrices on a CPU are copied, stored as (in, out).
 
     Returns `model` itself if one of its modules has a hook, or all modules have: the copy would not call it. Make
-    the copy anew for each use: it does not see later changes to the model's modules and small matrices.
+    a new copy for each use: later changes to the model's modules and small matrices are not in it.
     """
     if _has_any_global_hook() or any(map(_is_hooked, model.modules())):
         return model

@@ -25,7 +25,7 @@ from model import GPT, KVCache
 END_OF_SEQUENCE, STOP, LENGTH = "end of sequence", "stop string", "length"
 CACHE_BYTES = 2**30  # limit of one batch's keys and values; more samples are generated batch by batch
 LARGE_MATRIX = 2**17  # numbers; the matrices of several such layers do not fit into a core's cache
-SMALL_PRODUCT = 2**21  # multiplications with cached matrices; below this a second thread hardly pays
+SMALL_PRODUCT = 2**21  # multiplications with cached matrices; below this a second thread saves little
 
 
 class Event(NamedTuple):
@@ -46,7 +46,7 @@ def first_kept(n: int, block_size: int, keep_head: int) -> int:
     """Of n ids the model reads the first keep_head (attention sink) and those from the returned index on, at positions
     0, 1, …
 
-    All ids up to block_size. Whenever they exceed it, the older half of those behind the head is dropped, so the window
+    All ids up to block_size. Whenever they exceed it, the older half of those after the head is dropped, so the window
     grows again token by token. Raises UserError if the head leaves no room.
     """
     if not 0 <= keep_head < block_size:
@@ -82,13 +82,13 @@ def generate(
     *,
     draws: Sequence[int] | None = None,
     batch_size: int | None = None,
-    leaving: Set[int] = frozenset(),
+    stopped: Set[int] = frozenset(),
 ) -> Iterator[Event]:
-    """Continues each prompt (at least one id) as a sample of its own. Yields every token when it is drawn, then the
+    """Continues each prompt (at least one id) as a separate sample. Yields every token when it is drawn, then the
     end.
 
     A sample's draws depend only on the seed, its entry in `draws` (None: 0, 1, …) and the position. An end-of-sequence
-    that ends the sample is not yielded as a token. A sample that the caller adds to `leaving` ends without an event.
+    that ends the sample is not yielded as a token. A sample that the caller adds to `stopped` ends without an event.
     batch_size: samples generated together (None: as many as CACHE_BYTES hold); the ids do not depend on it. The model
     must be in eval mode. Under autocast, enter it around the whole loop.
     """
@@ -109,7 +109,7 @@ def generate(
         _prefill(model, cache, range(len(distinct)), distinct, options.keep_head)
         row_of = {ids: row for row, ids in enumerate(distinct)}
         cache.keep([row_of[tuple(ids)] for ids in texts.values()])
-        yield from _decode_loop(model, cache, texts, options, seed, draws, leaving)
+        yield from _decode_loop(model, cache, texts, options, seed, draws, stopped)
 
 
 def _prefill(model: GPT, cache: KVCache, rows: Sequence[int], texts: Sequence[Sequence[int]], keep_head: int) -> None:
@@ -129,7 +129,7 @@ def _decode_loop(
     options: SamplingOptions,
     seed: int,
     draws: Sequence[int],
-    leaving: Set[int],
+    stopped: Set[int],
 ) -> Iterator[Event]:
     """Draws tokens until every text, keyed by sample, has ended. Row r of the cache belongs to the sample live[r]."""
     config, keep_head, device = model.config, options.keep_head, model.embed.weight.device
@@ -147,7 +147,7 @@ def _decode_loop(
                 penalties.keep(rows)
 
     for step in range(options.max_new_tokens):
-        keep([row for row, sample in enumerate(live) if sample not in leaving])
+        keep([row for row, sample in enumerate(live) if sample not in stopped])
         if not live:
             return
         if step > 0:
@@ -178,20 +178,20 @@ def _decode_loop(
                 yield Event(live[row], token, None, *logprobs[row])
         keep(unfinished)
     for sample in live:
-        if sample not in leaving:
+        if sample not in stopped:
             yield Event(sample, None, LENGTH)
 
 
 def decoder_for(model: GPT) -> Callable[[Tensor, KVCache], Tensor]:
-    """GPT.decode, by CUDA graphs on a GPU; without them under autocast: a training run's samples are hardly longer than
-    the recording takes."""
+    """GPT.decode, by CUDA graphs on a GPU. Not under autocast: recording takes about as long as the short samples of a
+    training run."""
     recorded = model.embed.weight.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
     return GraphDecoder(model).decode if recorded else model.decode
 
 
 @contextmanager
 def _threads_for(tokens: int, model: GPT) -> Iterator[None]:
-    """One thread for little work on a CPU, else torch's number of threads.
+    """One thread for small products on a CPU, else torch's number of threads.
 
     Large matrices are read from memory, which two threads do almost twice as fast. Small ones gain little from a second
     thread; on busy cores every operation waits for it, which costs far more than the products.

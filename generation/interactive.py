@@ -22,7 +22,7 @@ OPTIONS = [field.name for field in fields(SamplingOptions)]
 HELP = """\
 Type a line and the model continues it; an empty line continues the text. Ctrl-C stops the model, Ctrl-D quits.
   a line that ends with \\     is joined with the next line by a line break
-  /retry                      replace the last answer by another one
+  /retry                      replace the last answer with another one
   /undo                       remove your last line and its answer
   /new                        start a new document
   /text                       show the whole text

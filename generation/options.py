@@ -78,7 +78,7 @@ class SamplingOptions:
     prepend_eos: bool = True
     """Prepend the end-of-sequence token to the prompt: in training it came before every document."""
     keep_head: Annotated[int, Ge(0)] = 1
-    """First tokens that stay visible (attention sink) beyond block_size; of the others the newer half stays."""
+    """First tokens that stay visible (attention sink) beyond block_size; of the others, the newer half."""
     logprobs: Annotated[int, Interval(ge=0, le=100)] | None = None
     """Report each token's unfiltered log-probability, and those of this many likeliest tokens (--output=jsonl)."""
 

@@ -1,4 +1,4 @@
-"""int8 weights for generation on CPUs: decode is bound by memory bandwidth, int8 has a quarter of the bytes."""
+"""int8 weights for generation on CPUs: decoding is bound by memory bandwidth, int8 has a quarter of the bytes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MIN_SCALE = 1e-30  # lower bound of a row's largest number, so that a row of zer
 
 
 class Int8Linear(nn.Module):
-    """x (…, in) → (…, out) float32, by oneDNN's product of 8-bit integers.
+    """x (…, in) → (…, out) float32, by oneDNN's int8 matrix product.
 
     The weights have a scale for each output, chosen here, once. The inputs are rounded too, with a scale for each row,
-    so that a row's result does not depend on those beside it: a sample is the same alone and in a batch.
+    so that a row's result does not depend on the others: a sample is the same alone and in a batch.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, levels: int) -> None:
@@ -27,19 +27,19 @@ class Int8Linear(nn.Module):
         self.levels, self.outputs = levels, len(weight)
         self.scales = weight.abs().amax(dim=1).clamp_(min=MIN_SCALE) / 127  # (out,)
         self.zeros = torch.zeros(len(weight), dtype=torch.int64)
-        whole = (weight / self.scales[:, None]).round_().to(torch.int8)
-        self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
+        quantized = (weight / self.scales[:, None]).round_().to(torch.int8)
+        self.weight = torch.ops.onednn.qlinear_prepack(quantized, None)
         # Inputs are unsigned bytes with 0 at levels + 1; the offset removes what that adds to outputs. oneDNN's own
         # zero point is slower, and with signed inputs it takes a kernel that is hundreds of times slower.
-        self.offset = whole.sum(dim=1) * self.scales * (-(levels + 1) / levels)  # (out,)
+        self.offset = quantized.sum(dim=1) * self.scales * (-(levels + 1) / levels)  # (out,)
         self.zero = torch.full((1,), levels + 1.5)  # the half turns truncation into rounding
 
     def forward(self, x: Tensor) -> Tensor:
         levels, rows = self.levels, x.flatten(0, -2)
         largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=MIN_SCALE)  # NaN stays NaN
-        whole = torch.addcdiv(self.zero, rows, largest, value=levels).to(torch.uint8)
+        quantized = torch.addcdiv(self.zero, rows, largest, value=levels).to(torch.uint8)
         out = torch.ops.onednn.qlinear_pointwise(
-            whole,
+            quantized,
             1 / levels,
             0,
             self.weight,

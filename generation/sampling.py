@@ -46,7 +46,7 @@ class Penalties:
         return (options.repetition_penalty, options.presence_penalty, options.frequency_penalty) != (1, 0, 0)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """logits (R, V) → penalised logits (R, V)."""
+        """logits (R, V) → penalized logits (R, V)."""
         repetition = self.options.repetition_penalty
         logits = torch.where(self.seen, torch.where(logits < 0, logits * repetition, logits / repetition), logits)
         presence = self.options.presence_penalty * (self.generated > 0)

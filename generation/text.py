@@ -96,7 +96,7 @@ def stream_texts(
     """Yields the text of engine.generate's samples, one per prompt (ids), piece by piece and without the prompts."""
     decoders = [_SampleDecoder(tokenizer, options.stop) for _ in prompts]
     finished = set[int]()
-    for event in generate(model, prompts, options, seed, draws=draws, leaving=finished):
+    for event in generate(model, prompts, options, seed, draws=draws, stopped=finished):
         piece = decoders[event.sample].add(event)
         if piece.reason is not None:
             finished.add(event.sample)

@@ -1,4 +1,4 @@
-"""Raw text → tokenized shards. This file declares the options and imports none of the work, so that --help is fast.
+"""Raw text → tokenized shards. This file only declares the options, so that --help is fast.
 
 Reading order: sources/ (documents), split.py (train and val), shards.py (the format and its reader), shard_writer.py,
 folders.py (atomic renames), pipeline.py (the order of these steps). Tokenizers are in common/tokenizer.py.

@@ -2,7 +2,7 @@
 
 Owns the temporary names and the allowed dataset names; knows nothing of the files in a folder. A temporary name holds
 the host name and the process id, so a later run can remove what a dead process left behind. Windows has no harmless way
-to test whether a process is alive, so such folders stay there until someone deletes them.
+to test whether a process is alive, so there such folders must be deleted by hand.
 """
 
 import os
@@ -38,7 +38,7 @@ def publish(folder: Path, final: Path) -> bool:
 
 
 def replace(folder: Path, final: Path) -> None:
-    """Like `publish`, but replaces a dataset. The old one is complete under one of its two names at every moment."""
+    """Like `publish`, but replaces a dataset. At every moment the old one is complete under one of its two names."""
     old = temporary(final.parent, "old")
     os.rename(final, old / final.name)
     try:

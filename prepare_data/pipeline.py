@@ -25,7 +25,7 @@ from prepare_data import PrepareOptions, folders
 from prepare_data.shard_writer import ShardWriter, write_dataset
 from prepare_data.shards import SPLITS, Dataset, is_dataset, open_dataset
 from prepare_data.sources import Corpus, python_stdlib, shakespeare, text
-from prepare_data.split import HASHES, Counts, LabelledPiece, SplitRule, choose_rule, count
+from prepare_data.split import HASHES, Counts, LabeledPiece, SplitRule, choose_rule, count
 
 SOURCES = ("text", "shakespeare", "python_stdlib")
 BATCH_CHARACTERS = 1 << 22  # encoded at a time
@@ -283,7 +283,7 @@ def _build(
 
 
 def _encode(
-    pieces: Iterator[LabelledPiece], tokenizer: Tokenizer, writers: dict[str, ShardWriter], total_bytes: int
+    pieces: Iterator[LabeledPiece], tokenizer: Tokenizer, writers: dict[str, ShardWriter], total_bytes: int
 ) -> None:
     """Writes `EOS document EOS … document EOS` for each split, without the first EOS if it begins inside a document."""
     eos = np.array([tokenizer.eos_id], dtype=np.int64)
@@ -302,8 +302,8 @@ def _encode(
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
 
 
-def _batches(pieces: Iterator[LabelledPiece]) -> Iterator[list[LabelledPiece]]:
-    batch: list[LabelledPiece] = []
+def _batches(pieces: Iterator[LabeledPiece]) -> Iterator[list[LabeledPiece]]:
+    batch: list[LabeledPiece] = []
     size = 0
     for piece in pieces:
         batch.append(piece)

@@ -49,7 +49,7 @@ class ShardWriter:
             self._flush(final=False)
 
     def close(self) -> list[dict[str, Any]]:
-        """Writes the rest and returns the shards' entries for dataset.json."""
+        """Writes the remaining tokens and returns the shards' entries for dataset.json."""
         self._flush(final=True)
         self._finish_shard()
         return self.entries

@@ -122,7 +122,7 @@ class Split:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read any more ({error.strerror}); {PREPARE_AGAIN}") from None
+            raise UserError(f"{path}: can no longer be read ({error.strerror}); {PREPARE_AGAIN}") from None
         if len(data) != size:
             raise UserError(f"{path}: ends before byte {offset + size}: truncated while in use; {PREPARE_AGAIN}")
         return data
@@ -202,7 +202,7 @@ def open_dataset(folder: Path | str, tokenizer_name: str | None = None) -> Datas
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether `open_dataset` is worth a try; it may still raise."""
+    """Whether the folder looks like a dataset; `open_dataset` may still raise."""
     return (folder / "dataset.json").is_file() or any(folder.glob("*train*.bin"))
 
 

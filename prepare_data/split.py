@@ -1,6 +1,6 @@
 """Train/validation split: `count` reads the corpus once, `choose_rule` picks a rule, and the rule labels every piece.
 
-By documents, a hash of a document's first piece decides: a document keeps its split whatever else the corpus contains,
+By documents, a hash of a document's first piece decides: a document's split does not depend on the rest of the corpus,
 and copies fall into the same split. By tail, the text is cut at a character; the cut does not end a document.
 """
 
@@ -20,7 +20,7 @@ HASHES = 1 << 64  # document hashes are below it
 MIN_DOCUMENTS = 20  # split=auto: with fewer, a split by documents would be too uneven
 
 
-class LabelledPiece(NamedTuple):
+class LabeledPiece(NamedTuple):
     split: str  # "train" or "val"
     text: str
     starts: bool  # a document starts with it
@@ -36,7 +36,7 @@ class Counts:
     bytes: int = 0
     min_hash: int = HASHES  # of all documents
     max_hash: int = 0
-    alphabet: set[str] = field(default_factory=set)  # every character; empty unless asked for
+    alphabet: set[str] = field(default_factory=set)  # every character; empty unless requested
     content: str = ""  # hash of all documents in order
 
 
@@ -46,20 +46,20 @@ class SplitRule:
     limit: int
     """documents: hashes below it go to validation. tail: the number of characters for training."""
 
-    def pieces(self, corpus: Corpus) -> Iterator[LabelledPiece]:
+    def pieces(self, corpus: Corpus) -> Iterator[LabeledPiece]:
         """The corpus's pieces in order, with their split; a piece that crosses the tail's cut becomes two."""
         starts, position, split = True, 0, ""
         for text, ends in corpus.pieces():
             if self.name == "documents":
                 if starts:
                     split = "val" if document_hash(text.encode()) < self.limit else "train"
-                yield LabelledPiece(split, text, starts, ends)
+                yield LabeledPiece(split, text, starts, ends)
             else:
                 head, tail = text[: max(0, self.limit - position)], text[max(0, self.limit - position) :]
                 if head:
-                    yield LabelledPiece("train", head, starts, ends and not tail)
+                    yield LabeledPiece("train", head, starts, ends and not tail)
                 if tail:
-                    yield LabelledPiece("val", tail, starts and not head, ends)
+                    yield LabeledPiece("val", tail, starts and not head, ends)
                 position += len(text)
             starts = ends
 

@@ -174,7 +174,7 @@ def json_response(content: dict[str, Any], status: int = 200, headers: Mapping[s
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """Errors of the model become status 500: the request is not to blame."""
+    """Errors of the model become status 500: the request was valid."""
     return error if isinstance(error, RequestError) else RequestError(str(error), status=500)
 
 

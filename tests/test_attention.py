@@ -287,7 +287,7 @@ def test_the_kernel_is_chosen_by_what_the_machine_can(monkeypatch):
     for device, head_size, reason in (
         (cpu, 64, "needs a GPU"),
         (torch.device("mps"), 64, "device is mps"),
-        (gpu, 192, "up to 128 wide"),
+        (gpu, 192, "head sizes up to 128"),
     ):
         with pytest.raises(ValueError, match=reason):
             choose_attention("triton", device, head_size)

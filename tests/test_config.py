@@ -17,7 +17,7 @@ import sample as sample_script
 import train as train_script
 from checkpoint import open_latest, save_checkpoint
 from common.option import Option, options_of, section_from
-from config.loader import NO_PRESETS, Loader, Options, dump, replace
+from config.loader import NOT_PRESETS, Loader, Options, dump, replace
 from errors import UserError
 from model import GPTConfig
 from tests.conftest import ROOT
@@ -38,7 +38,7 @@ class Model:
     n_kv_head: Annotated[int, Ge(1)] | None = None
     """Key/value heads; none: as many as n_head."""
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    """Kind of normalisation."""
+    """Kind of normalization."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share set to 0."""
     vocab_size: int = field(default=256, metadata={"derived": True})
@@ -576,7 +576,7 @@ def test_help_lists_presets_groups_values_ranges_and_meanings(
     assert text.startswith("usage: python train.py\n\npresets\n  small                      Two blocks.\n")
     assert re.search(r"\n\nmodel\n  --n_layer=INT +4 +Number of blocks. \(>= 1\)\n", text)
     assert re.search(r"\n  --n_head=INT +4 +Heads; divides n_embd. \(>= 1\)\n", text)
-    assert re.search(r"\n  --norm=layernorm\|rmsnorm +rmsnorm +Kind of normalisation.\n", text)
+    assert re.search(r"\n  --norm=layernorm\|rmsnorm +rmsnorm +Kind of normalization.\n", text)
     assert re.search(r"\n  --compile=true\|false\|auto +auto +Compile the model.\n", text)
     assert re.search(r"\n  --dropout=FLOAT +0.0 +Share set to 0. \(0 <= x < 1\)\n", text)
     assert "top_k" not in text
@@ -605,7 +605,7 @@ def test_the_help_of_each_script_is_complete_and_fits_a_screen(script: str, caps
 
 
 @pytest.mark.parametrize("script", config.SCRIPTS)
-@pytest.mark.parametrize("preset", sorted({path.stem for path in (ROOT / "config").glob("*.py")} - set(NO_PRESETS)))
+@pytest.mark.parametrize("preset", sorted({path.stem for path in (ROOT / "config").glob("*.py")} - set(NOT_PRESETS)))
 def test_every_preset_loads_for_every_script(script: str, preset: str) -> None:
     assert config.load(script, [preset]).presets == [preset]
 

@@ -12,13 +12,13 @@ MAX_FUNCTION_LINES = 60
 
 
 def read_floors() -> dict[str, int]:
-    """Room (a file, or a folder with a slash at the end) → floor, from the drawing in docs/DESIGN.md."""
+    """Package (a file, or a folder with a slash at the end) → floor, from the drawing in docs/DESIGN.md."""
     section = (ROOT / "docs" / "DESIGN.md").read_text("utf-8").partition("## The floors")[2]
     drawing = section.split("```")[1]
     floors = {}
     for line in drawing.strip().splitlines():
-        number, *rooms = line.split()
-        floors |= dict.fromkeys(rooms, int(number))
+        number, *packages = line.split()
+        floors |= dict.fromkeys(packages, int(number))
     return floors
 
 
@@ -26,8 +26,8 @@ FLOORS = read_floors()
 
 
 def room_of(path: str) -> str | None:
-    """The room of a file: its own entry in the drawing, or else its top-level folder."""
-    return next((room for room in (path, path.partition("/")[0] + "/") if room in FLOORS), None)
+    """The package of a file: its own entry in the drawing, or else its top-level folder."""
+    return next((package for package in (path, path.partition("/")[0] + "/") if package in FLOORS), None)
 
 
 def sources() -> list[str]:
@@ -98,7 +98,7 @@ def test_the_drawing_names_every_room():
     assert sorted(FLOORS.values(), reverse=True) == list(FLOORS.values()), "the highest floor comes first"
     unnamed = {path for path in sources() if room_of(path) is None and not path.startswith(("tests/", "bench/"))}
     assert unnamed == set()
-    assert all((ROOT / room).exists() for room in FLOORS)
+    assert all((ROOT / package).exists() for package in FLOORS)
 
 
 def test_no_function_is_longer_than_a_screen():
@@ -120,12 +120,12 @@ def test_every_module_says_what_it_is():
 def test_the_map_names_what_exists():
     """Every file that the map of docs/DESIGN.md names."""
     drawing = (ROOT / "docs" / "DESIGN.md").read_text("utf-8").partition("## The map")[2].split("```")[1]
-    room, missing = "", []
+    package, missing = "", []
     for line in drawing.strip().splitlines():
         name = line.split()[0].rstrip(",")
         if not line.startswith(" "):
-            room = name if name.endswith("/") else ""
+            package = name if name.endswith("/") else ""
             missing += [] if (ROOT / name).exists() else [name]
         elif re.fullmatch(r"[\w/]+(\.py|/)", name):
-            missing += [] if (ROOT / room / name).exists() else [room + name]
+            missing += [] if (ROOT / package / name).exists() else [package + name]
     assert missing == []

@@ -296,19 +296,19 @@ def test_no_end_of_sequence_before_min_new_tokens():
         )
 
 
-def test_samples_in_leaving_end_without_an_event():
-    model, leaving = tiny_model(scale=5.0), set()
+def test_stopped_samples_end_without_an_event():
+    model, stopped = tiny_model(scale=5.0), set()
     options = replace(SAMPLED, stop_at_eos=False)
     whole, seen = run(model, [[30]] * 3, options), [[], [], []]
-    for event in generate(model, [[30]] * 3, options, 0, leaving=leaving):
-        assert event.sample not in leaving
+    for event in generate(model, [[30]] * 3, options, 0, stopped=stopped):
+        assert event.sample not in stopped
         if event.token is not None:
             seen[event.sample].append(event.token)
         if len(seen[1]) == 4:
-            leaving.add(1)
+            stopped.add(1)
     assert seen == [whole[0][0], whole[1][0][:4], whole[2][0]]
-    leaving |= {0, 1, 2}
-    assert list(generate(model, [[30]] * 3, options, 0, leaving=leaving)) == []
+    stopped |= {0, 1, 2}
+    assert list(generate(model, [[30]] * 3, options, 0, stopped=stopped)) == []
 
 
 def test_ids_that_pad_the_vocabulary_are_never_drawn():

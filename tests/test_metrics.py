@@ -10,7 +10,7 @@ import pytest
 
 from errors import UserError
 from tests.conftest import ROOT
-from training.metrics import RunLog, WandbLog, clock, console_line
+from training.metrics import RunLog, WandbLog, console_line, format_duration
 from training.options import LoggingOptions
 
 
@@ -86,7 +86,7 @@ def test_console_lines_have_fixed_columns():
         console_line(1, 10, 1.0, 1e-3, 1.0, 1.0, 1.0, 2**30, "unknown")
         == console_line(1, 10, 1.0, 1e-3, 1.0, 1.0, 1.0, 2**30) + "  mfu unknown"
     )
-    assert [clock(5), clock(65), clock(3600)] == ["0:05", "1:05", "1:00:00"]
+    assert [format_duration(5), format_duration(65), format_duration(3600)] == ["0:05", "1:05", "1:00:00"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux has the start time of a process")

@@ -53,7 +53,7 @@ def _memory_for_two_rows(monkeypatch):
 def test_an_out_of_memory_halves_the_micro_batch_and_the_run_goes_on(small_text, capsys):
     assert train(*AUTO, *SHAPE, f"--data={small_text}", "--run=runs/short", "--max_steps=3", "--eval_interval=3") == 0
     out = capsys.readouterr().out
-    assert "step 0: out of memory; micro-batch 8 → 4. The bits may differ" in out
+    assert "step 0: out of memory; micro-batch 8 → 4. The result may not be bitwise equal" in out
     assert "step 0: out of memory; micro-batch 4 → 2." in out
     with open("runs/short/config.json", encoding="utf-8") as file:
         assert json.load(file)["options"]["micro_batch_size"] == 2
@@ -64,7 +64,7 @@ def test_an_out_of_memory_halves_the_micro_batch_and_the_run_goes_on(small_text,
 @pytest.mark.usefixtures("_memory_for_two_rows")
 def test_a_forced_micro_batch_that_does_not_fit_is_an_error(small_text):
     message = message_of(*AUTO, *SHAPE, f"--data={small_text}", "--micro_batch_size=8")
-    assert message == "--micro_batch_size=8 does not fit into the device's memory; take --micro_batch_size=4, or auto"
+    assert message == "--micro_batch_size=8 does not fit into the device's memory; use --micro_batch_size=4, or auto"
 
 
 def test_one_row_too_many_is_an_error(small_text, monkeypatch):

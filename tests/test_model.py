@@ -1,4 +1,4 @@
-"""The Transformer: causal, masked where asked, initialised as listed, the same with the cache as without."""
+"""The Transformer: causal, masked where asked, initialized as listed, the same with the cache as without."""
 
 import dataclasses
 import math

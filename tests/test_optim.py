@@ -16,8 +16,8 @@ from training.optim import (
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,
+    make_plan,
     optimizer_tensors,
-    planned,
 )
 
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=1100, eos_id=0)  # padded to 1152
@@ -25,7 +25,7 @@ TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=1100, 
 
 def rates(steps: int, **options) -> list[float]:
     chosen = OptimizerOptions(**{"learning_rate": 1.0, "warmup_steps": 10, **options})
-    return [learning_rate(step, planned(steps, chosen), chosen) for step in range(steps)]
+    return [learning_rate(step, make_plan(steps, chosen), chosen) for step in range(steps)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "inverse_sqrt", "constant"])

@@ -42,7 +42,7 @@ def filtered(logits, options):
     return {i: scaled[i] / norm for i in kept}
 
 
-def penalised(logits, prompt, generated, options):
+def penalized(logits, prompt, generated, options):
     """Reference for the penalties, id by id."""
     result = []
     for i, x in enumerate(float(x) for x in logits):
@@ -72,7 +72,7 @@ def test_20_000_draws_follow_the_filtered_softmax(options):
         penalties = Penalties([prompt], 12, options, logits.device)
         for token in generated:
             penalties.add([token])
-        expected = penalised(logits, prompt, generated, options)
+        expected = penalized(logits, prompt, generated, options)
         logits = penalties.apply(logits[None])[0]
         assert logits.tolist() == pytest.approx(expected, rel=1e-5)
     expected = filtered(logits.tolist(), options)

@@ -520,5 +520,5 @@ def test_attention_triton_trains_and_samples_as_sdpa_does(small_text, capsys):
 def test_attention_that_cannot_run_is_refused_with_the_reason(small_text, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     message = message_of(*TINY, f"--data={small_text}", "--attention=triton", "--device=cpu")
-    assert message == "--attention=triton: Triton needs a GPU, the device is cpu; take --attention=auto"
+    assert message == "--attention=triton: Triton needs a GPU, the device is cpu; use --attention=auto"
     assert not Path("runs").exists()

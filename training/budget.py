@@ -1,11 +1,11 @@
 """How long a run is: its plan of steps, and with --budget_minutes how the plan follows from the speed of the machine.
 
 The first plan comes from a few discarded steps (`measure_step_seconds`). With the warm-up–stable–decay schedule the
-learning rate before the decay does not depend on max_steps, so until the decay begins the plan may follow the speed,
-and the run can still be repeated from its final max_steps and decay_steps. Other schedules keep the first plan. Past
-125 % of the budget the training stops.
+learning rate before the decay does not depend on max_steps, so until the decay begins the plan is adjusted to the
+measured speed, and the final max_steps and decay_steps still repeat the run. Other schedules keep the first plan.
+Training stops at 125 % of the budget.
 
-Knows no data and no files; the caller passes in what a step is, and reads the clock only through `time.perf_counter`.
+Knows no data and no files; the caller passes in the step as a function. The clock is time.perf_counter.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 
 from common.hardware import Hardware
 from training.metrics import log
-from training.optim import OptimizerOptions, Plan, planned
+from training.optim import OptimizerOptions, Plan, make_plan
 from training.options import EvalOptions, TrainOptions
 from training.state import TrainState
 
 MAX_OVERRUN = 1.25  # of the budget
-TOLERANCE = 0.03  # relative change of max_steps below which a plan is kept
-MEASURED_STEPS, MEASURED_SECONDS = 8, 10.0  # the measuring ends at the first of these, after two steps at least
+MIN_CHANGE = 0.03  # relative change of max_steps below which a plan is kept
+MEASURED_STEPS, MEASURED_SECONDS = 8, 10.0  # measuring ends at whichever comes first, after at least two steps
 
 
 @dataclass
@@ -41,19 +41,21 @@ class Budget:
     start: float = 0.0
     step_seconds: float = 0.0  # smoothed over about the last fifty steps
     pause_seconds: float = 0.0  # of the last evaluation, with its sample and checkpoint
-    closing_seconds: float = 0.0  # reserved for the evaluation of the whole val split after the last step
+    final_eval_seconds: float = 0.0  # reserved for the evaluation of the whole val split after the last step
 
-    def limit(self, seconds: float, step_seconds: float, now: float, eval_steps: float, closing_steps: float) -> None:
+    def limit(
+        self, seconds: float, step_seconds: float, now: float, eval_steps: float, final_eval_steps: float
+    ) -> None:
         """Sets the time limit from `now` on, and the first plan from the measured seconds of a step. eval_steps,
-        closing_steps: the evaluations' targets as multiples of a step's; their forward pass is a third of a step."""
+        final_eval_steps: the evaluations' targets as multiples of a step's; their forward pass is a third of a step."""
         self.seconds, self.start, self.step_seconds = seconds, now, step_seconds
-        self.pause_seconds, self.closing_seconds = eval_steps * step_seconds / 3, closing_steps * step_seconds / 3
-        self.plan = planned(self._steps_left(now), self.options)
+        self.pause_seconds, self.final_eval_seconds = eval_steps * step_seconds / 3, final_eval_steps * step_seconds / 3
+        self.plan = make_plan(self._steps_left(now), self.options)
 
     def observe(self, step: int, steps: int, seconds: float, now: float) -> bool:
-        """Takes in the time of the last `steps` steps. Returns True where the plan has changed.
+        """Records the time of the last `steps` steps. Returns whether the plan has changed.
 
-        It changes only before the decay of wsd, and only by more than TOLERANCE.
+        It changes only before the decay of wsd, and only by more than MIN_CHANGE.
         """
         plan = self.plan
         if self.seconds is None:
@@ -63,14 +65,14 @@ class Budget:
         if self.options.schedule != "wsd" or step >= plan.max_steps - plan.decay_steps:
             return False
         left = self._steps_left(now)
-        new = planned(step + left, self.options)
-        if abs(new.max_steps - plan.max_steps) <= TOLERANCE * plan.max_steps:
+        new = make_plan(step + left, self.options)
+        if abs(new.max_steps - plan.max_steps) <= MIN_CHANGE * plan.max_steps:
             return False
-        self.plan = Plan(new.max_steps, min(left, new.decay_steps))  # a decay that is overdue begins now
+        self.plan = Plan(new.max_steps, min(left, new.decay_steps))  # an overdue decay begins now
         return True
 
     def is_spent(self, now: float) -> bool:
-        """Whether the time is over by more than MAX_OVERRUN allows."""
+        """Whether MAX_OVERRUN times the budget has passed."""
         return self.seconds is not None and now - self.start > MAX_OVERRUN * self.seconds
 
     def as_options(self) -> dict[str, Any]:
@@ -83,7 +85,7 @@ class Budget:
 
     def _steps_left(self, now: float) -> int:
         assert self.seconds is not None
-        seconds_left = self.seconds - (now - self.start) - self.pause_seconds - self.closing_seconds
+        seconds_left = self.seconds - (now - self.start) - self.pause_seconds - self.final_eval_seconds
         return max(1, int(seconds_left / (self.step_seconds + self.pause_seconds / self.eval_interval)))
 
 
@@ -96,14 +98,13 @@ def make_budget(
     update: Callable[[], object],
     hardware: Hardware,
 ) -> Budget:
-    """The plan of a run. At the first step of a run with a time budget it follows from the measured time of `update`,
-    a step."""
-    budget = Budget(planned(train.max_steps, optim), optim, evals.eval_interval)
+    """The plan of a run. With a time budget, at step 0, it follows from the measured time of `update`, one step."""
+    budget = Budget(make_plan(train.max_steps, optim), optim, evals.eval_interval)
     if train.budget_minutes is not None and state.step == 0:
         step_seconds = measure_step_seconds(update, state, hardware)
         eval_steps = min(evals.eval_tokens or val_tokens, val_tokens) / train.tokens_per_step
-        closing_steps = val_tokens / train.tokens_per_step
-        budget.limit(60.0 * train.budget_minutes, step_seconds, time.perf_counter(), eval_steps, closing_steps)
+        final_eval_steps = val_tokens / train.tokens_per_step
+        budget.limit(60.0 * train.budget_minutes, step_seconds, time.perf_counter(), eval_steps, final_eval_steps)
     elif state.step >= budget.plan.max_steps and state.progress.evaluated_step == state.step:
         log(f"the run is complete at step {state.step}; --max_steps=MORE continues it")
     if budget.plan.max_steps <= optim.warmup_steps:

@@ -2,9 +2,9 @@
 integer.
 
 The train split is cut into windows of T tokens on a grid. Each epoch shifts the grid by a phase and visits every
-window exactly once, in an order of its own; phase and order are hashes of (seed, epoch), so no permutation is stored.
-`TrainBatches` reads the windows of a step as micro-batches, on a GPU one step ahead. Reads from prepare_data's Split;
-knows neither the model nor the optimizer.
+window exactly once, in its own order; phase and order are hashes of (seed, epoch), so no permutation is stored.
+`TrainBatches` reads the windows of a step as micro-batches, prefetched by one step on a GPU. Reads a Split of
+prepare_data; knows neither the model nor the optimizer.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class TrainWindows:
         numbers = np.arange(first, first + count)
         epochs = numbers // self.per_epoch
         starts = np.empty(count, dtype=np.int64)
-        phases = self.n_tokens - self.per_epoch * self.block_size  # in the last, the last window ends at the last token
+        phases = self.n_tokens - self.per_epoch * self.block_size  # with the last, the last window ends the split
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             phase = keyed_integer(self.seed, "phase", int(epoch)) % phases
@@ -99,8 +99,8 @@ class TrainWindows:
 
 
 def read_windows(split: TokenSource, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
-    """x, y of shape (len(starts), T) int64: y is x one token later, IGNORED_TARGET where a loss mask or the split's
-    end says so."""
+    """x, y of shape (len(starts), T) int64: y is x one token later, IGNORED_TARGET where a loss mask excludes the
+    target or the split has ended."""
     B, T = len(starts), block_size
     x, y = np.zeros((B, T), dtype=np.int64), np.full((B, T), IGNORED_TARGET, dtype=np.int64)
     for row, start in enumerate(starts.tolist()):
@@ -131,7 +131,7 @@ class TrainBatches:
     """The micro-batches of each step: `batches(step)`. Each has `size` rows of the step's `rows`; size may be changed
     to another divisor.
 
-    On a GPU the batches lie in pinned memory, and those of the next step are read on a thread while the device
+    On a GPU the batches are in pinned memory, and those of the next step are read on a thread while the device
     computes.
     """
 
@@ -149,16 +149,16 @@ class TrainBatches:
         self.rows, self.size, self.dropout = rows, size, dropout
         self.pinned = device.type == "cuda"
         self.reader = None if device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self.ahead: tuple[tuple[int, int], Future[list[MicroBatch]]] | None = None  # (step, size) and its batches
+        self.prefetched: tuple[tuple[int, int], Future[list[MicroBatch]]] | None = None  # (step, size) and its batches
 
     def __call__(self, step: int) -> list[MicroBatch]:
         """The micro-batches of update number `step` (from 0)."""
         if self.reader is None:
             return self._read(step, self.size)
-        wanted, ahead = (step, self.size), self.ahead
-        batches = ahead[1].result() if ahead is not None and ahead[0] == wanted else self._read(*wanted)
+        wanted, prefetched = (step, self.size), self.prefetched
+        batches = prefetched[1].result() if prefetched is not None and prefetched[0] == wanted else self._read(*wanted)
         following = (step + 1, self.size)
-        self.ahead = following, self.reader.submit(self._read, *following)
+        self.prefetched = following, self.reader.submit(self._read, *following)
         return batches
 
     def _read(self, step: int, size: int) -> list[MicroBatch]:

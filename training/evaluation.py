@@ -1,7 +1,6 @@
-"""The loss on the val split: fixed windows that score every target once. Leaves the model in the mode that it found it
-in.
+"""The loss on the val split: fixed windows that score every target once. Restores the model's mode.
 
-Knows no files and no schedule; what follows from an evaluation is the caller's.
+Knows no files and no schedule; the caller acts on the result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What is recorded of a run, and when: a line per logged step, evaluation, skipped update and change of plan, and the
 samples.
 
-`RunLogger` writes each record to the console, metrics.jsonl and wandb alike (training/metrics.py). It measures
-throughput; it decides nothing about the training.
+`RunLogger` writes each record to the console, metrics.jsonl and wandb (training/metrics.py). It measures
+throughput and does not influence the training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from model import GPT
 from training.budget import Budget
 from training.evaluation import Evaluation, overfitting_warning
 from training.interrupt import STOPPED
-from training.metrics import RunLog, TrainClock, WandbLog, clock, console_line, log
+from training.metrics import RunLog, TrainClock, WandbLog, console_line, format_duration, log
 from training.optim import Plan
 from training.options import LoggingOptions
 from training.reference import Reference
@@ -32,7 +32,7 @@ from training.state import TrainState
 class RunLogger:
     """The records of one run, as a context manager that closes its files. `settings`: all options by name, for wandb.
 
-    lengths: see RunLog. Raises UserError where wandb is asked for and cannot be had.
+    lengths: see RunLog. Raises UserError where wandb is requested but not available.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class RunLogger:
         plan, seconds = budget.plan, budget.seconds or 0.0
         self.files.metrics("plan", step, timing=asdict(plan))
         log(
-            f"budget {clock(seconds)}: {budget.step_seconds * 1e3:.1f} ms a step → "
+            f"budget {format_duration(seconds)}: {budget.step_seconds * 1e3:.1f} ms a step → "
             f"max_steps={plan.max_steps}, decay_steps={plan.decay_steps}"
         )
 
@@ -152,14 +152,12 @@ def log_end(run: Path, state: TrainState, plan: Plan, is_complete: bool) -> int:
         kept = "there is no checkpoint"
         if state.saved_step is not None:
             kept = f"the last checkpoint is that of step {state.saved_step}"
-        raise UserError(
-            f"the weights of step {state.step} are not saved ({kept}): make room on the disk, then {resume}"
-        )
+        raise UserError(f"the weights of step {state.step} are not saved ({kept}): free disk space, then {resume}")
     if not is_complete:
         log(f"stopped; everything up to step {state.step} is saved; continue with: {resume}")
         return STOPPED
     if state.step < plan.max_steps:
-        log(f"the time budget was spent at step {state.step} of {plan.max_steps}: the machine slowed down in the decay")
+        log(f"the time budget was spent at step {state.step} of {plan.max_steps}: the machine got slower in the decay")
     log(f"\nnext: python sample.py --run={name} --num_samples=3")
     log(f"      python sample.py --run={name} --serve   (a page to try prompts)")
     log(f"      python -m training.report {name}")

@@ -1,8 +1,8 @@
 """Where a run's records go: metrics.jsonl, samples.txt, the console, and Weights & Biases on request. Knows no model
-and no options but its own; what is recorded when is training/logger.py's.
+and no options but its own; training/logger.py decides what is recorded when.
 
 Every field of metrics.jsonl outside `timing` is reproducible: the same run writes it again byte for byte. A full disk
-or a failing wandb is reported once and never stops a training.
+or a failing wandb is reported once and never stops the training.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 
 
 def log(line: str) -> None:
-    """Prints a line and flushes. Where standard output cannot be written any more (closed pipe, full disk), training
-    goes on silently."""
+    """Prints a line and flushes. Once standard output cannot be written (closed pipe, full disk), training
+    continues silently."""
     try:
         print(line, flush=True)
     except OSError:
@@ -127,7 +127,7 @@ class RunLog:
     def _warn(self, name: str, error: OSError) -> None:
         if not self._warned:
             print(
-                f"cannot write {self._paths[name]}: {error}; training goes on without it", file=sys.stderr, flush=True
+                f"cannot write {self._paths[name]}: {error}; training continues without it", file=sys.stderr, flush=True
             )
         self._warned = True
 
@@ -196,12 +196,12 @@ def console_line(
     width = len(str(max_steps))
     return (
         f"step {step:>{width}}/{max_steps}  loss {loss:7.4f}  lr {lr:.2e}  grad {grad_norm:7.3f}  "
-        f"{tok_s:>9,.0f} tok/s  left {clock(left):>7}  mem {memory / 2**30:5.2f} GiB"
+        f"{tok_s:>9,.0f} tok/s  left {format_duration(left):>7}  mem {memory / 2**30:5.2f} GiB"
         + (f"  mfu {mfu:>7}" if mfu else "")
     )
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """4:05 for 245 seconds, 2:00:00 for two hours."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)

@@ -18,7 +18,7 @@ from training.metrics import log
 from training.optim import Optimizer
 
 CPU_TOKENS = 4096
-MAX_TOKENS = 65_536  # more at once make no GPU faster
+MAX_TOKENS = 65_536  # larger micro-batches are not faster on any GPU
 MEMORY_SHARE = 0.9  # of the free memory; the rest is for fragmentation
 
 
@@ -27,24 +27,24 @@ def choose_micro_batch(
 ) -> Choice:
     """A divisor of the rows of a step; on a GPU the largest useful one, which fit_to_memory may lower. Raises
     UserError."""
-    rows, rest = divmod(tokens_per_step, config.block_size)
-    if rest or rows == 0:
+    rows, remainder = divmod(tokens_per_step, config.block_size)
+    if remainder or rows == 0:
         raise UserError(
             f"tokens_per_step={tokens_per_step} is not a multiple of block_size={config.block_size}; "
-            f"take --tokens_per_step={max(1, rows) * config.block_size}"
+            f"use --tokens_per_step={max(1, rows) * config.block_size}"
         )
     if option != "auto":
         if rows % option:
             raise UserError(
                 f"micro_batch_size={option} does not divide the {rows} rows of a step "
                 f"(tokens_per_step={tokens_per_step} / block_size={config.block_size}); "
-                f"take --micro_batch_size={divisor(rows, option)}"
+                f"use --micro_batch_size={divisor(rows, option)}"
             )
         return Choice(option, {})
     if hardware.device.type == "cuda":
         size = divisor(rows, max(1, MAX_TOKENS // config.block_size))
         return Choice(
-            size, {"micro_batch_size": f"at most {MAX_TOKENS:,} tokens, and what a trial shows to fit into memory"}
+            size, {"micro_batch_size": f"at most {MAX_TOKENS:,} tokens, and no more than fit into memory in a trial"}
         )
     size = divisor(rows, max(1, CPU_TOKENS // config.block_size))
     return Choice(
@@ -86,8 +86,8 @@ def fit_to_memory(size: int, peak_bytes: Callable[[int], int], free: int) -> int
 
 
 def measure_peak(model: GPT, hardware: Hardware, rows: int) -> int:
-    """Peak bytes of CUDA memory in a forward and backward pass of so many rows, gradients included, which are dropped
-    again."""
+    """Peak bytes of CUDA memory in a forward and backward pass of this many rows, gradients included, which are then
+    dropped."""
     before = torch.cuda.memory_allocated(hardware.device)
     torch.cuda.reset_peak_memory_stats(hardware.device)
     ids = torch.zeros((rows, model.config.block_size), dtype=torch.int64, device=hardware.device)
@@ -108,15 +108,15 @@ def reduce_micro_batch(size: int, step: int, optimizer: Optimizer, forced: bool)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if size == 1:
-        raise UserError("one row does not fit into the device's memory; take a smaller model or a smaller --block_size")
+        raise UserError("one row does not fit into the device's memory; use a smaller model or a smaller --block_size")
     smaller = divisor(size, size // 2)
     if forced:
         raise UserError(
             f"--micro_batch_size={size} does not fit into the device's memory; "
-            f"take --micro_batch_size={smaller}, or auto"
+            f"use --micro_batch_size={smaller}, or auto"
         )
     log(
         f"step {step}: out of memory; micro-batch {size} → {smaller}. "
-        "The bits may differ from those of a run that started with this micro-batch"
+        "The result may not be bitwise equal to a run that started with this micro-batch"
     )
     return smaller

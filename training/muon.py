@@ -2,7 +2,7 @@
 
 AdamW scales each element of a gradient separately. Muon replaces the momentum U·S·Vᵀ of a whole matrix by about U·Vᵀ,
 so that directions with small gradients move as fast as the dominant ones. That suits matrices between hidden states;
-embeddings, the head, norms and biases stay with AdamW.
+embeddings, the head, norms and biases use AdamW.
 
 torch.optim.Muon does the same one matrix at a time and always in bfloat16, which CPUs without bfloat16 units multiply
 several times slower than float32. Here all matrices of a shape share one batched product, in the caller's dtype.

@@ -75,13 +75,13 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """Length of a run in steps, and how many of the last ones wsd decays in."""
+    """Length of a run in steps, and the number of final steps in which wsd decays."""
 
     max_steps: int
     decay_steps: int
 
 
-def planned(max_steps: int, options: OptimizerOptions) -> Plan:
+def make_plan(max_steps: int, options: OptimizerOptions) -> Plan:
     """The plan for a number of steps; decay and warm-up do not overlap."""
     decay = options.decay_steps if options.decay_steps is not None else max_steps // 5
     return Plan(max_steps, max(1, min(decay, max_steps - options.warmup_steps)))
@@ -154,7 +154,7 @@ MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "muon": ("momentum",),
     "sgd": ("momentum_buffer",),
-}  # as torch.optim calls them
+}  # names as in torch.optim
 
 
 def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = torch.float32) -> Optimizer:

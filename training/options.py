@@ -1,4 +1,4 @@
-"""The options of training, evaluation and logging. Those of model, optimizer and data stand beside their code."""
+"""The options of training, evaluation and logging. Those of model, optimizer and data are in their modules."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 Owns reference_curves.json and the comparison. A run is compared if at least three recorded runs have its dataset
 fingerprint and all its options that affect the loss, and only at steps up to which their learning rates were equal; for
-any other run there is no output. Device, dtype and micro-batch size are ignored: they change the bits, but the loss by
+any other run there is no output. Device, dtype and micro-batch size are ignored: they change the loss by
 much less than the width of a band (figures in bench/NOTES.md). Do not record runs extended by --resume with
 --max_steps: their learning rate did not follow a single plan. Reading order: Reference, then read_run and main.
 """
@@ -25,7 +25,7 @@ from errors import UserError, run_script
 from files import read_json, write_file
 from model import GPTConfig
 from training.metrics import METRICS
-from training.optim import OptimizerOptions, Plan, planned
+from training.optim import OptimizerOptions, Plan, make_plan
 from training.options import EvalOptions, TrainOptions
 
 CURVES = Path(__file__).with_name("reference_curves.json")
@@ -119,7 +119,7 @@ def plan_of(options: Mapping[str, Any]) -> Plan:
     """The plan of a run, from its flat options."""
     names = {field.name for field in dataclasses.fields(OptimizerOptions)}
     section = OptimizerOptions(**{name: value for name, value in options.items() if name in names})
-    return planned(options["max_steps"], section)
+    return make_plan(options["max_steps"], section)
 
 
 def read_run(run: Path) -> Run:

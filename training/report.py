@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from checkpoint import CONFIG, STATE, WEIGHTS, list_checkpoints
 from errors import UserError, run_script
 from files import DamagedFile, read_json, write_file
-from training.metrics import METRICS, SAMPLES, clock
+from training.metrics import METRICS, SAMPLES, format_duration
 from training.reference import Reference, plan_of, read_curves
 
-TRAIN, VAL = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito's colour-blind safe palette
+TRAIN, VAL = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito's color-blind safe palette
 MAX_SAMPLES = 6  # of the last step
 MAX_SAMPLE_BYTES = 200_000  # read from the end of samples.txt
 STYLE: dict[str, Any] = {
@@ -127,7 +127,7 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
     if lines["step"]:
         seconds = column(lines["step"], "seconds")  # since the process started: they drop where the run was resumed
         ends = [*np.flatnonzero(seconds[1:] < seconds[:-1]), -1]
-        facts["time"] = clock(float(np.nansum(seconds[ends]))) + f" in {len(ends)} sessions" * (len(ends) > 1)
+        facts["time"] = format_duration(float(np.nansum(seconds[ends]))) + f" in {len(ends)} sessions" * (len(ends) > 1)
         facts["speed"] = float(np.median(column(lines["step"], "tokens_per_second")))
     for checkpoint in list_checkpoints(run)[-1:]:
         with suppress(DamagedFile, SafetensorError, OSError):  # a run in progress may delete it meanwhile

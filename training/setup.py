@@ -41,18 +41,18 @@ from training.options import EvalOptions, TrainOptions
 
 def choose_auto(
     train: TrainOptions,
-    shape: GPTConfig,
+    model_config: GPTConfig,
     attention: Literal["auto"] | AttentionPath,
     hardware: Hardware,
     kept: Mapping[str, str],
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Resolves every `auto` → (values, reasons), both by option; prints them. kept: reasons that a resumed run
-    brings."""
+    """Resolves every `auto` → (values, reasons), both by option; prints them. kept: the reasons stored
+    by a resumed run."""
     if train.deterministic:
         require_determinism()
-    micro_batch = choose_micro_batch(train.micro_batch_size, train.tokens_per_step, shape, hardware)
-    compiled = choose_compile(train.compile, hardware, expected_seconds(train, shape))
-    path = choose_attention_path(attention, hardware, shape.head_size)
+    micro_batch = choose_micro_batch(train.micro_batch_size, train.tokens_per_step, model_config, hardware)
+    compiled = choose_compile(train.compile, hardware, expected_seconds(train, model_config))
+    path = choose_attention_path(attention, hardware, model_config.head_size)
     reasons = {
         **kept,
         **hardware.reasons,
@@ -71,18 +71,18 @@ def choose_auto(
     return values, reasons
 
 
-def expected_seconds(train: TrainOptions, shape: GPTConfig) -> float:
+def expected_seconds(train: TrainOptions, model_config: GPTConfig) -> float:
     """Rough duration of the run on a GPU without torch.compile."""
     if train.budget_minutes is not None:
         return 60.0 * train.budget_minutes
     with torch.device("meta"):
-        return flops_per_token(GPT(shape, seed=None)) * train.tokens_per_step * train.max_steps / EAGER_FLOPS
+        return flops_per_token(GPT(model_config, seed=None)) * train.tokens_per_step * train.max_steps / EAGER_FLOPS
 
 
 def open_data(
     data: str, prepare: PrepareOptions, resumed: Checkpoint | None, initial: ModelFolder | None, flags: set[str]
 ) -> Dataset:
-    """The dataset that --data names, prepared first where it is text. A resumed run needs exactly its own tokens.
+    """The dataset that --data names, prepared first where it is text. A resumed run must have the same tokens.
     Raises UserError."""
     if resumed is None:
         dataset = resolve_data(data, prepare, tokenizer_from_dict(initial.tokenizer) if initial else None)
@@ -122,7 +122,7 @@ def check_data(dataset: Dataset, block_size: int, sample_prompt: str) -> None:
 
 
 def build_model(
-    shape: GPTConfig,
+    model_config: GPTConfig,
     tokenizer: Tokenizer,
     attention: Literal["auto"] | AttentionPath,
     seed: int,
@@ -131,16 +131,16 @@ def build_model(
     """The model for the tokenizer's vocabulary, on the CPU, with weights drawn from the seed or those of `source`.
     Raises UserError."""
     assert attention != "auto"
-    shape = replace(shape, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-    model = GPT(shape, seed if source is None else None, attention)
+    model_config = replace(model_config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    model = GPT(model_config, seed if source is None else None, attention)
     if source is not None:
         try:
             import_weights(model, source.model_tensors())
         except ValueError as error:
             raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
     print(
-        f"model: {count_parameters(model):,} parameters, {shape.n_layer} layers, {shape.n_embd} channels,"
-        f" context {shape.block_size}"
+        f"model: {count_parameters(model):,} parameters, {model_config.n_layer} layers, {model_config.n_embd} channels,"
+        f" context {model_config.block_size}"
     )
     return model
 

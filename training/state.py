@@ -3,7 +3,7 @@
 
 All randomness is derived from (seed, sample number), and the order of the data is a pure function of it too, so
 nothing else is needed for a bitwise-exact resume on the same CPU. This module knows neither options nor data: the
-caller passes what it wants stored beside.
+caller passes further facts to store.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_SKIPPED = 3  # consecutive updates that may be skipped because their gradien
 
 @dataclass
 class Progress:
-    """The counters of a run, as they stand in a checkpoint's state.json."""
+    """The counters of a run, as stored in a checkpoint's state.json."""
 
     step: int = 0
     evaluated_step: int | None = None
@@ -47,8 +47,8 @@ class Progress:
 
 
 class TrainState:
-    """The state of a run between two steps. rows: windows per step. recovery: the command that the errors of a
-    diverged run name."""
+    """The state of a run between two steps. rows: windows per step. recovery: the command named in the errors of
+    a diverged run."""
 
     def __init__(
         self, model: GPT, optimizer: Optimizer, scaler: torch.amp.GradScaler, rows: int, recovery: str
@@ -125,7 +125,7 @@ class TrainState:
         """Writes a checkpoint of the current step, with what `facts()` returns in its state.json, and prunes older
         ones.
 
-        A failed save is logged and does not stop the training: the checkpoint before it is still there.
+        A failed save is logged and does not stop the training: the checkpoint before it remains.
         """
         self.progress.grad_scaler = self.scaler.state_dict()
         samples = self.step * self.rows
@@ -157,7 +157,7 @@ class TrainState:
             log(f"step {self.step}: not saved: {error}")
 
     def restore(self, saved: Checkpoint, hardware: Hardware) -> None:
-        """Takes over a checkpoint's state, all but the weights, which the model has already. Raises UserError where it
+        """Loads a checkpoint's state except the weights, which the model has already. Raises UserError where it
         does not fit."""
         try:
             load_optimizer_tensors(self.optimizer, self.model, saved.optimizer_tensors())
@@ -178,7 +178,7 @@ class TrainState:
 
 
 def environment(hardware: Hardware) -> dict[str, Any]:
-    """Everything besides the options that the bits of a run depend on."""
+    """What a bitwise-exact repetition depends on besides the options."""
     device = hardware.device
     return {
         "python": platform.python_version(),

@@ -26,7 +26,7 @@ class Corpus:
 def documents(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:
     """The pieces of one file, whose text comes in chunks of any size.
 
-    Documents end at each separator and at the end of the file; documents of white space alone are dropped. A document
+    Documents end at each separator and at the end of the file; whitespace-only documents are dropped. A document
     longer than PIECE characters is cut where no token crosses the cut, so memory use does not depend on its length.
     """
     pending, cut = "", False  # the part of the document not yet yielded; whether an earlier part was yielded

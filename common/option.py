@@ -182,7 +182,7 @@ def check_option(options: Mapping[str, Option], name: str, value: object) -> Any
     """A Python value in the type of the option `name`. Raises UserError if it does not fit."""
     try:
         if name not in options:
-            raise ValueError(f"no such option{did_you_mean(name, options)}")
+            raise ValueError(no_such_option(name, options))
         return options[name].check(value)
     except ValueError as error:
         raise UserError(f"{name} = {show(repr(value))}: {error}") from None
@@ -233,6 +233,13 @@ def _field_docstrings(section: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
             found[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value)).partition("\n")[0]
     return found
+
+
+def no_such_option(name: str, names: Iterable[str], flag: str = "") -> str:
+    """The message for an unknown option: that it was removed, or the nearest of `names`."""
+    if name in RETIRED:
+        return "this option was removed; leave it out"
+    return f"no such option{did_you_mean(name, names, flag)}"
 
 
 def did_you_mean(name: str, names: Iterable[str], flag: str = "") -> str:

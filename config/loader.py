@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from common.option import RETIRED, Option, check_option, did_you_mean, options_of, show, without_retired
+from common.option import RETIRED, Option, check_option, did_you_mean, no_such_option, options_of, show, without_retired
 from errors import UserError
 
 T = TypeVar("T")
@@ -218,7 +218,7 @@ class Loader:
 
     def _option(self, name: str) -> Option:
         if name not in self.options:
-            raise ValueError(f"no such option{did_you_mean(name, self.options)}")
+            raise ValueError(no_such_option(name, self.options))
         return self.options[name]
 
     def load(self, script: str, argv: Sequence[str], *, default_preset: str | None = None) -> Options:
@@ -310,7 +310,8 @@ class Loader:
         elif scripts := [other for other in self.scripts if name in self.own(other)]:
             why = f"belongs to {' and '.join(scripts)}, not to {script}"
         else:
-            why = f"no such option{did_you_mean(name, own, '--') or did_you_mean(name, self.options, '--')}"
+            near = own if did_you_mean(name, own) else self.options
+            why = no_such_option(name, near, "--")
         problems.append(f"{show(arg)}: {why}")
         return []
 

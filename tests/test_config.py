@@ -678,3 +678,11 @@ def test_a_run_of_an_earlier_version_resumes(
     assert "zero_init" not in resumed.config
     assert "zero_init" not in resumed.state["options"]
     assert "zero_init" not in capsys.readouterr().out
+
+
+def test_a_removed_option_is_named_as_such(tmp_path):
+    preset = tmp_path / "old.py"
+    preset.write_text("zero_init = True\n")
+    for argv in (["--zero_init=true"], [str(preset)]):
+        with pytest.raises(UserError, match=r"zero_init.*: this option was removed; leave it out"):
+            config.load("train.py", argv)

@@ -650,7 +650,7 @@ def test_removed_options_in_a_stored_section_or_config_are_left_out(tmp_path: Pa
         assert "zero_init" not in options.flat()
         assert len(options.notes) == notes
         assert all("zero_init = true left out" in note for note in options.notes)
-    with pytest.raises(UserError, match="--zero_init=true: no such option"):
+    with pytest.raises(UserError, match="--zero_init=true: this option was removed"):
         config.load("train.py", ["--zero_init=true"])
 
 

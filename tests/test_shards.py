@@ -151,7 +151,7 @@ DAMAGES = {
     "json count": (edit(lambda meta: meta["shards"]["train"][0].update(tokens=199)), "fingerprint"),
     "json no val": (edit(lambda meta: meta["shards"].update(val=[])), "val split has no shards"),
     "json vocabulary": (edit(lambda meta: meta.update(vocab_size=300)), "vocab_size"),
-    "json tokenizer": (edit(lambda meta: meta.update(tokenizer=None)), "no valid tokenizer"),
+    "json tokenizer": (edit(lambda meta: meta.update(tokenizer=None)), "not a valid tokenizer"),
 }
 
 

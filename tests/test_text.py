@@ -19,12 +19,12 @@ from tests.test_generation import tiny_model
 def scripted(monkeypatch, ids):
     """Replaces generate() by one that yields these ids."""
 
-    def generate(*args, leaving=frozenset(), **kwargs):
+    def generate(*args, stopped=frozenset(), **kwargs):
         for token in ids:
-            if 0 in leaving:
+            if 0 in stopped:
                 return
             yield engine.Event(0, token, None, -1.0 * token, ((token, -0.5),))
-        if 0 not in leaving:
+        if 0 not in stopped:
             yield engine.Event(0, None, END_OF_SEQUENCE)
 
     monkeypatch.setattr("generation.text.generate", generate)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import config
 from checkpoint import STATE, resolve_model_folder
-from common.hardware import HardwareOptions, choose_attention_path, choose_hardware
+from common.hardware import HardwareOptions, choose_attention, choose_hardware
 from common.option import unescape
 from common.options import RunOptions
 from common.run_directory import newest_run
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     hardware_options = options.section(HardwareOptions)
     hardware = choose_hardware(hardware_options, generating=True)
     model, tokenizer = load_model(folder, hardware.device, hardware.dtype)
-    model.attention = choose_attention_path(hardware_options.attention, hardware, model.config.head_size).value
+    model.attention = choose_attention(hardware_options.attention, hardware.device, model.config.head_size).value
     if script.quantize is not None:
         quantize(model)
     title = describe_checkpoint(path, folder, script.checkpoint)

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # ---- data
         prepare, block_size = options.section(PrepareOptions), model_config.block_size
         dataset = setup.open_data(train.data, prepare, start.resumed, start.initial, start.flags)
-        setup.check_data(dataset, block_size, evals.sample_prompt)
+        setup.check_data(dataset, evals.sample_prompt)
         rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
         batches = TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, model_config.dropout > 0)
         # ---- model

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,31 +145,20 @@ class Choice:
     reasons: dict[str, str]
 
 
-def choose_attention_path(option: Literal["auto", "triton", "sdpa"], hardware: Hardware, head_size: int) -> Choice:
-    """The attention path of the model. Raises UserError with the reason if the kernel is requested and cannot run."""
-    try:
-        path, reason = choose_attention(option, hardware.device, head_size)
-    except ValueError as error:
-        raise UserError(f"--attention={option}: {error}; use --attention=auto") from None
-    return Choice(path, {"attention": reason} if option == "auto" else {})
-
-
-def choose_attention(
-    requested: AttentionPath | Literal["auto"], device: torch.device, head_size: int
-) -> tuple[AttentionPath, str]:
-    """The attention path for a device, and the reason. Raises ValueError if "triton" is requested and cannot run."""
-    if requested == "sdpa":
-        return "sdpa", "requested"
+def choose_attention(option: AttentionPath | Literal["auto"], device: torch.device, head_size: int) -> Choice:
+    """The attention path of a model on the device. Raises UserError if "triton" is requested and cannot run."""
+    if option == "sdpa":
+        return Choice("sdpa", {})
     obstacle = triton_obstacle(device, (8, 0))
     if head_size > MAX_FUSED_HEAD:
         obstacle = f"the kernel takes head sizes up to {MAX_FUSED_HEAD}, this model has {head_size}"
-    if requested == "triton":
+    if option == "triton":
         if obstacle is not None:
-            raise ValueError(obstacle)
-        return "triton", "requested"
+            raise UserError(f"--attention=triton: {obstacle}; use --attention=auto")
+        return Choice("triton", {})
     if obstacle is None and device.type == "cuda":
-        return "triton", "the fused kernel runs here"
-    return "sdpa", f"no fused kernel: {obstacle or 'its interpreter is for tests'}"
+        return Choice("triton", {"attention": "the fused kernel runs here"})
+    return Choice("sdpa", {"attention": f"no fused kernel: {obstacle or 'its interpreter is for tests'}"})
 
 
 def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | None:
@@ -192,15 +182,15 @@ def vendor_flops(name: str) -> float | None:
     return next((1e12 * tflops for part, tflops in VENDOR_TFLOPS.items() if part in name), None)
 
 
-def choose_compile(option: bool | Literal["auto"], hardware: Hardware, run_seconds: float) -> Choice:
-    """Whether to torch.compile. auto: on CUDA, if it saves more of a run of `run_seconds` than compiling takes."""
+def choose_compile(option: bool | Literal["auto"], hardware: Hardware, run_seconds: Callable[[], float]) -> Choice:
+    """Whether to torch.compile. auto: on CUDA, if it saves more of a run of `run_seconds()` than compiling takes."""
     if option != "auto":
         return Choice(option, {})
     if hardware.device.type != "cuda":
         return Choice(False, {"compile": f"it costs more than it saves on {hardware.device.type}"})
     if obstacle := triton_obstacle(hardware.device, (7, 0)):
         return Choice(False, {"compile": obstacle})
-    saved = COMPILE_SAVES * run_seconds
+    saved = COMPILE_SAVES * run_seconds()
     comparison = f"about {saved:,.0f} s saved against {COMPILE_SECONDS:.0f} s of compiling (estimates)"
     return Choice(saved > COMPILE_SECONDS, {"compile": comparison})
 

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from checkpoint import Checkpoint, ModelFolder
 from common.hardware import (
     EAGER_FLOPS,
     Hardware,
-    choose_attention_path,
+    choose_attention,
     choose_compile,
     require_determinism,
 )
@@ -31,9 +32,7 @@ from model import GPT, AttentionPath, GPTConfig
 from prepare_data import PrepareOptions
 from prepare_data.pipeline import describe, resolve_data
 from prepare_data.shards import Dataset, open_dataset
-from training.data import TrainWindows
 from training.evaluation import Evaluation
-from training.interrupt import STOPPED
 from training.micro_batch import choose_micro_batch
 from training.optim import OptimizerOptions
 from training.options import EvalOptions, TrainOptions
@@ -51,8 +50,8 @@ def choose_auto(
     if train.deterministic:
         require_determinism()
     micro_batch = choose_micro_batch(train.micro_batch_size, train.tokens_per_step, model_config, hardware)
-    compiled = choose_compile(train.compile, hardware, expected_seconds(train, model_config))
-    path = choose_attention_path(attention, hardware, model_config.head_size)
+    compiled = choose_compile(train.compile, hardware, partial(expected_seconds, train, model_config))
+    path = choose_attention(attention, hardware.device, model_config.head_size)
     reasons = {
         **kept,
         **hardware.reasons,
@@ -107,10 +106,9 @@ def open_data(
     return dataset
 
 
-def check_data(dataset: Dataset, block_size: int, sample_prompt: str) -> None:
-    """Raises UserError for what would otherwise fail in mid-run: too short a split, a sample prompt that cannot be
-    encoded."""
-    TrainWindows(len(dataset.train), block_size, seed=0)  # raises
+def check_data(dataset: Dataset, sample_prompt: str) -> None:
+    """Raises UserError for what would otherwise fail in mid-run: a val split without a target, a sample prompt that
+    cannot be encoded. TrainBatches checks the train split."""
     if len(dataset.val) < 2:
         raise UserError(
             f"the val split holds {len(dataset.val)} tokens, so no target; raise --val_fraction or give more text"
@@ -146,10 +144,9 @@ def build_model(
 
 
 def print_evaluation(source: Checkpoint | ModelFolder | None, result: Evaluation | None) -> int:
-    """What --eval_only prints; the exit code."""
-    if result is None:
-        return STOPPED
+    """Prints what --eval_only asks for (it has a source, and a result, since nothing stops it). Returns the exit code."""
     assert source is not None
+    assert result is not None
     print(f"{source.path}: {result.describe()}")
     return 0
 

@@ -144,7 +144,7 @@ def build_model(
 
 
 def print_evaluation(source: Checkpoint | ModelFolder | None, result: Evaluation | None) -> int:
-    """Prints what --eval_only asks for (it has a source, and a result, since nothing stops it). Returns the exit code."""
+    """Prints the result of --eval_only, which has a source and is never stopped. Returns the exit code."""
     assert source is not None
     assert result is not None
     print(f"{source.path}: {result.describe()}")

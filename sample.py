@@ -24,9 +24,9 @@ from pathlib import Path
 
 import config
 from checkpoint import STATE, resolve_model_folder
-from common.hardware import HardwareOptions, choose_attention, choose_hardware
+from common.hardware import choose_attention, choose_hardware
 from common.option import unescape
-from common.options import RunOptions
+from common.options import HardwareOptions, RunOptions
 from common.run_directory import newest_run
 from common.tokenizer import Tokenizer
 from errors import UserError, run_script

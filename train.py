@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 import config
-from common.hardware import Hardware, HardwareOptions, choose_hardware, tune_allocator
-from common.options import RunOptions
+from common.hardware import Hardware, choose_hardware, tune_allocator
+from common.options import HardwareOptions, RunOptions
 from config.start import RunConfig, read_start
 from errors import run_script
 from generation.text import sample_texts
@@ -37,8 +37,8 @@ from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.logger import RunLogger, log_end
 from training.micro_batch import fit_micro_batch, reduce_micro_batch
-from training.optim import OptimizerOptions, learning_rate, make_optimizer
-from training.options import EvalOptions, LoggingOptions, TrainOptions
+from training.optim import learning_rate, make_optimizer
+from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 from training.reference import Reference, read_curves
 from training.state import TrainState
 

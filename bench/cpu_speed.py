@@ -35,11 +35,13 @@ import torch  # noqa: E402
 
 from bench.hardware import Stopwatch, commit_of, hardware, write_results  # noqa: E402
 from bench.peer import import_model, rotated  # noqa: E402
-from common.hardware import Hardware, HardwareOptions, choose_hardware, tune_allocator  # noqa: E402
+from common.hardware import Hardware, choose_hardware, tune_allocator  # noqa: E402
+from common.options import HardwareOptions  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from training.micro_batch import choose_micro_batch  # noqa: E402
-from training.optim import OptimizerOptions, make_optimizer  # noqa: E402
+from training.optim import make_optimizer  # noqa: E402
+from training.options import OptimizerOptions  # noqa: E402
 
 
 class Setting(NamedTuple):

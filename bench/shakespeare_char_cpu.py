@@ -60,14 +60,15 @@ from bench.peer import (  # noqa: E402
     run_process,
     score,
 )
-from common.hardware import HardwareOptions, choose_hardware, tune_allocator  # noqa: E402
+from common.hardware import choose_hardware, tune_allocator  # noqa: E402
+from common.options import HardwareOptions  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare_data.shards import open_dataset  # noqa: E402
 from training.data import TrainBatches  # noqa: E402
 from training.micro_batch import choose_micro_batch  # noqa: E402
-from training.optim import OptimizerOptions, learning_rate, make_optimizer, make_plan  # noqa: E402
-from training.options import TrainOptions  # noqa: E402
+from training.optim import learning_rate, make_optimizer, make_plan  # noqa: E402
+from training.options import OptimizerOptions, TrainOptions  # noqa: E402
 
 PRESET = "shakespeare_char_cpu"
 ROWS, BLOCK_SIZE = 12, 64

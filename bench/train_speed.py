@@ -43,7 +43,8 @@ from bench.peer import import_model  # noqa: E402
 from common.hardware import vendor_flops  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, AttentionPath, GPTConfig  # noqa: E402
-from training.optim import OptimizerOptions, make_optimizer  # noqa: E402
+from training.optim import make_optimizer  # noqa: E402
+from training.options import OptimizerOptions  # noqa: E402
 
 MODERN: dict[str, Any] = {
     "n_hidden": 2048,

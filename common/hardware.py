@@ -15,15 +15,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 
+from common.options import HardwareOptions
 from errors import UserError
 from model import MAX_FUSED_HEAD, AttentionPath
-
-if TYPE_CHECKING:
-    from annotated_types import Ge
 
 # Dense 16-bit TFLOP/s from the vendors' data sheets, by a part of the device's name; the first match counts.
 VENDOR_TFLOPS = {
@@ -36,21 +34,6 @@ VENDOR_TFLOPS = {
 COMPILE_SECONDS = 60.0  # duration of torch.compile for these models
 COMPILE_SAVES = 0.4  # fraction of an eager step's time that it saves
 EAGER_FLOPS = 5e13  # FLOP/s of an eager step
-
-
-@dataclass(frozen=True)
-class HardwareOptions:
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps …; auto: the first available of cuda, mps and cpu."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of matrix products; auto: bfloat16 where native, else float16 on a GPU, float32 on a CPU."""
-    threads: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
-    """CPU threads; auto: one per core. A CPU run is bitwise reproducible at the same number only."""
-    attention: Literal["auto", "triton", "sdpa"] = "auto"
-    """Fused Triton kernel or scaled_dot_product_attention; auto: the kernel where supported.
-
-    That is on GPUs of compute capability 8.0 and later, and on ROCm.
-    """
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The options that train.py and sample.py share."""
+"""The options that train.py and sample.py share: the run, the seed, the hardware."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from common.option import fixed
 
@@ -20,3 +20,18 @@ class RunOptions:
 
     def problems(self) -> list[str]:
         return ["--run= is empty"] if self.run == "" else []
+
+
+@dataclass(frozen=True)
+class HardwareOptions:
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps …; auto: the first available of cuda, mps and cpu."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of matrix products; auto: bfloat16 where native, else float16 on a GPU, float32 on a CPU."""
+    threads: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
+    """CPU threads; auto: one per core. A CPU run is bitwise reproducible at the same number only."""
+    attention: Literal["auto", "triton", "sdpa"] = "auto"
+    """Fused Triton kernel or scaled_dot_product_attention; auto: the kernel where supported.
+
+    That is on GPUs of compute capability 8.0 and later, and on ROCm.
+    """

@@ -8,15 +8,13 @@ this file imports may import config.
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.hardware import HardwareOptions
-from common.options import RunOptions
+from common.options import HardwareOptions, RunOptions
 from config.loader import Loader, Options, dump, replace
 from generation.options import SampleScriptOptions, SamplingOptions
 from model import GPTConfig
 from prepare_data import PrepareOptions, SourceOptions
 from server.options import ServerOptions
-from training.optim import OptimizerOptions
-from training.options import EvalOptions, LoggingOptions, TrainOptions
+from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 
 __all__ = ["SCRIPTS", "SECTIONS", "Options", "dump", "fixed_names", "load", "replace"]
 

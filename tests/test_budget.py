@@ -3,7 +3,8 @@
 import pytest
 
 from training.budget import MAX_OVERRUN, Budget
-from training.optim import OptimizerOptions, Plan, learning_rate
+from training.optim import Plan, learning_rate
+from training.options import OptimizerOptions
 
 
 def make_budget(seconds, step_seconds, options, eval_interval, pause=0.0):

@@ -13,7 +13,8 @@ from tests.test_model import MODERN, TINY, ids_with_documents
 from tests.test_train import TINY as TINY_RUN
 from tests.test_train import _in_a_folder_of_its_own, reproducible, tensors_of, train  # noqa: F401  (a fixture)
 from training.muon import orthogonalize
-from training.optim import OptimizerOptions, make_optimizer
+from training.optim import make_optimizer
+from training.options import OptimizerOptions
 
 PLAIN = OptimizerOptions(optimizer="muon", learning_rate=0.01, weight_decay=0.0)
 

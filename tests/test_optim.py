@@ -10,15 +10,8 @@ import torch
 from common.weights import export_weights, import_weights
 from model import GPT, GPTConfig
 from tests.conftest import ROOT
-from training.optim import (
-    OptimizerOptions,
-    Plan,
-    learning_rate,
-    load_optimizer_tensors,
-    make_optimizer,
-    make_plan,
-    optimizer_tensors,
-)
+from training.optim import Plan, learning_rate, load_optimizer_tensors, make_optimizer, make_plan, optimizer_tensors
+from training.options import OptimizerOptions
 
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=1100, eos_id=0)  # padded to 1152
 
@@ -110,7 +103,8 @@ ONE_STEP = """
 import sys
 import torch
 from model import GPT, GPTConfig
-from training.optim import OptimizerOptions, make_optimizer
+from training.optim import make_optimizer
+from training.options import OptimizerOptions
 model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=4, eos_id=3))
 optimizer = make_optimizer(model, OptimizerOptions(optimizer="muon"))
 ids = torch.zeros(1, 4, dtype=torch.int64)

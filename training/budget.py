@@ -20,8 +20,8 @@ import torch
 
 from common.hardware import Hardware
 from training.metrics import log
-from training.optim import OptimizerOptions, Plan, make_plan
-from training.options import EvalOptions, TrainOptions
+from training.optim import Plan, make_plan
+from training.options import EvalOptions, OptimizerOptions, TrainOptions
 from training.state import TrainState
 
 MAX_OVERRUN = 1.25  # of the budget

@@ -25,8 +25,8 @@ from errors import UserError, run_script
 from files import read_json, write_file
 from model import GPTConfig
 from training.metrics import METRICS
-from training.optim import OptimizerOptions, Plan, make_plan
-from training.options import EvalOptions, TrainOptions
+from training.optim import Plan, make_plan
+from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
 CURVES = Path(__file__).with_name("reference_curves.json")
 FORMAT, VERSION = "sprout-reference", 1

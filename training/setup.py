@@ -34,8 +34,7 @@ from prepare_data.pipeline import describe, resolve_data
 from prepare_data.shards import Dataset, open_dataset
 from training.evaluation import Evaluation
 from training.micro_batch import choose_micro_batch
-from training.optim import OptimizerOptions
-from training.options import EvalOptions, TrainOptions
+from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
 
 def choose_auto(

@@ -28,9 +28,10 @@ class PrepareOptions:
     separator: str | None = None
     r"""Ends a document within a file; \n, \t and \\ are escapes: '\n' is one document per line. none: one per file."""
     split: Literal["auto", "documents", "tail"] = "auto"
-    """Validation split: whole documents, chosen by hash, or the tail of the text. auto: tail below 20 documents."""
+    """Validation split: whole documents, chosen by hash, or the tail of the text. auto: documents where they come near
+    val_fraction, with 20 or more of them."""
     val_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.1
-    """Fraction of the documents (with tail: of the characters) kept for validation."""
+    """Fraction of the text kept for validation: of its bytes by documents, of its characters by tail."""
     shard_tokens: Annotated[int, Interval(ge=8, le=2**31 - 1)] = 100_000_000
     """Maximum number of tokens per shard file."""
     data_dir: str = "data"

@@ -25,13 +25,13 @@ from prepare_data import PrepareOptions, folders
 from prepare_data.shard_writer import ShardWriter, write_dataset
 from prepare_data.shards import SPLITS, Dataset, is_dataset, open_dataset
 from prepare_data.sources import Corpus, python_stdlib, shakespeare, text
-from prepare_data.split import HASHES, Counts, LabeledPiece, SplitRule, choose_rule, count
+from prepare_data.split import HASHES, Counts, LabeledPiece, SplitRule, choose_rule, count, percent
 
 SOURCES = ("text", "shakespeare", "python_stdlib")
 BATCH_CHARACTERS = 1 << 22  # encoded at a time
 MAX_BPE_BYTES = 1 << 28  # UTF-8 bytes that a bpe tokenizer is trained on
 DRY_RUN_CHARACTERS = 1 << 21  # a dry run encodes this much and extrapolates from it
-LAYOUT = 1  # increment when the same text and options produce different files
+LAYOUT = 2  # increment when the same text and options produce different files
 
 
 def make_corpus(source: str, source_input: str | None, options: PrepareOptions) -> Corpus:
@@ -137,12 +137,14 @@ def dry_run(corpus: Corpus, options: PrepareOptions) -> None:
     total = max(1, sum(tokens.values()))
     print(f"{corpus.origin}: {counts.documents:,} documents, {counts.characters:,} characters, {counts.bytes:,} bytes")
     print(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} ids; {about}{counts.bytes / total:.2f} bytes a token")
+    print(f"split by {describe_rule(rule)}")
     for split in SPLITS:
         share = characters[split] / counts.characters
         print(
-            f"{split} (by {rule.name}): {characters[split]:,} characters ({share:.1%}),"
-            f" {about}{tokens[split]:,} tokens, EOS not counted"
+            f"{split}: {characters[split]:,} characters ({share:.1%}), {about}{tokens[split]:,} tokens, EOS not counted"
         )
+    for note in _notes(corpus, rule):
+        print(f"note: {note}")
     print(f"first {len(sample)} ids of train: {' '.join(map(str, sample[:20]))} …\n{tokenizer.decode(sample.tolist())}")
     print("dry run: nothing was written")
 
@@ -176,7 +178,8 @@ def _existing(final: Path, request: dict[str, Any]) -> Dataset | None:
     stored = dataset.meta.get("request")
     if stored != request:
         changed = [key for key in request if not isinstance(stored, dict) or stored.get(key) != request[key]]
-        differences = ", ".join(changed).replace("content", "the text")
+        words = {"content": "the text", "layout": "the version of Sprout that wrote it"}
+        differences = ", ".join(words.get(key, key) for key in changed)
         raise UserError(
             f"{final}: the existing dataset differs in {differences};"
             " choose another --name, or replace it with --overwrite=true"
@@ -249,7 +252,7 @@ def _build(
             "source": {"name": corpus.name, "origin": corpus.origin},
             "options": {key: value for key, value in asdict(options).items() if key != "data_dir"},
             "request": request,
-            "split": {"rule": rule.name, "val_fraction": options.val_fraction},
+            "split": {"rule": rule.name, "reason": rule.reason, "val_fraction": options.val_fraction},
             "documents": counts.documents,
             "characters": counts.characters,
             "bytes": counts.bytes,
@@ -272,14 +275,26 @@ def _build(
     assert dataset
     seconds = time.perf_counter() - start
     tokens = len(dataset.train) + len(dataset.val)
-    for note in corpus.notes:
+    for note in _notes(corpus, rule):
         print(f"note: {note}")
     print(
         f"prepared {final}: {counts.documents:,} documents, {counts.bytes:,} bytes →"
-        f" {describe(dataset)}, split by {rule.name};"
+        f" {describe(dataset)}, split by {describe_rule(rule)};"
     )
-    print(f"  {counts.bytes / tokens:.2f} bytes a token, {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
+    val_bytes = sum(entry["bytes"] for entry in dataset.meta["shards"]["val"])
+    print(
+        f"  val is {percent(val_bytes / counts.bytes)} of the text, {counts.bytes / tokens:.2f} bytes a token,"
+        f" {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
+    )
     return dataset
+
+
+def describe_rule(rule: SplitRule) -> str:
+    return f"{rule.name} ({rule.reason})" if rule.reason else rule.name
+
+
+def _notes(corpus: Corpus, rule: SplitRule) -> list[str]:
+    return [*corpus.notes, *rule.notes]
 
 
 def _encode(

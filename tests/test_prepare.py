@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.option import unescape
@@ -90,11 +90,106 @@ def test_split_by_documents_keeps_documents_whole_between_eos():
     assert set(val) <= set(documents_of(more.val)), "a document's split must not depend on other documents"
 
 
-@pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
-def test_neither_split_is_empty(val_fraction):
-    dataset = prepared("\n".join(map(str, range(40))), "--separator=\\n", f"--val_fraction={val_fraction}")
-    assert len(dataset.train) >= 3
-    assert len(dataset.val) >= 3
+def corpus_of(texts):
+    return sources.Corpus("c", "c", lambda: iter([(text, True) for text in texts]))
+
+
+def distinct(sizes):
+    """ASCII documents of these sizes, all different where they are long enough."""
+    return [(f"{i:03d} " * size)[:size] for i, size in enumerate(sizes)]
+
+
+def split_of(texts, **options):
+    """The rule for these documents, and the documents (or their parts) of train and of val."""
+    corpus = corpus_of(texts)
+    rule = choose_rule(count(corpus, False), PrepareOptions(**options))
+    parts = {"train": [], "val": []}
+    for piece in rule.pieces(corpus):
+        parts[piece.split].append(piece.text)
+    assert len("".join(parts["train"] + parts["val"])) == len("".join(texts))
+    return rule, parts["train"], parts["val"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        (distinct([180_000] + [100] * 25), "one document is 98.6% of the text"),
+        (distinct([100] * 25 + [180_000]), "one document is 98.6% of the text"),
+        (distinct([200] * 19 + [34_200]), "one document is 90% of the text"),
+        (distinct([100] * 19), "fewer than 20 documents"),
+        (distinct([10] * 20 + [9_000, 9_000]), "whole documents would make val 1.1% of the text"),
+        (["the same text"] * 25, "all 25 documents are the same"),
+        (["one text"] * 15 + ["two texts"] * 15, "whole documents would make val"),
+    ],
+)
+def test_auto_is_by_tail_where_documents_are_too_uneven(texts, reason):
+    rule, _, val = split_of(texts)
+    assert rule.name == "tail"
+    assert reason in rule.reason
+    assert len("".join(val)) == pytest.approx(0.1 * len("".join(texts)), abs=1)
+    assert ("copies of another one" in " ".join(rule.notes)) == (len(set(texts)) < len(texts))
+
+
+def is_near(share, fraction):
+    """Within a factor of 1.5, for the smaller of the two splits."""
+    wanted, found = (fraction, share) if fraction <= 0.5 else (1 - fraction, 1 - share)
+    return 2 / 3 - 1e-9 <= found / wanted <= 3 / 2 + 1e-9
+
+
+UNEVEN = [100 + 40 * i for i in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "val_fraction"),
+    [
+        *itertools.product([[1000] * 20, [1000] * 30, UNEVEN], [0.05, 0.1, 0.5, 0.9]),
+        *itertools.product([[4000] + [500] * 40, [30_000] + [1000] * 40], [0.05, 0.1, 0.5]),
+    ],
+)
+def test_documents_come_near_val_fraction_in_bytes(sizes, val_fraction):
+    for salt in range(10):  # other hashes
+        texts = [f"{salt}{text[1:]}" for text in distinct(sizes)]
+        rule, train, val = split_of(texts, val_fraction=val_fraction)
+        share = len("".join(val)) / sum(sizes)
+        assert rule.name == "documents"
+        assert sorted(train + val) == sorted(texts)
+        assert is_near(share, val_fraction)
+
+
+@given(
+    st.lists(st.integers(1, 2000), min_size=2, max_size=60),
+    st.sampled_from([1e-9, 0.001, 0.1, 0.5, 0.9, 1 - 1e-9]),
+    st.sampled_from(["auto", "documents", "tail"]),
+    st.integers(1, 60),
+)
+@settings(max_examples=200, deadline=None)
+def test_neither_split_is_empty_and_copies_stay_together(sizes, val_fraction, split, period):
+    texts = [(f"{i % period:03d} " * size)[:size] for i, size in enumerate(sizes)]
+    assume(len("".join(texts)) > 1)
+    assume(split != "documents" or len(set(texts)) > 1)
+    rule, train, val = split_of(texts, split=split, val_fraction=val_fraction)
+    assert train
+    assert val
+    if rule.name == "documents":
+        assert not set(train) & set(val)
+        near = is_near(len("".join(val)) / sum(sizes), val_fraction)
+        assert near != bool(rule.notes)
+        assert near or split == "documents"
+
+
+def test_the_largest_document_stays_in_train_with_documents_too(capsys):
+    with open("in.txt", "w", encoding="utf-8") as file:
+        file.write("|".join(distinct([180_000] + [100] * 25)))
+    assert main(["text", "--input=in.txt", "--name=n", "--tokenizer=bytes", "--separator=|", "--split=documents"]) == 0
+    out = capsys.readouterr().out
+    assert "note: val is 1.37% of the text: whole documents come no nearer to 10%, --split=tail does" in out
+    assert "val is 1.37% of the text" in out
+    assert main(["text", "--input=in.txt", "--name=t", "--tokenizer=bytes", "--separator=|"]) == 0
+    out = capsys.readouterr().out
+    assert "split by tail (one document is 98.6% of the text)" in out
+    assert "val is 10% of the text" in out
+    assert main(["text", "--input=in.txt", "--dry_run=true", "--tokenizer=bytes", "--separator=|"]) == 0
+    assert "split by tail (one document is 98.6% of the text)\n" in capsys.readouterr().out
 
 
 def test_one_document_cannot_be_split_by_documents():
@@ -377,6 +472,7 @@ def test_dry_run_writes_nothing(folder, capsys):
     for part in (
         "1 documents, 1,700 characters, 1,700 bytes",
         "1.00 bytes a token",
+        "split by tail (fewer than 20 documents)",
         "1,530 characters (90.0%), 1,530 tokens",
         "Call me Ishmael. Call",
     ):

@@ -1,32 +1,119 @@
-"""UserError, the error meant for the user, and run_script, which prints it. Imports nothing of the project."""
+"""UserError, the error meant for the user; how a script starts (start_script) and ends (run_script): its standard
+streams, Ctrl-C and the exit code. Imports nothing of the project.
+"""
 
+import errno
 import io
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as shells have it
 
 
 class UserError(Exception):
     """An error that the user can fix. The message names what was found, where, what was expected and what to do."""
 
 
+class OutputClosed(BrokenPipeError):
+    """The reader of standard output is gone (`| head`)."""
+
+
+def start_script(*, prints_result: bool = False) -> None:
+    """The first call of a script, before the imports that take seconds.
+
+    From here on output cannot fail: what standard output and standard error do not take (a closed pipe or terminal, a
+    full disk) is dropped. prints_result: what the script prints is all that it makes, so the first failure of standard
+    output raises OutputClosed or UserError. Streams that are closed are opened on os.devnull; otherwise the next file
+    to be opened would get their descriptors, and with them what is written to standard error. Ctrl-C exits at once.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free descriptor, this one
+    sys.stdin = sys.stdin or open(0, encoding="utf-8")  # noqa: SIM115 - None where it was closed
+    sys.stdout = _guarded(sys.stdout or open(1, "w", encoding="utf-8"), drops=not prints_result)  # noqa: SIM115
+    sys.stderr = _guarded(sys.stderr or open(2, "w", encoding="utf-8"), drops=True)  # noqa: SIM115
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored, for example
+        signal.signal(signal.SIGINT, _exit_at_once)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and exits with its return value, without a traceback for UserError and Ctrl-C.
 
-    A UserError is printed to standard error as `error: …`, exit code 2. Ctrl-C: exit code 130. A closed standard output
-    (`| head`): exit code 1, silently. Characters that the console cannot encode are replaced.
+    A UserError is printed to standard error as `error: …`, exit code 2. Ctrl-C: exit code 130. A reader that closed the
+    pipe has all that it wanted: exit code 0, silently. Characters that the console cannot encode are replaced.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) is _exit_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt: files are closed and removed
     try:
-        sys.exit(main())
+        try:
+            code: Any = main()
+        except SystemExit as ended:  # --help
+            code = ended.code
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit would fail
-        sys.exit(1)
+        code = INTERRUPTED
+    except OutputClosed:
+        code = 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit itself is not to be interrupted
+    sys.exit(code)
+
+
+class _Output(io.RawIOBase):
+    """A standard stream whose failures do no harm. drops: what cannot be written is dropped; otherwise the first
+    failure is raised, and what comes after it is dropped."""
+
+    def __init__(self, stream: io.TextIOWrapper, drops: bool) -> None:
+        self._stream = stream  # keeps its descriptor open
+        self._raw: Any = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between them
+        self._drops = drops
+
+    def fileno(self) -> int:
+        return int(self._raw.fileno())
+
+    def isatty(self) -> bool:
+        return bool(self._raw.isatty())
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            while (count := self._raw.write(data)) is None:  # a descriptor that another program made non-blocking
+                select.select([], [self._raw], [])
+            return int(count)
+        except OSError as error:
+            if not self._drops:
+                self._drops = True
+                if error.errno in (errno.EPIPE, errno.EINVAL):  # EINVAL: a closed pipe on Windows
+                    raise OutputClosed from error
+                raise UserError(
+                    f"standard output cannot be written ({error.strerror}); write to another file or disk"
+                ) from error
+            return len(data)
+
+
+def _guarded(stream: Any, drops: bool) -> Any:
+    """The text stream on an _Output, with its encoding and line ends. A stream without a descriptor is returned."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw, unbuffered = _Output(stream, drops), stream.write_through
+    buffer: Any = raw if unbuffered else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=True, write_through=unbuffered)
+
+
+def _exit_at_once(number: int, frame: FrameType | None) -> None:
+    with suppress(OSError):
+        os.write(2, b"interrupted\n")  # print is not safe inside a signal handler
+    os._exit(INTERRUPTED)

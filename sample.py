@@ -15,8 +15,12 @@ generated, everything else to standard error.
 
 from __future__ import annotations
 
+from errors import UserError, run_script, start_script
+
+if __name__ == "__main__":
+    start_script(prints_result=True)  # before the imports that take seconds
+
 import io
-import os
 import sys
 import time
 from dataclasses import replace
@@ -29,7 +33,6 @@ from common.option import unescape
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import newest_run
 from common.tokenizer import Tokenizer
-from errors import UserError, run_script
 from files import read_json
 from generation.options import SampleScriptOptions, SamplingOptions
 from generation.prompts import Prompt, encode_prompts, has_trailing_space, print_jsonl, print_texts, read_prompts
@@ -113,15 +116,11 @@ def print_samples(
             file=sys.stderr,
         )
     started = time.perf_counter()
-    try:
-        pieces = stream_texts(model, tokenizer, ids, sampling, seed, draws=[*range(n)] * len(prompts))
-        if script.output == "jsonl":
-            tokens = print_jsonl(pieces, prompts, n, tokenizer, logprobs=sampling.logprobs is not None)
-        else:
-            tokens = print_texts(pieces, [prompt.text for prompt in prompts for _ in range(n)])
-    except BrokenPipeError:  # the reader closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail too
-        return 0
+    pieces = stream_texts(model, tokenizer, ids, sampling, seed, draws=[*range(n)] * len(prompts))
+    if script.output == "jsonl":
+        tokens = print_jsonl(pieces, prompts, n, tokenizer, logprobs=sampling.logprobs is not None)
+    else:
+        tokens = print_texts(pieces, [prompt.text for prompt in prompts for _ in range(n)])
     seconds = time.perf_counter() - started
     print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
     return 0

@@ -11,6 +11,11 @@
 
 from __future__ import annotations
 
+from errors import run_script, start_script
+
+if __name__ == "__main__":
+    start_script()  # before the imports that take seconds
+
 import math
 import sys
 import time
@@ -26,7 +31,6 @@ import config
 from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.options import HardwareOptions, RunOptions
 from config.start import RunConfig, read_start
-from errors import run_script
 from generation.text import sample_texts
 from model import GPTConfig
 from prepare_data import PrepareOptions

@@ -1,5 +1,10 @@
 """python -m prepare_data SOURCE [--option=value …]: writes a dataset; with --dry_run, describes it. See pipeline.py."""
 
+from errors import UserError, run_script, start_script
+
+if __name__ == "__main__":
+    start_script()  # before the imports that take seconds
+
 import io
 import shlex
 import sys
@@ -8,7 +13,6 @@ from pathlib import Path
 
 import config
 from common.option import did_you_mean
-from errors import UserError, run_script
 from prepare_data import PrepareOptions, SourceOptions
 from prepare_data.pipeline import SOURCES, dry_run, make_corpus, prepare
 

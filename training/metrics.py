@@ -26,12 +26,8 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 
 
 def log(line: str) -> None:
-    """Prints a line and flushes. Once standard output cannot be written (closed pipe, full disk), training
-    continues silently."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Prints a line and flushes."""
+    print(line, flush=True)
 
 
 @cache
@@ -111,11 +107,14 @@ class RunLog:
                 os.fsync(file.fileno())
             except OSError as error:
                 self._warn(name, error)
-        return {name: path.stat().st_size for name, path in self._paths.items()}
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        for name, file in self._files.items():
+            try:
+                file.close()
+            except OSError as error:  # what a full disk did not take is still in its buffer
+                self._warn(name, error)
 
     def _write(self, name: str, text: str) -> None:
         try:

@@ -11,6 +11,11 @@ much less than the width of a band (figures in bench/NOTES.md). Do not record ru
 
 from __future__ import annotations
 
+from errors import UserError, run_script, start_script
+
+if __name__ == "__main__":
+    start_script()  # before the imports that take seconds
+
 import dataclasses
 import json
 import math
@@ -21,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import CONFIG, STATE, list_checkpoints
-from errors import UserError, run_script
 from files import read_json, write_file
 from model import GPTConfig
 from training.metrics import METRICS

@@ -8,6 +8,11 @@ and never drawn in the image. Reading order: read_metrics, read_facts, draw, pag
 
 from __future__ import annotations
 
+from errors import UserError, run_script, start_script
+
+if __name__ == "__main__":
+    start_script()  # before the imports that take seconds
+
 import base64
 import io
 import json
@@ -24,7 +29,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from checkpoint import CONFIG, STATE, WEIGHTS, list_checkpoints
-from errors import UserError, run_script
 from files import DamagedFile, read_json, write_file
 from training.metrics import METRICS, SAMPLES, format_duration
 from training.reference import Reference, plan_of, read_curves

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ class DamagedFile(UserError):
     """A file is missing, truncated, altered or malformed."""
 
     def __init__(self, path: Path, problem: str) -> None:
+        self.path, self.problem = path, problem
         super().__init__(
             f"{path}: {problem}. Restore it from a copy, or use another checkpoint (sample.py --checkpoint=step-N)"
         )
@@ -58,15 +60,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Replaces the file atomically. Raises OSError."""
-    temporary = path.with_name(path.name + ".writing")
+    """Replaces the file atomically; of several writers at once, the last one counts. Raises OSError."""
+    temporary = path.with_name(f".{uuid.uuid4().hex[:16]}.writing")
     try:
         write_file(temporary, data)
         os.replace(temporary, path)
-    except OSError:
+    finally:
         with suppress(OSError):
-            temporary.unlink()
-        raise
+            temporary.unlink()  # if it was not renamed
     sync_directory(path.parent)
 
 

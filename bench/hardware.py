@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from files import replace_file
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "sve", "bf16", "i8mm")
 
@@ -107,5 +109,5 @@ def write_results(name: str, figures: dict[str, Any], folder: Path = ROOT / "ben
     while path.exists():
         number += 1
         path = folder / f"{stem}-{number}.json"
-    path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_file(path, (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode())
     return path

@@ -1,7 +1,11 @@
 """Is this normal? Which runs are compared, and that the comparison does not change a run."""
 
+import errno
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from signal import SIGTERM, raise_signal
 
@@ -9,12 +13,13 @@ import pytest
 
 import train as train_script
 from errors import UserError
+from tests.conftest import ROOT
 from tests.test_report import Page
 from tests.test_train import TINY, reproducible
 from training import reference
 from training.interrupt import STOPPED
 from training.optim import Plan
-from training.reference import Reference, main, merge, read_curves
+from training.reference import Reference, main, merge, read_curves, record
 from training.report import main as report
 
 OPTIONS = {"n_layer": 2, "learning_rate": 0.01, "schedule": "wsd"}
@@ -149,11 +154,83 @@ def test_a_resumed_run_logs_the_same_comparisons(tmp_path, small_text, monkeypat
     assert len(expected) == 3
 
 
+DAMAGE = {
+    "cut short": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "another version": lambda text: text.replace('"version": 1', '"version": 2'),
+    "a list": lambda text: "[]",
+    "no runs": lambda text: text.replace('"runs"', '"walks"'),
+    "runs of another form": lambda text: text.replace('"val_loss": [', '"val_loss": ["3", '),
+    "a field missing": lambda text: text.replace('"steps"', '"paces"'),
+    "unequal lengths": lambda text: text.replace('"steps": [', '"steps": [7, '),
+    "infinity": lambda text: text.replace("1.5", "1e999"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_curves_cost_one_line_and_are_not_overwritten(kind, tmp_path, monkeypatch, capsys):
+    curves = tmp_path / "curves.json"
+    monkeypatch.setattr(reference, "CURVES", curves)
+    whole = json.dumps({"format": "sprout-reference", "version": 1, "runs": FIVE})
+    curves.write_text(DAMAGE[kind](whole))
+    before = curves.read_bytes()
+    assert before != whole.encode()
+    assert read_curves() == []
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith(f"no comparison with earlier runs: {curves}")
+    assert "delete it" in line
+    assert "checkpoint" not in line
+    with pytest.raises(UserError, match="delete it"):
+        record(FIVE)
+    assert curves.read_bytes() == before
+
+
+def test_training_and_report_go_on_without_readable_curves(tmp_path, small_text, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reference, "CURVES", tmp_path / "curves.json")
+    (tmp_path / "curves.json").write_text('{"format": "sprout-ref')
+    train("run", 1, small_text)
+    assert report(["run"]) == 0
+    assert capsys.readouterr().err.count("no comparison with earlier runs") == 2
+
+
+def test_a_write_that_is_cut_short_leaves_the_old_curves(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "CURVES", tmp_path / "curves.json")
+    record(FIVE[:1])
+    before, sync = (tmp_path / "curves.json").read_bytes(), os.fsync
+
+    def full(descriptor):
+        sync(descriptor)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .* \(No space left on device\)"):
+        record(FIVE[1:])
+    assert (tmp_path / "curves.json").read_bytes() == before
+    assert not list(tmp_path.glob("*.writing"))
+
+
+def test_processes_that_record_at_once_lose_no_run(tmp_path):
+    """Each process records one run, slowly between its read and its write."""
+    code = """
+import sys, time
+from pathlib import Path
+from training import reference
+reference.CURVES, run = Path(sys.argv[1]), eval(sys.argv[2])
+merge = reference.merge
+reference.merge = lambda known, new: time.sleep(0.5) or merge(known, new)
+reference.record([run])
+"""
+    curves = tmp_path / "curves.json"
+    commands = [[sys.executable, "-c", code, str(curves), repr(run)] for run in FIVE[:3]]
+    children = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [child.wait(timeout=120) for child in children] == [0, 0, 0]
+    assert sorted(run["seed"] for run in json.loads(curves.read_text())["runs"]) == [0, 1, 2]
+
+
 def test_errors_of_recording(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "CURVES", tmp_path / "curves.json")
     for args, message in (([], "give finished runs"), ([str(tmp_path / "nowhere")], "not a run with a checkpoint")):
         with pytest.raises(UserError, match=message):
             main(args)
-    (tmp_path / "curves.json").write_text(json.dumps({"format": "sprout-reference", "version": 2}))
-    with pytest.raises(UserError, match="expected format sprout-reference, version 1"):
-        read_curves()

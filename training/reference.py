@@ -19,14 +19,18 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
 from checkpoint import CONFIG, STATE, list_checkpoints
-from files import read_json, write_file
+from files import DamagedFile, read_json, replace_file
 from model import GPTConfig
 from training.metrics import METRICS
 from training.optim import Plan, make_plan
@@ -39,8 +43,12 @@ IN_PLAN = {"max_steps", "decay_steps"}  # options that are compared as a Plan
 MIN_RUNS = 3  # that make a band
 T_975 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantiles of Student's t for 3 … 10 runs
 
-# keys: dataset (fingerprint), options (those that affect the loss), seed, max_steps, decay_steps, steps, val_loss
+RESTORE = "restore it (git checkout training/reference_curves.json) or delete it"
+
 Run = dict[str, Any]
+# dataset: its fingerprint; options: those that affect the loss
+FIELDS = {"dataset": str, "options": dict, "seed": int, "max_steps": int, "decay_steps": int}
+FIELDS |= {"steps": list, "val_loss": list}
 
 
 def _compared_options() -> dict[str, Any]:
@@ -101,16 +109,38 @@ class Reference:
         return f"{position} the band of {n} runs ({low:.4f}-{high:.4f})"
 
 
-def read_curves() -> list[Run]:
-    """The recorded runs; [] if there is no such file. Raises UserError on another format or version."""
-    if not CURVES.exists():
+def load_curves() -> list[Run]:
+    """The recorded runs; [] if there is no such file. Raises UserError on anything that is not this version's file."""
+    if not os.path.lexists(CURVES):
         return []
-    value = read_json(CURVES)
+    try:
+        value = read_json(CURVES)
+    except DamagedFile as error:
+        raise UserError(f"{error.path}: {error.problem}; {RESTORE}") from error
     if (value.get("format"), value.get("version")) != (FORMAT, VERSION):
-        raise UserError(
-            f"{CURVES}: expected format {FORMAT}, version {VERSION}; restore this version's file, or delete it"
-        )
-    return list(value["runs"])
+        raise UserError(f"{CURVES}: expected format {FORMAT}, version {VERSION}; {RESTORE}")
+    runs = value.get("runs")
+    if not isinstance(runs, list) or not all(_is_run(run) for run in runs):
+        raise UserError(f"{CURVES}: an entry of its runs is damaged; {RESTORE}")
+    return runs
+
+
+def read_curves() -> list[Run]:
+    """As load_curves, but a file that cannot be used costs one line on standard error, and the comparison."""
+    try:
+        return load_curves()
+    except UserError as error:
+        print(f"no comparison with earlier runs: {error}", file=sys.stderr, flush=True)
+        return []
+
+
+def _is_run(value: object) -> bool:
+    """Whether a value of the file has the form of a Run."""
+    if not isinstance(value, dict) or any(type(value.get(name)) is not kind for name, kind in FIELDS.items()):
+        return False
+    steps, losses = value["steps"], value["val_loss"]
+    is_numeric = all(type(step) is int for step in steps) and all(type(loss) is float for loss in losses)
+    return is_numeric and all(map(math.isfinite, losses)) and len(steps) == len(losses)
 
 
 def dataset_of(run: Path) -> str | None:
@@ -133,7 +163,10 @@ def read_run(run: Path) -> Run:
         raise UserError(f"{run}: not a run with a checkpoint; give finished runs, such as runs/quickstart-1")
     saved = read_json(run / CONFIG)
     options, plan = saved["options"], plan_of(saved["options"])
-    events = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    events = []
+    for line in (run / METRICS).read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):  # a line that a killed process left incomplete
+            events.append(json.loads(line))
     losses = {event["step"]: event["val_loss"] for event in events if event["event"] == "eval"}
     if plan.max_steps not in losses:
         raise UserError(
@@ -166,6 +199,22 @@ def merge(known: Sequence[Run], new: Sequence[Run]) -> list[Run]:
     return list({key(run): run for run in [*known, *new]}.values())
 
 
+def record(new: Sequence[Run]) -> list[Run]:
+    """Adds runs to the file, which is replaced atomically. Returns all. One process at a time; others wait. Raises
+    UserError."""
+    try:
+        with open(CURVES.with_name(CURVES.name + ".lock"), "ab") as file:  # CURVES itself is replaced
+            lock_descriptor(file.fileno())  # until the file is closed
+            runs = merge(load_curves(), new)
+            lines = ",\n".join(json.dumps(run, sort_keys=True, allow_nan=False) for run in runs)  # for diffs
+            replace_file(CURVES, f'{{"format": "{FORMAT}", "version": {VERSION}, "runs": [\n{lines}\n]}}\n'.encode())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {CURVES} ({error.strerror}); check its permissions and the free space"
+        ) from error
+    return runs
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["--help"], ["-h"]):
@@ -175,14 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             "give finished runs; for example: python -m training.reference runs/debug-1 runs/debug-2 runs/debug-3"
         )
-    runs = merge(read_curves(), [read_run(Path(arg)) for arg in argv])
-    lines = ",\n".join(json.dumps(run, sort_keys=True, allow_nan=False) for run in runs)  # one line per run, for diffs
-    try:
-        write_file(CURVES, f'{{"format": "{FORMAT}", "version": {VERSION}, "runs": [\n{lines}\n]}}\n'.encode())
-    except OSError as error:
-        raise UserError(
-            f"cannot write {CURVES} ({error.strerror}); check its permissions and the free space"
-        ) from error
+    runs = record([read_run(Path(arg)) for arg in argv])
     for arg in argv:
         n = len(Reference(str(dataset_of(Path(arg))), read_json(Path(arg) / CONFIG)["options"], runs).runs)
         print(f"{arg}: one of {n} runs with these options and data" + f"; a band needs {MIN_RUNS}" * (n < MIN_RUNS))

@@ -29,7 +29,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from checkpoint import CONFIG, STATE, WEIGHTS, list_checkpoints
-from files import DamagedFile, read_json, write_file
+from files import DamagedFile, read_json, replace_file
 from training.metrics import METRICS, SAMPLES, format_duration
 from training.reference import Reference, plan_of, read_curves
 
@@ -294,8 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     text = page(run.resolve().name, facts, read_samples(run), picture)
     try:
         for name, data in (("loss.png", picture), ("report.html", text.encode(errors="replace"))):
-            write_file(run / f"{name}.writing", data)
-            os.replace(run / f"{name}.writing", run / name)
+            replace_file(run / name, data)
     except OSError as error:
         raise UserError(
             f"cannot write the report in {run} ({error.strerror}); check its permissions and the free space"

@@ -1,7 +1,8 @@
 """Raw text → tokenized shards. This file only declares the options, so that --help is fast.
 
 Reading order: sources/ (documents), split.py (train and val), shards.py (the format and its reader), shard_writer.py,
-folders.py (atomic renames), pipeline.py (the order of these steps). Tokenizers are in common/tokenizer.py.
+folders.py (names, atomic renames), pipeline.py (the order of these steps), resolve.py (--data). Tokenizers are in
+common/tokenizer.py.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import config
 from common.option import did_you_mean
-from prepare_data import PrepareOptions, SourceOptions
+from prepare_data import PrepareOptions, SourceOptions, folders
 from prepare_data.pipeline import SOURCES, dry_run, make_corpus, prepare
 
 
@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if source_options.dry_run:
         dry_run(corpus, prepare_options)
         return 0
-    name = source_options.name or (source if source != "text" else corpus.name)
+    name = source_options.name or (source if source != "text" else folders.safe_name(corpus.name))
     try:
         prepare(corpus, prepare_options, name, source_options.overwrite)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    data = name if prepare_options.data_dir == "data" else str(Path(prepare_options.data_dir) / name)
+    is_plain = prepare_options.data_dir == "data" and not Path(name).exists()  # train.py takes a path first
+    data = name if is_plain else str(Path(prepare_options.data_dir) / name)
     print(f"next: python train.py --data={shlex.quote(data)}")
     return 0
 

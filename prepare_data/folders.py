@@ -1,6 +1,6 @@
 """Atomic publication of dataset folders: a folder is written under a temporary name and renamed when complete.
 
-Owns the temporary names and the allowed dataset names; knows nothing of the files in a folder. A temporary name holds
+Owns the temporary names and what can name a dataset; knows nothing of the files in a folder. A temporary name holds
 the host name and the process id, so a later run can remove what a dead process left behind. Windows has no harmless way
 to test whether a process is alive, so there such folders must be deleted by hand.
 """
@@ -8,13 +8,19 @@ to test whether a process is alive, so there such folders must be deleted by han
 import os
 import platform
 import re
+import shlex
 import shutil
+import unicodedata
 import uuid
 from pathlib import Path
 
 from errors import UserError
 from files import sync_directory
 
+MAX_NAME = 200  # bytes
+FORBIDDEN = '/\\:*?"<>|'
+DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"}  # of Windows, with any ending
+DEVICES |= {port + digit for port in ("com", "lpt") for digit in "123456789¹²³"}
 HOST = re.sub(r"\W", "_", platform.node())[:60]
 
 
@@ -79,15 +85,26 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def safe_name(name: str, max_bytes: int = MAX_NAME) -> str:
+    """The nearest name that can name a dataset on every system; `name` itself if it can."""
+    marked = "".join("\0" if character in FORBIDDEN or _is_invisible(character) else character for character in name)
+    marked = re.sub(r"^[\s\0.~-]+|[\s\0.]+$", "", marked)
+    if marked.lower() == "downloads" or marked.lower().partition(".")[0].rstrip() in DEVICES:
+        marked = f"text_{marked}"
+    cut = marked.encode()[:max_bytes].decode(errors="ignore")
+    return re.sub(r"\0+", "_", re.sub(r"[\s\0.]+$", "", cut)) or "text"
+
+
+def _is_invisible(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")  # Cs: a byte of a name that is not UTF-8
+
+
 def check_name(name: str) -> str:
-    """Returns the name if it can name a dataset: a plain, visible folder name. Raises UserError otherwise."""
-    if (
-        not name
-        or name.startswith((".", "-"))
-        or name == "downloads"
-        or re.search(r'[/\\:*?"<>|\x00-\x1f]', name)
-        or len(name.encode()) > 200
-    ):
-        rule = "expected a folder name of at most 200 bytes that does not begin with . or - and is not 'downloads'"
-        raise UserError(f"--name={name!r} cannot name a dataset: {rule}")
+    """Returns the name that a user gave if it can name a dataset. Raises UserError otherwise."""
+    if name != safe_name(name):
+        raise UserError(
+            f"--name={name!r} cannot name a dataset: expected a folder name that every system accepts, at most"
+            f" {MAX_NAME} bytes, without {FORBIDDEN}, that does not begin with . - or ~ or end with a dot or a space,"
+            f" and is not 'downloads'; try --name={shlex.quote(safe_name(name))}"
+        )
     return name

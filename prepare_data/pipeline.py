@@ -1,12 +1,10 @@
 """From a corpus to a dataset on disk: count, split, train the tokenizer, encode, write shards, rename the folder.
 
 Owns the order of these steps and the decision whether an existing dataset can be reused. Entry points: `prepare` and
-`dry_run` for `python -m prepare_data`, `resolve_data` for train.py. Knows nothing of models or training.
+`dry_run` for `python -m prepare_data`; resolve.py is that of train.py. Knows nothing of models or training.
 """
 
-import difflib
 import hashlib
-import json
 import shutil
 import sys
 import time
@@ -23,7 +21,7 @@ from common.tokenizer import PUBLISHED, Tokenizer, char_tokenizer, named_tokeniz
 from errors import UserError
 from prepare_data import PrepareOptions, folders
 from prepare_data.shard_writer import ShardWriter, write_dataset
-from prepare_data.shards import SPLITS, Dataset, is_dataset, open_dataset
+from prepare_data.shards import SPLITS, Dataset, open_dataset
 from prepare_data.sources import Corpus, python_stdlib, shakespeare, text
 from prepare_data.split import HASHES, Counts, LabeledPiece, SplitRule, choose_rule, count, percent
 
@@ -58,55 +56,15 @@ def prepare(corpus: Corpus, options: PrepareOptions, name: str, overwrite: bool 
     """
     final = Path(options.data_dir) / folders.check_name(name)
     counts = count(corpus, options.tokenizer == "char")
-    request = _request(counts, options, None)
+    request = make_request(counts, options, None)
     if not overwrite:
-        existing = _existing(final, request)
+        existing = open_existing(final, request)
         if existing:
             print(f"{final}: already prepared ({describe(existing)})")
             return existing
     elif final.exists() and not (final / "dataset.json").is_file():
         raise UserError(f"{final}: is not a Sprout dataset, so it is not overwritten; choose another --name")
-    return _build(corpus, counts, options, request, final, None, overwrite)
-
-
-def resolve_data(data: str, options: PrepareOptions, tokenizer: Tokenizer | None = None) -> Dataset:
-    """The dataset that --data names: a dataset's folder or name is opened, a text or source is prepared, once.
-
-    `tokenizer`, that of existing weights, takes the place of options.tokenizer. Raises UserError if `data` names
-    nothing, or a dataset that was prepared with another tokenizer.
-    """
-    for folder in (Path(data), Path(options.data_dir) / data):
-        if folder.is_dir() and is_dataset(folder):
-            dataset = open_dataset(folder, options.tokenizer)
-            _check_tokenizer(dataset, options, tokenizer)
-            return dataset
-    if text.find_files(data):
-        corpus = make_corpus("text", data, options)
-    elif data in SOURCES[1:]:
-        corpus = make_corpus(data, None, options)
-    else:
-        raise UserError(_unknown_data(data, options.data_dir))
-    counts = count(corpus, options.tokenizer == "char")
-    request = _request(counts, options, tokenizer)
-    key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
-    final = Path(options.data_dir) / folders.check_name(f"{corpus.name[:60]}-{key}")
-    existing = _existing(final, request)
-    if existing:
-        print(f"data: {data}, already prepared in {final} ({describe(existing)})")
-        return existing
-    print(f"data: preparing {data} in {final}")
-    return _build(corpus, counts, options, request, final, tokenizer)
-
-
-def _unknown_data(data: str, data_dir: str) -> str:
-    known = sorted(folder.name for folder in Path(data_dir).glob("[!.]*") if is_dataset(folder))
-    matches = difflib.get_close_matches(data, [*known, *SOURCES[1:]], n=1)
-    return (
-        f"--data={data}: no dataset, file or folder of that name in {Path.cwd()}, and no dataset in {data_dir}/"
-        + (f"; did you mean {matches[0]}?" if matches else ".")
-        + f" Datasets there: {', '.join(known) or 'none'}."
-        + f" Expected a dataset, a text file or folder, or {' or '.join(SOURCES[1:])}"
-    )
+    return build(corpus, counts, options, request, final, None, overwrite)
 
 
 def describe(dataset: Dataset) -> str:
@@ -149,7 +107,7 @@ def dry_run(corpus: Corpus, options: PrepareOptions) -> None:
     print("dry run: nothing was written")
 
 
-def _request(counts: Counts, options: PrepareOptions, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def make_request(counts: Counts, options: PrepareOptions, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Everything that determines the files of a dataset: equal requests give equal datasets. Stored in dataset.json."""
     tokenizer_request: dict[str, Any] = {"name": options.tokenizer}
     if tokenizer is None and options.tokenizer not in ("bpe", "bytes", "char", *PUBLISHED):
@@ -168,7 +126,7 @@ def _request(counts: Counts, options: PrepareOptions, tokenizer: Tokenizer | Non
     }
 
 
-def _existing(final: Path, request: dict[str, Any]) -> Dataset | None:
+def open_existing(final: Path, request: dict[str, Any]) -> Dataset | None:
     """The dataset at `final`; None if there is nothing. Raises UserError if it was made by another request."""
     if not final.exists():
         return None
@@ -185,20 +143,6 @@ def _existing(final: Path, request: dict[str, Any]) -> Dataset | None:
             " choose another --name, or replace it with --overwrite=true"
         )
     return dataset
-
-
-def _check_tokenizer(dataset: Dataset, options: PrepareOptions, tokenizer: Tokenizer | None) -> None:
-    """Logs the dataset. Raises UserError if its tokenizer is not that of the weights to be trained."""
-    own = dataset.tokenizer
-    if tokenizer and tokenizer.content_hash != own.content_hash:
-        raise UserError(
-            f"{dataset.folder} was prepared with the tokenizer {own.name}"
-            f" ({own.vocab_size} ids, {own.content_hash[:8]}), but the model has"
-            f" {tokenizer.name} ({tokenizer.vocab_size} ids, {tokenizer.content_hash[:8]}); give --data the text itself"
-        )
-    print(f"data: {dataset.folder} ({describe(dataset)})")
-    if not tokenizer and options.tokenizer not in ("bpe", own.name):
-        print(f"data: --tokenizer={options.tokenizer} is ignored: the dataset was prepared with {own.name}")
 
 
 def _make_tokenizer(corpus: Corpus, counts: Counts, rule: SplitRule, options: PrepareOptions) -> Tokenizer:
@@ -227,7 +171,7 @@ def _is_sampled(text: str, fraction: float) -> bool:
     return int.from_bytes(digest.digest(), "little") < fraction * HASHES
 
 
-def _build(
+def build(
     corpus: Corpus,
     counts: Counts,
     options: PrepareOptions,
@@ -271,7 +215,7 @@ def _build(
             writer.abort()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
-    dataset = _existing(final, request)
+    dataset = open_existing(final, request)
     assert dataset
     seconds = time.perf_counter() - start
     tokens = len(dataset.train) + len(dataset.val)

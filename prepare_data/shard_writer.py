@@ -145,7 +145,8 @@ def write_dataset(
     text = json.dumps(meta, ensure_ascii=False, indent=1)
     # the tokenizer, which is long, goes on one line
     text = text[:-2] + ',\n "tokenizer": ' + json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n}\n"
-    with (folder / "dataset.json").open("w", encoding="utf-8") as file:
+    # lone surrogates, from file names that are not UTF-8, become JSON's escapes
+    with (folder / "dataset.json").open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -7,9 +7,11 @@ import http.server
 import io
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -20,7 +22,8 @@ from common.tokenizer import bytes_tokenizer, char_tokenizer
 from errors import UserError
 from prepare_data import PrepareOptions, folders, pipeline, sources
 from prepare_data.__main__ import main
-from prepare_data.pipeline import make_corpus, resolve_data
+from prepare_data.pipeline import make_corpus
+from prepare_data.resolve import resolve_data
 from prepare_data.shards import open_dataset
 from prepare_data.sources import documents, python_stdlib, shakespeare, text
 from prepare_data.split import choose_rule, count
@@ -385,6 +388,81 @@ def test_download(monkeypatch, folder):
     assert len(resolve_data("shakespeare", options).train) == 1 + 1350, "the second time needs no network"
 
 
+# Names of datasets
+
+NAMES = {
+    "Dune: Part One": "Dune_ Part One",
+    "Who am I?": "Who am I",
+    ".hidden": "hidden",
+    "--dash": "dash",
+    "~home": "home",
+    "ends. . ": "ends",
+    "a\nb\x1b/\\c": "a_b_c",
+    "???": "text",
+    "": "text",
+    "..": "text",
+    "downloads": "text_downloads",
+    "Downloads?": "text_Downloads",
+    "CON": "text_CON",
+    "nul.2024": "text_nul.2024",
+    "com1": "text_com1",
+    "caf\udce9": "caf",
+    "文" * 100: "文" * 66,
+    "x" * 300: "x" * 200,
+    "x" * 199 + ". .y": "x" * 199,
+}
+
+
+def test_safe_names():
+    assert {name: folders.safe_name(name) for name in NAMES} == NAMES
+    for name in (
+        "notes",
+        "console",
+        "Мои заметки",
+        "ملاحظات",
+        "日記",
+        "a.b-c_d~",
+        "می‌خواهم",
+        "💩",
+        "it's 50% [new] $1",
+    ):
+        assert folders.safe_name(name) == name == folders.check_name(name)
+
+
+@given(st.text(max_size=300) | st.text(alphabet=".:?*~- \0\nco1un", max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_a_safe_name_is_accepted(name):
+    safe = folders.safe_name(name)
+    assert folders.check_name(safe) == safe
+    assert safe.strip() == safe
+    assert 0 < len(safe.encode()) <= 200
+    assert not set(safe) & set(folders.FORBIDDEN)
+    if safe != name:
+        with pytest.raises(UserError, match="--name="):
+            folders.check_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["Who am I?", ".env", "-x", "downloads", "文" * 80, b"caf\xe9 \xff".decode(errors="surrogateescape")]
+)
+def test_a_file_of_any_name_is_prepared(name, folder, capsys):
+    try:
+        (folder / f"{name}.txt").write_text("some text " * 30, encoding="utf-8")
+    except OSError:
+        pytest.skip("this system has no such file names")
+    assert main(["text", f"--input={name}.txt", "--tokenizer=bytes"]) == 0
+    data = shlex.split(capsys.readouterr().out.rpartition("next: python train.py ")[2])[0].removeprefix("--data=")
+    assert resolve_data(data, PrepareOptions()).meta["source"]["origin"] == f"{name}.txt"
+    dataset = resolve_data(f"{name}.txt", PrepareOptions(tokenizer="char"))
+    assert dataset.folder.parent == Path("data")
+
+
+def test_a_name_that_was_given_is_not_changed():
+    message = r"--name='a:b' cannot name a dataset: .* try --name=a_b"
+    with pytest.raises(UserError, match=message):
+        prepared("some text " * 30, name="a:b")
+
+
 # Datasets on disk
 
 
@@ -559,6 +637,70 @@ def test_python_stdlib_as_data(monkeypatch, folder):
     few.clear()
     with pytest.raises(UserError, match="--data=FILE_OR_FOLDER"):
         resolve_data("python_stdlib", PrepareOptions())
+
+
+def write(name, content):
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+@pytest.mark.parametrize("data", ["diary", "diary/", "./diary"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_path_comes_before_a_dataset_of_that_name(data, is_folder, capsys):
+    if data.endswith("/") and not is_folder:
+        return
+    options = PrepareOptions(tokenizer="bytes")
+    file = "diary/1.txt" if is_folder else "diary"
+    write(file, "Dear diary, " * 50)
+    flags = ["--tokenizer=bytes", "--val_fraction=0.2", r"--separator=\n"]
+    assert main(["text", "--input=diary", *flags]) == 0
+    assert "next: python train.py --data=data/diary\n" in capsys.readouterr().out, "which is taken as a dataset"
+    assert resolve_data(data, options).folder == Path("data/diary")
+    kind = "folder" if is_folder else "file"
+    assert f"data/diary is taken: it was prepared from the {kind} diary as that is now" in capsys.readouterr().out
+    changes = {"val_fraction": PrepareOptions(tokenizer="bytes", val_fraction=0.3)}
+    changes |= {"tokenizer": PrepareOptions(tokenizer="char")}
+    for flag, changed in changes.items():
+        assert resolve_data(data, changed, flags={flag}).folder != Path("data/diary")
+        assert f"which was prepared with another --{flag}" in capsys.readouterr().out
+    assert resolve_data(data, options, char_tokenizer("Dear diary,\n")).folder != Path("data/diary")
+    assert "which has another tokenizer (bytes) than the model" in capsys.readouterr().out
+    write(file, "Dear diary, one day later: " * 50)
+    dataset = resolve_data(data, options)
+    assert dataset.folder.name.startswith("diary-")
+    assert dataset.meta["bytes"] == 27 * 50
+    out = capsys.readouterr().out
+    assert f"the {kind} diary is taken: a path that exists comes before the dataset data/diary" in out
+    assert "prepared from other text\n  for that dataset: --data=data/diary\n" in out
+    assert resolve_data("data/diary", options).folder == Path("data/diary")
+    assert "is taken" not in capsys.readouterr().out
+
+
+def test_a_path_comes_before_a_built_in_source_and_a_damaged_dataset(folder, capsys):
+    write("shakespeare/1.txt", "All the world's a stage, " * 50)
+    options = PrepareOptions(tokenizer="bytes")
+    assert resolve_data("shakespeare", options).meta["bytes"] == 25 * 50
+    assert "comes before Sprout's own text of that name" in capsys.readouterr().out
+    write("data/shakespeare/dataset.json", "{}")
+    assert resolve_data("shakespeare", options).meta["bytes"] == 25 * 50
+    assert "comes before the dataset data/shakespeare, which was not prepared from it" in capsys.readouterr().out
+
+
+def test_a_missing_path_is_not_a_dataset_of_that_name(folder):
+    prepared("some text " * 30, name="notes")
+    options = PrepareOptions(tokenizer="bytes")
+    assert resolve_data("notes", options).folder == Path("data/notes")
+    for data in ("./notes", "../notes", str(folder / "notes"), "", "once upon a time " * 50):
+        with pytest.raises(UserError, match="no dataset, file or folder of that name"):
+            resolve_data(data, options)
+
+
+def test_files_and_folders_of_datasets_are_not_text(folder):
+    prepared("some text " * 30, name="notes")
+    for data, advice in (("data/notes/train_000000.bin", "--data=data/notes"), ("data", "--data=data/notes")):
+        with pytest.raises(UserError, match=rf"--data={data}: .*dataset.*{advice}"):
+            resolve_data(data, PrepareOptions())
 
 
 def test_unknown_data_raises_with_a_suggestion(folder):

@@ -30,7 +30,8 @@ from common.weights import count_parameters, flops_per_token, import_weights
 from errors import UserError
 from model import GPT, AttentionPath, GPTConfig
 from prepare_data import PrepareOptions
-from prepare_data.pipeline import describe, resolve_data
+from prepare_data.pipeline import describe
+from prepare_data.resolve import resolve_data
 from prepare_data.shards import Dataset, open_dataset
 from training.evaluation import Evaluation
 from training.micro_batch import choose_micro_batch
@@ -83,7 +84,7 @@ def open_data(
     """The dataset that --data names, prepared first where it is text. A resumed run must have the same tokens.
     Raises UserError."""
     if resumed is None:
-        dataset = resolve_data(data, prepare, tokenizer_from_dict(initial.tokenizer) if initial else None)
+        dataset = resolve_data(data, prepare, tokenizer_from_dict(initial.tokenizer) if initial else None, flags)
         name, known = prepare.tokenizer, (*PUBLISHED, "bpe", "bytes", "char")
         if "tokenizer" in flags and name in known and name != dataset.tokenizer.name:
             raise UserError(

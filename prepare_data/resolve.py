@@ -1,0 +1,146 @@
+"""--data: which dataset a name or a path means, prepared first where it is text.
+
+A path that exists as given comes before a dataset of that name in data_dir, and before a source of that name. Where
+both exist, one line says which is taken and why. Entry point: `resolve_data`, for train.py.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+
+from common.option import section_from, show
+from common.tokenizer import Tokenizer
+from errors import UserError
+from prepare_data import PrepareOptions, folders
+from prepare_data.pipeline import SOURCES, build, describe, make_corpus, make_request, open_existing
+from prepare_data.shards import Dataset, is_dataset, open_dataset
+from prepare_data.sources import Corpus, text
+from prepare_data.split import count
+
+BUILT_IN = SOURCES[1:]
+MAX_FILE_NAME = 255  # bytes; systems raise an error for longer ones
+
+
+def resolve_data(
+    data: str, options: PrepareOptions, tokenizer: Tokenizer | None = None, flags: Collection[str] = ()
+) -> Dataset:
+    """The dataset that --data names: a dataset's folder or name is opened, a text or source is prepared, once.
+
+    `tokenizer`, that of existing weights, takes the place of options.tokenizer. `flags`: options given by the user.
+    Raises UserError if `data` names nothing, or a dataset that was prepared with another tokenizer.
+    """
+    path = Path(data)
+    if not data or any(len(os.fsencode(part)) > MAX_FILE_NAME for part in path.parts):
+        raise UserError(_unknown_data(data, options.data_dir))
+    named = _dataset_named(data, options)
+    if path.is_dir() and is_dataset(path):
+        if named:
+            print(f"data: the dataset {path} comes before {named}: a path that exists is taken first")
+        return _open(path, options, tokenizer)
+    if path.exists():
+        what = f"the {'folder' if path.is_dir() else 'file'} {path}"
+        _refuse_files_of_datasets(path)
+        difference = _difference(named, data, options, tokenizer, flags) if named else ""
+        if named and not difference:
+            print(f"data: {named} is taken: it was prepared from {what} as that is now")
+            return _open(named, options, tokenizer)
+        if named:
+            print(f"data: {what} is taken: a path that exists comes before the dataset {named}, {difference}")
+            print(f"  for that dataset: --data={shlex.quote(str(named))}")
+        elif data in BUILT_IN:
+            print(f"data: {what} is taken: a path that exists comes before Sprout's own text of that name")
+        return _prepare(data, make_corpus("text", data, options), options, tokenizer)
+    if named and not re.match(r"\.[/\\]", data):
+        return _open(named, options, tokenizer)
+    if text.find_files(data):  # a glob
+        return _prepare(data, make_corpus("text", data, options), options, tokenizer)
+    if data in BUILT_IN:
+        return _prepare(data, make_corpus(data, None, options), options, tokenizer)
+    raise UserError(_unknown_data(data, options.data_dir))
+
+
+def _dataset_named(data: str, options: PrepareOptions) -> Path | None:
+    """The dataset of that name in data_dir, if it is not the path itself."""
+    folder, path = Path(options.data_dir) / data, Path(data)
+    if not path.parts or ".." in path.parts or not folder.is_dir() or not is_dataset(folder):
+        return None
+    return None if path.exists() and path.samefile(folder) else folder
+
+
+def _refuse_files_of_datasets(path: Path) -> None:
+    """Raises UserError for a file of a dataset, and for a folder of datasets: neither is text."""
+    if path.is_file() and path.suffix in (".bin", ".json", ".mask") and is_dataset(path.parent):
+        raise UserError(f"--data={path}: is a file of a dataset; give its folder: --data={path.parent}")
+    inside = sorted(folder.name for folder in path.glob("[!.]*") if is_dataset(folder)) if path.is_dir() else []
+    if inside:
+        raise UserError(
+            f"--data={path}: a folder of datasets ({', '.join(inside[:5])}); give one of them:"
+            f" --data={shlex.quote(str(path / inside[0]))}"
+        )
+
+
+def _difference(
+    named: Path, data: str, options: PrepareOptions, tokenizer: Tokenizer | None, flags: Collection[str]
+) -> str:
+    """Why a dataset is not what `data`, a text, would be prepared to; empty if it is."""
+    try:
+        dataset = open_dataset(named)
+        stored = section_from(PrepareOptions, {**dataset.meta["options"], "data_dir": options.data_dir})
+        content = dataset.meta["request"]["content"]
+        is_same = content == count(make_corpus("text", data, stored), alphabet=False).content
+    except (UserError, ValueError, KeyError, TypeError):  # damaged, not prepared here, or the text cannot be read so
+        return "which was not prepared from it"
+    if not is_same:
+        return "which was prepared from other text"
+    if tokenizer and tokenizer.content_hash != dataset.tokenizer.content_hash:
+        return f"which has another tokenizer ({dataset.tokenizer.name}) than the model"
+    names = [field.name for field in fields(PrepareOptions) if field.name in flags]
+    changed = [name for name in names if getattr(stored, name) != getattr(options, name)]
+    return f"which was prepared with another --{changed[0]} ({getattr(stored, changed[0])})" if changed else ""
+
+
+def _open(folder: Path, options: PrepareOptions, tokenizer: Tokenizer | None) -> Dataset:
+    """Opens and logs a dataset. Raises UserError if its tokenizer is not that of the weights to be trained."""
+    dataset = open_dataset(folder, options.tokenizer)
+    own = dataset.tokenizer
+    if tokenizer and tokenizer.content_hash != own.content_hash:
+        raise UserError(
+            f"{dataset.folder} was prepared with the tokenizer {own.name}"
+            f" ({own.vocab_size} ids, {own.content_hash[:8]}), but the model has"
+            f" {tokenizer.name} ({tokenizer.vocab_size} ids, {tokenizer.content_hash[:8]}); give --data the text itself"
+        )
+    print(f"data: {dataset.folder} ({describe(dataset)})")
+    if not tokenizer and options.tokenizer not in ("bpe", own.name):
+        print(f"data: --tokenizer={options.tokenizer} is ignored: the dataset was prepared with {own.name}")
+    return dataset
+
+
+def _prepare(data: str, corpus: Corpus, options: PrepareOptions, tokenizer: Tokenizer | None) -> Dataset:
+    """The dataset of a text in data_dir/NAME-KEY, which is written only once."""
+    counts = count(corpus, options.tokenizer == "char")
+    request = make_request(counts, options, tokenizer)
+    key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
+    final = Path(options.data_dir) / f"{folders.safe_name(corpus.name[:60])}-{key}"
+    existing = open_existing(final, request)
+    if existing:
+        print(f"data: {data}, already prepared in {final} ({describe(existing)})")
+        return existing
+    print(f"data: preparing {data} in {final}")
+    return build(corpus, counts, options, request, final, tokenizer)
+
+
+def _unknown_data(data: str, data_dir: str) -> str:
+    known = sorted(folder.name for folder in Path(data_dir).glob("[!.]*") if is_dataset(folder))
+    matches = difflib.get_close_matches(data, [*known, *BUILT_IN], n=1)
+    return (
+        f"--data={show(data)}: no dataset, file or folder of that name in {Path.cwd()}, and no dataset in {data_dir}/"
+        + (f"; did you mean {matches[0]}?" if matches else ".")
+        + f" Datasets there: {', '.join(known) or 'none'}."
+        + f" Expected a dataset, a text file or folder, or {' or '.join(BUILT_IN)}"
+    )

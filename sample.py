@@ -15,10 +15,12 @@ generated, everything else to standard error.
 
 from __future__ import annotations
 
+import config
 from errors import UserError, run_script, start_script
 
-if __name__ == "__main__":
-    start_script(prints_result=True)  # before the imports that take seconds
+if __name__ == "__main__":  # before the imports that take seconds
+    start_script(prints_result=True)
+    config.check_command_line("sample.py")
 
 import io
 import sys
@@ -26,7 +28,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import config
 from checkpoint import STATE, resolve_model_folder
 from common.hardware import choose_attention, choose_hardware
 from common.option import unescape

@@ -11,10 +11,12 @@
 
 from __future__ import annotations
 
+import config
 from errors import run_script, start_script
 
-if __name__ == "__main__":
-    start_script()  # before the imports that take seconds
+if __name__ == "__main__":  # before the imports that take seconds
+    start_script()
+    config.check_command_line("train.py")
 
 import math
 import sys
@@ -27,7 +29,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import config
 from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.options import HardwareOptions, RunOptions
 from config.start import RunConfig, read_start

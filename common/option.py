@@ -6,7 +6,8 @@ annotated_types: Annotated[int, Ge(1)], Annotated[float, Interval(ge=0, lt=1)]. 
 help text. config/ lists the sections and reads the values.
 
 An option that a resumed run may not change is declared with `fixed(default)`. In a section with FREE_ON_RESUME, all
-other options are fixed.
+other options are fixed. `path(default)` declares the path of a file or folder, in which a leading ~ stands for the home
+directory; `escaped(default)` a text in which a flag may write a line break as \\n.
 
 A module that declares a section imports the names of annotated_types under `if TYPE_CHECKING:` only, with
 `from __future__ import annotations`; options_of resolves them. So model.py and the benches run without the package.
@@ -19,8 +20,13 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import operator
+import os
 import re
+import shlex
+import subprocess
+import sys
 import textwrap
 import types
 import typing
@@ -35,11 +41,22 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Removed options and their defaults. Files of earlier versions may hold them: they are skipped when read.
 RETIRED: dict[str, object] = {"zero_init": False}
+MAX_INT = 2**63  # integers are below this: they are stored in 64 bits, by torch and numpy too
 
 
-def fixed(default: Any) -> Any:
-    """The default of an option that a resumed run may not change."""
-    return dataclasses.field(default=default, metadata={"resume": "fixed"})
+def fixed(default: Any, **marks: bool) -> Any:
+    """The default of an option that a resumed run may not change. marks: path or escaped, as below."""
+    return dataclasses.field(default=default, metadata={"resume": "fixed", **marks})
+
+
+def path(default: Any) -> Any:
+    """The default of an option that is a path."""
+    return dataclasses.field(default=default, metadata={"path": True})
+
+
+def escaped(default: Any) -> Any:
+    """The default of a text (or of texts) in which flags may use the escapes of `unescape`."""
+    return dataclasses.field(default=default, metadata={"escaped": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +64,8 @@ class Option:
     """One declared option.
 
     kinds: the types that it accepts, of int, float, bool and str. choices: the words of its Literal. none: None is
-    allowed. interval: the bounds of a number. fixed: a resumed run may not change it. repeatable: a tuple of texts.
+    allowed. interval: the bounds of a number. fixed: a resumed run may not change it. path: the path of a file or
+    folder. escaped: a text in which a flag may use escapes. repeatable: a tuple of texts.
     """
 
     name: str
@@ -59,19 +77,26 @@ class Option:
     none: bool
     interval: Interval
     fixed: bool
+    path: bool = False
+    escaped: bool = False
     repeatable: bool = False
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the name alone, as a flag, means true."""
+        return bool in self.kinds
 
     def parse(self, text: str) -> Any:
         """Parses and checks the text of a flag. Raises ValueError with what was expected."""
         word = text.lower()
         if self.repeatable:
-            return () if word == "none" else (text,)
+            return () if word == "none" else (unescape(text) if self.escaped else text,)
         if text in self.choices:
             return text
         if self.none and word == "none":
             return None
         if str in self.kinds:
-            return text
+            return self.check(unescape(text) if self.escaped else text)
         if bool in self.kinds and word in ("true", "false"):
             return word == "true"
         for number in (int, float):
@@ -91,14 +116,13 @@ class Option:
         if self.repeatable and isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
             return tuple(value)
         if isinstance(value, str) and (value in self.choices or str in self.kinds):
-            return value
+            return expand_home(value) if self.path else value
         if isinstance(value, bool) and bool in self.kinds:
             return value
-        # nan and inf are not below 2**63
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63:
-            if int in self.kinds and value == int(value) and self._in_range(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and self._in_range(value):
+            if int in self.kinds and abs(value) < MAX_INT and value == int(value):  # inf and nan are not below it
                 return int(value)
-            if float in self.kinds and self._in_range(value):
+            if float in self.kinds and abs(value) <= sys.float_info.max:
                 return float(value)
         return self._refuse(value)
 
@@ -107,9 +131,10 @@ class Option:
         if self.repeatable:
             raise ValueError("expected a list of texts")
         *others, last = [words.rstrip() for kind, words in kinds.items() if kind in self.kinds] + self._words()
-        raise ValueError(
-            f"expected {', '.join(others) + ' or ' if others else ''}{last}{did_you_mean(str(value), self.choices)}"
-        )
+        expected = f"expected {', '.join(others) + ' or ' if others else ''}{last}"
+        if int in self.kinds and _is_huge(value):
+            expected += ", and below 2**63: the 64 bits of an integer"
+        raise ValueError(expected + did_you_mean(str(value), self.choices))
 
     def _words(self) -> list[str]:
         return ["true", "false"] * (bool in self.kinds) + list(self.choices) + ["none"] * self.none
@@ -126,9 +151,10 @@ class Option:
         bounds = self.interval
         low, above = (bounds.gt, ">") if bounds.ge is None else (bounds.ge, ">=")
         high, below = (bounds.lt, "<") if bounds.le is None else (bounds.le, "<=")
-        if low is not None and high is not None:
+        low, high = _bound(low), _bound(high)
+        if low and high:
             return f"with {low} {above.replace('>', '<')} x {below} {high}"
-        return f"{above} {low}" if low is not None else f"{below} {high}" if high is not None else ""
+        return f"{above} {low}" if low else f"{below} {high}" if high else ""
 
     def _in_range(self, x: float) -> bool:
         comparisons = ("ge", operator.ge), ("gt", operator.gt), ("le", operator.le), ("lt", operator.lt)
@@ -172,6 +198,8 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
             none=none,
             interval=Interval(**dataclasses.asdict(ranges[0])) if ranges else Interval(),
             fixed=field.metadata.get("resume") == "fixed" or (free is not None and field.name not in free),
+            path=field.metadata.get("path", False),
+            escaped=field.metadata.get("escaped", False),
             repeatable=repeatable,
         )
         assert option.check(option.default) == option.default, f"{where}: wrong default"
@@ -197,12 +225,13 @@ def section_from(section: type[T], values: Mapping[str, Any]) -> T:
     known, values = {option.name: option for option in options_of(section, derived=True)}, without_retired(values)
     if unknown := sorted(values.keys() - known.keys()):
         raise ValueError(f"unknown options {unknown}; this version of Sprout knows {sorted(known)}")
+    checked = {}
     for name, value in values.items():
         try:
-            known[name].check(value)
+            checked[name] = known[name].check(value)
         except ValueError as error:
             raise ValueError(f"{name}={show(repr(value))}: {error}") from None
-    return section(**values)
+    return section(**checked)
 
 
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,13 +254,13 @@ def _parts(hint: Any) -> Iterator[Any]:
 
 
 def _field_docstrings(section: type) -> dict[str, str]:
-    """The first line of the string literal under each field."""
+    """The string literal under each field, as one line."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(tree, ast.ClassDef)
     found = {}
     for field, below in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            found[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value)).partition("\n")[0]
+            found[field.target.id] = " ".join(ast.literal_eval(below.value).split())
     return found
 
 
@@ -261,6 +290,39 @@ def show(value: object) -> str:
     if not text or not text.isprintable() or text != text.strip():
         text = repr(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def quote(text: str) -> str:
+    """A text as a user types it in a shell, on one line."""
+    if not text.isprintable():
+        text = text.encode("unicode_escape").decode()
+    if os.name == "nt":
+        return subprocess.list2cmdline([text])
+    quoted = shlex.quote(text)
+    return quoted if quoted == text or set(text) & set('"$`\\!') else f'"{text}"'
+
+
+def expand_home(text: str) -> str:
+    """A path with ~ or ~user at its start replaced; shells do this only at the start of a word. Raises ValueError."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and not os.path.lexists(text):
+        raise ValueError(f"there is no home directory of that name; for a folder named {text[:30]} write ./{text[:30]}")
+    return expanded
+
+
+def _is_huge(value: object) -> bool:
+    """Whether a value, perhaps the text of one, is a number from 2**63 on."""
+    try:
+        return MAX_INT <= abs(float(value)) < math.inf  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return isinstance(value, int)
+
+
+def _bound(number: Any) -> str:
+    """A bound of a range as text: 2**63 for the limit of integers; "" for none."""
+    if number is None:
+        return ""
+    return "2**63" if number == MAX_INT else show(number)
 
 
 def unescape(text: str) -> str:

@@ -1,22 +1,59 @@
 """All options of Sprout: which sections exist and which script takes which.
 
-Each section is declared beside the code that it configures. loader.py reads presets, flags and saved configs; resume.py
-merges options with those of a checkpoint; start.py decides how a run starts. The other files are presets. Nothing that
-this file imports may import config.
+Each section is declared in the package that it configures. loader.py reads presets, flags and saved configs; resume.py
+merges options with those of a checkpoint; start.py decides how a run starts. The modules that NOT_PRESETS of loader.py
+names are code, the other files are presets. Nothing that this file imports may import config, or torch: --help and the
+answer to a wrong option would wait for it.
 """
 
+import ast
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from common.options import HardwareOptions, RunOptions
 from config.loader import Loader, Options, dump, replace
+from errors import UserError, run_script
 from generation.options import SampleScriptOptions, SamplingOptions
-from model import GPTConfig
 from prepare_data import PrepareOptions, SourceOptions
 from server.options import ServerOptions
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 
-__all__ = ["SCRIPTS", "SECTIONS", "Options", "dump", "fixed_names", "load", "replace"]
+__all__ = [
+    "SCRIPTS",
+    "SECTIONS",
+    "Options",
+    "check_command_line",
+    "dump",
+    "fixed_names",
+    "load",
+    "option_names",
+    "replace",
+]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def class_alone(path: Path, name: str) -> type:
+    """A class of a source file, made by running the class and the file's imports of the standard library, nothing else.
+
+    So the options of the model are read and checked without model.py's import of torch, which takes over a second.
+    """
+    module = ModuleType(f"{path.stem}.{name}")
+    module.__file__, sys.modules[module.__name__] = str(path), module
+    kept: list[ast.stmt] = []
+    for node in ast.parse(path.read_bytes()).body:
+        sources = [node.module] if isinstance(node, ast.ImportFrom) else []
+        sources += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        is_standard = any(str(source).partition(".")[0] in sys.stdlib_module_names for source in sources)
+        if is_standard or (isinstance(node, ast.ClassDef) and node.name == name):
+            kept.append(node)
+    exec(compile(ast.Module(kept, []), str(path), "exec"), vars(module))
+    return vars(module)[name]
+
+
+ModelOptions = class_alone(ROOT / "model.py", "GPTConfig")
 
 SECTIONS: dict[str, type] = {
     "run": RunOptions,
@@ -25,7 +62,7 @@ SECTIONS: dict[str, type] = {
     "sampling": SamplingOptions,
     "server": ServerOptions,
     "training": TrainOptions,
-    "model": GPTConfig,
+    "model": ModelOptions,
     "optimizer and schedule": OptimizerOptions,
     "evaluation and saving": EvalOptions,
     "data preparation": PrepareOptions,
@@ -37,7 +74,7 @@ SCRIPTS: dict[str, tuple[type, ...]] = {
     "train.py": (
         RunOptions,
         TrainOptions,
-        GPTConfig,
+        ModelOptions,
         OptimizerOptions,
         EvalOptions,
         PrepareOptions,
@@ -88,12 +125,27 @@ Turns text into a dataset of tokens in data/NAME. train.py does this automatical
 """,
 }
 
-_loader = Loader(SECTIONS, SCRIPTS, USAGE, Path(__file__).resolve().parent.parent)
+_loader = Loader(SECTIONS, SCRIPTS, USAGE, ROOT)
 
 
-def load(script: str, argv: Sequence[str], *, default_preset: str | None = None) -> Options:
+def load(script: str, argv: Sequence[str]) -> Options:
     """The options of a script from its command line. Raises one UserError with all problems; --help exits with 0."""
+    resuming = any(arg.startswith("--resume=") for arg in argv)  # a resumed run has its own options
+    default_preset = "quickstart" if script == "train.py" and not resuming else None
     return _loader.load(script, argv, default_preset=default_preset)
+
+
+def check_command_line(script: str) -> None:
+    """Exits where the script ends with --help or with wrong options, before the imports that take seconds."""
+    try:
+        load(script, sys.argv[1:])
+    except (UserError, BrokenPipeError, SystemExit) as ended:
+        reason = ended
+
+        def end() -> None:
+            raise reason
+
+        run_script(end)
 
 
 def fixed_names() -> set[str]:

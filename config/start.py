@@ -52,8 +52,7 @@ class Start:
 def read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     """Reads the command line. The directory of a resumed run is locked in `stack`, before its checkpoint is opened.
     Raises UserError."""
-    resuming = any(arg.startswith("--resume=") for arg in argv)  # a resumed run has its own options
-    options = config.load("train.py", argv, default_preset=None if resuming else "quickstart")
+    options = config.load("train.py", argv)
     train, eval_only = options.section(TrainOptions), options.section(EvalOptions).eval_only
     if train.resume is not None and train.init_from is not None:
         raise UserError("--resume continues a run, --init_from starts a new one: give one of them")

@@ -3,7 +3,10 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +20,7 @@ import sample as sample_script
 import train as train_script
 from checkpoint import open_latest, save_checkpoint
 from common.option import Option, options_of, section_from
-from config.loader import NOT_PRESETS, Loader, Options, dump, replace
+from config.loader import NOT_PRESETS, Loader, Options, dump, option_names, replace
 from errors import UserError
 from model import GPTConfig
 from tests.conftest import ROOT
@@ -33,7 +36,7 @@ class Model:
     n_head: Annotated[int, Ge(1)] = 4
     """Heads; divides n_embd.
 
-    Only the first line goes into the help.
+    The help shows all of this text.
     """
     n_kv_head: Annotated[int, Ge(1)] | None = None
     """Key/value heads; none: as many as n_head."""
@@ -132,7 +135,7 @@ def test_declarations_are_read_from_the_source() -> None:
         "norm",
         "dropout",
     ]  # no derived
-    assert OPTIONS["n_head"].help == "Heads; divides n_embd."
+    assert OPTIONS["n_head"].help == "Heads; divides n_embd. The help shows all of this text."
     assert OPTIONS["n_layer"].fixed
     assert not OPTIONS["n_embd"].fixed
 
@@ -225,7 +228,8 @@ def test_text_becomes_a_value_of_the_declared_type(loader: Loader, name: str, te
         ("--n_layer=true", "a whole number >= 1"),
         ("--n_layer=none", "a whole number >= 1"),
         ("--n_layer=1e400", "a whole number >= 1"),
-        ("--n_layer=" + "9" * 50, "a whole number >= 1"),
+        ("--n_layer=" + "9" * 50, "a whole number >= 1, and below 2**63: the 64 bits of an integer"),
+        ("--max_steps=" + str(2**63), "a whole number >= 0, and below 2**63: the 64 bits of an integer"),
         ("--n_kv_head=0", "a whole number >= 1 or none"),
         ("--micro_batch=65", "a whole number <= 64 or auto"),
         ("--dropout=1", "a number with 0 <= x < 1"),
@@ -338,8 +342,8 @@ def test_the_default_preset_is_taken_when_none_is_given(loader: Loader) -> None:
     ("argv", "message"),
     [
         (["--n_layr=5"], "--n_layr=5: no such option; did you mean --n_layer?"),
-        (["--max-steps=5"], "--max-steps=5: no such option; did you mean --max_steps?"),
-        (["-max_steps=5"], "-max_steps=5: no such option; did you mean --max_steps?"),
+        (["--max-steps=5"], "--max-steps=5: write --max_steps=5"),
+        (["-max_steps=5"], "-max_steps=5: write --max_steps=5"),
         (["--colour=red"], "--colour=red: no such option"),
         (["--top_k=5"], "--top_k=5: belongs to sample.py, not to train.py"),
         (["--vocab_size=5"], "--vocab_size=5: no such option"),  # derived
@@ -575,7 +579,7 @@ def test_help_lists_presets_groups_values_ranges_and_meanings(
     text = capsys.readouterr().out
     assert text.startswith("usage: python train.py\n\npresets\n  small                      Two blocks.\n")
     assert re.search(r"\n\nmodel\n  --n_layer=INT +4 +Number of blocks. \(>= 1\)\n", text)
-    assert re.search(r"\n  --n_head=INT +4 +Heads; divides n_embd. \(>= 1\)\n", text)
+    assert re.search(r"\n  --n_head=INT +4 +Heads; divides n_embd. The help shows all of\s+this text. \(>= 1\)\n", text)
     assert re.search(r"\n  --norm=layernorm\|rmsnorm +rmsnorm +Kind of normalization.\n", text)
     assert re.search(r"\n  --compile=true\|false\|auto +auto +Compile the model.\n", text)
     assert re.search(r"\n  --dropout=FLOAT +0.0 +Share set to 0. \(0 <= x < 1\)\n", text)
@@ -608,6 +612,36 @@ def test_the_help_of_each_script_is_complete_and_fits_a_screen(script: str, caps
 @pytest.mark.parametrize("preset", sorted({path.stem for path in (ROOT / "config").glob("*.py")} - set(NOT_PRESETS)))
 def test_every_preset_loads_for_every_script(script: str, preset: str) -> None:
     assert config.load(script, [preset]).presets == [preset]
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.argv = {argv}
+try:
+    run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
+    run(sys.argv[0], run_name="__main__")
+except SystemExit as stopped:
+    assert "torch" not in sys.modules
+    sys.exit(stopped.code)
+"""
+
+
+@pytest.mark.parametrize("script", config.SCRIPTS)
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--learning_rte=1", 2), ("no_such_preset", 2)])
+def test_help_and_wrong_options_do_not_wait_for_torch(script: str, argument: str, code: int) -> None:
+    """An import of torch takes over a second."""
+    program = WITHOUT_TORCH.format(argv=[script, argument])
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("Traceback")) == (code, 0), ended.stderr
+
+
+def test_the_options_of_the_model_are_those_of_its_class() -> None:
+    """The loader has a class of its own, made from the source of model.py."""
+    assert config.ModelOptions.__doc__ == GPTConfig.__doc__
+    for ours, original in zip(options_of(config.ModelOptions), options_of(GPTConfig), strict=True):
+        assert replace_fields(ours, section=GPTConfig) == original
+    options = config.load("train.py", ["--n_head=8", "--n_embd=64"])
+    assert options.section(GPTConfig) == GPTConfig(**{name: options.flat()[name] for name in option_names(GPTConfig)})
 
 
 def test_flags_of_another_script_are_named() -> None:

@@ -1,0 +1,123 @@
+"""The files that options are read from: presets (`name = value` lines) and the config.json of a run.
+
+Nothing in them is executed. Knows no particular option, but the names of those that belong to one run alone.
+"""
+
+import ast
+import json
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.option import RETIRED, show, without_retired
+
+RUN_SPECIFIC = ("run", "resume", "wandb")  # not taken over from a saved config.json
+
+
+class Setting(NamedTuple):
+    where: str  # prefix of an error message: the flag, or file, line, name and value
+    name: str
+    value: Any
+
+
+def read_preset(path: Path, shown: str, problems: list[str]) -> list[Setting]:
+    """The `name = value` lines of a preset, which is never executed. Appends a line to `problems` for anything else."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except SyntaxError as error:
+        problems.append(f"{shown}:{error.lineno or 1}: expected name = value ({error.msg})")
+        return []
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        problems.append(f"{shown}: cannot be read as a preset: {error}")
+        return []
+    settings = []
+    for node in body:
+        where = f"{shown}:{node.lineno}"
+        if (
+            node is body[0]
+            and isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            continue  # the docstring
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            problems.append(f"{where}: expected name = value; a preset holds nothing else")
+            continue
+        name = node.targets[0].id
+        try:
+            value = _evaluate(node.value)
+            settings.append(Setting(f"{where}: {name} = {show(repr(value))}", name, value))
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            problems.append(f"{where}: {name}: {error}")
+    return settings
+
+
+_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+
+
+def _evaluate(node: ast.expr) -> Any:
+    """A literal, a list of literals, or arithmetic on numbers below 2**63.
+
+    Raises ValueError or ArithmeticError on anything else.
+    """
+    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, bool | int | float | str)):
+        return node.value
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_evaluate(element) for element in node.elts]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_number(_evaluate(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        left, right = _number(_evaluate(node.left)), _number(_evaluate(node.right))
+        if isinstance(node.op, ast.Pow) and abs(right) > 63:
+            raise ValueError("a power above 63 is too large")
+        return _number(_ARITHMETIC[type(node.op)](left, right))
+    raise ValueError("expected a literal, or arithmetic on numbers with + - * / // % **")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**63:
+        raise ValueError("arithmetic takes numbers below 2**63")
+    return value
+
+
+def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) -> list[Setting]:
+    """The settings of a run's config.json; those that belong to that run alone are left out and named in `notes`."""
+    try:
+        saved = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{shown}: not valid JSON: {error}")
+        return []
+    if not isinstance(saved, dict) or saved.get("format") != "sprout-config" or saved.get("version") != 1:
+        problems.append(
+            f'{shown}: not the config.json of a run: expected an object with "format": "sprout-config" and "version": 1'
+        )
+        return []
+    options, auto = saved.get("options"), saved.get("auto")
+    if not isinstance(options, dict) or not isinstance(auto, dict):
+        problems.append(f'{shown}: damaged: expected "options" and "auto" to be objects')
+        return []
+    notes += [
+        f"{shown}: {name} = {show(json.dumps(options[name]))} left out: this version has no such option"
+        for name, default in RETIRED.items()
+        if options.get(name, default) != default
+    ]
+    options = without_retired(options)
+    left_out = [name for name in options if name in RUN_SPECIFIC or name in auto]
+    if named := [name for name in left_out if options[name] is not None]:
+        notes.append(
+            f"{shown}: not taken over, because they belong to that run or were chosen automatically: {', '.join(named)}"
+        )
+    return [
+        Setting(f"{shown}: {name} = {show(json.dumps(value))}", name, value)
+        for name, value in options.items()
+        if name not in left_out
+    ]

@@ -1,5 +1,5 @@
 """UserError, the error meant for the user; how a script starts (start_script) and ends (run_script): its standard
-streams, Ctrl-C and the exit code. Imports nothing of the project.
+streams, Ctrl-C and the exit code.
 """
 
 import errno
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
+
+from terminal import symbols_on_terminals
 
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as shells have it
 
@@ -48,24 +50,26 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and exits with its return value, without a traceback for UserError and Ctrl-C.
 
     A UserError is printed to standard error as `error: …`, exit code 2. Ctrl-C: exit code 130. A reader that closed the
-    pipe has all that it wanted: exit code 0, silently. Characters that the console cannot encode are replaced.
+    pipe has all that it wanted: exit code 0, silently. Characters that the console cannot encode are replaced; a
+    terminal gets control characters as symbols.
     """
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt: files are closed and removed
-    try:
+    with symbols_on_terminals():
         try:
-            code: Any = main()
-        except SystemExit as ended:  # --help
-            code = ended.code
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    except OutputClosed:
-        code = 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+            try:
+                code: Any = main()
+            except SystemExit as ended:  # --help
+                code = ended.code
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = INTERRUPTED
+        except OutputClosed:
+            code = 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit itself is not to be interrupted
     sys.exit(code)
 

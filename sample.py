@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{title}; {hardware.describe()}", file=sys.stderr)
 
     # ---- one of four modes; each imports its own modules
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may use another encoding
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # Windows writes files in another encoding
     if server.serve:
         from server.app import serve
 

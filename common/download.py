@@ -2,15 +2,15 @@
 
 import hashlib
 import os
-import sys
 import uuid
 from pathlib import Path
+
+from terminal import progress_bar
 
 
 def download(address: str, path: Path, sha256: str) -> None:
     """Downloads `address` to `path`. Raises OSError on any failure and leaves `path` as it was."""
     import requests
-    from tqdm import tqdm
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
@@ -19,7 +19,7 @@ def download(address: str, path: Path, sha256: str) -> None:
         with requests.get(address, stream=True, timeout=(10, 30)) as response, part.open("wb") as file:
             response.raise_for_status()
             size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=not sys.stderr.isatty()) as bar:
+            with progress_bar(path.name, size) as bar:
                 for block in response.iter_content(1 << 16):
                     digest.update(block)
                     file.write(block)

@@ -6,7 +6,6 @@ Owns the order of these steps and the decision whether an existing dataset can b
 
 import hashlib
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from common.option import unescape
 from common.tokenizer import PUBLISHED, Tokenizer, char_tokenizer, named_tokenizer, train_bpe
@@ -24,6 +22,7 @@ from prepare_data.shard_writer import ShardWriter, write_dataset
 from prepare_data.shards import SPLITS, Dataset, open_dataset
 from prepare_data.sources import Corpus, python_stdlib, shakespeare, text
 from prepare_data.split import HASHES, Counts, LabeledPiece, SplitRule, choose_rule, count, percent
+from terminal import progress_bar
 
 SOURCES = ("text", "shakespeare", "python_stdlib")
 BATCH_CHARACTERS = 1 << 22  # encoded at a time
@@ -247,7 +246,7 @@ def _encode(
     """Writes `EOS document EOS … document EOS` for each split, without the first EOS if it begins inside a document."""
     eos = np.array([tokenizer.eos_id], dtype=np.int64)
     start = time.perf_counter()
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="encoding", disable=not sys.stderr.isatty()) as bar:
+    with progress_bar("encoding", total_bytes) as bar:
         for batch in _batches(pieces):
             for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
                 writer = writers[piece.split]

@@ -10,18 +10,17 @@ where that comes near val_fraction and no document is more than half of the text
 from __future__ import annotations
 
 import hashlib
-import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from errors import UserError
 from prepare_data import PrepareOptions
 from prepare_data.sources import Corpus
+from terminal import progress_bar
 
 HASHES = 1 << 64  # document hashes are below it
 MIN_DOCUMENTS = 20  # split=auto: with fewer, a split by documents would be too uneven
@@ -90,8 +89,7 @@ def count(corpus: Corpus, alphabet: bool) -> Counts:
     `alphabet`: collect the characters too, which takes a third of the time.
     """
     counts, digest, starts = Counts(), hashlib.blake2b(digest_size=32), True
-    desc = f"reading {corpus.name}"
-    with tqdm(unit="B", unit_scale=True, desc=desc, leave=False, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(f"reading {corpus.name}", leave=False) as bar:
         for text, ends in corpus.pieces():
             data = text.encode()
             digest.update(data + b"\xff" if ends else data)  # a separator: UTF-8 text never contains this byte

@@ -14,12 +14,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from terminal import Unchanged
 from training.options import LoggingOptions
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
@@ -155,15 +156,16 @@ class WandbLog:
         self._error: type[Exception] = wandb.errors.Error
         identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # the same for a resumed run
         try:
-            self._run = wandb.init(
-                project=options.wandb_project,
-                name=run.name,
-                id=identity,
-                resume="allow",
-                mode=options.wandb,
-                dir=run,
-                config=dict(config),
-            )
+            with redirect_stderr(Unchanged(sys.stderr)):  # it prints in colors
+                self._run = wandb.init(
+                    project=options.wandb_project,
+                    name=run.name,
+                    id=identity,
+                    resume="allow",
+                    mode=options.wandb,
+                    dir=run,
+                    config=dict(config),
+                )
         except (wandb.errors.Error, OSError) as error:
             print(f"wandb did not start ({error}); metrics.jsonl has everything", file=sys.stderr, flush=True)
 
@@ -177,7 +179,8 @@ class WandbLog:
 
     def finish(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            with redirect_stderr(Unchanged(sys.stderr)):
+                self._run.finish()
 
 
 def console_line(

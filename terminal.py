@@ -1,0 +1,83 @@
+"""What goes to a terminal: control characters become symbols there, and progress bars.
+
+Samples, prompts, the text of a dataset and the names of files may hold characters that a terminal obeys. run_script in
+errors.py makes the output of every script pass here. Files and pipes get it unchanged. Imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+
+@cache
+def _symbols(encoding: str) -> dict[int, str]:
+    """Code point → how it is shown, for all that a terminal obeys but line breaks and tabs."""
+    shown = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}  # U+2400 …: ␀, ␁, …
+    shown[0x7F] = "\u2421"  # ␡
+    try:
+        "".join(shown.values()).encode(encoding)
+    except UnicodeEncodeError:
+        shown = {code: f"\\x{code:02x}" for code in shown}
+    shown |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}  # C1; 9b begins a control sequence, as ESC [ does
+    # Embeddings, overrides and isolates, which reorder the text around them (Unicode Standard Annex 9).
+    return shown | {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def visible(text: str, encoding: str = "utf-8") -> str:
+    r"""The text with control characters as symbols: ESC as ␛, or \x1b where the encoding lacks ␛. \n, \t and \r\n are
+    kept."""
+    return "\r\n".join(part.translate(_symbols(encoding)) for part in text.split("\r\n"))
+
+
+@contextmanager
+def symbols_on_terminals() -> Iterator[None]:
+    """Inside it, what is written to sys.stdout and sys.stderr is made visible if they are terminals."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    streams = [stream for stream in streams if not stream.closed and stream.isatty()]
+    for stream in streams:
+        stream.write = _VisibleWrite(stream)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for stream in streams:
+            vars(stream).pop("write", None)
+
+
+class _VisibleWrite:
+    r"""Replaces the `write` of a stream. A \r at the end waits for the next call: tokens may separate \r from \n."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self.stream, self.held = stream, ""
+
+    def __call__(self, text: str) -> int:
+        whole = self.held + text
+        self.held = "\r" * whole.endswith("\r")
+        io.TextIOWrapper.write(self.stream, visible(whole.removesuffix("\r"), self.stream.encoding))
+        return len(text)
+
+
+class Unchanged:
+    """A stream whose writes bypass symbols_on_terminals, for libraries that move the cursor or use colors."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return type(self._stream).write(self._stream, text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def progress_bar(description: str, total: int | None = None, *, leave: bool = True) -> Any:
+    """tqdm's bar of bytes on standard error, if that is a terminal."""
+    from tqdm import tqdm
+
+    description = visible(description, sys.stderr.encoding or "utf-8")
+    bar = partial(tqdm, unit="B", unit_scale=True, file=Unchanged(sys.stderr), disable=not sys.stderr.isatty())
+    return bar(desc=description, total=total, leave=leave)

@@ -18,23 +18,24 @@ Reading order: writing, finding, reading.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shlex
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
 from torch import Tensor
 
 from errors import UserError
-from files import MAX_JSON, DamagedFile, json_bytes, read_json, reading, sync_directory, write_file
+from files import MAX_JSON, DamagedFile, json_bytes, read_json, reading, sync_directory, write_parts
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -42,7 +43,10 @@ WEIGHTS, CONFIG, TOKENIZER = ("model.safetensors", "config.json", "sprout_tokeni
 MODEL_FILES = tuple(f"model/{name}" for name in (WEIGHTS, CONFIG, TOKENIZER))
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 FILES = {*MODEL_FILES, OPTIMIZER, STATE}
-DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+DTYPES = {  # safetensors' names; a file holds the tensors in the order of these dtypes, then by name
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 CHUNK = 1 << 20
 
 
@@ -66,8 +70,8 @@ def save_checkpoint(
     """Writes checkpoints/step-N, verifies it and returns its path. The caller holds the RunLock.
 
     Then removes the checkpoints of later steps: open_latest skipped them as damaged, and the run resumed before them.
-    Memory holds one serialized file at a time beside the tensors. Raises SaveFailed (disk full, …), with all earlier
-    checkpoints unchanged, and ValueError on a NaN in the JSON values.
+    Beside the tensors, memory holds a copy of one at a time, of those on a GPU or not contiguous. Raises SaveFailed
+    (disk full, …), with all earlier checkpoints unchanged, and ValueError on a NaN in the JSON values.
     """
     home = run_dir / "checkpoints"
     final = home / f"step-{step:08d}"
@@ -139,16 +143,40 @@ def _check_space(home: Path, contents: dict[str, bytes | dict[str, Tensor]]) -> 
 def _write_contents(directory: Path, contents: dict[str, bytes | dict[str, Tensor]]) -> None:
     """Writes and syncs all files, the manifest last. Checksums are of the bytes in memory, not of those read back."""
     (directory / "model").mkdir(parents=True)
-    files = {}
-    for name, content in contents.items():
-        if isinstance(content, dict):
-            content = save({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()})
-        write_file(directory / name, content)
-        files[name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+    files = {
+        name: write_parts(directory / name, [content] if isinstance(content, bytes) else _safetensors(content))
+        for name, content in contents.items()
+    }
     manifest = {"format": "sprout checkpoint", "version": VERSION, "files": files}
-    write_file(directory / MANIFEST, json_bytes({**manifest, "crc32": zlib.crc32(json_bytes(manifest))}))
+    write_parts(directory / MANIFEST, [json_bytes({**manifest, "crc32": zlib.crc32(json_bytes(manifest))})])
     sync_directory(directory / "model")
     sync_directory(directory)
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes that safetensors.torch.save returns, part by part: header length, header, and the tensors one by one.
+
+    The library itself needs all tensors on the CPU and contiguous at once, and keeps their checksum to itself.
+    """
+    ranks = {dtype: (rank, name) for rank, (name, dtype) in enumerate(DTYPES.items())}
+    names = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype][0], name))
+    header, end = {}, 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {"dtype": ranks[tensor.dtype][1], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # aligns the data
+    yield len(encoded).to_bytes(8, "little")
+    yield encoded
+    for name in names:
+        yield _bytes_of(tensors[name].detach().cpu().contiguous())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, as the file has it: little-endian."""
+    assert sys.byteorder == "little"
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _discard(path: Path) -> None:
@@ -256,8 +284,10 @@ class ModelFolder:
     tokenizer: dict[str, Any]
 
     def model_tensors(self) -> dict[str, Tensor]:
-        _check_model_files(self.path)  # the files may have changed since open_model_folder
-        return _read_tensors(self.path / WEIGHTS)
+        """Reads the weights. Inside a checkpoint, raises DamagedFile where they are not those of its manifest."""
+        checkpoint = _checkpoint_of(self.path)
+        expected = None if checkpoint is None else _manifest_files(checkpoint)[f"model/{WEIGHTS}"]
+        return _read_tensors(self.path / WEIGHTS, expected)
 
 
 @dataclass(frozen=True)
@@ -279,8 +309,7 @@ class Checkpoint:
         return self.model.model_tensors()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        _check_files(self.path, [OPTIMIZER])
-        return _read_tensors(self.path / OPTIMIZER)
+        return _read_tensors(self.path / OPTIMIZER, _manifest_files(self.path)[OPTIMIZER])
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -308,31 +337,67 @@ def open_latest(run_dir: Path) -> Checkpoint:
     )
 
 
-def open_model_folder(path: Path) -> ModelFolder:
-    """Reads a model folder. Checks size and crc32 inside a checkpoint, elsewhere only the form. Raises UserError."""
-    _check_model_files(path)
+def open_model_folder(path: Path, *, check_weights: bool = True) -> ModelFolder:
+    """Reads a model folder. Checks size and crc32 inside a checkpoint, elsewhere only the form. Raises UserError.
+
+    check_weights=False: only their header is checked here; model_tensors, if called next, checks the rest anyway.
+    """
+    checkpoint = _checkpoint_of(path)
+    if checkpoint is not None:
+        _check_files(checkpoint, [name for name in MODEL_FILES if check_weights or not name.endswith(WEIGHTS)])
     _check_header(path / WEIGHTS)
     return ModelFolder(path, read_json(path / CONFIG), read_json(path / TOKENIZER))
 
 
-def _check_model_files(path: Path) -> None:
-    checkpoint, name = os.path.split(os.path.abspath(path))
-    if name == "model" and os.path.exists(os.path.join(checkpoint, MANIFEST)):
-        _check_files(Path(checkpoint), MODEL_FILES)
+def _checkpoint_of(model_folder: Path) -> Path | None:
+    """The checkpoint that a model folder is part of; None for a copy elsewhere."""
+    checkpoint, name = os.path.split(os.path.abspath(model_folder))
+    return Path(checkpoint) if name == "model" and os.path.exists(os.path.join(checkpoint, MANIFEST)) else None
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Not memory-mapped: a truncated file would raise SIGBUS."""
-    _check_header(path)
+def _read_tensors(path: Path, expected: object = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. expected: its entry in the manifest; None: not checked.
+
+    Each tensor is read once, into its own memory. Not memory-mapped: a truncated file would raise SIGBUS.
+    """
+    layout, tensors = _check_header(path), {}
     try:
-        with reading(path):
-            return load(path.read_bytes())
-    except (SafetensorError, RuntimeError) as error:  # RuntimeError: a shape such as (0, 2**62, 2**62)
+        with reading(path) as size, open(path, "rb") as file:
+            length = file.read(8)
+            crc = zlib.crc32(file.read(int.from_bytes(length, "little")), zlib.crc32(length))
+            for name, (dtype, shape) in layout.items():
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                data = _bytes_of(tensors[name])
+                if file.readinto(data) < len(data):
+                    raise DamagedFile(path, f"it ends in tensor {name!r}")
+                crc = zlib.crc32(data, crc)
+    except RuntimeError as error:  # a shape such as (0, 2**62, 2**62)
         raise DamagedFile(path, f"damaged ({error})") from error
+    if expected is not None:
+        _compare(path, {"bytes": size, "crc32": crc}, expected)
+    return tensors
 
 
 def _check_files(directory: Path, names: Iterable[str]) -> None:
     """Compares the size and crc32 of each file with the manifest. Raises DamagedFile; UserError for another version."""
+    files = _manifest_files(directory)
+    for name in names:
+        _compare(directory / name, _size_and_crc(directory / name), files[name])
+
+
+def _compare(path: Path, found: dict[str, int], entry: object) -> None:
+    """Raises DamagedFile where a file's size or crc32 is not that of its entry in the manifest."""
+    if found == entry:
+        return
+    expected = entry if isinstance(entry, dict) else {}
+    problem = f"{found['bytes']} bytes, {str(expected.get('bytes'))[:30]} expected"
+    if found["bytes"] == expected.get("bytes"):
+        problem = f"damaged: its crc32 is {found['crc32']:08x}, which is not the one in the manifest"
+    raise DamagedFile(path, problem)
+
+
+def _manifest_files(directory: Path) -> dict[str, object]:
+    """The manifest's entries, one for each of FILES. Raises DamagedFile; UserError for another version."""
     path = directory / MANIFEST
     manifest = read_json(path)
     checksum, files, version = manifest.pop("crc32", None), manifest.get("files"), manifest.get("version")
@@ -348,13 +413,7 @@ def _check_files(directory: Path, names: Iterable[str]) -> None:
         )
     if not isinstance(files, dict) or set(files) != FILES:
         raise DamagedFile(path, f"must list {sorted(FILES)} and nothing else; it lists {str(files)[:200]!r}")
-    for name in names:
-        if (found := _size_and_crc(directory / name)) != files[name]:
-            expected = files[name] if isinstance(files[name], dict) else {}
-            problem = f"{found['bytes']} bytes, {str(expected.get('bytes'))[:30]} expected"
-            if found["bytes"] == expected.get("bytes"):
-                problem = f"damaged: its crc32 is {found['crc32']:08x}, which is not the one in the manifest"
-            raise DamagedFile(directory / name, problem)
+    return files
 
 
 def _size_and_crc(path: Path) -> dict[str, int]:
@@ -366,17 +425,20 @@ def _size_and_crc(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": crc}
 
 
-def _check_header(path: Path) -> None:
-    """Checks a safetensors file: header length (8 bytes), header, data. The library checks that shapes fit the data."""
+def _check_header(path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Checks a safetensors file: header length (8 bytes), header, data. The library checks that the tensors fill the
+    data without a gap. Returns dtype and shape of each, in the order of the data."""
     with reading(path) as size, open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(MAX_JSON, size - 8):
         raise DamagedFile(path, f"its header length of {length} bytes is impossible in a file of {size} bytes")
     try:
         with safe_open(path, framework="pt") as tensors:
-            dtypes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
+            found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except SafetensorError as error:
         raise DamagedFile(path, f"damaged ({error})") from error
-    for name, dtype in dtypes.items():
+    for name, (dtype, _) in found.items():
         if len(name) > 256 or not name.isprintable() or dtype not in DTYPES:
             raise DamagedFile(path, f"tensor {name[:300]!r} of dtype {dtype!r}: Sprout writes no such name or dtype")
+    return {name: (DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}

@@ -7,7 +7,8 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,20 @@ class DamagedFile(UserError):
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes and syncs a file. Raises OSError."""
+    write_parts(path, [data])
+
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, int]:
+    """Writes and syncs a file part by part. Returns its number of bytes and the crc32 of the parts as they are in
+    memory, not as read back. Raises OSError."""
+    size = crc = 0
     with open(path, "wb") as file:
-        file.write(data)
+        for part in parts:
+            size += file.write(part)
+            crc = zlib.crc32(part, crc)
         file.flush()
         os.fsync(file.fileno())
+    return {"bytes": size, "crc32": crc}
 
 
 def sync_directory(path: Path) -> None:

@@ -16,9 +16,12 @@ def export_weights(model: GPT) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def import_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+def import_weights(model: GPT, tensors: Mapping[str, Tensor], *, take: bool = False) -> None:
     """Copies exported weights into the model, padding with zeros. Raises ValueError that names a tensor that does not
-    fit."""
+    fit.
+
+    take: the model takes over the tensors that need no padding, instead of copies; for those that were read for it.
+    """
     own = dict(model.named_parameters())
     if missing := sorted(own.keys() - tensors.keys()):
         raise ValueError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
@@ -28,8 +31,11 @@ def import_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
         target, given = model.unpad(name, parameter), tuple(tensors[name].shape)
         if target.shape != given:
             raise ValueError(f"{name!r} has the shape {given}, this model has {tuple(target.shape)}")
-        parameter.zero_()
-        target.copy_(tensors[name])
+        if take and target.shape == parameter.shape:
+            parameter.data = tensors[name].to(parameter.device, parameter.dtype)
+        else:
+            parameter.zero_()
+            target.copy_(tensors[name])
 
 
 def count_parameters(model: GPT) -> int:

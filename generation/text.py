@@ -53,7 +53,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
     dtype: the weights are converted once, since decoding reads all of them for every token and autocast would cast them
     each time. Buffers (fixed position tables) stay in float32.
     """
-    saved = open_model_folder(folder)
+    saved = open_model_folder(folder, check_weights=False)  # model_tensors checks them
     try:
         tokenizer = tokenizer_from_dict(saved.tokenizer)
         config = section_from(GPTConfig, saved.config)
@@ -63,7 +63,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
                 f"its tokenizer {tokenizer.vocab_size} with {tokenizer.eos_id}: expected the same numbers"
             )
         model = GPT(config, seed=None)
-        import_weights(model, saved.model_tensors())
+        import_weights(model, saved.model_tensors(), take=True)
     except ValueError as error:
         raise UserError(
             f"{folder}: {error}; copy the folder again from its source, or use another checkpoint"

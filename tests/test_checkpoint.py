@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import sys
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,6 +33,7 @@ from checkpoint import (
 )
 from errors import UserError
 from files import DamagedFile, json_bytes, read_json
+from tests.conftest import ROOT
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are injected into forked processes")
 EVERY_FILE = [*sorted(FILES), "manifest.json"]
@@ -93,6 +97,61 @@ def test_random_tensors_come_back_bit_for_bit(tmp_path, shapes, seed):
             assert loaded[name].dtype == tensor.dtype
             assert loaded[name].shape == tensor.shape
             assert loaded[name].flatten().view(torch.uint8).equal(tensor.flatten().view(torch.uint8)), name
+
+
+def test_tensor_files_are_those_of_the_library_byte_for_byte(tmp_path):
+    """All dtypes, in its order of dtypes and names; no dimension, no element, views, transposed and shared memory."""
+    whole = torch.arange(24.0).view(6, 4)
+    tensors = {
+        "scalar": torch.tensor(1.5),
+        "empty": torch.empty(0, 3),
+        "b": torch.ones(3, dtype=torch.bool),
+        "names/sort by bytes": whole[1:3],
+        "Names": whole,
+        "żółw": whole.T,
+        "e\u0301": whole[:, ::2],
+        'quote " backslash \\': torch.nn.Parameter(torch.ones(2)),
+        **{f"{dtype}": torch.arange(-3, 4).to(dtype) for dtype in checkpoint.DTYPES.values()},
+        **{f"a {dtype}": torch.arange(5).to(dtype) for dtype in reversed(checkpoint.DTYPES.values())},
+    }
+    for some in (tensors, {}, dict(reversed(tensors.items())), {"one": torch.ones(3, 5).to(torch.bfloat16)}):
+        path = save_checkpoint(tmp_path, 1, model=some, config={}, tokenizer={}, optimizer={}, state={})
+        copies = {name: tensor.detach().clone().contiguous() for name, tensor in some.items()}
+        assert (path / "model/model.safetensors").read_bytes() == safetensors.torch.save(copies)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_saving_and_reading_need_no_second_copy_of_the_tensors(tmp_path):
+    """The peak memory of a process that saves tensors of 50 MB twice, with a transposed one of 5 MB, and reads them."""
+    program = """
+import sys, torch
+from pathlib import Path
+from checkpoint import open_checkpoint, save_checkpoint
+
+def memory(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1e3
+
+def extra(action):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+    before = memory("VmRSS")
+    result = action()
+    return memory("VmHWM") - before, result
+
+tensors = {f"t{i}": torch.ones(1_250_000) for i in range(10)}
+tensors["t0"] = torch.ones(1000, 1250).T
+rest = {"config": {}, "tokenizer": {}, "state": {}}
+run = Path(sys.argv[1])
+save_checkpoint(run, 0, model={"a": torch.ones(9).T}, optimizer={}, **rest)  # loads what is loaded on first use
+saving, path = extra(lambda: save_checkpoint(run, 1, model=tensors, optimizer=tensors, **rest))
+opened = open_checkpoint(path)
+reading, _ = extra(opened.model_tensors)
+print(saving, reading)
+"""
+    child = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    saving, reading = map(float, child.stdout.split())
+    assert 4 < saving < 20  # MB: the transposed one
+    assert 40 < reading < 65
 
 
 def test_views_are_saved_with_their_own_values(tmp_path):
@@ -439,16 +498,17 @@ def fail_at(point: int, fault) -> None:
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"):
             count()
 
-    real_write = checkpoint.write_file
+    real_write = checkpoint.write_parts
 
     def fsync(descriptor: int) -> None:
         count()
 
-    def write_file(path: Path, data: bytes) -> None:
+    def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, int]:
+        data = b"".join(parts)
         count(lambda: path.write_bytes(data[: len(data) // 2]))
-        real_write(path, data)
+        return real_write(path, [data])
 
-    os.fsync, checkpoint.write_file = fsync, write_file  # never undone: this is a forked process
+    os.fsync, checkpoint.write_parts = fsync, write_parts  # never undone: this is a forked process
     sys.addaudithook(audit)
 
 
@@ -577,12 +637,15 @@ def test_too_little_disk_space_raises_before_writing(tmp_path, monkeypatch):
 
 def test_a_checkpoint_that_fails_verification_is_removed(tmp_path, monkeypatch):
     save(tmp_path, 10, 1.0)
-    real = checkpoint.write_file
+    real = checkpoint.write_parts
 
-    def write_damaged(path: Path, data: bytes) -> None:
-        real(path, data[:-1] + b"?" if path.name == "optimizer.safetensors" else data)
+    def write_damaged(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, int]:
+        entry = real(path, parts)
+        if path.name == "optimizer.safetensors":
+            flip(path, -1)
+        return entry
 
-    monkeypatch.setattr(checkpoint, "write_file", write_damaged)
+    monkeypatch.setattr(checkpoint, "write_parts", write_damaged)
     for step in (10, 20):
         with pytest.raises(SaveFailed, match=r"optimizer\.safetensors"):
             save(tmp_path, step, 2.0)

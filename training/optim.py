@@ -148,9 +148,11 @@ def optimizer_tensors(optimizer: Optimizer, model: GPT) -> dict[str, torch.Tenso
 
 @torch.no_grad()
 def load_optimizer_tensors(optimizer: Optimizer, model: GPT, tensors: dict[str, torch.Tensor]) -> None:
-    """Restores the state of optimizer_tensors. Raises ValueError if it does not fit the model."""
+    """Restores the state of optimizer_tensors, and empties `tensors`, so that no second copy of it is in memory. Raises
+    ValueError if it does not fit the model."""
     parameters = dict(model.named_parameters())
-    for full_name, tensor in tensors.items():
+    for full_name in list(tensors):
+        tensor = tensors.pop(full_name)
         name, _, key = full_name.rpartition("/")
         if name not in parameters:
             raise ValueError(f"the optimizer's state names {name!r}, which this model does not have")

@@ -25,12 +25,10 @@ if __name__ == "__main__":  # before the imports that take seconds
 import io
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from checkpoint import STATE, resolve_model_folder
 from common.hardware import choose_attention, choose_hardware
-from common.option import unescape
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import newest_run
 from common.tokenizer import Tokenizer
@@ -128,9 +126,8 @@ def print_samples(
 
 
 def read_sampling(options: config.Options) -> tuple[SamplingOptions, int]:
-    """Sampling options, with the escapes of the stop strings decoded, and the seed."""
-    sampling = options.section(SamplingOptions)
-    return replace(sampling, stop=tuple(map(unescape, sampling.stop))), options.section(RunOptions).seed
+    """Sampling options, and the seed."""
+    return options.section(SamplingOptions), options.section(RunOptions).seed
 
 
 def run_name(model_folder: Path) -> str:

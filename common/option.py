@@ -206,6 +206,11 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
         yield option
 
 
+def option_names(section: type) -> list[str]:
+    """The names of a section's options: its fields, without derived ones."""
+    return [field.name for field in dataclasses.fields(section) if not field.metadata.get("derived")]
+
+
 def check_option(options: Mapping[str, Option], name: str, value: object) -> Any:
     """A Python value in the type of the option `name`. Raises UserError if it does not fit."""
     try:

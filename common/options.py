@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from common.option import fixed
+from common.option import fixed, path
 
 if TYPE_CHECKING:
-    from annotated_types import Ge
+    from annotated_types import Ge, Interval
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    run: str | None = None
+    run: str | None = path(None)
     """train.py: directory to write (runs/PRESET-N by default). sample.py: run, checkpoint or model folder (newest)."""
-    seed: Annotated[int, Ge(0)] = fixed(1337)
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = fixed(1337)
     """Random seed. train.py: initial weights, data order, dropout. sample.py: sampled tokens."""
 
     def problems(self) -> list[str]:

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from common.option import show
 from common.options import HardwareOptions, RunOptions
 from config.loader import Loader, Options, dump, replace
 from errors import UserError, run_script
@@ -85,6 +87,16 @@ SCRIPTS: dict[str, tuple[type, ...]] = {
     "prepare_data": (SourceOptions, PrepareOptions),
 }
 
+NEEDS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("tokenizer", "bpe"),
+    "split_pattern": ("tokenizer", "bpe"),
+    "logprobs": ("output", "jsonl"),
+    "host": ("serve", True),
+    "port": ("serve", True),
+    "api_token": ("serve", True),
+}
+"""Options that have an effect only with a certain value of another one."""
+
 USAGE = {
     "train.py": """
 usage: python train.py [PRESET ...] [--option=value ...]
@@ -132,7 +144,23 @@ def load(script: str, argv: Sequence[str]) -> Options:
     """The options of a script from its command line. Raises one UserError with all problems; --help exits with 0."""
     resuming = any(arg.startswith("--resume=") for arg in argv)  # a resumed run has its own options
     default_preset = "quickstart" if script == "train.py" and not resuming else None
-    return _loader.load(script, argv, default_preset=default_preset)
+    options = _loader.load(script, argv, default_preset=default_preset)
+    if (
+        options.values.get("resume") is None and options.values.get("init_from") is None
+    ):  # these have their own tokenizer
+        refuse_unused(options)
+    return options
+
+
+def refuse_unused(options: Options) -> None:
+    """Raises UserError on flags that have no effect because of the value of another option."""
+    values, found = options.values, []
+    for name, (other, needed) in NEEDS.items():
+        if options.origin.get(name) == "flag" and values[name] is not None and values[other] != needed:
+            flag, without = f"--{name}={show(values[name])}", f"{other}={show(values[other])}"
+            found.append(f"{flag} has no effect with {without}: add --{other}={show(needed)}, or leave --{name} out")
+    if found:
+        raise UserError("\n".join(found))
 
 
 def check_command_line(script: str) -> None:

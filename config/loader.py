@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.option import RETIRED, Option, check_option, no_such_option, options_of, show
+from common.option import RETIRED, Option, check_option, no_such_option, option_names, options_of, show
 from config.advice import DASHES, flag_problem, quotes_problem, word_problem
 from config.help_text import help_text
 from config.hints import hint
@@ -223,11 +223,6 @@ class Loader:
 
 def is_flag(arg: str) -> bool:
     return arg[:1] in tuple(DASHES)
-
-
-def option_names(section: type) -> list[str]:
-    """The names of a section's options: its fields, without derived ones."""
-    return [field.name for field in dataclasses.fields(section) if not field.metadata.get("derived")]
 
 
 def _command(script: str) -> str:

@@ -2,73 +2,83 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import config
-from common.option import without_retired
+from common.option import option_names, quote, show, without_retired
 from errors import UserError
+from model import GPTConfig
+from prepare_data import PrepareOptions
+
+# Options of preparation that may differ where a resumed run's text is named again, as long as its tokens are the same.
+WITH_DATA = {"data_dir", "encoding", "exclude"}
+TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
 
 
 def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> config.Options:
     """Merges the options of the command line (`options`) with those of the checkpoint's state (`stored`), by name.
 
-    A flag for a fixed option must equal the stored value; a changed free option is added to the result's `notes`.
-    Raises UserError naming every fixed option that differs, with both values.
+    A flag for a fixed option must equal the stored value, and so must one of preparation, because the run's text is
+    prepared already; a changed free option is added to the result's `notes`. Raises UserError naming every flag that
+    would have no effect or make another run, with both values.
     """
     resume, stored = options.flat()["resume"], without_retired(stored)
-    fixed = config.fixed_names()
-    changed, refused = {}, []
+    fixed, preparation = config.fixed_names(), option_names(PrepareOptions)
+    changed, refused, advice = {}, [], f"--init_from={quote(resume)} starts a new run from these weights"
     if options.presets:
         refused.append(f"{options.presets[0]}: a resumed run keeps its options; presets are for new runs")
     for name, value in options.flat().items():
         if options.origin[name] != "flag" or name == "resume" or value == stored.get(name):
             continue
+        flag, was = f"--{name}={show(value)}", f"{name}={show(stored.get(name))}"
         if name == "budget_minutes":
-            refused.append(f"--budget_minutes={value}: a resumed run keeps its plan; set its length with --max_steps=N")
+            refused.append(f"{flag}: a resumed run keeps its plan; set its length with --max_steps=N")
         elif name == "run":
-            refused.append(f"--run={value}: a resumed run stays in its directory {resume}; leave out --run")
+            refused.append(f"{flag}: a resumed run stays in its directory {resume}; leave out --run")
+        elif name in preparation and name in WITH_DATA:
+            if options.origin["data"] == "flag":
+                changed[name] = value
+            else:
+                refused.append(f"{flag}: the run's text was prepared with {was}; leave the flag out, or add --data")
+        elif name in preparation:
+            refused.append(f"{flag}: the run's text was prepared with {was}; leave the flag out")
+            advice = f"for a text that is prepared in another way, start a new run: leave out --resume={quote(resume)}"
         elif name in fixed:
-            refused.append(
-                f"--{name}={value}: the run was started with {name}={stored.get(name)}, "
-                "which a resumed run cannot change"
-            )
+            refused.append(f"{flag}: the run was started with {was}, which a resumed run cannot change")
         else:
             changed[name] = value
     if refused:
-        advice = f"start a new run instead, from these weights if needed: --init_from={shlex.quote(resume)}"
         raise UserError("\n".join([*refused, advice]))
     merged = config.replace(options, **{**stored, **changed, "resume": resume, "run": resume})
     changed.pop("eval_only", None)  # does not change the run
     merged.notes.extend(
-        f"changed on resume: {name}={value} (was {stored.get(name)})" for name, value in changed.items()
+        f"changed on resume: {name}={show(value)} (was {show(stored.get(name))})" for name, value in changed.items()
     )
     return merged
 
 
-def with_model_options(options: config.Options, model_options: Mapping[str, Any]) -> config.Options:
-    """`options` with the model options of --init_from, which override presets; dropout may differ.
+def with_model_options(
+    options: config.Options, model_options: Mapping[str, Any], tokenizer: Mapping[str, Any]
+) -> config.Options:
+    """`options` with the model options and the tokenizer of --init_from, which override presets; dropout may differ.
 
     Raises UserError on a flag that differs from them.
     """
     source = options.flat()["init_from"]
-    values, refused = {}, []
-    for name in ("tokenizer", "vocab_size", "split_pattern"):
-        if options.origin[name] == "flag":
+    own = {"tokenizer": tokenizer.get("name")}
+    if own["tokenizer"] == "bpe":  # the options of other tokenizers have no meaning
+        own |= {"vocab_size": model_options.get("vocab_size"), "split_pattern": tokenizer.get("pattern")}
+    values = own | {name: model_options[name] for name in option_names(GPTConfig) if name in model_options}
+    values.pop("dropout", None)
+    refused = []
+    for name in dict.fromkeys([*TOKENIZER, *values]):
+        value = options.flat()[name]
+        if options.origin[name] == "flag" and (name not in values or value != values[name]):
+            has = "their own tokenizer" if name in TOKENIZER else f"{name}={show(values[name])}"
             refused.append(
-                f"--{name}={options.flat()[name]}: the weights of --init_from={source} have their own tokenizer; "
-                "leave the flag out"
+                f"--{name}={show(value)}: the weights of --init_from={source} have {has}; leave the flag out"
             )
-    for name, value in model_options.items():
-        if name not in options.origin or name == "dropout":
-            continue
-        if options.origin[name] == "flag" and options.flat()[name] != value:
-            refused.append(
-                f"--{name}={options.flat()[name]}: the weights of --init_from={source} have {name}={value}; "
-                "leave the flag out"
-            )
-        values[name] = value
     if refused:
         raise UserError("\n".join(refused))
     return config.replace(options, **values)

@@ -72,7 +72,7 @@ def read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     refuse_used_run(options.section(RunOptions).run)
     if train.init_from is not None:
         initial = open_model_folder(resolve_model_folder(Path(train.init_from)))
-        return Start(with_model_options(options, initial.config), initial=initial)
+        return Start(with_model_options(options, initial.config, initial.tokenizer), initial=initial)
     if eval_only:
         raise UserError("--eval_only=true needs weights to evaluate: add --resume=RUN or --init_from=RUN")
     return Start(options)

@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from common.option import escaped, path
+
 if TYPE_CHECKING:
-    from annotated_types import Ge, Gt, Interval
+    from annotated_types import Ge, Interval
 
 
 @dataclass(frozen=True)
 class SampleScriptOptions:
     checkpoint: str = "best"
     """Which checkpoint of the run: best (lowest val loss), latest, or step-N."""
-    prompt: str | None = None
-    """Prompt text to continue; without one, a new document is started."""
-    prompt_file: str | None = None
+    prompt: str | None = escaped(None)
+    r"""Prompt text to continue; without one, a new document is started. \n, \t and \\ are escapes; --prompt_file
+    takes a text as it is."""
+    prompt_file: str | None = path(None)
     """Read the prompt from this file (UTF-8); - for standard input."""
-    prompts: str | None = None
+    prompts: str | None = path(None)
     """Read many prompts from this JSON Lines file, each a string or {"prompt": "…", "id": …}; - for standard input."""
     quantize: Literal["int8"] | None = None
     """int8: 8-bit weights, on CPUs only; a 124M model generates 1.9 times as fast on two cores, small ones slower."""
@@ -27,7 +30,7 @@ class SampleScriptOptions:
     """Print samples as text, or as one JSON object per line with token ids, log-probabilities and finish reason."""
     interactive: bool = False
     """Interactive session: the model continues each line that you type; /help lists its commands."""
-    inspect: str | None = None
+    inspect: str | None = path(None)
     """Write an HTML page with the attention maps, scores and next-token probabilities of the prompt; no samples."""
 
     def problems(self) -> list[str]:
@@ -53,11 +56,11 @@ class SampleScriptOptions:
 class SamplingOptions:
     """Filters in the order of application (as in Hugging Face), then the rules for the end and the context."""
 
-    repetition_penalty: Annotated[float, Gt(0)] = 1.0
+    repetition_penalty: Annotated[float, Interval(ge=0.01, le=100)] = 1.0
     """Divide positive logits of tokens in prompt or text by this, multiply negative ones; > 1: less repetition."""
-    presence_penalty: float = 0.0
+    presence_penalty: Annotated[float, Interval(ge=-1000, le=1000)] = 0.0
     """Subtract this from the logit of each token that was generated before."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: Annotated[float, Interval(ge=-1000, le=1000)] = 0.0
     """Subtract this from a token's logit once for each time it was generated before."""
     temperature: Annotated[float, Ge(0)] = 0.8
     """Divide the logits by this: 0 always takes the likeliest token, 1 leaves them as they are, more is more random."""
@@ -71,8 +74,8 @@ class SamplingOptions:
     """Maximum length of a sample, in tokens."""
     min_new_tokens: Annotated[int, Ge(0)] = 0
     """Never draw end-of-sequence before a sample has this many tokens."""
-    stop: tuple[str, ...] = ()
-    r"""Stop string: end a sample just before this text (\n is a line break); may be given several times."""
+    stop: tuple[str, ...] = escaped(())
+    r"""Stop string: end a sample just before this text; \n, \t and \\ are escapes. May be given several times."""
     stop_at_eos: bool = True
     """End a sample when the end-of-sequence token is drawn."""
     prepend_eos: bool = True

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from common.option import escaped, path
+
 if TYPE_CHECKING:
     from annotated_types import Ge, Interval
 
@@ -18,15 +20,16 @@ if TYPE_CHECKING:
 class PrepareOptions:
     """How text becomes tokens. train.py has the same options, for a text that it prepares itself."""
 
-    tokenizer: str = "bpe"
+    tokenizer: str = path("bpe")
     """bpe (trained on the corpus), bytes, char, a published encoding (gpt2, o200k_base, …), or a tokenizer's file."""
-    vocab_size: Annotated[int, Ge(257)] = 4096
-    """Vocabulary size of bpe, EOS included; larger: fewer tokens, more parameters. Other tokenizers have their own."""
+    vocab_size: Annotated[int, Ge(1)] = 4096
+    """Vocabulary size of bpe, EOS included, at least 257; larger: fewer tokens, more parameters. Other tokenizers have
+    their own."""
     split_pattern: Literal["gpt4o", "gpt2"] = "gpt4o"
     """Regular expression that splits text before byte pairs are merged: GPT-4o's or GPT-2's."""
     encoding: str = "utf-8"
     """Encoding of the text files: utf-8, gb18030, utf-16, latin-1, … A byte order mark is removed."""
-    separator: str | None = None
+    separator: str | None = escaped(None)
     r"""Ends a document within a file; \n, \t and \\ are escapes: '\n' is one document per line. none: one per file."""
     split: Literal["auto", "documents", "tail"] = "auto"
     """Validation split: whole documents, chosen by hash, or the tail of the text. auto: documents where they come near
@@ -35,18 +38,23 @@ class PrepareOptions:
     """Fraction of the text kept for validation: of its bytes by documents, of its characters by tail."""
     shard_tokens: Annotated[int, Interval(ge=8, le=2**31 - 1)] = 100_000_000
     """Maximum number of tokens per shard file."""
-    data_dir: str = "data"
+    data_dir: str = path("data")
     """Folder for datasets and downloads."""
 
     def problems(self) -> list[str]:
-        return ["--separator must not be empty; use none for one document per file"] if self.separator == "" else []
+        found = []
+        if self.separator == "":
+            found.append("--separator must not be empty; use none for one document per file")
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            found.append(f"--vocab_size={self.vocab_size}: bpe needs at least 257, for 256 bytes and end-of-sequence")
+        return found
 
 
 @dataclass(frozen=True)
 class SourceOptions:
     """What `python -m prepare_data SOURCE` reads and writes; SOURCE is text, shakespeare or python_stdlib."""
 
-    input: str | None = None
+    input: str | None = path(None)
     """Source text: a file, a folder, a quoted glob, or - for standard input. Gzip files are decompressed."""
     name: str | None = None
     """Name of the dataset, a folder under --data_dir. Default: the input's name without extension, or the source's."""

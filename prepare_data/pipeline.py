@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from common.option import unescape
 from common.tokenizer import PUBLISHED, Tokenizer, char_tokenizer, named_tokenizer, train_bpe
 from errors import UserError
 from prepare_data import PrepareOptions, folders
@@ -33,19 +32,18 @@ LAYOUT = 2  # increment when the same text and options produce different files
 
 def make_corpus(source: str, source_input: str | None, options: PrepareOptions) -> Corpus:
     """The corpus of `source`, one of SOURCES. Raises UserError if `source_input` is missing or not allowed."""
-    separator = None if options.separator is None else unescape(options.separator)
     if source == "python_stdlib":
         if source_input is not None:
             raise UserError(
                 f"--input={source_input}: python_stdlib always reads the standard library;"
                 " for your own text, use the source text"
             )
-        return python_stdlib.corpus(separator)
+        return python_stdlib.corpus(options.separator)
     if source == "shakespeare" and source_input is None:
-        return shakespeare.corpus(Path(options.data_dir), separator)
+        return shakespeare.corpus(Path(options.data_dir), options.separator)
     if source_input is None:
         raise UserError("text needs --input=FILE, a folder, a glob in quotes, or - for standard input")
-    return text.corpus(source_input, options.encoding, separator)
+    return text.corpus(source_input, options.encoding, options.separator)
 
 
 def prepare(corpus: Corpus, options: PrepareOptions, name: str, overwrite: bool = False) -> Dataset:

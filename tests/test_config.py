@@ -19,8 +19,8 @@ import config
 import sample as sample_script
 import train as train_script
 from checkpoint import open_latest, save_checkpoint
-from common.option import Option, options_of, section_from
-from config.loader import NOT_PRESETS, Loader, Options, dump, option_names, replace
+from common.option import Option, option_names, options_of, section_from
+from config.loader import NOT_PRESETS, Loader, Options, dump, replace
 from errors import UserError
 from model import GPTConfig
 from tests.conftest import ROOT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from common.option import fixed
+from common.option import escaped, fixed, path
 
 if TYPE_CHECKING:
     from annotated_types import Ge, Gt, Interval
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    data: str = "python_stdlib"
+    data: str = path("python_stdlib")
     """Dataset name or folder, text file or folder (prepared first), or a corpus: python_stdlib, shakespeare."""
-    resume: str | None = None
+    resume: str | None = path(None)
     """Run directory to resume from its last checkpoint (bitwise exact on a CPU)."""
-    init_from: str | None = fixed(None)
+    init_from: str | None = fixed(None, path=True)
     """Run, checkpoint or model folder with the initial weights and the tokenizer of a new run."""
     max_steps: Annotated[int, Ge(0)] = 2000
     """Number of optimizer steps."""
-    budget_minutes: Annotated[float, Gt(0)] | None = None
+    budget_minutes: Annotated[float, Interval(gt=0, le=1_000_000)] | None = None
     """Train for about this long: sets max_steps from the measured speed (stored in config.json)."""
     tokens_per_step: Annotated[int, Ge(1)] = fixed(8192)
     """Tokens per optimizer step; a multiple of block_size."""
@@ -97,13 +97,13 @@ class EvalOptions:
     """Evaluate the weights of --resume or --init_from on the whole val split and exit."""
     save_interval: Annotated[int, Ge(1)] | None = None
     """Steps between checkpoints; none: at every evaluation. A new best val loss is always saved."""
-    sample_prompt: str = ""
-    """Prompt of the sample shown at every evaluation; empty: a new document."""
+    sample_prompt: str = escaped("")
+    r"""Prompt of the sample shown at every evaluation; \n, \t and \\ are escapes. Empty: a new document."""
     sample_tokens: Annotated[int, Ge(0)] = 100
     """Maximum length of these samples in tokens; 0: no samples."""
     sample_temperature: Annotated[float, Ge(0)] = 0.8
     """Temperature of these samples."""
-    sample_seed: Annotated[int, Ge(0)] = 1337
+    sample_seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1337
     """Seed of these samples."""
     final_samples: Annotated[int, Ge(0)] = 3
     """Number of samples at the end of training."""

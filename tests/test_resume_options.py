@@ -1,0 +1,108 @@
+"""Options of runs that start from another one: --resume, --init_from, --eval_only, a run's config.json as a preset."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import config
+import train as train_script
+from errors import UserError
+
+QUICK = ("--max_steps=2", "--tokens_per_step=64", "--warmup_steps=1", "--sample_tokens=2", "--final_samples=1")
+SMALL = ("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--threads=1", "--dtype=float32")
+LETTERS = "abc abd acd bcd "
+
+
+def train(*args: str) -> int:
+    return train_script.main(list(args))
+
+
+def options_of_run(run: str) -> dict:
+    return json.loads(Path(run, "config.json").read_text("utf-8"))["options"]
+
+
+def message_of(*args: str) -> str:
+    with pytest.raises(UserError) as caught:
+        train(*args)
+    return str(caught.value)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(LETTERS * 300)
+    Path("other.txt").write_text(LETTERS[::-1] * 200)
+
+
+@pytest.fixture
+def run(project, capsys):
+    assert train("--data=text.txt", "--tokenizer=bytes", *QUICK, *SMALL, "--run=run") == 0
+    capsys.readouterr()
+    return "run"
+
+
+TOKENIZERS = [("char",), ("bytes",), ("bpe", "--vocab_size=260")]
+if os.environ.get("TIKTOKEN_CACHE_DIR"):
+    TOKENIZERS.append(("gpt2",))
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda given: given[0])
+def test_runs_of_every_tokenizer_are_continued_evaluated_repeated_and_used_as_initial_weights(
+    project, tokenizer, capsys
+):
+    """A run without --init_from has the quickstart preset's tokenizer options, which weights with another tokenizer
+    must not be checked against."""
+    name, *flags = tokenizer
+    assert train("--data=text.txt", f"--tokenizer={name}", *flags, *QUICK, *SMALL, "--run=one") == 0
+    assert train("--init_from=one", "--data=other.txt", "--eval_only=true", "--threads=1") == 0
+    assert "val loss" in capsys.readouterr().out
+    assert train("--resume=one", "--eval_only=true") == 0
+    assert train("--resume=one", "--max_steps=3") == 0
+    assert train("one/config.json", "--run=again", "--max_steps=2") == 0
+    assert train("--init_from=one", "--data=other.txt", *QUICK, "--threads=1", "--run=two") == 0
+    assert options_of_run("two")["tokenizer"] == name
+    assert train("two/config.json", "--run=three") == 0
+
+
+def test_flags_of_a_tokenizer_that_is_not_used_are_refused(project):
+    assert "--vocab_size=300 has no effect with tokenizer=char" in message_of("--tokenizer=char", "--vocab_size=300")
+    assert "--vocab_size=65 has no effect with tokenizer=bytes" in message_of("debug", "--vocab_size=65")
+    assert "bpe needs at least 257" in message_of("--vocab_size=65")
+    Path("small.py").write_text("tokenizer = 'char'\nvocab_size = 65\n")  # no rule of bpe's for a preset of another
+    assert config.load("train.py", ["small.py"]).flat()["vocab_size"] == 65
+
+
+def test_init_from_takes_flags_that_agree_with_the_weights(run):
+    common = (f"--init_from={run}", "--data=other.txt", "--eval_only=true", "--threads=1")
+    assert train(*common, "--tokenizer=bytes", "--n_layer=1") == 0
+    assert "have their own tokenizer" in message_of(*common, "--tokenizer=char")
+    assert "have their own tokenizer" in message_of(*common, "--vocab_size=300")
+    assert "have n_layer=1" in message_of(*common, "--n_layer=2")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "vocab_size", "split_pattern", "split", "val_fraction", "encoding"])
+def test_a_resumed_run_refuses_flags_of_preparation(run, name):
+    """They can have no effect on a text that is prepared already; config.json must repeat the run."""
+    before = Path(run, "config.json").read_bytes()
+    values = {"tokenizer": "char", "vocab_size": "300", "split_pattern": "gpt2", "split": "documents"}
+    value = values.get(name) or {"val_fraction": "0.3", "encoding": "latin-1"}[name]
+    message = message_of(f"--resume={run}", "--max_steps=3", f"--{name}={value}")
+    assert message.startswith(f"--{name}={value}: the run's text was prepared with {name}=")
+    assert Path(run, "config.json").read_bytes() == before
+    stored = options_of_run(run)[name]
+    assert train(f"--resume={run}", "--max_steps=3", f"--{name}={stored}") == 0
+
+
+def test_a_text_that_is_named_again_may_have_another_folder_and_encoding(run):
+    Path("moved").mkdir()
+    Path("moved/text.txt").write_text(LETTERS * 300, encoding="utf-16")
+    flags = ("--data=moved/text.txt", "--encoding=utf-16", "--data_dir=other")
+    assert "add --data" in message_of(f"--resume={run}", "--data_dir=other")
+    assert train(f"--resume={run}", "--max_steps=3", *flags) == 0
+    assert Path("other").is_dir()
+    options = options_of_run(run)
+    assert (options["data"], options["encoding"], options["data_dir"]) == ("moved/text.txt", "utf-16", "other")
+    assert train(f"{run}/config.json", "--run=again", "--max_steps=2") == 0
+    assert "the run's text was prepared with" in message_of(f"--resume={run}", *flags, "--tokenizer=char")

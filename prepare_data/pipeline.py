@@ -17,8 +17,9 @@ import numpy as np
 from common.tokenizer import PUBLISHED, Tokenizer, char_tokenizer, named_tokenizer, train_bpe
 from errors import UserError
 from prepare_data import PrepareOptions, folders
+from prepare_data.shard_format import SPLITS
 from prepare_data.shard_writer import ShardWriter, write_dataset
-from prepare_data.shards import SPLITS, Dataset, open_dataset
+from prepare_data.shards import Dataset, open_dataset
 from prepare_data.sources import Corpus, python_stdlib, shakespeare, text
 from prepare_data.split import HASHES, Counts, LabeledPiece, SplitRule, choose_rule, count, percent
 from terminal import progress_bar

@@ -77,7 +77,8 @@ def _refuse_files_of_datasets(path: Path) -> None:
     """Raises UserError for a file of a dataset, and for a folder of datasets: neither is text."""
     if path.is_file() and path.suffix in (".bin", ".json", ".mask") and is_dataset(path.parent):
         raise UserError(f"--data={path}: is a file of a dataset; give its folder: --data={path.parent}")
-    inside = sorted(folder.name for folder in path.glob("[!.]*") if is_dataset(folder)) if path.is_dir() else []
+    subfolders = [folder for folder in path.glob("[!.]*") if folder.is_dir()] if path.is_dir() else []
+    inside = sorted(folder.name for folder in subfolders if is_dataset(folder))
     if inside:
         raise UserError(
             f"--data={path}: a folder of datasets ({', '.join(inside[:5])}); give one of them:"
@@ -115,10 +116,20 @@ def _open(folder: Path, options: PrepareOptions, tokenizer: Tokenizer | None) ->
             f" ({own.vocab_size} ids, {own.content_hash[:8]}), but the model has"
             f" {tokenizer.name} ({tokenizer.vocab_size} ids, {tokenizer.content_hash[:8]}); give --data the text itself"
         )
-    print(f"data: {dataset.folder} ({describe(dataset)})")
+    log_dataset(dataset)
     if not tokenizer and options.tokenizer not in ("bpe", own.name):
         print(f"data: --tokenizer={options.tokenizer} is ignored: the dataset was prepared with {own.name}")
     return dataset
+
+
+def log_dataset(dataset: Dataset, prefix: str = "") -> None:
+    """Prints what was opened, and whether it is checked while the training runs."""
+    print(f"data: {prefix}{dataset.folder} ({describe(dataset)})")
+    for note in dataset.meta.get("notes", []):
+        print(f"data: {note}")
+    checks = [split.check for split in (dataset.train, dataset.val) if split.check.in_background]
+    if checks:
+        print(f"data: {sum(check.bytes for check in checks) / 1e9:.1f} GB are checked for damage in the background")
 
 
 def _prepare(data: str, corpus: Corpus, options: PrepareOptions, tokenizer: Tokenizer | None) -> Dataset:
@@ -129,7 +140,7 @@ def _prepare(data: str, corpus: Corpus, options: PrepareOptions, tokenizer: Toke
     final = Path(options.data_dir) / f"{folders.safe_name(corpus.name[:60])}-{key}"
     existing = open_existing(final, request)
     if existing:
-        print(f"data: {data}, already prepared in {final} ({describe(existing)})")
+        log_dataset(existing, f"{data}, already prepared in ")
         return existing
     print(f"data: preparing {data} in {final}")
     return build(corpus, counts, options, request, final, tokenizer)

@@ -1,4 +1,4 @@
-"""The only writer of shards (format: shards.py) and of dataset.json. The caller creates and renames the folder."""
+"""The only writer of shards (format: shard_format.py) and of dataset.json. The caller makes and renames the folder."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import numpy as np
 from common.tokenizer import Tokenizer
 from errors import UserError
 from files import sync_directory
-from prepare_data.shards import FORMAT, HEADER_BYTES, HEADERS, VERSION, dtype_for, fingerprint
+from prepare_data.shard_format import HEADER_BYTES, HEADERS, dtype_for
+from prepare_data.shards import FORMAT, VERSION, fingerprint
 
 BUFFER = 1 << 20  # tokens kept in memory before a write
 

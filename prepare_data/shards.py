@@ -1,20 +1,18 @@
-"""Token shards on disk: their format and the only reader; the only writer is shard_writer.py.
+"""Datasets on disk: `open_dataset`, and the only reader of shards; the only writer is shard_writer.py.
 
-A shard is a header of 256 little-endian int32 ([0] magic, [1] version, [2] token count), then the ids: uint16 (magic
-20240520, version 1), or uint32 (20240801, version 7) for vocabularies above 65,535. A mask is `train_000000.mask`:
-bit i % 8 of byte i // 8 is set if token i counts as a target. `dataset.json` holds the counts, the crc32 of each
-shard's ids (without the header), and the whole tokenizer. Folders without it are read too: shards of the same layout
-(llm.c's and modded-nanogpt's) and headerless uint16 `train.bin` and `val.bin` (nanoGPT's).
+A dataset is a folder of shards (shard_format.py) and `dataset.json`, which holds the counts, the crc32 of each shard's
+ids (without the header), and the whole tokenizer. Folders without it are read too: foreign.py.
 
 Files are read, never memory-mapped: a mapped file that is truncated kills the process with SIGBUS.
-Reading order: Split, open_dataset, _read_meta, then folders without dataset.json.
+Reading order: Split, open_dataset, _read_meta; then shard_check.py.
 """
 
 import bisect
+import errno
 import hashlib
 import json
 import threading
-import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from io import FileIO
@@ -23,39 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from common.tokenizer import Tokenizer, named_tokenizer, tokenizer_from_dict
+from common.tokenizer import Tokenizer, tokenizer_from_dict
 from errors import UserError
+from prepare_data.foreign import describe_foreign, is_foreign
+from prepare_data.shard_check import ContentCheck
+from prepare_data.shard_format import HEADER_BYTES, PREPARE_AGAIN, SPLITS, Shard, check_ids, dtype_for, read_header
 
-HEADERS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # dtype: (magic, version)
-HEADER_BYTES = 1024
 FORMAT = "sprout-dataset"
 VERSION = 1
-SPLITS = ("train", "val")
-BLOCK = 1 << 24  # bytes per read of a checksum
-MAX_OPEN_FILES = 128
-PREPARE_AGAIN = "delete this dataset's folder and prepare (or fetch) it again"
-
-
-def dtype_for(vocab_size: int) -> str:
-    """The dtype of the ids: uint16 holds a vocabulary of up to 65,535."""
-    return "uint16" if vocab_size <= 65_535 else "uint32"
-
-
-@dataclass
-class Shard:
-    """One file of ids whose header and size have been checked by `open_dataset`."""
-
-    path: Path
-    offset: int  # bytes before the first id
-    dtype: np.dtype
-    tokens: int
-    crc32: int | None = None
-    mask_crc32: int | None = None  # None: no mask
-    checked: bool = False  # contents too, on the first read
-
-    @property
-    def mask_path(self) -> Path:
-        return self.path.with_suffix(".mask")
 
 
 class Split:
@@ -68,7 +41,9 @@ class Split:
         self.name, self.shards, self.vocab_size = name, shards, vocab_size
         self.masked = shards[0].mask_crc32 is not None
         self._ends = np.cumsum([shard.tokens for shard in shards]).tolist()
-        self._files: dict[Path, FileIO] = {}
+        self.check = ContentCheck(shards, vocab_size)
+        self._files: dict[Path, FileIO] = {}  # the most recently used one is last
+        self._max_open_files = 0  # 0: not known yet
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -76,6 +51,7 @@ class Split:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """The ids [start, start + count), int64 (count,)."""
+        self.check()
         parts = [self._read_ids(*part) for part in self._parts(start, count)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -83,6 +59,7 @@ class Split:
         """bool (count,): whether each of the same ids counts as a target. None if the split has no masks: all do."""
         if not self.masked:
             return None
+        self.check()
         return np.concatenate([self._read_mask(*part) for part in self._parts(start, count)])
 
     def _parts(self, start: int, count: int) -> list[tuple[Shard, int, int]]:
@@ -101,15 +78,13 @@ class Split:
                 return parts
 
     def _read_ids(self, shard: Shard, first: int, count: int) -> np.ndarray:
-        if not shard.checked:
-            self._check_content(shard)
         size = shard.dtype.itemsize
         data = self._read_bytes(shard.path, shard.offset + first * size, count * size)
-        return np.frombuffer(data, shard.dtype).astype(np.int64)
+        ids = np.frombuffer(data, shard.dtype)
+        check_ids(shard, ids, self.vocab_size)
+        return ids.astype(np.int64)
 
     def _read_mask(self, shard: Shard, first: int, count: int) -> np.ndarray:
-        if not shard.checked:
-            self._check_content(shard)
         begin = first // 8
         data = self._read_bytes(shard.mask_path, begin, (first + count + 7) // 8 - begin)
         bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
@@ -118,7 +93,7 @@ class Split:
     def _read_bytes(self, path: Path, offset: int, size: int) -> bytes:
         try:
             with self._lock:  # seek and read must not interleave with another thread's
-                file = self._files.get(path) or self._open_file(path)
+                file = self._open_file(path)
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
@@ -128,39 +103,42 @@ class Split:
         return data
 
     def _open_file(self, path: Path) -> FileIO:
-        if len(self._files) >= MAX_OPEN_FILES:
-            self._files.pop(next(iter(self._files))).close()
-        self._files[path] = path.open("rb", buffering=0)
-        return self._files[path]
-
-    def _check_content(self, shard: Shard) -> None:
-        """Checks the crc32 of ids and mask, and that every id is below vocab_size. Runs before a shard's first read."""
-        crc, largest = 0, 0
-        end = shard.offset + shard.tokens * shard.dtype.itemsize
-        for offset in range(shard.offset, end, BLOCK):
-            data = self._read_bytes(shard.path, offset, min(BLOCK, end - offset))
-            crc = zlib.crc32(data, crc)
-            largest = max(largest, int(np.frombuffer(data, shard.dtype).max()))
-        _compare_crc(shard.path, crc, shard.crc32)
-        if shard.mask_crc32 is not None:
-            mask = self._read_bytes(shard.mask_path, 0, (shard.tokens + 7) // 8)
-            _compare_crc(shard.mask_path, zlib.crc32(mask), shard.mask_crc32)
-        if largest >= self.vocab_size:
-            advice = "pass the tokenizer it was made with (--tokenizer=…)" if shard.crc32 is None else PREPARE_AGAIN
-            raise UserError(
-                f"{shard.path}: contains id {largest}, but the vocabulary has {self.vocab_size} ids; {advice}"
-            )
-        shard.checked = True
+        """The open file. Closes the least recently used ones where the system allows no more."""
+        if path in self._files:
+            self._files[path] = self._files.pop(path)
+            return self._files[path]
+        self._max_open_files = self._max_open_files or max_open_files(len(self.shards) * (2 if self.masked else 1))
+        while True:
+            while len(self._files) >= self._max_open_files:
+                self._files.pop(next(iter(self._files))).close()
+            try:
+                self._files[path] = path.open("rb", buffering=0)
+                return self._files[path]
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._files:
+                    raise
+                self._max_open_files = max(1, len(self._files) // 2)  # the process has opened many others
 
 
-def _compare_crc(path: Path, found: int, expected: int | None) -> None:
-    if expected is not None and found != expected:
-        raise UserError(f"{path}: damaged: its crc32 is {found:08x}, dataset.json says {expected:08x}; {PREPARE_AGAIN}")
+def max_open_files(wanted: int) -> int:
+    """How many of `wanted` files one of two splits may keep open. Raises the process's limit up to the system's."""
+    try:
+        import resource
+    except ImportError:  # Windows allows 8,192 in a process
+        return min(wanted, 2048)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed, unlimited = 2 * wanted + 128, resource.RLIM_INFINITY
+    if soft != unlimited and soft < needed:
+        raised = needed if hard == unlimited else min(needed, hard)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
+    return wanted if soft == unlimited else max(1, min(wanted, (soft - 128) // 2))
 
 
 @dataclass
 class Dataset:
-    """A folder of shards, open for reading. `meta`: dataset.json without its tokenizer, or _describe_foreign's."""
+    """A folder of shards, open for reading. `meta`: dataset.json without its tokenizer, or describe_foreign's."""
 
     folder: Path
     meta: dict[str, Any]
@@ -184,26 +162,29 @@ def fingerprint(meta: dict[str, Any], tokenizer: Tokenizer) -> str:
 
 
 def open_dataset(folder: Path | str, tokenizer_name: str | None = None) -> Dataset:
-    """Opens a dataset and checks dataset.json, headers and sizes; ids are checked on the first read of a shard.
+    """Opens a dataset and checks dataset.json, headers and sizes; ids are checked when they are read (shard_check.py).
 
     `tokenizer_name` is used for folders without a dataset.json: a published encoding, bytes, or a tokenizer's file.
     Raises UserError.
     """
     folder = Path(folder)
-    if (folder / "dataset.json").is_file():
-        meta, tokenizer = _read_meta(folder / "dataset.json")
-    else:
-        meta, tokenizer = _describe_foreign(folder, tokenizer_name)
-    splits = {}
-    for split in SPLITS:
-        shards = [_open_shard(folder, entry, meta["dtype"]) for entry in meta["shards"][split]]
-        splits[split] = Split(split, shards, tokenizer.vocab_size)
+    try:
+        if (folder / "dataset.json").is_file():
+            meta, tokenizer = _read_meta(folder / "dataset.json")
+        else:
+            meta, tokenizer = describe_foreign(folder, tokenizer_name)
+        splits = {}
+        for split in SPLITS:
+            shards = [_open_shard(folder, entry, meta["dtype"]) for entry in meta["shards"][split]]
+            splits[split] = Split(split, shards, tokenizer.vocab_size)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from None
     return Dataset(folder, meta, tokenizer, **splits)
 
 
 def is_dataset(folder: Path) -> bool:
     """Whether the folder looks like a dataset; `open_dataset` may still raise."""
-    return (folder / "dataset.json").is_file() or any(folder.glob("*train*.bin"))
+    return (folder / "dataset.json").is_file() or is_foreign(folder)
 
 
 def _open_shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
@@ -223,34 +204,11 @@ def _open_shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
                 f"{file}: has {file.stat().st_size} bytes, expected {size}: truncated or changed; {PREPARE_AGAIN}"
             )
     if offset:
-        found_dtype, tokens = _read_header(path)
+        found_dtype, tokens = read_header(path)
         if (found_dtype, tokens) != (dtype, shard.tokens):
             expected = f"dataset.json and the vocabulary imply {shard.tokens} {dtype} ids"
             raise UserError(f"{path}: the header says {tokens} {found_dtype} ids, but {expected}; {PREPARE_AGAIN}")
     return shard
-
-
-def _read_header(path: Path) -> tuple[str, int]:
-    """(dtype, token count) of a shard's header. Raises UserError if it is invalid or does not match the file's size."""
-    with path.open("rb") as file:
-        data = file.read(HEADER_BYTES)
-    size = path.stat().st_size
-    if len(data) < HEADER_BYTES:
-        raise UserError(
-            f"{path}: has {size} bytes, but a shard's header alone has {HEADER_BYTES}: truncated; {PREPARE_AGAIN}"
-        )
-    magic, version, tokens = np.frombuffer(data, "<i4")[:3].tolist()
-    dtype = next((name for name, header in HEADERS.items() if header[0] == magic), None)
-    if dtype is None:
-        known = " or ".join(str(header[0]) for header in HEADERS.values())
-        raise UserError(f"{path}: not a token shard: magic number {magic}, expected {known}; {PREPARE_AGAIN}")
-    if version != HEADERS[dtype][1]:
-        raise UserError(f"{path}: shard version {version}, expected {HEADERS[dtype][1]}; {PREPARE_AGAIN}")
-    if tokens < 1 or size != HEADER_BYTES + tokens * np.dtype(dtype).itemsize:
-        raise UserError(
-            f"{path}: the header says {tokens} ids of {dtype}, the file has {size} bytes: truncated; {PREPARE_AGAIN}"
-        )
-    return dtype, tokens
 
 
 def _read_meta(path: Path) -> tuple[dict[str, Any], Tokenizer]:
@@ -295,54 +253,3 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], Tokenizer]:
 def _expect(path: Path, condition: bool, problem: str) -> None:
     if not condition:
         raise UserError(f"{path}: not a valid dataset.json: {problem}; {PREPARE_AGAIN}")
-
-
-def _describe_foreign(folder: Path, tokenizer_name: str | None) -> tuple[dict[str, Any], Tokenizer]:
-    """Metadata like that of a dataset.json for a folder of another program's shards. Raises UserError."""
-    found = {split: sorted(path for path in folder.glob(f"*{split}*.bin") if path.is_file()) for split in SPLITS}
-    for split, paths in found.items():
-        if not paths:
-            raise UserError(
-                f"{folder}: not a dataset: neither a dataset.json nor a file like {split}.bin or {split}_000000.bin"
-            )
-    if tokenizer_name in (None, "bpe", "char"):
-        raise UserError(
-            f"{folder}: has no dataset.json, so its tokenizer is unknown: pass --tokenizer=gpt2, for example,"
-            " or a tokenizer's file (for nanoGPT's meta.pkl: prepare the text again with --tokenizer=char)"
-        )
-    tokenizer = named_tokenizer(str(tokenizer_name))
-    dtypes, shards = set(), {}
-    for split, paths in found.items():
-        shards[split] = [_describe_shard(path) for path in paths]
-        dtypes |= {entry.pop("dtype") for entry in shards[split]}
-    dtype = dtypes.pop()
-    if dtypes or (dtype == "uint16" and tokenizer.vocab_size > 65_536):
-        raise UserError(
-            f"{folder}: the shards differ in dtype, or {dtype} is too small for the {tokenizer.vocab_size} ids of"
-            f" {tokenizer.name}; expected one dtype that fits the tokenizer"
-        )
-    meta = {"dtype": dtype, "eos_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size, "shards": shards}
-    return meta | {"source": {"name": "shards without dataset.json", "folder": folder.name}}, tokenizer
-
-
-def _describe_shard(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    if path.name in ("train.bin", "val.bin") and not _has_magic(path):
-        if size == 0 or size % 2:
-            raise UserError(
-                f"{path}: {size} bytes cannot be uint16 ids; expected an even number, at least 2; {PREPARE_AGAIN}"
-            )
-        dtype, tokens, offset = "uint16", size // 2, 0
-    else:
-        dtype, tokens = _read_header(path)
-        offset = HEADER_BYTES
-    with path.open("rb") as file:  # only both ends: a checksum of a large file takes longer than a hundred steps
-        crc = zlib.crc32(file.read(1 << 20))
-        file.seek(max(0, size - (1 << 20)))
-        crc = zlib.crc32(file.read(1 << 20), crc)
-    return {"file": path.name, "offset": offset, "dtype": dtype, "tokens": tokens, "ends_crc32": crc}
-
-
-def _has_magic(path: Path) -> bool:
-    with path.open("rb") as file:
-        return int.from_bytes(file.read(4), "little") in [magic for magic, _ in HEADERS.values()]

@@ -1,18 +1,29 @@
 """Shards: their bytes, masks, reads across shards, files of other programs, and an error for each kind of damage."""
 
 import json
+import shlex
 import struct
+import subprocess
+import sys
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.tokenizer import Tokenizer, bytes_tokenizer
+from common.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer
 from errors import UserError
+from prepare_data.__main__ import main as prepare
+from prepare_data.shard_check import ContentCheck
 from prepare_data.shard_writer import ShardWriter, write_dataset
-from prepare_data.shards import Split, open_dataset
+from prepare_data.shards import Split, is_dataset, open_dataset
+from tests.conftest import ROOT
 
 EOS = 256
 
@@ -90,12 +101,61 @@ def test_without_masks_mask_is_none(tmp_path):
 
 
 def test_the_number_of_open_files_is_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr("prepare_data.shards.MAX_OPEN_FILES", 3)
+    monkeypatch.setattr("prepare_data.shards.max_open_files", lambda wanted: 3)
     ids = random_ids(80)
     split = open_dataset(make(tmp_path, ids, shard_tokens=8)).train
     assert np.array_equal(split.read(0, 80), ids)
     assert np.array_equal(split.read(0, 80), ids)
     assert len(split._files) == 3
+    split.read(8 * 7, 1)
+    split.read(8 * 2, 1)
+    assert [path.name for path in split._files][-2:] == ["train_000007.bin", "train_000002.bin"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits to set")
+def test_five_hundred_shards_stay_open_and_too_few_files_are_no_error(tmp_path):
+    """In a process that may open 256 files, as on macOS, and then in one whose other files leave it next to none."""
+    make(tmp_path, random_ids(4000), shard_tokens=8)
+    script = """if True:
+        import errno, os, resource, sys
+        import numpy as np
+        from pathlib import Path
+        from prepare_data.shards import open_dataset
+        opened, path_open = 0, Path.open
+        def count(self, *args, **kwargs):
+            global opened
+            opened += self.suffix == ".bin"
+            return path_open(self, *args, **kwargs)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        split = open_dataset(sys.argv[1]).train
+        ids = split.read(0, 4000)
+        Path.open = count
+        for start in np.random.default_rng(0).integers(0, 4000, 3000).tolist():
+            assert split.read(start, 1) == ids[start]
+        assert opened == 0, opened
+        split = open_dataset(sys.argv[1]).train
+        split.read(0, 2000)
+        others = []
+        try:
+            while True:
+                others.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:
+            assert error.errno == errno.EMFILE
+        assert np.array_equal(split.read(0, 4000), ids)
+        assert len(split._files) < 250
+    """
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=ROOT)
+
+
+def test_reads_from_several_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr("prepare_data.shards.max_open_files", lambda wanted: 2)
+    ids = random_ids(400)
+    split = open_dataset(make(tmp_path, ids, shard_tokens=8)).train
+    with ThreadPoolExecutor(4) as threads:
+        starts = np.random.default_rng(0).integers(0, 390, 400).tolist()
+        for start, read in zip(starts, threads.map(partial(split.read, count=10), starts), strict=True):
+            assert np.array_equal(read, ids[start : start + 10])
 
 
 def test_fingerprint_depends_on_the_data_not_the_name(tmp_path):
@@ -167,6 +227,65 @@ def test_damage_raises(kind, tmp_path):
     assert "again" in str(caught.value)
 
 
+@pytest.fixture
+def in_background(monkeypatch):
+    monkeypatch.setattr("prepare_data.shard_check.MAX_AT_ONCE", 0)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("in_background")
+@pytest.mark.parametrize("damaged", ["flipped bit", "flipped mask bit"])
+def test_a_large_split_is_checked_in_the_background(damaged, tmp_path, monkeypatch):
+    """The first read does not wait; damage anywhere in the split ends a later read."""
+    may_check = threading.Event()
+    check = ContentCheck._check
+    monkeypatch.setattr(ContentCheck, "_check", lambda self, shard: may_check.wait(20) and check(self, shard))
+    ids = random_ids(600)
+    make(tmp_path, ids, shard_tokens=200, mask=ids > 100)
+    damage, message = DAMAGES[damaged]
+    damage(tmp_path)
+    split = open_dataset(tmp_path).train
+    assert np.array_equal(split.read(450, 100), ids[450:550])
+    may_check.set()
+    wait_for(lambda: split.check._found is not None)
+    for read in (split.read, split.mask):
+        with pytest.raises(UserError, match=message):
+            read(450, 100)
+
+
+@pytest.mark.usefixtures("in_background")
+def test_an_intact_large_split(tmp_path):
+    ids = random_ids(600)
+    split = open_dataset(make(tmp_path, ids, shard_tokens=200, mask=ids > 100)).train
+    split.read(0, 1)
+    wait_for(lambda: split.check.is_complete)
+    assert np.array_equal(split.read(0, 600), ids)
+
+
+def test_a_small_split_is_checked_before_its_first_read(tmp_path):
+    make(tmp_path, random_ids(600), shard_tokens=200)
+    DAMAGES["flipped bit"][0](tmp_path)
+    with pytest.raises(UserError, match=r"train_000000.bin: damaged"):
+        open_dataset(tmp_path).train.read(500, 10)
+
+
+@pytest.mark.usefixtures("in_background")
+def test_an_id_outside_the_vocabulary_is_never_returned(tmp_path, monkeypatch):
+    monkeypatch.setattr(ContentCheck, "_check", lambda self, shard: None)
+    make(tmp_path, random_ids(600))
+    patch(TRAIN, 1024 + 2 * 300, struct.pack("<H", 257))(tmp_path)
+    split = open_dataset(tmp_path).train
+    split.read(0, 300)
+    with pytest.raises(UserError, match="contains id 257, but the vocabulary has 257 ids"):
+        split.read(290, 20)
+
+
 def test_a_shard_truncated_while_in_use(tmp_path):
     split: Split = open_dataset(make(tmp_path, random_ids(5000), shard_tokens=10_000)).train
     split.read(0, 10)
@@ -199,10 +318,124 @@ def test_shards_of_other_programs(kind, tmp_path):
     assert dataset.fingerprint == open_dataset(tmp_path, "bytes").fingerprint
     path = sorted(tmp_path.glob("*train*"))[-1]
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[-4 if kind == "uint32" else -2] ^= 1
     path.write_bytes(data)
     changed = open_dataset(tmp_path, "bytes")
     assert changed.fingerprint != dataset.fingerprint
+
+
+NAMES = {
+    "train": "medieval_train_000001 train Train-1 retrieval_train interval-train training.0001 train/0001",
+    "val": "retrieval_val constrained_val_000001 trained_valid validation-01 VAL dev.0 medieval-eval_2 val/1 val/val_1",
+    None: "train_val val_train_000001 trainval_000001 medieval_000001 train2val retrained_1 000001 val/train_1",
+}
+
+
+@pytest.mark.parametrize(("name", "split"), [(name, split) for split, names in NAMES.items() for name in names.split()])
+def test_the_split_of_a_foreign_shard_is_a_whole_word_of_its_name(name, split, tmp_path):
+    own = np.full(20, 77)
+    others = {"train": random_ids(60, 70), "val": random_ids(50, 70)}
+    for path, ids in (("text_train_9", others["train"]), ("text_val_9", others["val"]), (name, own)):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        write_shard(tmp_path / f"{path}.bin", ids)
+    assert is_dataset(tmp_path)
+    if split is None:
+        message = rf"not clearly train or val: {name}.bin \((neither|train and val)\).*Rename them, .* to train_\d+.bin"
+        with pytest.raises(UserError, match=message):
+            open_dataset(tmp_path, "bytes")
+        return
+    dataset = open_dataset(tmp_path, "bytes")
+    assert (len(dataset.train), len(dataset.val)) == ((80, 50) if split == "train" else (60, 70))
+    read = {"train": dataset.train, "val": dataset.val}[split]
+    assert (read.read(0, len(read)) == 77).sum() == 20
+
+
+def test_unclear_names_are_counted_and_test_files_left_out(tmp_path):
+    for name in ("train", "val", "test", "test_2"):
+        write_shard(tmp_path / f"{name}.bin", random_ids(50))
+    dataset = open_dataset(tmp_path, "bytes")
+    assert dataset.meta["notes"] == ["left out, neither train nor val: test.bin, test_2.bin"]
+    for i in range(5):
+        write_shard(tmp_path / f"part_{i}.bin", random_ids(50))
+    message = r"part_0.bin \(neither\), part_1.bin \(neither\), part_2.bin \(neither\) and 2 more"
+    with pytest.raises(UserError, match=message):
+        open_dataset(tmp_path, "bytes")
+
+
+def test_a_folder_of_unclear_shards_is_a_dataset_and_other_binary_files_are_not(tmp_path):
+    write_shard(tmp_path / "trainval_000001.bin", random_ids(50))
+    assert is_dataset(tmp_path)
+    (tmp_path / "trainval_000001.bin").write_bytes(b"firmware")
+    assert not is_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("vocab_size", [65, 257, 60_000, 200_000])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32"])
+def test_the_width_of_headerless_ids(dtype, vocab_size, tmp_path, monkeypatch):
+    if dtype == "uint16" and vocab_size > 65_536:
+        return
+    tokenizer = (
+        bytes_tokenizer() if vocab_size == 257 else char_tokenizer(map(chr, range(0x10000, 0x10000 + vocab_size - 1)))
+    )
+    monkeypatch.setattr("prepare_data.foreign.named_tokenizer", lambda name: tokenizer)
+    ids = {"train": random_ids(5000, vocab_size), "val": random_ids(600, vocab_size)}
+    for split in ids:
+        (tmp_path / f"{split}.bin").write_bytes(ids[split].astype(dtype).tobytes())
+    dataset = open_dataset(tmp_path, "x")
+    assert np.array_equal(dataset.train.read(0, 5000), ids["train"])
+    assert np.array_equal(dataset.val.read(0, 600), ids["val"])
+    assert (len(dataset.meta["notes"]) == 1) == (dtype != "uint16")
+
+
+def test_headerless_bytes_with_eos_are_uint16(tmp_path):
+    """ASCII as ids, and 256 after each line: low bytes are below 128 as those of 8-bit ids are."""
+    ids = np.array([*b"a line of text", 256] * 50)
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(ids.astype("<u2").tobytes())
+    assert np.array_equal(open_dataset(tmp_path, "bytes").train.read(0, 750), ids)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (random_ids(500, 250).astype("<i8").tobytes(), "ids of 64 bits"),
+        (random_ids(500, 65).astype("u1").tobytes(), "holds text, or ids of 8 bits"),
+        (b"To be, or not to be, that is the question.\n" * 20, "holds text, or ids of 8 bits"),
+        (random_ids(500, 50_000).astype("<u2").tobytes(), r"contains id 4\d{4}, but the vocabulary has 257 ids"),
+        (random_ids(500, 250).astype("<f4").tobytes(), r"contains id \d+, but the vocabulary has 257 ids"),
+        (random_ids(500, 250).astype("<u4").tobytes()[:-1], "1999 bytes cannot be uint16 ids"),
+    ],
+)
+def test_headerless_files_that_are_not_16_or_32_bits(data, message, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        open_dataset(tmp_path, "bytes")
+
+
+def test_character_ids_of_nanogpt_need_their_tokenizer(tmp_path, monkeypatch):
+    """The command of the message gives the same ids."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "shakespeare_char"
+    folder.mkdir()
+    content = "To be, or not to be, that is the question.\n" * 20
+    (folder / "input.txt").write_text(content, encoding="utf-8")
+    alphabet = sorted(set(content))
+    ids = np.array([alphabet.index(character) for character in content])
+    for split, part in (("train", ids[:774]), ("val", ids[774:])):
+        (folder / f"{split}.bin").write_bytes(part.astype("<u2").tobytes())
+    (folder / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch unpickled'\ntR.")
+    for tokenizer in ("bytes", "bpe", "char", "gpt2", None):
+        with pytest.raises(UserError, match=r"meta.pkl says .* reads no pickle files") as caught:
+            open_dataset(folder, tokenizer)
+    assert not Path("unpickled").exists()
+    command = str(caught.value).partition("python -m prepare_data ")[2].partition(" (or")[0]
+    assert prepare(shlex.split(command)) == 0
+    prepared = open_dataset("data/shakespeare_char_again")
+    assert prepared.train.read(1, len(prepared.train) - 1).tolist() == ids[:774].tolist()
+    assert prepared.val.read(0, 86).tolist() == ids[774:].tolist()
+    dataset = open_dataset(folder, "data/shakespeare_char_again/dataset.json")
+    assert dataset.train.read(0, 774).tolist() == ids[:774].tolist()
 
 
 def test_foreign_ids_outside_the_vocabulary(tmp_path):

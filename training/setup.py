@@ -30,8 +30,7 @@ from common.weights import count_parameters, flops_per_token, import_weights
 from errors import UserError
 from model import GPT, AttentionPath, GPTConfig
 from prepare_data import PrepareOptions
-from prepare_data.pipeline import describe
-from prepare_data.resolve import resolve_data
+from prepare_data.resolve import log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
 from training.evaluation import Evaluation
 from training.micro_batch import choose_micro_batch
@@ -94,7 +93,7 @@ def open_data(
     recorded = resumed.state["dataset"]
     if "data" not in flags and (Path(recorded["path"]) / "dataset.json").exists():
         dataset = open_dataset(Path(recorded["path"]))
-        print(f"data: {dataset.folder} ({describe(dataset)})")
+        log_dataset(dataset)
     else:
         dataset = resolve_data(data, prepare, tokenizer_from_dict(resumed.tokenizer))
     if dataset.fingerprint != recorded["fingerprint"]:

@@ -15,11 +15,14 @@ generated, everything else to standard error.
 
 from __future__ import annotations
 
-import config
 from errors import UserError, run_script, start_script
 
 if __name__ == "__main__":  # before the imports that take seconds
     start_script(prints_result=True)
+
+import config
+
+if __name__ == "__main__":  # the same
     config.check_command_line("sample.py")
 
 import io

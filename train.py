@@ -11,11 +11,14 @@
 
 from __future__ import annotations
 
-import config
 from errors import run_script, start_script
 
 if __name__ == "__main__":  # before the imports that take seconds
     start_script()
+
+import config
+
+if __name__ == "__main__":  # the same
     config.check_command_line("train.py")
 
 import math
@@ -36,7 +39,7 @@ from generation.text import sample_texts
 from model import GPTConfig
 from prepare_data import PrepareOptions
 from training import setup
-from training.budget import Budget, make_budget
+from training.budget import Budget, log_resumed_rate, make_budget
 from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
@@ -99,15 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget = make_budget(train, evals, optim, len(dataset.val), state, lambda: step(batches(0)), hardware)
         if budget.seconds is not None:
             logger.plan(state.step, budget)
+        if start.resumed is not None:
+            log_resumed_rate(state.step, start.resumed.state["options"], budget)
         recorded.change(micro_batch_size=batches.size, **budget.as_options())
         # ---- training
         loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
         is_shorter = (evals.eval_tokens or len(dataset.val)) < len(dataset.val)
-        if not stop() and is_shorter and (result := score(rows=batches.size, stop=stop)) is not None:
-            logger.evaluation(state, budget.plan, result, None, event="final")
-        if not stop():
-            logger.samples(state.step, sample(evals.final_samples, evals.sample_seed + 1))
-        return log_end(run, state, budget.plan, is_complete=not stop())
+        score_all = partial(score, rows=batches.size, stop=stop) if is_shorter else None
+        finish(state, budget, logger, evals, score_all, sample, save, stop)
+        return log_end(run, state, budget)
 
 
 def loop(
@@ -159,6 +162,27 @@ def loop(
             if budget.observe(state.step, steps, seconds, time.perf_counter()):
                 logger.plan(state.step, budget)
                 recorded.change(**budget.as_options())
+
+
+def finish(
+    state: TrainState, budget: Budget, logger: RunLogger, evals: EvalOptions,
+    score: Callable[[], Evaluation | None] | None, sample: Callable[[int, int], list[tuple[str, str]]],
+    save: Callable[[], None], stop: Callable[[], bool],
+) -> None:  # fmt: skip
+    """After the last step: the evaluation of the whole val split (score; None where each one was that) and the final
+    samples, unless a signal came. The last step is saved again with them, so that a resumed run keeps its records."""
+    if stop() or state.is_finished:
+        return
+    if score is not None:
+        result = score()
+        if result is None:  # after a signal
+            return
+        logger.evaluation(state, budget.plan, result, None, event="final")
+    samples = sample(evals.final_samples, evals.sample_seed + 1)
+    logger.samples(state.step, samples)
+    state.progress.finished_step = state.step
+    if samples or score is not None:
+        save()
 
 
 def update(

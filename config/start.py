@@ -20,6 +20,7 @@ from common.run_directory import RunLock, refuse_used_run
 from config.resume import resumed_options, with_model_options
 from errors import UserError
 from files import write_json
+from training.metrics import log
 from training.options import EvalOptions, TrainOptions
 
 
@@ -94,9 +95,12 @@ class RunConfig:
         self.path, self.options, self.reasons = run / "config.json", options, dict(reasons)
 
     def change(self, **values: object) -> None:
-        """Changes options, and rewrites config.json. Raises OSError."""
+        """Changes options, and rewrites config.json. A full disk is reported; a checkpoint's state holds them too."""
         self.options = config.replace(self.options, **values)
-        write_json(self.path, config.dump(self.options, self.reasons))
+        try:
+            write_json(self.path, config.dump(self.options, self.reasons))
+        except OSError as error:
+            log(f"cannot write {self.path}: {error}; training continues without it")
 
     def facts(self) -> dict[str, Any]:
         """Options and reasons, for a checkpoint's state.json."""

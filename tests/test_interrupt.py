@@ -224,9 +224,14 @@ def test_a_stopping_run_that_cannot_save_says_so(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what a process has loaded")
 @pytest.mark.parametrize(
-    "command", [[SCRIPT], [str(ROOT / "sample.py")], ["-m", "prepare_data", "python_stdlib", "--data_dir=no"]]
+    ("command", "library"),
+    [
+        ([SCRIPT], "libtorch_cpu"),
+        ([str(ROOT / "sample.py")], "libtorch_cpu"),
+        (["-m", "prepare_data", "python_stdlib", "--data_dir=no"], "_hashlib"),
+        (["-m", "training.report", "run"], "_hashlib"),
+    ],
 )
-@pytest.mark.parametrize("library", ["libtorch_cpu", "_hashlib"])
 def test_ctrl_c_in_the_first_seconds_is_one_word(folder, command, library):
     process = subprocess.Popen(
         [sys.executable, *command],

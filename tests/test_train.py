@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -236,12 +237,94 @@ def newest_step(run: str) -> int:
     return max((int(name[5:]) for name in names), default=-1)
 
 
-def test_a_finished_run_goes_on_with_more_steps(run, capsys):
-    assert train(f"--resume={run}") == 0
-    assert "complete" in capsys.readouterr().out
+def test_a_finished_run_goes_on_with_more_steps_and_keeps_its_records(run, capsys):
+    log, samples = (run / "metrics.jsonl").read_bytes(), (run / "samples.txt").read_bytes()
+    assert train(f"--resume={run}") == 0  # nothing is left to do, and nothing is recorded twice
+    output = capsys.readouterr().out
+    assert "the run is complete at step 20" in output
+    assert "learning rate:" not in output
+    assert ((run / "metrics.jsonl").read_bytes(), (run / "samples.txt").read_bytes()) == (log, samples)
     assert train(f"--resume={run}", "--max_steps=24") == 0
-    assert "changed on resume: max_steps=24 (was 20)" in capsys.readouterr().out
-    assert read_events(run, "step")[-1]["step"] == 24
+    output = capsys.readouterr().out
+    assert "changed on resume: max_steps=24 (was 20)" in output
+    assert re.search(r"learning rate: 1.\d\de-04 so far, 1.\d\de-03 from here, .* at step 24 \(cosine\)", output)
+    assert "it had decayed" in output
+    assert (run / "metrics.jsonl").read_bytes().startswith(log)
+    assert (run / "samples.txt").read_bytes().startswith(samples)
+    assert [event["step"] for event in read_events(run, "final")] == [20, 24]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_lengthened_run_that_is_killed_ends_in_the_same_bits(run, monkeypatch, schedule):
+    """Killed in its second part, before and after a checkpoint: the records of the first part are kept."""
+    if schedule == "constant":
+        assert train(f"{run}/config.json", "--schedule=constant", "--run=constant", "--threads=1") == 0
+        run = Path("constant")
+    copies = [Path(shutil.copytree(run, name)) for name in ("alone", "early", "late")]
+    update = train_script.update
+
+    def killed_at(moment):
+        calls = itertools.count(1)
+
+        def killed(*args):
+            if next(calls) == moment:
+                raise KeyboardInterrupt  # leaves the records as they are
+            return update(*args)
+
+        return killed
+
+    for copy, moment in zip(copies[1:], (5, 13), strict=True):
+        monkeypatch.setattr(train_script, "update", killed_at(moment))
+        with pytest.raises(KeyboardInterrupt):
+            train(f"--resume={copy}", "--max_steps=40")
+        monkeypatch.setattr(train_script, "update", update)
+        assert train(f"--resume={copy}", "--max_steps=40") == 0
+    assert train("--resume=alone", "--max_steps=40") == 0
+    for copy in copies[1:]:
+        assert reproducible(copy) == reproducible("alone")
+        assert (copy / "samples.txt").read_bytes() == Path("alone/samples.txt").read_bytes()
+        assert tensors_of(copy, 40) == tensors_of("alone", 40)
+
+
+def test_a_kill_between_the_final_records_and_their_save_repeats_them(run, small_text, monkeypatch):
+    save, calls = train_script.TrainState.save, itertools.count(1)
+
+    def killed(self, *args):
+        if next(calls) == 4:  # after those of steps 0, 10 and 20
+            raise KeyboardInterrupt
+        save(self, *args)
+
+    monkeypatch.setattr(train_script.TrainState, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(*TINY, f"--data={small_text}", "--run=cut")
+    monkeypatch.setattr(train_script.TrainState, "save", save)
+    assert train("--resume=cut") == 0
+    assert reproducible("cut") == reproducible(run)
+    assert Path("cut/samples.txt").read_bytes() == (run / "samples.txt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "max_steps", "expected"),
+    [
+        ("cosine", 6, "python train.py again/config.json --max_steps=12"),
+        ("wsd", 6, "python train.py again/config.json --max_steps=12"),
+        ("constant", 6, "python train.py --resume=again --max_steps=12"),
+        ("inverse_sqrt", 6, "python train.py --resume=again --max_steps=12"),
+        ("cosine", 0, None),
+    ],
+)
+def test_the_closing_lines_name_commands_that_work(run, small_text, capsys, schedule, max_steps, expected):
+    """Each is executed; only a learning rate that has not decayed is continued."""
+    assert (
+        train(*TINY, f"--data={small_text}", "--run=again", f"--schedule={schedule}", f"--max_steps={max_steps}") == 0
+    )
+    commands = [line.strip() for line in capsys.readouterr().out.partition("\nnext: ")[2].splitlines()]
+    longer = [command.partition("   ")[0] for command in commands if "train.py" in command]
+    assert longer == ([expected] if expected else [])
+    for command in longer:
+        assert train(*command.split()[2:]) == 0
+        events = read_events("again" if "--resume" in command else "runs/again-1", "step")
+        assert events[-1]["step"] == 12
 
 
 def test_a_damaged_latest_checkpoint_is_passed_over_loudly(run, capsys):
@@ -415,8 +498,8 @@ def test_a_full_disk_stops_no_training(small_text, monkeypatch, capsys):
 
     monkeypatch.setattr("training.state.save_checkpoint", full)
     message = message_of(*TINY, f"--data={small_text}", "--run=full")
-    assert "the weights of step 20 are not saved (there is no checkpoint)" in message
-    assert capsys.readouterr().out.count("not saved: no room") == 3  # at every evaluation
+    assert "full has no checkpoint; free disk space, then start again: python train.py full/config.json" in message
+    assert capsys.readouterr().out.count("not saved: no room") == 4  # at every evaluation and at the end
     assert read_events("full", "step")[-1]["step"] == 20
 
 

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from common.hardware import Hardware
 from training.metrics import log
-from training.optim import Plan, make_plan
+from training.optim import Plan, learning_rate, make_plan
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 from training.state import TrainState
 
 MAX_OVERRUN = 1.25  # of the budget
+LENGTHENED = ("constant", "inverse_sqrt")  # schedules that do not depend on max_steps: more steps just continue them
 MIN_CHANGE = 0.03  # relative change of max_steps below which a plan is kept
 MEASURED_STEPS, MEASURED_SECONDS = 8, 10.0  # measuring ends at whichever comes first, after at least two steps
 
@@ -106,10 +107,26 @@ def make_budget(
         final_eval_steps = val_tokens / train.tokens_per_step
         budget.limit(60.0 * train.budget_minutes, step_seconds, time.perf_counter(), eval_steps, final_eval_steps)
     elif state.step >= budget.plan.max_steps and state.progress.evaluated_step == state.step:
-        log(f"the run is complete at step {state.step}; --max_steps=MORE continues it")
+        log(f"the run is complete at step {state.step}")
     if budget.plan.max_steps <= optim.warmup_steps:
         log(f"note: the learning rate still rises at the end of the run, since warmup_steps={optim.warmup_steps}")
     return budget
+
+
+def log_resumed_rate(step: int, stored: Mapping[str, Any], budget: Budget) -> None:
+    """Logs what the learning rate does from here on, where another length or rate changes it. stored: the options of
+    the resumed checkpoint, by name."""
+    names = {field.name for field in fields(OptimizerOptions)} & stored.keys()
+    options = OptimizerOptions(**{name: stored[name] for name in names})
+    plan, new = make_plan(stored["max_steps"], options), budget.plan
+    if (plan, options) == (new, budget.options) or not 0 < step < new.max_steps:
+        return
+    before = learning_rate(step - 1, plan, options)
+    after, last = (learning_rate(number, new, budget.options) for number in (step, new.max_steps - 1))
+    schedule = budget.options.schedule
+    log(f"learning rate: {before:.2e} so far, {after:.2e} from here, {last:.2e} at step {new.max_steps} ({schedule})")
+    if schedule not in LENGTHENED and after > 2 * before:
+        log(f"  it had decayed: a new run of {new.max_steps} steps would end at a lower loss (bench/NOTES.md)")
 
 
 def measure_step_seconds(update: Callable[[], object], state: TrainState, hardware: Hardware) -> float:

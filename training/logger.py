@@ -19,7 +19,7 @@ from common.hardware import Hardware
 from common.weights import flops_per_token
 from errors import UserError
 from model import GPT
-from training.budget import Budget
+from training.budget import LENGTHENED, Budget
 from training.evaluation import Evaluation, overfitting_warning
 from training.interrupt import STOPPED
 from training.metrics import RunLog, TrainClock, WandbLog, console_line, format_duration, log
@@ -143,23 +143,30 @@ class RunLogger:
         )
 
 
-def log_end(run: Path, state: TrainState, plan: Plan, is_complete: bool) -> int:
+def log_end(run: Path, state: TrainState, budget: Budget) -> int:
     """Logs how the run ended and the next commands. Returns the exit code. Raises UserError where its last step is not
     saved."""
-    name = shlex.quote(str(run))
-    resume = f"python train.py --resume={name}"
-    if state.saved_step != state.step:
-        kept = "there is no checkpoint"
-        if state.saved_step is not None:
-            kept = f"the last checkpoint is that of step {state.saved_step}"
-        raise UserError(f"the weights of step {state.step} are not saved ({kept}): free disk space, then {resume}")
-    if not is_complete:
-        log(f"stopped; everything up to step {state.step} is saved; continue with: {resume}")
+    name, step, max_steps = shlex.quote(str(run)), state.step, budget.plan.max_steps
+    resume, config = f"python train.py --resume={name}", run / "config.json"
+    again = f"python train.py {shlex.quote(str(config))}"
+    if state.saved_step is None:
+        command = again if config.exists() else "with the same command"
+        raise UserError(f"nothing is saved: {run} has no checkpoint; free disk space, then start again: {command}")
+    if state.saved_step != step:
+        kept = f"the last checkpoint is that of step {state.saved_step}"
+        raise UserError(f"the weights of step {step} are not saved ({kept}): free disk space, then {resume}")
+    if not state.is_finished:
+        log(f"stopped; everything up to step {step} is saved; continue with: {resume}")
         return STOPPED
-    if state.step < plan.max_steps:
-        log(f"the time budget was spent at step {state.step} of {plan.max_steps}: the machine got slower in the decay")
+    if step < max_steps:
+        log(f"the time budget was spent at step {step} of {max_steps}: the machine got slower in the decay")
     log(f"\nnext: python sample.py --run={name} --num_samples=3")
     log(f"      python sample.py --run={name} --serve   (a page to try prompts)")
     log(f"      python -m training.report {name}")
-    log(f"      {resume} --max_steps={2 * state.step}")
+    if step < max_steps:
+        log(f"      {resume}   (the rest of its decay)")
+    elif step > 0 and budget.options.schedule in LENGTHENED:
+        log(f"      {resume} --max_steps={2 * step}")
+    elif step > 0:
+        log(f"      {again} --max_steps={2 * step}   (a longer run; this one's learning rate has decayed)")
     return 0

@@ -37,6 +37,7 @@ class Progress:
 
     step: int = 0
     evaluated_step: int | None = None
+    finished_step: int | None = None  # the last step, once its final records are written
     log_loss: float = 0.0  # sum of the losses since the last logged step
     log_count: int = 0
     eval_loss: float = 0.0  # sum of the losses since the last evaluation
@@ -64,6 +65,11 @@ class TrainState:
     def step(self) -> int:
         """Number of updates done."""
         return self.progress.step
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether this step was the last one, and its final records are written."""
+        return self.progress.finished_step == self.step
 
     def advance(self, loss: float, grad_norm: float) -> bool:
         """Counts an update. Returns False where it was skipped because loss or gradient norm is not finite."""
@@ -154,7 +160,8 @@ class TrainState:
             self.saved_step = self.step
             prune_checkpoints(run)
         except SaveFailed as error:
-            log(f"step {self.step}: not saved: {error}")
+            what = "not saved" if self.saved_step != self.step else "saved without its final records"
+            log(f"step {self.step}: {what}: {error}")
 
     def restore(self, saved: Checkpoint, hardware: Hardware) -> None:
         """Loads a checkpoint's state except the weights, which the model has already. Raises UserError where it

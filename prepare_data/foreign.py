@@ -20,7 +20,8 @@ from prepare_data.shard_format import HEADER_BYTES, PREPARE_AGAIN, SPLITS, Shard
 
 WORDS = {
     "train": {"train", "training"},
-    "val": {"val", "valid", "validation", "dev", "eval"},
+    "val": {"val", "valid", "validation"},
+    "dev": {"dev", "eval"},  # val where there is no other
     "test": {"test", "testing"},  # left out
 }
 END = 1 << 20  # bytes at each end of a file that are read when it is opened
@@ -28,7 +29,7 @@ END = 1 << 20  # bytes at each end of a file that are read when it is opened
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder looks like shards of another program; `describe_foreign` may still raise."""
-    return any(words & {"train", "val"} or has_magic(path) for path, words in _split_words(folder).items())
+    return any(words & {"train", "val", "dev"} or has_magic(path) for path, words in _split_words(folder).items())
 
 
 def describe_foreign(folder: Path, tokenizer_name: str | None) -> tuple[dict[str, Any], Tokenizer]:
@@ -62,9 +63,8 @@ def describe_foreign(folder: Path, tokenizer_name: str | None) -> tuple[dict[str
             f" {tokenizer.name}; expected one dtype that fits the tokenizer"
         )
     if dtype == "uint32" and shards["train"][0]["offset"] == 0:
-        notes.append(
-            f"{found['train'][0].name} has no header; its ids are read as uint32, since half of its words are 0"
-        )
+        notes.append(f"{found['train'][0].name} has no header; its ids are read as uint32, by their values")
+    notes += _doubts(_first_ids(found["train"][0], shards["train"][0], dtype), tokenizer)
     meta = {"dtype": dtype, "eos_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size, "shards": shards}
     return meta | {"source": {"name": "shards without dataset.json", "folder": folder.name}, "notes": notes}, tokenizer
 
@@ -104,15 +104,34 @@ def _files_of_splits(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
             f" says the split: train, or val (valid, validation, dev, eval). Rename them, {first.name} to"
             f" train_{_number(first)}.bin or val_{_number(first)}.bin for example, or move them elsewhere"
         )
-    found = {split: [path for path, splits in words.items() if split in splits] for split in (*SPLITS, "test")}
+    found = {split: [path for path, splits in words.items() if split in splits] for split in WORDS}
+    if not found["val"]:
+        found["val"], found["dev"] = found["dev"], []
     for split in SPLITS:
         if not found[split]:
             raise UserError(
                 f"{folder}: not a dataset: neither a dataset.json nor a file like {split}.bin or {split}_000000.bin"
             )
-    test = found.pop("test")
-    names = ", ".join(path.name for path in test[:3]) + (" …" if len(test) > 3 else "")
-    return found, [f"left out, neither train nor val: {names}"] if test else []
+    left_out = [path.relative_to(folder).as_posix() for path in found.pop("dev") + found.pop("test")]
+    names = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else "")
+    return found, [f"left out, neither train nor val: {names}"] if left_out else []
+
+
+def _first_ids(path: Path, entry: dict[str, Any], dtype: str) -> np.ndarray:
+    return np.fromfile(path, np.dtype(dtype).newbyteorder("<"), min(END, entry["tokens"]), offset=entry["offset"])
+
+
+def _doubts(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """Notes where ids are in the vocabulary but do not look like the tokenizer's."""
+    if len(ids) < 1000:
+        return []
+    if ids.max() < tokenizer.vocab_size // 10:
+        found = f"the largest of the first ids is {ids.max()} of {tokenizer.vocab_size:,}"
+    elif tokenizer.name == "bytes" and np.mean((ids < 32) & ~np.isin(ids, [9, 10, 13])) > 0.1:
+        found = "many of the first ids are control characters as bytes"
+    else:
+        return []
+    return [f"{found}: is {tokenizer.name} the tokenizer that these files were made with?"]
 
 
 def _number(path: Path) -> str:
@@ -127,9 +146,14 @@ def _describe_shard(path: Path, folder: Path, tokenizer: Tokenizer) -> dict[str,
         head = file.read(END)
         file.seek(max(0, size - END))
         tail = file.read(END)
-    if path.stem.lower() in set().union(*WORDS.values()) and not has_magic(path):
+    if not has_magic(path) and not re.search(r"\d", path.stem):
         dtype, offset = _headerless_dtype(path, head, size, tokenizer.vocab_size), 0
         tokens = size // np.dtype(dtype).itemsize
+    elif not has_magic(path):
+        raise UserError(
+            f"{path}: not a token shard: it has no header of llm.c's shards; if it holds ids without a header,"
+            " rename it to train.bin or val.bin"
+        )
     else:
         dtype, tokens = read_header(path)
         offset = HEADER_BYTES

@@ -35,6 +35,13 @@ def resolve_data(
     `tokenizer`, that of existing weights, takes the place of options.tokenizer. `flags`: options given by the user.
     Raises UserError if `data` names nothing, or a dataset that was prepared with another tokenizer.
     """
+    try:
+        return _resolve(data, options, tokenizer, flags)
+    except OSError as error:  # a folder without permission to read it
+        raise UserError(f"--data={data}: {error.filename or data} cannot be read ({error.strerror or error})") from None
+
+
+def _resolve(data: str, options: PrepareOptions, tokenizer: Tokenizer | None, flags: Collection[str]) -> Dataset:
     path = Path(data)
     if not data or any(len(os.fsencode(part)) > MAX_FILE_NAME for part in path.parts):
         raise UserError(_unknown_data(data, options.data_dir))
@@ -75,7 +82,7 @@ def _dataset_named(data: str, options: PrepareOptions) -> Path | None:
 
 def _refuse_files_of_datasets(path: Path) -> None:
     """Raises UserError for a file of a dataset, and for a folder of datasets: neither is text."""
-    if path.is_file() and path.suffix in (".bin", ".json", ".mask") and is_dataset(path.parent):
+    if path.is_file() and (path.suffix == ".bin" or path.name == "dataset.json") and is_dataset(path.parent):
         raise UserError(f"--data={path}: is a file of a dataset; give its folder: --data={path.parent}")
     subfolders = [folder for folder in path.glob("[!.]*") if folder.is_dir()] if path.is_dir() else []
     inside = sorted(folder.name for folder in subfolders if is_dataset(folder))

@@ -41,8 +41,11 @@ class Shard:
 
 def has_magic(path: Path) -> bool:
     """Whether a file begins like a shard with a header."""
-    with path.open("rb") as file:
-        return int.from_bytes(file.read(4), "little") in [magic for magic, _ in HEADERS.values()]
+    try:
+        with path.open("rb") as file:
+            return int.from_bytes(file.read(4), "little") in [magic for magic, _ in HEADERS.values()]
+    except OSError:
+        return False
 
 
 def read_header(path: Path) -> tuple[str, int]:

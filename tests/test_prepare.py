@@ -696,6 +696,16 @@ def test_a_missing_path_is_not_a_dataset_of_that_name(folder):
             resolve_data(data, options)
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write("notes/1.txt", "some text")
+    monkeypatch.setattr("prepare_data.resolve.is_dataset", refuse)
+    with pytest.raises(UserError, match=r"--data=notes: notes cannot be read \(Permission denied\)"):
+        resolve_data("notes", PrepareOptions())
+
+
 def test_files_and_folders_of_datasets_are_not_text(folder):
     prepared("some text " * 30, name="notes")
     for data, advice in (("data/notes/train_000000.bin", "--data=data/notes"), ("data", "--data=data/notes")):

@@ -20,7 +20,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import math
 import operator
 import os
 import re
@@ -132,8 +131,9 @@ class Option:
             raise ValueError("expected a list of texts")
         *others, last = [words.rstrip() for kind, words in kinds.items() if kind in self.kinds] + self._words()
         expected = f"expected {', '.join(others) + ' or ' if others else ''}{last}"
-        if int in self.kinds and _is_huge(value):
-            expected += ", and below 2**63: the 64 bits of an integer"
+        if self.interval.lt is self.interval.le is None and _is_huge(value):
+            is_int = int in self.kinds
+            expected += ", and below 2**63: the 64 bits of an integer" if is_int else ", and below 1.8e308"
         raise ValueError(expected + did_you_mean(str(value), self.choices))
 
     def _words(self) -> list[str]:
@@ -317,9 +317,11 @@ def expand_home(text: str) -> str:
 
 def _is_huge(value: object) -> bool:
     """Whether a value, perhaps the text of one, is a number from 2**63 on."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
     try:
-        return MAX_INT <= abs(float(value)) < math.inf  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+        return float(value) >= MAX_INT
+    except (ValueError, OverflowError):
         return isinstance(value, int)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from common.option import fixed, path
 
 if TYPE_CHECKING:
-    from annotated_types import Ge, Interval
+    from annotated_types import Interval
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class HardwareOptions:
     """cpu, cuda, cuda:1, mps …; auto: the first available of cuda, mps and cpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of matrix products; auto: bfloat16 where native, else float16 on a GPU, float32 on a CPU."""
-    threads: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
+    threads: Annotated[int, Interval(ge=1, le=1024)] | Literal["auto"] = "auto"
     """CPU threads; auto: one per core. A CPU run is bitwise reproducible at the same number only."""
     attention: Literal["auto", "triton", "sdpa"] = "auto"
     """Fused Triton kernel or scaled_dot_product_attention; auto: the kernel where supported.

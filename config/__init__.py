@@ -15,24 +15,14 @@ from typing import Any
 
 from common.option import show
 from common.options import HardwareOptions, RunOptions
-from config.loader import Loader, Options, dump, replace
+from config.loader import HELP, Loader, Options, dump, replace
 from errors import UserError, run_script
 from generation.options import SampleScriptOptions, SamplingOptions
 from prepare_data import PrepareOptions, SourceOptions
 from server.options import ServerOptions
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 
-__all__ = [
-    "SCRIPTS",
-    "SECTIONS",
-    "Options",
-    "check_command_line",
-    "dump",
-    "fixed_names",
-    "load",
-    "option_names",
-    "replace",
-]
+__all__ = ["HELP", "SCRIPTS", "SECTIONS", "Options", "check_command_line", "dump", "fixed_names", "load", "replace"]
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -31,10 +31,11 @@ def flag_problem(
         rest.pop(0)
     if not text and rest and _is_value(rest[0]) and not is_preset(rest[0]):  # `--name value`, `--name= value`
         text = rest.pop(0).removeprefix("=")
-    key = name.replace("-", "_").lower()
+    key = name.replace("-", "_").lower().rpartition(".")[2]  # litgpt: --train.max_steps
     switch = own.get(key.removeprefix("no_"))
     if key in own:
-        why = f"write --{key}={quote(text) if text else own[key].usage()}"
+        value = "" if own[key].is_switch and not text else f"={quote(text) if text else own[key].usage()}"
+        why = f"write --{key}{value}"
         if not arg.startswith("--") and arg[0] != "-":
             why = f"begins with {arg[0]}, not with two hyphens; {why}"
     elif switch and switch.is_switch and key.startswith("no_"):
@@ -82,7 +83,8 @@ def word_problem(script: str, arg: str, rest: list[str], own: Mapping[str, Optio
     near = did_you_mean(Path(text).stem, presets)
     if not near and "prompt" in own:
         return f"{where}: not a preset; to continue this text, write --prompt={quote(text)}"
-    return f"{where}: no such preset" + (near or f"; there are {', '.join(presets)}")
+    kind = "preset or file" if set(text) & set("./\\") and not text.endswith(".py") else "preset"
+    return f"{where}: no such {kind}" + (near or f"; there are {', '.join(presets)}")
 
 
 def is_run(path: str) -> bool:

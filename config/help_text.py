@@ -9,7 +9,7 @@ from typing import Any
 
 from common.option import Option, show
 
-MIN_WIDTH, MAX_WIDTH, PLAIN_WIDTH = 40, 120, 100  # columns; the last where the output is no terminal
+MIN_WIDTH, MAX_WIDTH, PLAIN_WIDTH = 46, 120, 100  # columns; the last where the output is no terminal
 MAX_COLUMNS = 28, 13  # of names and values
 MIN_TEXT = 40  # columns; where less is left, the text stands below
 NO_BREAK = "\u00a0"  # a space at which textwrap does not wrap

@@ -15,6 +15,8 @@ from common.option import escaped, path
 if TYPE_CHECKING:
     from annotated_types import Ge, Interval
 
+SOURCES = ("text", "shakespeare", "python_stdlib")
+
 
 @dataclass(frozen=True)
 class PrepareOptions:

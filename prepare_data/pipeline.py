@@ -24,7 +24,6 @@ from prepare_data.sources import Corpus, python_stdlib, shakespeare, text
 from prepare_data.split import HASHES, Counts, LabeledPiece, SplitRule, choose_rule, count, percent
 from terminal import progress_bar
 
-SOURCES = ("text", "shakespeare", "python_stdlib")
 BATCH_CHARACTERS = 1 << 22  # encoded at a time
 MAX_BPE_BYTES = 1 << 28  # UTF-8 bytes that a bpe tokenizer is trained on
 DRY_RUN_CHARACTERS = 1 << 21  # a dry run encodes this much and extrapolates from it

@@ -17,8 +17,8 @@ from pathlib import Path
 from common.option import section_from, show
 from common.tokenizer import Tokenizer
 from errors import UserError
-from prepare_data import PrepareOptions, folders
-from prepare_data.pipeline import SOURCES, build, describe, make_corpus, make_request, open_existing
+from prepare_data import SOURCES, PrepareOptions, folders
+from prepare_data.pipeline import build, describe, make_corpus, make_request, open_existing
 from prepare_data.shards import Dataset, is_dataset, open_dataset
 from prepare_data.sources import Corpus, text
 from prepare_data.split import count

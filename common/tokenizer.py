@@ -303,8 +303,8 @@ def named_tokenizer(name: str) -> Tokenizer:
     names = f"bpe, bytes, char, {', '.join(PUBLISHED)}, or the path of a sprout_tokenizer.json or dataset.json"
     raise UserError(
         f"--tokenizer={name}: no such tokenizer or file"
-        + (f"; did you mean {near[0]}?" if near else "")
-        + f" Expected {names}"
+        + (f"; did you mean {near[0]}? Expected" if near else "; expected")
+        + f" {names}"
     )
 
 

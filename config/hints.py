@@ -173,6 +173,14 @@ HINTS = {
     script: {name: text for text, names in table.items() for name in names.split()} for script, table in _HINTS.items()
 }
 
+_PUBLISHED = "published weights are not loaded; `python train.py gpt2_124m` trains a model of that shape"
+INIT_FROM = {
+    "scratch": "leave the flag out: a new run starts from random weights",
+    "resume": "write --resume=RUN",
+    **dict.fromkeys(["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"], _PUBLISHED),
+}
+"""What to do in place of nanoGPT's values of --init_from, which names a run here."""
+
 
 def hint(script: str, name: str, value: str = "") -> str | None:
     """What to write in place of another program's option; None if the name is not known. value: as given."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import config
 from common.option import option_names, quote, show, without_retired
+from common.options import HardwareOptions
 from errors import UserError
 from model import GPTConfig
 from prepare_data import PrepareOptions
@@ -51,11 +52,21 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
     if refused:
         raise UserError("\n".join([*refused, advice]))
     merged = config.replace(options, **{**stored, **changed, "resume": resume, "run": resume})
-    changed.pop("eval_only", None)  # does not change the run
-    merged.notes.extend(
-        f"changed on resume: {name}={show(value)} (was {show(stored.get(name))})" for name, value in changed.items()
-    )
+    if not changed.get("eval_only"):
+        merged.notes.extend(
+            f"changed on resume: {name}={show(value)} (was {show(stored.get(name))})" for name, value in changed.items()
+        )
     return merged
+
+
+def note_unused_flags(options: config.Options) -> config.Options:
+    """With --eval_only, adds a note that names the flags which concern training alone."""
+    used = {"resume", "init_from", "data", "eval_only", "micro_batch_size", *option_names(HardwareOptions)}
+    used |= {*option_names(PrepareOptions), *option_names(GPTConfig)} - {"dropout"}
+    unused = [f"--{name}" for name, origin in options.origin.items() if origin == "flag" and name not in used]
+    if options.values["eval_only"] and unused:
+        options.notes.append(f"note: {', '.join(unused)}: no effect with --eval_only")
+    return options
 
 
 def with_model_options(

@@ -17,7 +17,8 @@ import config
 from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder
 from common.options import RunOptions
 from common.run_directory import RunLock, refuse_used_run
-from config.resume import resumed_options, with_model_options
+from config.hints import INIT_FROM
+from config.resume import note_unused_flags, resumed_options, with_model_options
 from errors import UserError
 from files import write_json
 from training.metrics import log
@@ -63,7 +64,7 @@ def read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         if not eval_only and run.is_dir():
             stack.enter_context(RunLock(run))
         resumed = open_latest(run)
-        options = resumed_options(options, resumed.state["options"])
+        options = note_unused_flags(resumed_options(options, resumed.state["options"]))
         max_steps = options.section(TrainOptions).max_steps
         if max_steps < resumed.step:
             raise UserError(f"--max_steps={max_steps}: {run} is already at step {resumed.step}; give a larger number")
@@ -72,8 +73,11 @@ def read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         return Start(options, resumed=resumed, reasons=reasons)
     refuse_used_run(options.section(RunOptions).run)
     if train.init_from is not None:
+        if train.init_from in INIT_FROM and not Path(train.init_from).exists():
+            raise UserError(f"--init_from={train.init_from}: {INIT_FROM[train.init_from]}")
         initial = open_model_folder(resolve_model_folder(Path(train.init_from)))
-        return Start(with_model_options(options, initial.config, initial.tokenizer), initial=initial)
+        options = with_model_options(options, initial.config, initial.tokenizer)
+        return Start(note_unused_flags(options), initial=initial)
     if eval_only:
         raise UserError("--eval_only=true needs weights to evaluate: add --resume=RUN or --init_from=RUN")
     return Start(options)

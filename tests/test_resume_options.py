@@ -82,6 +82,21 @@ def test_init_from_takes_flags_that_agree_with_the_weights(run):
     assert "have n_layer=1" in message_of(*common, "--n_layer=2")
 
 
+def test_an_evaluation_names_the_flags_that_concern_training_alone(run, capsys):
+    for source in ("--resume=run", "--init_from=run"):
+        flags = ("--max_steps=9", "--learning_rate=1", "--dtype=float32")
+        assert train(source, "--data=text.txt", "--eval_only", "--threads=1", *flags) == 0
+        output = capsys.readouterr().out
+        assert "note: --max_steps, --learning_rate: no effect with --eval_only\n" in output
+        assert "changed on resume" not in output
+
+
+@pytest.mark.parametrize("value", ["scratch", "resume", "gpt2", "gpt2-xl"])
+def test_values_of_init_from_in_nanogpt_are_explained(project, value):
+    expected = {"scratch": "leave the flag out", "resume": "write --resume=RUN"}.get(value, "published weights")
+    assert expected in message_of(f"--init_from={value}")
+
+
 @pytest.mark.parametrize("name", ["tokenizer", "vocab_size", "split_pattern", "split", "val_fraction", "encoding"])
 def test_a_resumed_run_refuses_flags_of_preparation(run, name):
     """They can have no effect on a text that is prepared already; config.json must repeat the run."""

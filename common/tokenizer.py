@@ -25,7 +25,7 @@ import numpy as np
 import tiktoken
 import tiktoken_ext.openai_public
 
-from common.download import download
+from common.download import DownloadFailed, download
 from errors import UserError
 
 # How text is split before byte pairs are merged: the exact patterns of the published encodings.
@@ -224,13 +224,12 @@ def published_tokenizer(name: str) -> Tokenizer:
             continue
         try:
             download(address, path, files[address])
-        except OSError as error:
+        except DownloadFailed as error:
             missing = "".join(f"\n  {address}\n    as {path}" for address, path in paths.items())
             raise UserError(
-                f"the encoding {name!r} is not on this machine and could not be downloaded"
-                f" ({type(error).__name__}: {address}). Download these files on another machine and copy them to the"
-                f" folder named by TIKTOKEN_CACHE_DIR (now the one shown):{missing}\n"
-                "or use a tokenizer that needs no download: --tokenizer=bpe, bytes or char"
+                "use a tokenizer that needs no download (--tokenizer=bpe, bytes or char), or save these files from"
+                f" another machine: the encoding {name!r} could not be downloaded ({error}){missing}\n"
+                "TIKTOKEN_CACHE_DIR may name another folder than the one shown"
             ) from None
     made = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS[name]()
     special: dict[str, int] = made["special_tokens"]

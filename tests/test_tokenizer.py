@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import tokenizer as tokenizers
+from common.download import DownloadFailed
 from common.tokenizer import (
     PATTERNS,
     TRAINING_PATTERNS,
@@ -211,7 +212,7 @@ def test_an_unknown_name_gets_a_suggestion():
 
 def test_a_published_encoding_that_cannot_be_downloaded_names_its_files(monkeypatch, tmp_path):
     def refuse(*args):
-        raise OSError("no network")
+        raise DownloadFailed("no connection to HOST")
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tokenizers, "download", refuse)

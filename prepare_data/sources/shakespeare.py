@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from common.download import download
+from common.download import DownloadFailed, download
 from errors import UserError
 from prepare_data.sources import Corpus, text
 
@@ -17,10 +17,9 @@ def corpus(data_dir: Path, separator: str | None = None) -> Corpus:
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         try:
             download(ADDRESS, path, SHA256)
-        except OSError as error:
+        except DownloadFailed as error:
             raise UserError(
-                f"{ADDRESS}: download failed ({type(error).__name__}: {error}). Download it on another machine, run"
-                " python -m prepare_data shakespeare --input=FILE, with any tokenizer options,"
-                " and train with --data=shakespeare"
+                f"use a text of your own (--data=FILE_OR_FOLDER), or save {ADDRESS} from another machine as {path} and"
+                f" repeat this command: tinyshakespeare could not be downloaded ({error})"
             ) from None
     return Corpus("shakespeare", ADDRESS, text.corpus(str(path), separator=separator).pieces)

@@ -4,6 +4,7 @@ A piece is a document, or part of a long one. `Corpus.pieces()` yields (text, wh
 be called repeatedly with the same result.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -26,12 +27,16 @@ class Corpus:
 def documents(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:
     """The pieces of one file, whose text comes in chunks of any size.
 
-    Documents end at each separator and at the end of the file; whitespace-only documents are dropped. A document
-    longer than PIECE characters is cut where no token crosses the cut, so memory use does not depend on its length.
+    Documents end at each separator and at the end of the file; whitespace-only documents are dropped. A line end in
+    the separator stands for that of Windows too. A document longer than PIECE characters is cut where no token crosses
+    the cut, so memory use does not depend on its length.
     """
+    pattern = None
+    if separator:
+        pattern = re.compile(re.escape(separator.replace("\r\n", "\n")).replace("\\\n", "\r?\n"))
     pending, cut = "", False  # the part of the document not yet yielded; whether an earlier part was yielded
     for chunk in chunks:
-        *complete, pending = (pending + chunk).split(separator) if separator else [pending + chunk]
+        *complete, pending = pattern.split(pending + chunk) if pattern else [pending + chunk]
         for text in complete:
             if cut or text.strip():
                 yield text, True

@@ -30,7 +30,11 @@ class PrepareOptions:
     split_pattern: Literal["gpt4o", "gpt2"] = "gpt4o"
     """Regular expression that splits text before byte pairs are merged: GPT-4o's or GPT-2's."""
     encoding: str = "utf-8"
-    """Encoding of the text files: utf-8, gb18030, utf-16, latin-1, … A byte order mark is removed."""
+    """Encoding of the text files: utf-8, cp1252, gb18030, utf-16, … or auto: decided for each file, with a note of what
+    was found. A byte order mark is removed."""
+    exclude: tuple[str, ...] = ()
+    """Leaves out files and folders of the text folder: a name, a path or a pattern, such as drafts/ or '*.log'. May be
+    repeated. Images, archives, documents that are not plain text and hidden files are left out anyway."""
     separator: str | None = escaped(None)
     r"""Ends a document within a file; \n, \t and \\ are escapes: '\n' is one document per line. none: one per file."""
     split: Literal["auto", "documents", "tail"] = "auto"

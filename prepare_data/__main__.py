@@ -40,12 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # the sample may have characters that the terminal cannot encode
     source, options = read_command_line(sys.argv[1:] if argv is None else argv)
     from prepare_data.pipeline import dry_run, make_corpus, prepare  # with numpy and tiktoken: --help does not wait
+    from prepare_data.sources.text import name_of
 
     for note in options.notes:
         print(note)
     source_options, prepare_options = options.section(SourceOptions), options.section(PrepareOptions)
-    if source_options.input == "-" and not source_options.name and not source_options.dry_run:
-        raise UserError("--input=- has no file name to name the dataset after: add --name=NAME")
+    given = source_options.input
+    if source == "text" and given and not (source_options.name or source_options.dry_run or name_of(given)):
+        raise UserError(f"--input={given} has no file name to name the dataset after: add --name=NAME")
     corpus = make_corpus(source, source_options.input, prepare_options)
     if source_options.dry_run:
         dry_run(corpus, prepare_options)

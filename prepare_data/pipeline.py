@@ -43,7 +43,7 @@ def make_corpus(source: str, source_input: str | None, options: PrepareOptions) 
         return shakespeare.corpus(Path(options.data_dir), options.separator)
     if source_input is None:
         raise UserError("text needs --input=FILE, a folder, a glob in quotes, or - for standard input")
-    return text.corpus(source_input, options.encoding, options.separator)
+    return text.corpus(source_input, options.encoding, options.separator, options.exclude)
 
 
 def prepare(corpus: Corpus, options: PrepareOptions, name: str, overwrite: bool = False) -> Dataset:
@@ -98,7 +98,7 @@ def dry_run(corpus: Corpus, options: PrepareOptions) -> None:
         print(
             f"{split}: {characters[split]:,} characters ({share:.1%}), {about}{tokens[split]:,} tokens, EOS not counted"
         )
-    for note in _notes(corpus, rule):
+    for note in rule.notes:
         print(f"note: {note}")
     print(f"first {len(sample)} ids of train: {' '.join(map(str, sample[:20]))} …\n{tokenizer.decode(sample.tolist())}")
     print("dry run: nothing was written")
@@ -216,7 +216,7 @@ def build(
     assert dataset
     seconds = time.perf_counter() - start
     tokens = len(dataset.train) + len(dataset.val)
-    for note in _notes(corpus, rule):
+    for note in rule.notes:
         print(f"note: {note}")
     print(
         f"prepared {final}: {counts.documents:,} documents, {counts.bytes:,} bytes →"
@@ -232,10 +232,6 @@ def build(
 
 def describe_rule(rule: SplitRule) -> str:
     return f"{rule.name} ({rule.reason})" if rule.reason else rule.name
-
-
-def _notes(corpus: Corpus, rule: SplitRule) -> list[str]:
-    return [*corpus.notes, *rule.notes]
 
 
 def _encode(

@@ -65,7 +65,7 @@ def _resolve(data: str, options: PrepareOptions, tokenizer: Tokenizer | None, fl
         return _prepare(data, make_corpus("text", data, options), options, tokenizer)
     if named and not re.match(r"\.[/\\]", data):
         return _open(named, options, tokenizer)
-    if text.find_files(data):  # a glob
+    if text.exists(data):  # a glob
         return _prepare(data, make_corpus("text", data, options), options, tokenizer)
     if data in BUILT_IN:
         return _prepare(data, make_corpus(data, None, options), options, tokenizer)
@@ -97,11 +97,13 @@ def _difference(
     named: Path, data: str, options: PrepareOptions, tokenizer: Tokenizer | None, flags: Collection[str]
 ) -> str:
     """Why a dataset is not what `data`, a text, would be prepared to; empty if it is."""
+    if text.name_of_pipe(data):
+        return "which was not prepared from it"
     try:
         dataset = open_dataset(named)
         stored = section_from(PrepareOptions, {**dataset.meta["options"], "data_dir": options.data_dir})
         content = dataset.meta["request"]["content"]
-        is_same = content == count(make_corpus("text", data, stored), alphabet=False).content
+        is_same = content == count(make_corpus("text", data, stored), alphabet=False, quiet=True).content
     except (UserError, ValueError, KeyError, TypeError):  # damaged, not prepared here, or the text cannot be read so
         return "which was not prepared from it"
     if not is_same:

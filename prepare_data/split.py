@@ -83,10 +83,10 @@ def document_hash(first_piece: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(first_piece, digest_size=8).digest(), "little")
 
 
-def count(corpus: Corpus, alphabet: bool) -> Counts:
+def count(corpus: Corpus, alphabet: bool, quiet: bool = False) -> Counts:
     """Reads the whole corpus once. Raises UserError if any of it does not decode, or if it is empty.
 
-    `alphabet`: collect the characters too, which takes a third of the time.
+    `alphabet`: collect the characters too, which takes a third of the time. The notes are printed unless `quiet`.
     """
     counts, digest, starts = Counts(), hashlib.blake2b(digest_size=32), True
     with progress_bar(f"reading {corpus.name}", leave=False) as bar:
@@ -110,6 +110,8 @@ def count(corpus: Corpus, alphabet: bool) -> Counts:
             " check the path and the separator"
         )
     counts.content = digest.hexdigest()
+    for note in () if quiet else corpus.notes:
+        print(f"note: {note}")
     return counts
 
 

@@ -1,138 +1,158 @@
-"""The user's own text: a file, a folder, a glob, or standard input.
+"""The user's own text: a file, a folder, a glob, a pipe, or standard input.
 
-A folder means all files below it, sorted by path, except hidden files and folders (names that begin with a dot). Each
-file is one document, or several with a separator. Newlines are kept, a byte order mark is removed, gzip files are
-decompressed. A file that does not decode, or is binary, is an error: nothing is skipped or replaced silently.
+Each file is one document, or several with a separator. Newlines are kept, a byte order mark is removed, gzip files are
+decompressed. listing.py chooses the files; what it leaves out is noted. A chosen file that is not text, or not in the
+encoding, is an error (refusal.py): nothing is replaced silently.
 """
 
 import codecs
-import glob
-import gzip
 import os
-import shutil
-import sys
-import tempfile
-import zlib
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from errors import UserError
 from prepare_data.sources import Corpus, Piece, documents
+from prepare_data.sources.encodings import Encoding, NotDecodable, check_encoding, decode, detect
+from prepare_data.sources.kinds import HEAD, kind_of
+from prepare_data.sources.listing import first_three, list_files, readable
+from prepare_data.sources.pipes import STANDARD_INPUT, name_of_pipe, spooled
+from prepare_data.sources.refusal import refusal
+from prepare_data.sources.text_file import TextFile
 
-CHUNK = 1 << 20  # bytes read at a time
 
-
-def corpus(source: str, encoding: str = "utf-8", separator: str | None = None) -> Corpus:
+def corpus(source: str, encoding: str = "utf-8", separator: str | None = None, exclude: Sequence[str] = ()) -> Corpus:
     """The text of a path, a glob, or - for standard input. Raises UserError, also while its pieces are read."""
-    try:
-        " ".encode(encoding)
-    except (LookupError, UnicodeError):
-        raise UserError(
-            f"--encoding={encoding}: not a text encoding of Python; try utf-8, gb18030, utf-16 or latin-1"
-        ) from None
-    if source == "-":
-        spool = tempfile.TemporaryFile()  # noqa: SIM115  the corpus reads it several times
-        shutil.copyfileobj(sys.stdin.buffer, spool)
-        return Corpus("stdin", "standard input", lambda: _read(spool, "standard input", encoding, separator))
-    paths = find_files(source)
-    if not paths:
-        raise UserError(
-            f"--input={source}: no such file or folder, and no match for it as a glob; check the path from {Path.cwd()}"
-        )
-
-    def pieces() -> Iterator[Piece]:
-        for path in paths:
-            try:
-                with path.open("rb") as file:
-                    yield from _read(file, str(path), encoding, separator)
-            except OSError as error:
-                raise UserError(
-                    f"{path}: cannot be read ({error.strerror or error}); exclude it with a glob: '{_glob(path)}'"
-                ) from None
-
-    return Corpus(_name(Path(source)), source, pieces)
+    check_encoding(encoding)
+    name, skipped = name_of(source) or "text", []
+    if pipe := name_of_pipe(source):
+        files = [TextFile(pipe, None, spooled(source))]
+    else:
+        listing = list_files(source, exclude)
+        skipped = listing.notes()
+        if not listing.files:
+            raise UserError(_nothing(source, skipped))
+        single = os.path.isfile(source)
+        files = [
+            TextFile(readable(path), None if single else path.relative_to(listing.base).as_posix(), path)
+            for path in listing.files
+        ]
+    text = _Text(files, encoding, separator, skipped)
+    return Corpus(name, pipe or readable(source), text.pieces, text.notes)
 
 
-def _name(path: Path) -> str:
-    """Default dataset name: a file's name without extension, a folder's name; for a glob, the folder it searches."""
-    if path.is_dir():
-        return path.resolve().name or "text"
-    if path.is_file():
-        return Path(path.name.removesuffix(".gz")).stem
-    return next((parent.resolve().name for parent in path.parents if parent.is_dir()), "") or "text"
+def exists(source: str) -> bool:
+    """Whether a source names something that `corpus` can read or explain: a file, a folder, a pipe, a glob's match."""
+    if name_of_pipe(source) or os.path.exists(source):
+        return True
+    listing = list_files(source)
+    return bool(listing.files or listing.skipped)
 
 
-def find_files(source: str) -> list[Path]:
-    """The files of a path or glob; [] if nothing matches. Raises UserError for a folder without files."""
+def name_of(source: str) -> str | None:
+    """The name for a dataset of this source: a file's name without extension, a folder's name, for a glob the folder
+    that it searches. None where there is no name: standard input, and a shell's <(command)."""
+    if source in STANDARD_INPUT or re.match(r"/dev/fd/|/proc/", source):
+        return None
     path = Path(source)
-    if path.is_dir():
-        found = []
-        for folder, names, files in os.walk(path):
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            found += [Path(folder, name) for name in files if not name.startswith(".") and Path(folder, name).is_file()]
-        if not found:
-            raise UserError(f"{path}: the folder contains no files (hidden ones are skipped); expected text files")
-        return sorted(found, key=lambda file: file.relative_to(path).as_posix())
-    if path.exists():
-        return [path]
-    return sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
-
-
-def _read(file: IO[bytes], name: str, encoding: str, separator: str | None) -> Iterator[Piece]:
-    file.seek(0)
-    is_gzip = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    if not is_gzip:
-        yield from documents(_decode(file, name, encoding), separator)
-        return
+    if os.path.isdir(source):
+        name = path.resolve().name
+    elif os.path.exists(source):
+        name = Path(path.name.removesuffix(".gz")).stem
+    else:
+        name = next((parent.resolve().name for parent in path.parents if os.path.isdir(parent)), "")
+    data = os.fsencode(name)
     try:
-        with gzip.GzipFile(fileobj=file) as unpacked:
-            yield from documents(_decode(unpacked, name, encoding), separator)  # type: ignore[arg-type]
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{name}: damaged gzip file ({error}); download it again, or decompress it first") from None
+        return data.decode() or None
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
 
 
-def _decode(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
-    """The text of a file in chunks. Raises UserError with the byte offset where it does not decode or is binary."""
-    decoder = codecs.getincrementaldecoder(encoding)("strict")
-    position = 0  # byte offset of the next chunk
-    while True:
-        data = file.read(CHUNK)
-        buffered = len(decoder.getstate()[0])  # bytes of a character that began in the previous chunk
-        try:
-            text = decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            offset = position - buffered + error.start
-            raise UserError(_decode_error(data, name, encoding, offset, first=position == 0)) from None
-        except UnicodeError as error:  # a missing byte order mark
-            raise UserError(
-                f"{name}: {error}; give the byte order: --encoding=utf-16-le or utf-16-be (or utf-32-le, utf-32-be)"
-            ) from None
-        if "\0" in text:
-            raise UserError(f"{name}: contains NUL characters, so it is a binary file{_exclude_hint(name)}")
-        if position == 0:
-            text = text.removeprefix("\ufeff")
-        if text:
+def _nothing(source: str, skipped: list[str]) -> str:
+    if skipped:
+        return "\n  ".join([f"{readable(source)}: contains no text files", *skipped])
+    if os.path.isdir(source):
+        return f"{readable(source)}: the folder contains no files; expected text files"
+    return (
+        f"{readable(source)}: no such file or folder, and no match for it as a glob; check the path from {Path.cwd()}"
+    )
+
+
+@dataclass
+class _Text:
+    """The files of a corpus, and what was found about them when they were read."""
+
+    files: list[TextFile]
+    encoding: str
+    separator: str | None
+    skipped: list[str]
+    notes: list[str] = field(default_factory=list)
+    encodings: dict[str, Encoding] = field(default_factory=dict)
+    """What a file was found to be in, by its name; with --encoding=auto, what it is read in."""
+
+    def pieces(self) -> Iterator[Piece]:
+        auto = self.encoding == "auto"
+        odd: dict[str, dict[str, None]] = {}  # what is unusual, with the files where it is
+        for file in self.files:
+            with file.opened() as data:
+                if kind_of(data.read(HEAD)):
+                    raise UserError(refusal(self.files, self.encoding))
+                if auto and file.name not in self.encodings:
+                    found = detect(data)
+                    if found is None:
+                        raise UserError(refusal(self.files, self.encoding))
+                    self.encodings[file.name] = found
+                data.seek(0)
+                encoding = self.encodings.get(file.name, Encoding(self.encoding))
+                texts = self._checked(decode(data, encoding, lenient=auto), file, odd)
+                try:
+                    yield from documents(texts, self.separator)
+                except NotDecodable:
+                    raise UserError(refusal(self.files, self.encoding)) from None
+        self.notes[:] = [*self.skipped, *self._readings(), *map(_odd, odd, odd.values())]
+
+    def _checked(self, texts: Iterator[str], file: TextFile, odd: dict[str, dict[str, None]]) -> Iterator[str]:
+        """Passes the texts on, and notes signs that --encoding names another encoding than the file's."""
+        first = True
+        for text in texts:
+            if self.encoding != "auto" and not text.isascii():
+                if first and _is_utf8(text, self.encoding):
+                    odd.setdefault(f"valid UTF-8, but read as {self.encoding}", {})[file.name] = None
+                if codecs.lookup(self.encoding).name.startswith("iso8859") and re.search("[\x80-\x9f]", text):
+                    odd.setdefault(f"with control characters when read as {self.encoding}", {})[file.name] = None
+            first = False
             yield text
-        if not data:
-            return
-        position += len(data)
+
+    def _readings(self) -> list[str]:
+        """With --encoding=auto: how many files were read as what, and what is not complete."""
+        if not self.encodings:
+            return []
+        by_name: dict[str, list[str]] = {}
+        for name, found in self.encodings.items():
+            by_name.setdefault(found.name, []).append(name)
+        counts = [
+            f"{len(names):,} as {name}" + ("" if name == "utf-8" else f" ({first_three(names)})")
+            for name, names in sorted(by_name.items(), key=lambda pair: -len(pair[1]))
+        ]
+        lines = [f"files read by --encoding=auto: {', '.join(counts)}"]
+        for name, found in self.encodings.items():
+            if found.stray:
+                lines.append(f"{name}: {found.stray:,} bytes that are not UTF-8 were read as cp1252")
+            if found.cut_short:
+                lines.append(f"{name}: ends in the middle of a character, which was left out")
+        return lines[:10] + [f"{len(lines) - 10:,} more such files"] * (len(lines) > 10)
 
 
-def _decode_error(data: bytes, name: str, encoding: str, offset: int, first: bool) -> str:
-    if first and data[:2] in (b"\xff\xfe", b"\xfe\xff") and "16" not in encoding:
-        return f"{name}: begins with a UTF-16 byte order mark (byte offset 0); try --encoding=utf-16"
-    if b"\0" in data:
-        found = f"not {encoding} at byte offset {offset}, and it contains NUL bytes"
-        return f"{name}: is a binary file ({found}){_exclude_hint(name)}"
-    others = [other for other in ("gb18030", "latin-1", "utf-8") if codecs.lookup(other) != codecs.lookup(encoding)]
-    return f"{name}: not {encoding} text at byte offset {offset}; try --encoding={others[0]} or --encoding={others[1]}"
+def _odd(what: str, names: Collection[str]) -> str:
+    return f"{len(names):,} files {what} (try --encoding=auto): {first_three([*names])}"
 
 
-def _exclude_hint(name: str) -> str:
-    return f"; expected text: exclude it with a glob, such as --input='{_glob(Path(name))}'"
-
-
-def _glob(path: Path) -> str:
-    return str(path.parent / "**" / "*.txt")
+def _is_utf8(text: str, encoding: str) -> bool:
+    """Whether the bytes of a text that was read in another encoding are UTF-8; it may end within a character."""
+    if codecs.lookup(encoding).name.startswith("utf"):
+        return False
+    try:
+        return bool(codecs.getincrementaldecoder("utf-8")().decode(text.encode(encoding)))
+    except UnicodeError:
+        return False

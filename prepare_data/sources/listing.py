@@ -1,0 +1,182 @@
+"""Which files of a folder or a glob are read, and what is left out and why.
+
+A folder means all files below it, sorted by path. Left out, counted and named: hidden files and folders (names that
+begin with a dot), symbolic links, what cannot be read, pipes and devices, kinds that are not text (kinds.py), folders
+that Sprout wrote, and what --exclude names. A glob chooses files in the same way, except that it also follows links
+to files: its pattern names them.
+
+Links are not followed because one that stays in the folder would read a text twice, and one that leads out of it would
+read what nobody named.
+"""
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path, PurePath
+
+from errors import UserError
+from prepare_data.sources.kinds import SKIPPED_FOLDERS, reason_by_ending
+
+HIDDEN = "hidden files and folders"
+LINKS = "symbolic links (not followed in a folder; copy what they lead to, or name it itself)"
+UNREADABLE = "files and folders that this user may not read"
+SPECIAL = "pipes, sockets and devices"
+EMPTY = "empty files"
+CACHES = "folders of packages and caches"
+OWN = "folders that Sprout wrote"
+EXCLUDED = "files and folders by --exclude"
+FOLDERS = "folders that the glob matches (** instead of * enters folders)"
+
+
+@dataclass
+class Listing:
+    base: Path
+    """The folder that was named or that a glob searches; or the file that was named."""
+    files: list[Path] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    """Reason → paths, relative to the folder."""
+    unused: list[str] = field(default_factory=list)
+    """Patterns of --exclude that match nothing."""
+
+    def skip(self, reason: str, path: PurePath | str) -> None:
+        self.skipped.setdefault(reason, []).append(readable(path))
+
+    def notes(self) -> list[str]:
+        """One line for each reason: how many, and the first three."""
+        lines = [f"skipped {len(names):,} {reason}: {first_three(names)}" for reason, names in self.skipped.items()]
+        return lines + [f"--exclude={pattern} matches nothing" for pattern in self.unused]
+
+
+def readable(path: PurePath | str) -> str:
+    """A path for messages: bytes of a name that are not UTF-8 become U+FFFD, so that it can be printed and stored."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def first_three(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def list_files(source: str, exclude: Sequence[str] = ()) -> Listing:
+    """The files of a path or a glob; no files and nothing skipped if it names nothing. Raises UserError for a folder
+    that cannot be read."""
+    listing = Listing(Path(source), unused=list(exclude))
+    if os.path.isdir(source):
+        _walk(listing, None, exclude)
+    elif os.path.exists(source):
+        path = Path(source)
+        if _excluded(listing, exclude, path, PurePath(path.name)):
+            listing.skip(EXCLUDED, path.name)
+        else:
+            listing.files.append(path)
+    else:
+        parts = Path(source).parts
+        plain = next((i for i, part in enumerate(parts) if set("*?[") & set(part)), len(parts))
+        if plain < len(parts) and os.path.isdir(base := Path(*parts[:plain])):
+            listing.base = base
+            _walk(listing, parts[plain:], exclude)
+    return listing
+
+
+def _walk(listing: Listing, pattern: tuple[str, ...] | None, exclude: Sequence[str]) -> None:
+    base = listing.base
+
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, PermissionError) or Path(error.filename) == base:
+            raise UserError(f"{readable(error.filename)}: cannot be read ({error.strerror})")
+        listing.skip(UNREADABLE, Path(error.filename).relative_to(base))
+
+    for folder, names, files in os.walk(base, onerror=unreadable):
+        inside = PurePath(folder).relative_to(base)
+        kept = []
+        for name in sorted(names):
+            relative = inside / name
+            if pattern and not _may_hold_matches(relative.parts, pattern):
+                if _matches(relative.parts, pattern) and not name.startswith("."):
+                    listing.skip(FOLDERS, relative)
+            elif reason := _skipped_folder(listing, exclude, base, relative):
+                listing.skip(reason, relative)
+            else:
+                kept.append(name)
+        names[:] = kept
+        for name in sorted(files):
+            relative = inside / name
+            if pattern and not _matches(relative.parts, pattern):
+                continue
+            if reason := _skipped_file(listing, exclude, base, relative, pattern):
+                listing.skip(reason, relative)
+            else:
+                listing.files.append(base / relative)
+    listing.files.sort(key=lambda file: file.relative_to(base).as_posix())
+
+
+def _skipped_folder(listing: Listing, exclude: Sequence[str], base: Path, relative: PurePath) -> str | None:
+    path = base / relative
+    if _excluded(listing, exclude, path, relative):
+        return EXCLUDED
+    if path.name.startswith("."):
+        return HIDDEN
+    if path.is_symlink() or getattr(os.path, "isjunction", lambda _: False)(path):
+        return LINKS
+    if path.name in SKIPPED_FOLDERS:
+        return CACHES
+    if os.path.isfile(path / "dataset.json") or os.path.isfile(path / "metrics.jsonl"):
+        return OWN
+    return None
+
+
+def _skipped_file(
+    listing: Listing, exclude: Sequence[str], base: Path, relative: PurePath, pattern: tuple[str, ...] | None
+) -> str | None:
+    path = base / relative
+    if _excluded(listing, exclude, path, relative):
+        return EXCLUDED
+    if path.name.startswith(".") and not (pattern and pattern[-1].startswith(".")):
+        return HIDDEN
+    if path.is_symlink() and not (pattern and path.is_file()):
+        return LINKS
+    if reason := reason_by_ending(path.name):
+        return reason
+    try:
+        status = path.stat()
+    except OSError:
+        return UNREADABLE
+    if not stat.S_ISREG(status.st_mode):
+        return SPECIAL
+    if not os.access(path, os.R_OK):
+        return UNREADABLE
+    return None if status.st_size else EMPTY
+
+
+def _excluded(listing: Listing, exclude: Sequence[str], path: Path, relative: PurePath) -> bool:
+    """Whether a pattern of --exclude matches: the name, the path in the folder, or the path as messages show it. A
+    name with brackets also matches itself."""
+    found = False
+    for pattern in exclude:
+        wanted = pattern.removeprefix("./").rstrip("/")
+        for name in (relative.name, relative.as_posix(), path.as_posix()):
+            if wanted == name or fnmatch(name, wanted):
+                found = True
+                if pattern in listing.unused:
+                    listing.unused.remove(pattern)
+    return found
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path matches a glob whose ** stands for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        if len(pattern) == 1:
+            return bool(parts)
+        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _may_hold_matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a file below this folder can match the glob."""
+    deep = pattern.index("**") if "**" in pattern else None
+    if deep is None and len(parts) >= len(pattern):
+        return False
+    return all(fnmatch(part, wanted) for part, wanted in zip(parts, pattern[:deep], strict=False))

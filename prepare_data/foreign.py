@@ -29,7 +29,10 @@ END = 1 << 20  # bytes at each end of a file that are read when it is opened
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder looks like shards of another program; `describe_foreign` may still raise."""
-    return any(words & {"train", "val", "dev"} or has_magic(path) for path, words in _split_words(folder).items())
+    words = _split_words(folder)
+    found = set().union(*words.values())
+    both = "train" in found and bool(found & {"val", "dev"})  # training_args.bin alone is no shard
+    return both or any(path.name == "train.bin" or has_magic(path) for path in words)
 
 
 def describe_foreign(folder: Path, tokenizer_name: str | None) -> tuple[dict[str, Any], Tokenizer]:

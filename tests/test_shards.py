@@ -371,7 +371,10 @@ def test_a_folder_of_unclear_shards_is_a_dataset_and_other_binary_files_are_not(
     write_shard(tmp_path / "trainval_000001.bin", random_ids(50))
     assert is_dataset(tmp_path)
     (tmp_path / "trainval_000001.bin").write_bytes(b"firmware")
+    (tmp_path / "training_args.bin").write_bytes(b"PK")
     assert not is_dataset(tmp_path)
+    (tmp_path / "train.bin").write_bytes(b"abcd")
+    assert is_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("vocab_size", [65, 257, 60_000, 200_000])

@@ -1,6 +1,6 @@
 """One option: its declaration (type, range, default, help text) and the check of a value against it.
 
-A section is a frozen dataclass beside the code that it configures. Its fields have the types int, float, bool, str,
+A section is a frozen dataclass in the package that it configures. Its fields have the types int, float, bool, str,
 Literal[...] and unions of these with None, or tuple[str, ...] for a flag that may be repeated. Ranges are those of
 annotated_types: Annotated[int, Ge(1)], Annotated[float, Interval(ge=0, lt=1)]. The string literal under a field is its
 help text. config/ lists the sections and reads the values.
@@ -299,8 +299,8 @@ def show(value: object) -> str:
 
 def quote(text: str) -> str:
     """A text as a user types it in a shell, on one line."""
-    if not text.isprintable():
-        text = text.encode("unicode_escape").decode()
+    for char, escape in (("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        text = text.replace(char, escape)
     if os.name == "nt":
         return subprocess.list2cmdline([text])
     quoted = shlex.quote(text)

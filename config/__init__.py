@@ -135,9 +135,7 @@ def load(script: str, argv: Sequence[str]) -> Options:
     resuming = any(arg.startswith("--resume=") for arg in argv)  # a resumed run has its own options
     default_preset = "quickstart" if script == "train.py" and not resuming else None
     options = _loader.load(script, argv, default_preset=default_preset)
-    if (
-        options.values.get("resume") is None and options.values.get("init_from") is None
-    ):  # these have their own tokenizer
+    if not (options.values.get("resume") or options.values.get("init_from")):  # runs that have their own tokenizer
         refuse_unused(options)
     return options
 

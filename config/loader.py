@@ -21,7 +21,7 @@ from errors import UserError
 T = TypeVar("T")
 # modules in the folder of the presets
 NOT_PRESETS = ("__init__", "advice", "help_text", "hints", "loader", "resume", "start", "value_files")
-HELP = ("--help", "-h", "-help", "help")
+HELP = ("--help", "-h", "-help")
 
 
 # ---- What a script receives ------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class Loader:
         presets, notes, problems, refused = list[str](), list[str](), list[str](), set[str]()
         wants_help = args == ["help"] or not set(HELP).isdisjoint(args)
         if wants_help:  # shows the values of the presets that precede it
-            words = itertools.takewhile(lambda arg: arg not in (*HELP, "help"), args)
+            words = itertools.takewhile(lambda arg: arg not in HELP and args != ["help"], args)
             args = [arg for arg in words if not is_flag(arg)]
         elif default_preset and not any(self._find(arg) for arg in args):
             args.insert(0, default_preset)

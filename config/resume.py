@@ -24,7 +24,8 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
     prepared already; a changed free option is added to the result's `notes`. Raises UserError naming every flag that
     would have no effect or make another run, with both values.
     """
-    resume, stored = options.flat()["resume"], without_retired(stored)
+    resume = options.flat()["resume"]
+    stored = {name: tuple(v) if isinstance(v, list) else v for name, v in without_retired(stored).items()}  # from JSON
     fixed, preparation = config.fixed_names(), option_names(PrepareOptions)
     changed, refused, advice = {}, [], f"--init_from={quote(resume)} starts a new run from these weights"
     if options.presets:

@@ -110,6 +110,15 @@ def test_a_resumed_run_refuses_flags_of_preparation(run, name):
     assert train(f"--resume={run}", "--max_steps=3", f"--{name}={stored}") == 0
 
 
+def test_repeated_flags_are_compared_with_the_stored_list(project):
+    Path("folder").mkdir()
+    Path("folder/a.txt").write_text(LETTERS * 300)
+    flags = ("--data=folder", "--exclude=*.log", "--exclude=b.txt")
+    assert train(*flags, "--tokenizer=bytes", *QUICK, *SMALL, "--run=run") == 0
+    assert train("--resume=run", "--max_steps=3", *flags[1:]) == 0
+    assert "prepared with exclude=*.log and b.txt" in message_of("--resume=run", "--exclude=a.txt")
+
+
 def test_a_text_that_is_named_again_may_have_another_folder_and_encoding(run):
     Path("moved").mkdir()
     Path("moved/text.txt").write_text(LETTERS * 300, encoding="utf-16")

@@ -129,8 +129,8 @@ def test_a_folder_of_many_encodings_is_read_file_by_file():
     write({f"in/{name}.txt": content.encode(encoding) for name, (content, encoding) in FILES.items()})
     assert read("in", "auto") == "".join(FILES[name][0] for name in sorted(FILES, key=lambda name: f"{name}.txt"))
     note = notes("in", "auto")
-    assert "3 as utf-8" in note
-    assert "1 as gb18030 (in/chinese.txt)" in note
+    assert "utf-8 3 (in/ascii.txt, in/utf8.txt, in/utf8_marked.txt)" in note
+    assert "gb18030 1 (in/chinese.txt)" in note
     message = refused("in")
     assert message.count("not utf-8: byte 0x") == 3, "the first three are named"
     assert "more of 29 files" in message
@@ -142,12 +142,12 @@ def test_an_encoding_is_advised_for_a_folder_only_if_all_files_read_well_in_it()
     assert flags(refused("in"), "encoding") == ["cp1252", "auto"]
     write({"in/d.txt": GERMAN})
     assert flags(refused("in"), "encoding") == ["auto"]
-    assert "1 files valid UTF-8, but read as cp1252 (try --encoding=auto): in/d.txt" in notes("in", "cp1252")
+    assert "files valid UTF-8, but read as cp1252 (try --encoding=auto): 1 (in/d.txt)" in notes("in", "cp1252")
 
 
 def test_latin_1_where_cp1252_is_meant_is_noted():
     write({"in.txt": FRENCH.encode("cp1252")})
-    assert "1 files with control characters when read as latin-1 (try --encoding=auto): in.txt" in notes(
+    assert "files with control characters when read as latin-1 (try --encoding=auto): 1 (in.txt)" in notes(
         "in.txt", "latin-1"
     )
     assert notes("in.txt", "cp1252") == ""
@@ -172,7 +172,7 @@ def test_utf8_with_a_few_other_bytes_is_not_taken_for_another_encoding():
     assert "as cp1252 such bytes (3) read" in message
     assert flags(message, "encoding") == ["auto"]
     assert read("in.txt", "auto") == good + "don’t – Müller\n" + good
-    assert "in.txt: 3 bytes that are not UTF-8 were read as cp1252" in notes("in.txt", "auto")
+    assert "in.txt: bytes that are not UTF-8 were read as cp1252: 3" in notes("in.txt", "auto")
 
 
 def test_what_is_not_text_has_no_encoding():
@@ -263,7 +263,7 @@ def test_a_file_that_is_not_plain_text_gets_the_advice_that_helps(name):
     assert advice in refused(name)
     assert advice in refused("as text.txt"), "the content decides, not the name"
     assert read("in") == ENGLISH
-    assert f": {name}" in notes("in")
+    assert f"1 ({name})" in notes("in")
     write({"mixed/looks like text.md": data})
     message = refused("mixed")
     assert "mixed/looks like text.md: is " in message
@@ -279,7 +279,7 @@ def test_text_that_begins_like_a_binary_format_is_text():
 def test_gzip_files_are_unpacked():
     write({"in/a.txt.gz": gzip.compress(FRENCH.encode("cp1252")), "in/b.tar.gz": archive("tgz")})
     assert read("in", "auto") == FRENCH
-    assert "archives (unpack them to use them): b.tar.gz" in notes("in", "auto")
+    assert "archives (unpack them to use them): 1 (b.tar.gz)" in notes("in", "auto")
 
 
 # Folders and globs
@@ -300,19 +300,19 @@ def test_all_that_is_left_out_is_counted_and_named(folder):
     assert list(text.corpus("in", exclude=exclude).pieces()) == [("ok", True), ("two", True)]
     note = notes("in", exclude=exclude)
     for line in (
-        "skipped 4 images, sound, programs, model weights and other binary files: a.PNG, b.mp3, c.bin, …",
-        "skipped 1 documents that are not plain text (save them as text to use them): book.pdf",
-        "skipped 1 archives (unpack them to use them): z.zip",
-        "skipped 2 hidden files and folders: .git, .hidden",
-        "skipped 1 folders of packages and caches: node_modules",
-        "skipped 1 folders that Sprout wrote: data/d",
-        "skipped 1 empty files: empty.txt",
-        "skipped 2 files and folders by --exclude: drafts, late.log",
+        "skipped images, sound, programs, model weights and other binary files: 4 (a.PNG, b.mp3, c.bin, …)",
+        "skipped documents that are not plain text (save them as text to use them): 1 (book.pdf)",
+        "skipped archives (unpack them to use them): 1 (z.zip)",
+        "skipped hidden files and folders: 2 (.git, .hidden)",
+        "skipped folders of packages and caches: 1 (node_modules)",
+        "skipped folders that Sprout wrote: 1 (data/d)",
+        "skipped empty files: 1 (empty.txt)",
+        "skipped files and folders by --exclude: 2 (drafts, late.log)",
         "--exclude=*.nothing matches nothing",
     ):
         assert line in note.splitlines()
-    assert "skipped 4 symbolic links (not followed" in note
-    assert ("pipes, sockets and devices: pipe" in note) == hasattr(os, "mkfifo")
+    assert "skipped symbolic links (not followed" in note
+    assert ("pipes, sockets and devices: 1 (pipe)" in note) == hasattr(os, "mkfifo")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="this user may read everything")
@@ -321,7 +321,7 @@ def test_what_may_not_be_read_is_named():
     os.chmod("in/private", 0)
     os.chmod("in/secret.txt", 0)
     assert read("in") == "ok"
-    assert "skipped 2 files and folders that this user may not read: private, secret.txt" in notes("in")
+    assert "skipped files and folders that this user may not read: 2 (private, secret.txt)" in notes("in")
     os.chmod("in/private", 0o700)
     assert "secret.txt: cannot be read" in refused("in/secret.txt")
 
@@ -338,7 +338,7 @@ def test_an_unreadable_subfolder_is_named(monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     for source in ("in", "in/**/*.txt"):
         assert read(source) == "ok"
-        assert "skipped 1 files and folders that this user may not read: private" in notes(source)
+        assert "skipped files and folders that this user may not read: 1 (private)" in notes(source)
 
 
 def test_a_folder_without_text_says_what_it_holds():
@@ -346,8 +346,8 @@ def test_a_folder_without_text_says_what_it_holds():
     message = refused("in")
     assert message.startswith("in: contains no text files\n")
     assert "a.png" in message
-    assert "save them as text to use them): c.docx" in message
-    assert "by --exclude: x.txt" in refused_file("x.txt", exclude=["*.txt"])
+    assert "save them as text to use them): 1 (c.docx)" in message
+    assert "by --exclude: 1 (x.txt)" in refused_file("x.txt", exclude=["*.txt"])
 
 
 def refused_file(name, **options):
@@ -363,7 +363,7 @@ def test_globs_follow_links_to_files_and_enter_no_loop(folder):
     assert read("in/**/*.txt") == "AEC"
     assert read("in/**") == "ABEC"
     assert read(f"{folder}/i?/*/c.txt") == "C"
-    assert "folders that the glob matches (** instead of * enters folders): loop, sub" in notes("in/*")
+    assert "folders that the glob matches (** instead of * enters folders): 2 (loop, sub)" in notes("in/*")
     assert "sub" not in notes("in/*.txt")
     assert "no such file" in refused("in/*.nothing")
 
@@ -438,7 +438,9 @@ def test_a_device_is_refused():
 @pytest.mark.parametrize("source", ["-", "/dev/stdin"])
 def test_standard_input_that_is_closed(monkeypatch, source):
     monkeypatch.setattr(sys, "stdin", None)
-    assert refused(source) == "standard input is closed; name a file, or pipe a text in"
+    assert refused(source) == "standard input: is closed; pipe a text in, or name a file"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))  # like os.devnull, which start_script puts there
+    assert refused(source) == "standard input: is empty or closed; pipe a text in, or name a file"
 
 
 def test_a_full_temporary_folder_is_one_clear_error(monkeypatch):

@@ -188,20 +188,17 @@ def _as_utf8(file: IO[bytes]) -> tuple[int, int, bool, bool]:
 
     The file may end within a character.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    characters = stray = 0
-    ascii_only = True
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    characters = size = used = 0
     for data in _chunks(file):
         if b"\0" in data:
-            return characters, stray, True, False
+            return characters, 0, True, False
         text = decoder.decode(data)
-        if data.isascii() and text.isascii():
-            continue
-        ascii_only = False
-        bad = sum("\udc80" <= char <= "\udcff" for char in text)
-        stray += bad
-        characters += sum(not char.isascii() for char in text) - bad
-    return characters, stray, False, ascii_only
+        size += len(data)
+        used += len(text.encode())
+        characters += len(text) - len(text.encode("ascii", "ignore"))
+    stray = size - used - len(decoder.getstate()[0])
+    return characters, stray, False, size == used and not characters
 
 
 def _is_iso2022_jp(file: IO[bytes]) -> bool:

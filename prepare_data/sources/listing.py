@@ -11,7 +11,7 @@ read what nobody named.
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
@@ -45,7 +45,7 @@ class Listing:
 
     def notes(self) -> list[str]:
         """One line for each reason: how many, and the first three."""
-        lines = [f"skipped {len(names):,} {reason}: {first_three(names)}" for reason, names in self.skipped.items()]
+        lines = [f"skipped {reason}: {first_three(names)}" for reason, names in self.skipped.items()]
         return lines + [f"--exclude={pattern} matches nothing" for pattern in self.unused]
 
 
@@ -54,8 +54,9 @@ def readable(path: PurePath | str) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def first_three(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def first_three(names: Collection[str]) -> str:
+    """How many there are, and the first three."""
+    return f"{len(names):,} ({', '.join(list(names)[:3])}{', …' if len(names) > 3 else ''})"
 
 
 def list_files(source: str, exclude: Sequence[str] = ()) -> Listing:

@@ -45,6 +45,8 @@ def spooled(source: str) -> IO[bytes]:
                 data = file.read(CHUNK)
             except OSError as error:
                 raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+            if not data and not size:
+                raise UserError(f"{name}: is empty or closed; pipe a text in, or name a file")
             if not data:
                 return spool
             try:
@@ -76,7 +78,7 @@ def _full(name: str | None, size: int, error: OSError) -> str:
 def _opened(source: str) -> Iterator[IO[bytes]]:
     if source in STANDARD_INPUT:
         if sys.stdin is None:
-            raise UserError("standard input is closed; name a file, or pipe a text in")
+            raise UserError("standard input: is closed; pipe a text in, or name a file")
         if sys.stdin.isatty():
             print("reading standard input: type or paste the text, then Ctrl-D (Windows: Ctrl-Z and Enter)")
         yield sys.stdin.buffer

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from common.option import quote
 from prepare_data.sources.encodings import CHUNK, Encoding, NotDecodable, character_start, decode, detect
 from prepare_data.sources.kinds import HEAD, advice_by_ending, kind_of
 from prepare_data.sources.text_file import TextFile
@@ -137,7 +138,7 @@ def _about_binary(binary: list[_Finding], good: list[_Finding]) -> str:
         ending = os.path.splitext(finding.file.name)[1]
         plain = ending[1:].isascii() and ending[1:].isalnum()
         use_ending = plain and endings[ending] > 1 and ending not in text_endings
-        flag = f"--exclude='*{ending}'" if use_ending else finding.file.exclude
+        flag = f"--exclude={quote(f'*{ending}')}" if use_ending else finding.file.exclude
         if flag not in flags:
             flags.append(flag)
     more = f" … ({len(flags)} in all)" if len(flags) > MAX_PATTERNS else ""

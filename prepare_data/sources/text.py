@@ -74,6 +74,12 @@ def _nothing(source: str, skipped: list[str]) -> str:
         return "\n  ".join([f"{readable(source)}: contains no text files", *skipped])
     if os.path.isdir(source):
         return f"{readable(source)}: the folder contains no files; expected text files"
+    try:
+        os.stat(source)
+    except PermissionError as error:
+        return f"{readable(source)}: cannot be read ({error.strerror})"
+    except OSError:
+        pass
     return (
         f"{readable(source)}: no such file or folder, and no match for it as a glob; check the path from {Path.cwd()}"
     )
@@ -132,20 +138,19 @@ class _Text:
         for name, found in self.encodings.items():
             by_name.setdefault(found.name, []).append(name)
         counts = [
-            f"{len(names):,} as {name}" + ("" if name == "utf-8" else f" ({first_three(names)})")
-            for name, names in sorted(by_name.items(), key=lambda pair: -len(pair[1]))
+            f"{name} {first_three(names)}" for name, names in sorted(by_name.items(), key=lambda pair: -len(pair[1]))
         ]
-        lines = [f"files read by --encoding=auto: {', '.join(counts)}"]
+        lines = [f"files read by --encoding=auto as {', '.join(counts)}"]
         for name, found in self.encodings.items():
             if found.stray:
-                lines.append(f"{name}: {found.stray:,} bytes that are not UTF-8 were read as cp1252")
+                lines.append(f"{name}: bytes that are not UTF-8 were read as cp1252: {found.stray:,}")
             if found.cut_short:
                 lines.append(f"{name}: ends in the middle of a character, which was left out")
         return lines[:10] + [f"{len(lines) - 10:,} more such files"] * (len(lines) > 10)
 
 
 def _odd(what: str, names: Collection[str]) -> str:
-    return f"{len(names):,} files {what} (try --encoding=auto): {first_three([*names])}"
+    return f"files {what} (try --encoding=auto): {first_three(names)}"
 
 
 def _is_utf8(text: str, encoding: str) -> bool:

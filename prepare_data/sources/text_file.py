@@ -2,7 +2,6 @@
 
 import glob
 import gzip
-import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from common.option import quote
 from errors import UserError
 
 
@@ -51,6 +51,6 @@ class TextFile:
         """The flag that leaves this file out, as typed in a shell. Bytes that are not UTF-8 match as `?`."""
         assert self.inside
         if self.inside.isascii() or self.inside.encode(errors="replace").decode() == self.inside:
-            return f"--exclude={shlex.quote(self.inside)}"
+            return f"--exclude={quote(self.inside)}"
         pattern = "".join("?" if "\ud800" <= char <= "\udfff" else glob.escape(char) for char in self.inside)
-        return f"--exclude={shlex.quote(pattern)}"
+        return f"--exclude={quote(pattern)}"

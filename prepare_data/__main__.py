@@ -25,7 +25,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, config.Options]:
         return source, config.load("prepare_data", args)
     rest = "".join(f" {arg}" for arg in args if arg.isprintable() and quote(arg) == arg)
     if source.startswith("-"):
-        advice = f"the source comes first: python -m prepare_data text {source}{rest}"
+        advice = f"the source comes first: python -m prepare_data text {quote(source)}{rest}"
     elif os.path.exists(source):
         advice = f"not a source; write python -m prepare_data text --input={quote(source)}{rest}"
     elif (text := " ".join(argv)) != source and os.path.exists(text):

@@ -30,6 +30,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 from errors import UserError
@@ -70,7 +71,6 @@ class Option:
     name: str
     section: type
     default: Any
-    help: str
     kinds: frozenset[type]
     choices: tuple[str, ...]
     none: bool
@@ -79,6 +79,13 @@ class Option:
     path: bool = False
     escaped: bool = False
     repeatable: bool = False
+
+    @property
+    def help(self) -> str:
+        """The text under the field, as one line. It is read from the source only when it is shown."""
+        text = _field_docstrings(self.section).get(self.name)
+        assert text, f"{self.section.__name__}.{self.name} has no help text under it"
+        return text
 
     @property
     def is_switch(self) -> bool:
@@ -171,14 +178,12 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
     from annotated_types import Ge, Gt, Interval, Le, Lt
 
     hints = typing.get_type_hints(section, localns=vars(annotated_types), include_extras=True)
-    help_texts = _field_docstrings(section)
     free: set[str] | None = getattr(section, "FREE_ON_RESUME", None)  # all other options of the section are fixed
     for field in dataclasses.fields(section):
         where = f"{section.__name__}.{field.name}"
         assert field.default is not dataclasses.MISSING, f"{where} has no default"
         if field.metadata.get("derived") and not derived:
             continue
-        assert help_texts.get(field.name), f"{where} has no help text under it"
         parts = list(_parts(hints[field.name]))
         ranges = [part for part in parts if isinstance(part, Ge | Gt | Le | Lt | Interval)]
         kinds = [part for part in parts if part in (int, float, bool, str)]
@@ -192,7 +197,6 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
             field.name,
             section,
             field.default,
-            help=help_texts[field.name],
             kinds=frozenset(kinds),
             choices=tuple(choices),
             none=none,
@@ -258,6 +262,7 @@ def _parts(hint: Any) -> Iterator[Any]:
         yield hint
 
 
+@cache
 def _field_docstrings(section: type) -> dict[str, str]:
     """The string literal under each field, as one line."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body

@@ -10,8 +10,6 @@ import itertools
 import re
 from pathlib import Path
 
-from filelock import lock_descriptor
-
 from checkpoint import list_checkpoints
 from errors import UserError
 from files import DamagedFile, read_json, write_json
@@ -89,6 +87,8 @@ class RunLock:
         self.run_dir = run_dir
 
     def __enter__(self) -> RunLock:
+        from filelock import lock_descriptor  # takes a while; sample.py needs no lock
+
         try:
             self.file = open(self.run_dir / "lock", "ab")
         except OSError as error:

@@ -16,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -277,7 +277,8 @@ def tokenizer_from_dict(content: Any) -> Tokenizer:
         f"eos_id is {eos_id}, which is not one of the {len(encoded)} ids without text",
     )
     try:
-        tokens = [None if token is None else base64.b64decode(token, validate=True) for token in encoded]
+        decode = partial(binascii.a2b_base64, strict_mode=True)  # several times faster than base64.b64decode
+        tokens = [None if token is None else decode(token) for token in encoded]
     except (binascii.Error, ValueError):
         expect(False, "tokens holds text that is not base64")
     known = [token for token in tokens if token is not None]

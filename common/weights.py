@@ -33,9 +33,10 @@ def import_weights(model: GPT, tensors: Mapping[str, Tensor], *, take: bool = Fa
             raise ValueError(f"{name!r} has the shape {given}, this model has {tuple(target.shape)}")
         if take and target.shape == parameter.shape:
             parameter.data = tensors[name].to(parameter.device, parameter.dtype)
-        else:
-            parameter.zero_()
-            target.copy_(tensors[name])
+            continue
+        target.copy_(tensors[name])
+        if target.shape != parameter.shape:
+            parameter[len(target) :] = 0.0
 
 
 def count_parameters(model: GPT) -> int:

@@ -172,7 +172,7 @@ def test_incomplete_declarations_are_refused() -> None:
         (NotARange, "no type"),
     ]:
         with pytest.raises(AssertionError, match=message):
-            list(options_of(section))
+            assert all(option.help for option in options_of(section))
     with pytest.raises(ValueError, match="expected a whole number >= 1"):
         list(options_of(WrongDefault))
 
@@ -639,7 +639,7 @@ def test_the_options_of_the_model_are_those_of_its_class() -> None:
     """The loader has a class of its own, made from the source of model.py."""
     assert config.ModelOptions.__doc__ == GPTConfig.__doc__
     for ours, original in zip(options_of(config.ModelOptions), options_of(GPTConfig), strict=True):
-        assert replace_fields(ours, section=GPTConfig) == original
+        assert (replace_fields(ours, section=GPTConfig), ours.help) == (original, original.help)
     options = config.load("train.py", ["--n_head=8", "--n_embd=64"])
     assert options.section(GPTConfig) == GPTConfig(**{name: options.flat()[name] for name in option_names(GPTConfig)})
 

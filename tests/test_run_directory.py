@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 
-from common import run_directory
 from common.run_directory import RunLock, claim_run, newest_run, refuse_used_run
 from errors import UserError
 from tests.conftest import ROOT
@@ -48,7 +48,7 @@ def test_a_file_system_without_locks_is_named_and_no_other_lock_is_taken(tmp_pat
     def fail(descriptor: int, blocking: bool) -> bool:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(run_directory, "lock_descriptor", fail)
+    monkeypatch.setattr(filelock, "lock_descriptor", fail)
     with pytest.raises(UserError, match="file system cannot lock files"), RunLock(tmp_path):
         pass
     assert os.listdir(tmp_path) == ["lock"]

@@ -22,6 +22,7 @@ from errors import UserError
 from generation.prompts import has_trailing_space, print_texts
 from generation.text import Piece, load_model, sample_texts
 from model import GPT, GPTConfig
+from tests.conftest import ROOT
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
 CPU = torch.device("cpu")
@@ -355,8 +356,8 @@ def test_options_that_do_not_fit_the_model(runs, capsys):
 # ---- the process
 
 
-def process(runs, *flags, **kwargs):
-    command = [sys.executable, sample.__file__, *flags]
+def process(runs, *flags, command=(sys.executable, sample.__file__), **kwargs):
+    command = [*command, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": runs.parent} | kwargs
     return subprocess.Popen(command, **pipes)
 
@@ -384,6 +385,22 @@ def test_a_closed_pipe_and_an_interrupt_end_without_traceback(runs):
         assert "Traceback" not in message
         child.stderr.close()
     interrupted.stdout.close()
+
+
+def test_a_sample_imports_nothing_that_it_does_not_use(runs):
+    """The first token waits for the imports: torch takes over a second, and nothing else should be noticed."""
+    program = (
+        "import sys, sample; sample.main(['--run=runs/char', '--max_new_tokens=1']);"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = process(runs, command=[sys.executable, "-c", program], env=environment, text=True)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    imported = set(out.splitlines()[-1].split())
+    unused = {"anyio", "charset_normalizer", "filelock", "inspection", "matplotlib", "requests", "rustbpe", "starlette"}
+    assert {"torch", "tiktoken"} <= imported
+    assert not imported & (unused | {"triton", "uvicorn", "wandb"})
 
 
 def test_output_is_utf8_whatever_the_console_encoding(runs):

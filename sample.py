@@ -26,6 +26,7 @@ if __name__ == "__main__":  # the same
     config.check_command_line("sample.py")
 
 import io
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         quantize(model)
     title = describe_checkpoint(path, folder, script.checkpoint)
     print(f"{title}; {hardware.describe()}", file=sys.stderr)
+    if prompts == [Prompt("")] and not (server.serve or script.interactive) and (advice := prompt_note(folder)):
+        print(advice, file=sys.stderr)
 
     # ---- one of four modes; each imports its own modules
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
@@ -131,6 +134,17 @@ def print_samples(
 def read_sampling(options: config.Options) -> tuple[SamplingOptions, int]:
     """Sampling options, and the seed."""
     return options.section(SamplingOptions), options.section(RunOptions).seed
+
+
+def prompt_note(folder: Path) -> str | None:
+    """One line where the model has seen few document beginnings, so that a new document begins in mid-sentence."""
+    state = read_json(folder.parent / STATE) if (folder.parent / STATE).is_file() else {}
+    dataset = state.get("dataset")
+    prompt = dataset.get("example_prompt") if isinstance(dataset, dict) else None
+    if not isinstance(prompt, str):
+        return None
+    example = shlex.quote(prompt)
+    return f"note: this model has seen few document beginnings, so a prompt reads better: --prompt={example}"
 
 
 def run_name(model_folder: Path) -> str:

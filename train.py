@@ -47,6 +47,7 @@ from training.logger import RunLogger, log_end
 from training.micro_batch import fit_micro_batch, reduce_micro_batch
 from training.optim import learning_rate, make_optimizer
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
+from training.prompt import choose_prompt
 from training.reference import Reference, read_curves
 from training.state import TrainState
 
@@ -56,35 +57,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
         start = read_start(sys.argv[1:] if argv is None else argv, stack)
-        for note in start.options.notes:
-            print(note)
         # ---- hardware: every `auto` is resolved
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))
         model_config, attention = start.options.section(GPTConfig), start.options.section(HardwareOptions).attention
-        values, reasons = setup.choose_auto(
-            start.options.section(TrainOptions), model_config, attention, hardware, start.reasons
-        )
+        train, evals = start.options.section(TrainOptions), start.options.section(EvalOptions)
+        values, reasons = setup.choose_auto(train, model_config, attention, hardware, start.reasons)
         options = config.replace(start.options, **values)
-        train, evals = options.section(TrainOptions), options.section(EvalOptions)
-        optim, seed = options.section(OptimizerOptions), options.section(RunOptions).seed
+        train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
         # ---- data
-        prepare, block_size = options.section(PrepareOptions), model_config.block_size
+        prepare, seed = options.section(PrepareOptions), options.section(RunOptions).seed
         dataset = setup.open_data(train.data, prepare, start.resumed, start.initial, start.flags)
-        setup.check_data(dataset, evals.sample_prompt)
+        block_size = model_config.block_size
+        setup.check_size(dataset, train, block_size, start.argv)
+        prompt = choose_prompt(dataset, evals.sample_prompt)
         rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
         batches = TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, model_config.dropout > 0)
         # ---- model
-        path = options.section(HardwareOptions).attention
-        model = setup.build_model(model_config, dataset.tokenizer, path, seed, start.source).to(hardware.device).train()
+        model = setup.build_model(model_config, dataset.tokenizer, values["attention"], seed, start.source)
+        model = model.to(hardware.device).train()
+        setup.announce(model, hardware, values, reasons, options.section(LoggingOptions).verbose)
         score = partial(evaluate, model, dataset.val, dataset.tokenizer.token_bytes, autocast=hardware.autocast)
         if evals.eval_only:
             return setup.print_evaluation(start.source, score(rows=size))
         # ---- optimizer, and the rest of what a checkpoint holds
         stop = stack.enter_context(StopRequest())
-        run = setup.open_run(options.section(RunOptions).run, options.presets, start.source, stack)
+        run = setup.open_run(options.section(RunOptions).run, start.default_name(dataset), start.source, stack)
         optimizer, scaler = make_optimizer(model, optim, hardware.dtype), setup.make_scaler(hardware)
-        state = TrainState(model, optimizer, scaler, rows, setup.recovery_command(run, optim))
+        state = TrainState(model, optimizer, scaler, rows, setup.recovery(run, optim), start.initial is not None)
         if start.resumed is not None:
             state.restore(start.resumed, hardware)
         # ---- records of the run: config.json, logs, checkpoints, samples
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger = RunLogger(run, options.section(LoggingOptions), options.flat(), hardware, model, reference, lengths)
         stack.enter_context(logger)
         save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
-        sample = setup.make_sampler(partial(sample_texts, model, dataset.tokenizer), evals, hardware)
+        sample = setup.make_sampler(partial(sample_texts, model, dataset.tokenizer, prompt), evals, hardware)
         # ---- length: a number of steps, or a time
         compiled: Any = torch.compile(model) if train.compile else model
         step = partial(update, compiled, optimizer, scaler, hardware, train.label_smoothing, optim.grad_clip)
@@ -130,7 +130,7 @@ def loop(
             result = score(max_tokens=evals.eval_tokens, rows=batches.size) if due else None  # None after a signal
             if result is not None:
                 logger.evaluation(state, budget.plan, result, state.record_evaluation(result))
-                logger.samples(state.step, sample(1, evals.sample_seed))
+                logger.samples(state, sample(1 if state.is_trained else 0, evals.sample_seed))
             is_new = result is not None or state.saved_step != state.step
             if is_new and (done or stop() or state.save_is_due(evals.save_interval)):
                 save()

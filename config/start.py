@@ -7,6 +7,7 @@ training/ must not import the option loader.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from config.hints import INIT_FROM
 from config.resume import note_unused_flags, resumed_options, with_model_options
 from errors import UserError
 from files import write_json
+from prepare_data.shards import Dataset
 from training.metrics import log
 from training.options import EvalOptions, TrainOptions
 
@@ -35,6 +37,8 @@ class Start:
     initial: ModelFolder | None = None
     reasons: dict[str, str] = field(default_factory=dict)
     """Reasons of the automatic choices that a resumed run keeps, by option."""
+    argv: list[str] = field(default_factory=list)
+    """The command line."""
 
     @property
     def source(self) -> Checkpoint | ModelFolder | None:
@@ -45,6 +49,14 @@ class Start:
         """Bytes of a resumed run's logs at its checkpoint."""
         return None if self.resumed is None else self.resumed.state["logs"]
 
+    def default_name(self, dataset: Dataset) -> str:
+        """The name of a new run without --run: that of its text where the user chose one or gave weights, else that
+        of the preset."""
+        if self.options.presets and "data" not in self.flags and self.initial is None:
+            return self.options.presets[-1]
+        text = re.sub(r"-[0-9a-f]{8}$", "", dataset.name)  # without the hash that resolve_data appends
+        return re.sub(r"\s+", "_", text)
+
     @property
     def flags(self) -> set[str]:
         """Names of the options given on the command line."""
@@ -52,8 +64,15 @@ class Start:
 
 
 def read_start(argv: Sequence[str], stack: ExitStack) -> Start:
-    """Reads the command line. The directory of a resumed run is locked in `stack`, before its checkpoint is opened.
-    Raises UserError."""
+    """Reads the command line and prints the notes on it. The directory of a resumed run is locked in `stack`, before
+    its checkpoint is opened. Raises UserError."""
+    start = _read_start(argv, stack)
+    for note in start.options.notes:
+        print(note)
+    return start
+
+
+def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     options = config.load("train.py", argv)
     train, eval_only = options.section(TrainOptions), options.section(EvalOptions).eval_only
     if train.resume is not None and train.init_from is not None:
@@ -70,17 +89,17 @@ def read_start(argv: Sequence[str], stack: ExitStack) -> Start:
             raise UserError(f"--max_steps={max_steps}: {run} is already at step {resumed.step}; give a larger number")
         stored = resumed.state["auto"]
         reasons = {name: reason for name, reason in stored.items() if options.origin.get(name, "flag") != "flag"}
-        return Start(options, resumed=resumed, reasons=reasons)
+        return Start(options, resumed=resumed, reasons=reasons, argv=[*argv])
     refuse_used_run(options.section(RunOptions).run)
     if train.init_from is not None:
         if train.init_from in INIT_FROM and not Path(train.init_from).exists():
             raise UserError(f"--init_from={train.init_from}: {INIT_FROM[train.init_from]}")
         initial = open_model_folder(resolve_model_folder(Path(train.init_from)))
         options = with_model_options(options, initial.config, initial.tokenizer)
-        return Start(note_unused_flags(options), initial=initial)
+        return Start(note_unused_flags(options), initial=initial, argv=[*argv])
     if eval_only:
         raise UserError("--eval_only=true needs weights to evaluate: add --resume=RUN or --init_from=RUN")
-    return Start(options)
+    return Start(options, argv=[*argv])
 
 
 def resolve_length(options: config.Options) -> config.Options:

@@ -155,12 +155,13 @@ def sample_texts(
     num_samples: int,
     max_new_tokens: int,
     temperature: float,
+    top_p: float | None = None,
     seed: int,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> list[tuple[str, str]]:
     """Returns (prompt and text, reason for the end) per sample. Training mode and torch's RNG state are unchanged."""
     keep_head = min(1, model.config.block_size - 1)
-    options = SamplingOptions(max_new_tokens=max_new_tokens, temperature=temperature, keep_head=keep_head)
+    options = SamplingOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, keep_head=keep_head)
     ids = prompt_ids(tokenizer, prompt, options.prepend_eos)
     texts, reasons = [prompt] * num_samples, [""] * num_samples
     was_training = model.training

@@ -156,8 +156,7 @@ def _make_tokenizer(corpus: Corpus, counts: Counts, rule: SplitRule, options: Pr
     tokenizer = train_bpe(texts, options.vocab_size, options.split_pattern)
     if tokenizer.vocab_size < options.vocab_size:
         print(
-            f"note: the text yields a vocabulary of only {tokenizer.vocab_size} ids,"
-            f" fewer than --vocab_size={options.vocab_size}"
+            f"note: this text has byte pairs for {tokenizer.vocab_size:,} ids only (vocab_size={options.vocab_size:,})"
         )
     return tokenizer
 

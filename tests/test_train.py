@@ -110,7 +110,7 @@ def test_a_run_leaves_what_the_design_says(run, small_text):
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 1
     assert {"standard_error", "perplexity", "bits_per_byte", "targets"} <= evaluations[0].keys()
     assert read_events(run, "final")[0]["targets"] > 1000
-    assert (run / "samples.txt").read_text("utf-8").count("==== step") == 4
+    assert (run / "samples.txt").read_text("utf-8").count("==== step") == 3  # none of random weights
     saved = json.loads((run / "config.json").read_text())
     assert saved["options"]["n_layer"] == 2
     assert {"device", "compile"} <= saved["auto"].keys()
@@ -149,7 +149,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(small_text):
 def test_without_a_name_runs_are_numbered(small_text):
     for _ in range(2):
         assert train(*TINY, f"--data={small_text}", "--max_steps=1") == 0
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["debug-1", "debug-2"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["sätze_1-1", "sätze_1-2"]
 
 
 def test_training_time_leaves_evaluations_out(small_text, monkeypatch):
@@ -448,7 +448,7 @@ def test_a_used_or_locked_directory_is_refused(run, small_text):
         (["--dtype=float16", "--device=cpu"], ["--dtype=float16"]),
         (
             ["--block_size=65536", "--tokens_per_step=65536", "--micro_batch_size=auto"],
-            ["block_size + 1 = 65537", "--block_size"],
+            ["too small", "context of 65536", "--block_size="],
         ),
         (["--tokenizer=char", "--sample_prompt=猫"], ["猫"]),
     ],

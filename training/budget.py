@@ -109,7 +109,10 @@ def make_budget(
     elif state.step >= budget.plan.max_steps and state.progress.evaluated_step == state.step:
         log(f"the run is complete at step {state.step}")
     if budget.plan.max_steps <= optim.warmup_steps:
-        log(f"note: the learning rate still rises at the end of the run, since warmup_steps={optim.warmup_steps}")
+        log(
+            f"note: the learning rate rises until the end of this run of {budget.plan.max_steps} steps "
+            f"(warmup_steps={optim.warmup_steps})"
+        )
     return budget
 
 

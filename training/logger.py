@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -118,15 +118,19 @@ class RunLogger:
         self.files.metrics(event, step, timing={"train_seconds": round(self.clock.seconds(), 3)}, **fields)
         self.wandb.log({f"val/{name}": value for name, value in fields.items() if value is not None}, step)
         compared = None if is_final else self.reference.describe(step, result.loss, plan)
-        log(f"step {step}: {result.describe()}" + (f"; {compared}" if compared else ""))
+        scored = "whole val split: " if is_final else ""
+        log(f"step {step}: {scored}{result.describe()}" + (f"; {compared}" if compared else ""))
         if not is_final and (warning := overfitting_warning(state.progress.history)):
             log(warning)
 
-    def samples(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
-        """Records samples, each a text and the reason of its end."""
-        for text, reason in samples:
-            self.files.sample(step, text, reason)
-            log(f"---- sample ({reason}) ----\n{text}\n----")
+    def samples(self, state: TrainState, samples: Sequence[tuple[str, str]]) -> None:
+        """Records samples of the current weights, each a text and the reason of its end."""
+        for number, (text, reason) in enumerate(samples, 1):
+            title = f"sample {number} of {len(samples)}" if len(samples) > 1 else "sample"
+            end = "cut at its maximum length" if reason == "length" else f"ended by {reason}"
+            facts = ", ".join(fact for fact in (title, state.describe_rank(), end) if fact)
+            self.files.sample(state.step, text, facts)
+            log(f"---- step {state.step} ({facts}) ----\n{text}\n----")
 
     def skip(self, step: int, loss: float, grad_norm: float) -> None:
         """Records an update that was skipped because loss or gradient norm is not finite."""

@@ -98,8 +98,8 @@ class RunLog:
             record["timing"] = dict(timing)
         self._write(METRICS, json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
 
-    def sample(self, step: int, text: str, reason: str) -> None:
-        self._write(SAMPLES, f"==== step {step} ({reason}) ====\n{text}\n\n")
+    def sample(self, step: int, text: str, facts: str) -> None:
+        self._write(SAMPLES, f"==== step {step} ({facts}) ====\n{text}\n\n")
 
     def lengths(self) -> dict[str, int]:
         """Bytes written so far, for the checkpoint's state; they are synced to disk when this returns."""

@@ -97,12 +97,15 @@ class EvalOptions:
     """Evaluate the weights of --resume or --init_from on the whole val split and exit."""
     save_interval: Annotated[int, Ge(1)] | None = None
     """Steps between checkpoints; none: at every evaluation. A new best val loss is always saved."""
-    sample_prompt: str = escaped("")
-    r"""Prompt of the sample shown at every evaluation; \n, \t and \\ are escapes. Empty: a new document."""
+    sample_prompt: str | None = escaped(None)
+    r"""Prompt of the samples shown during training; \n, \t and \\ are escapes. Empty: a new document. none: a new
+    document, or, where the text has fewer than twenty documents, words from its val split."""
     sample_tokens: Annotated[int, Ge(0)] = 100
     """Maximum length of these samples in tokens; 0: no samples."""
     sample_temperature: Annotated[float, Ge(0)] = 0.8
     """Temperature of these samples."""
+    sample_top_p: Annotated[float, Interval(gt=0, le=1)] | None = 0.95
+    """Top-p of these samples: drawn from the smallest set of tokens whose total probability reaches this."""
     sample_seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1337
     """Seed of these samples."""
     final_samples: Annotated[int, Ge(0)] = 3
@@ -117,3 +120,5 @@ class LoggingOptions:
     """Also log to Weights & Biases; none: metrics.jsonl only."""
     wandb_project: str = "sprout"
     """Project name at Weights & Biases."""
+    verbose: bool = False
+    """Print the reason of every automatic choice, which config.json always has."""

@@ -1,7 +1,7 @@
 """What happens before the first step: automatic choices, the dataset, the model, the loss scale. train.py calls these
 in order.
 
-Knows no command line: `flags` are the names of the options that a user gave.
+`flags` are the names of the options that a user gave on the command line, `argv` is the whole of it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from training.evaluation import Evaluation
 from training.micro_batch import choose_micro_batch
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
+MIN_CONTEXT = 16  # tokens; with a shorter context a model learns little but frequencies
+
 
 def choose_auto(
     train: TrainOptions,
@@ -44,8 +46,7 @@ def choose_auto(
     hardware: Hardware,
     kept: Mapping[str, str],
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Resolves every `auto` → (values, reasons), both by option; prints them. kept: the reasons stored
-    by a resumed run."""
+    """Resolves every `auto` → (values, reasons), both by option. kept: the reasons stored by a resumed run."""
     if train.deterministic:
         require_determinism()
     micro_batch = choose_micro_batch(train.micro_batch_size, train.tokens_per_step, model_config, hardware)
@@ -58,12 +59,6 @@ def choose_auto(
         **path.reasons,
         **compiled.reasons,
     }
-    print(
-        f"{hardware.describe()}, micro-batch {micro_batch.value}, attention: {path.value},"
-        f" {'compiled' if compiled.value else 'not compiled'}"
-    )
-    for name, reason in reasons.items():
-        print(f"  {name}: {reason}")
     values = {"device": str(hardware.device), "dtype": hardware.dtype_name, "threads": hardware.threads}
     values |= {"attention": path.value, "micro_batch_size": micro_batch.value, "compile": compiled.value}
     return values, reasons
@@ -105,17 +100,20 @@ def open_data(
     return dataset
 
 
-def check_data(dataset: Dataset, sample_prompt: str) -> None:
-    """Raises UserError for what would otherwise fail in mid-run: a val split without a target, a sample prompt that
-    cannot be encoded. TrainBatches checks the train split."""
-    if len(dataset.val) < 2:
+def check_size(dataset: Dataset, train: TrainOptions, block_size: int, argv: Sequence[str]) -> None:
+    """Raises UserError where a split is too small, with the command of `argv` changed so that it works."""
+    n_train, n_val = len(dataset.train), len(dataset.val)
+    if n_train > block_size and n_val >= 2:
+        return
+    small = f"{train.data} is too small: {n_train:,} tokens to train on and {n_val:,} to evaluate on"
+    usable = [size for size in range(MIN_CONTEXT, min(block_size, n_train)) if train.tokens_per_step % size == 0]
+    if n_val < 2 or not usable:
         raise UserError(
-            f"the val split holds {len(dataset.val)} tokens, so no target; raise --val_fraction or give more text"
+            f"{small}. A model needs some thousand characters of text, one that writes readable text a million; "
+            "to see what training looks like: python train.py"
         )
-    try:
-        dataset.tokenizer.encode(sample_prompt)
-    except UserError as error:
-        raise UserError(f"--sample_prompt={sample_prompt!r}: {error}") from error
+    command = shlex.join(["python", "train.py", *argv, f"--block_size={usable[-1]}"])
+    raise UserError(f"{small}, for a context of {block_size}. Give more text, or shorten the context: {command}")
 
 
 def build_model(
@@ -135,18 +133,29 @@ def build_model(
             import_weights(model, source.model_tensors())
         except ValueError as error:
             raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
-    print(
-        f"model: {count_parameters(model):,} parameters, {model_config.n_layer} layers, {model_config.n_embd} channels,"
-        f" context {model_config.block_size}"
-    )
     return model
+
+
+def announce(model: GPT, hardware: Hardware, values: Mapping[str, Any], reasons: Mapping[str, str], why: bool) -> None:
+    """Prints the size of the model and the automatic choices, with their reasons if `why`."""
+    size = model.config
+    print(
+        f"model: {count_parameters(model):,} parameters, {size.n_layer} layers, {size.n_embd} channels,"
+        f" context {size.block_size}"
+    )
+    print(
+        f"{hardware.describe()}, micro-batch {values['micro_batch_size']}, attention: {values['attention']},"
+        f" {'compiled' if values['compile'] else 'not compiled'}{'' if why else ' (--verbose=true: why)'}"
+    )
+    for name, reason in reasons.items() if why else ():
+        print(f"  {name}: {reason}")
 
 
 def print_evaluation(source: Checkpoint | ModelFolder | None, result: Evaluation | None) -> int:
     """Prints the result of --eval_only, which has a source and is never stopped. Returns the exit code."""
     assert source is not None
     assert result is not None
-    print(f"{source.path}: {result.describe()}")
+    print(f"{source.path}: whole val split: {result.describe()}")
     return 0
 
 
@@ -155,18 +164,17 @@ def make_scaler(hardware: Hardware) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
 
 
-def open_run(
-    name: str | None, presets: Sequence[str], source: Checkpoint | ModelFolder | None, stack: ExitStack
-) -> Path:
-    """The run directory: that of a resumed run, which is locked already, or a new one, locked in `stack`. Raises
-    UserError."""
+def open_run(name: str | None, default_name: str, source: Checkpoint | ModelFolder | None, stack: ExitStack) -> Path:
+    """The run directory: that of a resumed run, which is locked already, or a new one, locked in `stack`: `name`, else
+    runs/DEFAULT_NAME-N. Raises UserError."""
     if isinstance(source, Checkpoint):
         assert name is not None
         return Path(name)
     if source is not None:
         print(f"weights and tokenizer from {source.path}")
-    run = claim_run(name, presets[-1])
+    run = claim_run(name, default_name)
     stack.enter_context(RunLock(run))
+    print(f"run: {run}; Ctrl-C stops it and saves")
     return run
 
 
@@ -174,17 +182,17 @@ def make_sampler(
     sample_texts: Callable[..., list[tuple[str, str]]], evals: EvalOptions, hardware: Hardware
 ) -> Callable[[int, int], list[tuple[str, str]]]:
     """A function (number of samples, seed) → (text, reason of its end) of each, by the options; no samples where their
-    length is 0. sample_texts: generation.text's, with model and tokenizer bound."""
-    settings = {"max_new_tokens": evals.sample_tokens, "temperature": evals.sample_temperature}
+    length is 0. sample_texts: generation.text's, with model, tokenizer and prompt bound."""
+    settings: dict[str, Any] = {"max_new_tokens": evals.sample_tokens, "temperature": evals.sample_temperature}
+    settings |= {"top_p": evals.sample_top_p, "autocast": hardware.autocast}
 
     def sample(count: int, seed: int) -> list[tuple[str, str]]:
-        count = count if evals.sample_tokens > 0 else 0
-        return sample_texts(evals.sample_prompt, num_samples=count, seed=seed, autocast=hardware.autocast, **settings)
+        return sample_texts(num_samples=count if evals.sample_tokens > 0 else 0, seed=seed, **settings)
 
     return sample
 
 
-def recovery_command(run: Path, optimizer: OptimizerOptions) -> str:
+def recovery(run: Path, optimizer: OptimizerOptions) -> str:
     """The command that resumes a diverged run with a third of its learning rates."""
     names = ("learning_rate", "muon_learning_rate")
     rates = {name: rate for name in names if (rate := getattr(optimizer, name)) is not None}

@@ -27,6 +27,7 @@ from prepare_data.shards import Dataset
 from training.evaluation import Evaluation
 from training.metrics import log
 from training.optim import Optimizer, load_optimizer_tensors, optimizer_tensors
+from training.prompt import example_prompt
 
 MAX_SKIPPED = 3  # consecutive updates that may be skipped because their gradient is not finite
 
@@ -49,13 +50,19 @@ class Progress:
 
 class TrainState:
     """The state of a run between two steps. rows: windows per step. recovery: the command named in the errors of
-    a diverged run."""
+    a diverged run. pretrained: the run starts from weights of another run."""
 
     def __init__(
-        self, model: GPT, optimizer: Optimizer, scaler: torch.amp.GradScaler, rows: int, recovery: str
+        self,
+        model: GPT,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        rows: int,
+        recovery: str,
+        pretrained: bool = False,
     ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.rows, self.recovery = rows, recovery
+        self.rows, self.recovery, self.pretrained = rows, recovery, pretrained
         self.progress = Progress()
         self.val_loss: float | None = None  # of the current step
         self.is_best = False  # whether the current step has the lowest val loss so far
@@ -70,6 +77,18 @@ class TrainState:
     def is_finished(self) -> bool:
         """Whether this step was the last one, and its final records are written."""
         return self.progress.finished_step == self.step
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weights are more than random numbers."""
+        return self.pretrained or self.step > 0
+
+    def describe_rank(self) -> str:
+        """How the current weights rank in the run by val loss, for the title of a sample; "" where that is unknown."""
+        best = min(self.progress.history, key=lambda entry: entry["val_loss"], default=None)
+        if best is None:
+            return "before training" if self.step == 0 else ""
+        return "the best so far" if best["step"] == self.step else f"the best is step {best['step']:.0f}"
 
     def advance(self, loss: float, grad_norm: float) -> bool:
         """Counts an update. Returns False where it was skipped because loss or gradient norm is not finite."""
@@ -144,6 +163,7 @@ class TrainState:
                 "name": dataset.name,
                 "path": str(dataset.folder.resolve()),
                 "fingerprint": dataset.fingerprint,
+                "example_prompt": example_prompt(dataset),
             },
             "environment": environment(hardware),
         }

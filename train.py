@@ -179,7 +179,7 @@ def finish(
             return
         logger.evaluation(state, budget.plan, result, None, event="final")
     samples = sample(evals.final_samples, evals.sample_seed + 1)
-    logger.samples(state.step, samples)
+    logger.samples(state, samples)
     state.progress.finished_step = state.step
     if samples or score is not None:
         save()

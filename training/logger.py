@@ -164,7 +164,7 @@ def log_end(run: Path, state: TrainState, budget: Budget) -> int:
         return STOPPED
     if step < max_steps:
         log(f"the time budget was spent at step {step} of {max_steps}: the machine got slower in the decay")
-    log(f"\nnext: python sample.py --run={name} --num_samples=3")
+    log(f"\nnext: python sample.py --run={name} --num_samples=3 --top_p=0.95")
     log(f"      python sample.py --run={name} --serve   (a page to try prompts)")
     log(f"      python -m training.report {name}")
     if step < max_steps:

@@ -26,13 +26,13 @@ if __name__ == "__main__":  # the same
     config.check_command_line("sample.py")
 
 import io
-import shlex
 import sys
 import time
 from pathlib import Path
 
 from checkpoint import STATE, resolve_model_folder
 from common.hardware import choose_attention, choose_hardware
+from common.option import quote
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import newest_run
 from common.tokenizer import Tokenizer
@@ -143,7 +143,7 @@ def prompt_note(folder: Path) -> str | None:
     prompt = dataset.get("example_prompt") if isinstance(dataset, dict) else None
     if not isinstance(prompt, str):
         return None
-    example = shlex.quote(prompt)
+    example = quote(prompt)
     return f"note: this model has seen few document beginnings, so a prompt reads better: --prompt={example}"
 
 

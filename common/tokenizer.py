@@ -198,8 +198,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
 
     if vocab_size < 257:
         raise UserError(
-            f"--vocab_size={vocab_size} is too small for --tokenizer=bpe: "
-            "256 bytes and end-of-sequence need at least 257"
+            f"vocab_size={vocab_size} is too small for bpe: 256 bytes and end-of-sequence need at least 257"
         )
     trainer = rustbpe.Tokenizer()
     pieces = chain.from_iterable(cut_pieces(text) for text in texts)

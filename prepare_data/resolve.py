@@ -127,7 +127,7 @@ def _open(folder: Path, options: PrepareOptions, tokenizer: Tokenizer | None) ->
         )
     log_dataset(dataset)
     if not tokenizer and options.tokenizer not in ("bpe", own.name):
-        print(f"data: --tokenizer={options.tokenizer} is ignored: the dataset was prepared with {own.name}")
+        print(f"data: tokenizer={options.tokenizer} has no effect: the dataset was prepared with {own.name}")
     return dataset
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import sample as sample_script
 import train as train_script
+from common.option import quote
 from errors import UserError
 from training.prompt import MAX_CHARACTERS
 
@@ -147,7 +148,7 @@ def test_samples_of_one_long_document_start_with_its_words(small_text, capsys):
     assert prompt in small_text.read_text("utf-8")
     assert f"====\n{prompt}" in Path("run/samples.txt").read_text("utf-8")
     assert sample_script.main(["--run=run", "--max_new_tokens=3"]) == 0
-    assert f"--prompt={shlex.quote(prompt)}" in capsys.readouterr().err
+    assert f"--prompt={quote(prompt)}" in capsys.readouterr().err
     assert sample_script.main(["--run=run", "--max_new_tokens=3", "--prompt=A"]) == 0
     assert "few document" not in capsys.readouterr().err
 

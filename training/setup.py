@@ -6,7 +6,6 @@ in order.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,6 +23,7 @@ from common.hardware import (
     choose_compile,
     require_determinism,
 )
+from common.option import quote
 from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
 from common.weights import count_parameters, flops_per_token, import_weights
@@ -112,7 +112,7 @@ def check_size(dataset: Dataset, train: TrainOptions, block_size: int, argv: Seq
             f"{small}. A model needs some thousand characters of text, one that writes readable text a million; "
             "to see what training looks like: python train.py"
         )
-    command = shlex.join(["python", "train.py", *argv, f"--block_size={usable[-1]}"])
+    command = " ".join(["python train.py", *map(quote, argv), f"--block_size={usable[-1]}"])
     raise UserError(f"{small}, for a context of {block_size}. Give more text, or shorten the context: {command}")
 
 
@@ -197,4 +197,4 @@ def recovery(run: Path, optimizer: OptimizerOptions) -> str:
     names = ("learning_rate", "muon_learning_rate")
     rates = {name: rate for name in names if (rate := getattr(optimizer, name)) is not None}
     flags = [f"--{name}={rate / 3:.1e}" for name, rate in rates.items()]
-    return " ".join([f"python train.py --resume={shlex.quote(str(run))}", *flags])
+    return " ".join([f"python train.py --resume={quote(str(run))}", *flags])

@@ -6,6 +6,7 @@ import gzip
 import io
 import lzma
 import os
+import random
 import shlex
 import subprocess
 import sys
@@ -164,6 +165,13 @@ def test_a_file_that_ends_in_the_middle_of_a_character(encoding):
     assert "in.txt: ends in the middle of a character, which was left out" in notes("in.txt", "auto")
 
 
+def test_a_text_whose_only_special_character_is_the_last():
+    for content in ("Un café", "viel Spaß"):
+        write({"in.txt": content.encode("cp1252")})
+        assert flags(refused("in.txt"), "encoding") == ["cp1252", "auto"]
+        assert read("in.txt", "auto") == content
+
+
 def test_utf8_with_a_few_other_bytes_is_not_taken_for_another_encoding():
     good = GERMAN * 20
     write({"in.txt": good.encode() + "don’t – Müller\n".encode("cp1252") + good.encode()})
@@ -176,15 +184,15 @@ def test_utf8_with_a_few_other_bytes_is_not_taken_for_another_encoding():
 
 
 def test_what_is_not_text_has_no_encoding():
-    samples = [bytes(range(256)) * 20, os.urandom(4000), b"\x00\x01\x02\x03" * 500]
+    samples = [bytes(range(256)) * 20, random.Random(0).randbytes(4000), b"\x00\x01\x02\x03" * 500]
     samples += [b"".join((7 * i * i % 50_000).to_bytes(2, "little") for i in range(3000))]  # uint16 token ids
     for data in samples:
         assert detect(io.BytesIO(data)) is None
         write({"in.dat": data})
         for encoding in ("utf-8", "auto"):
-            assert (
-                refused("in.dat", encoding) == "in.dat: is not text in any encoding: a binary file; expected plain text"
-            )
+            assert refused("in.dat", encoding).startswith("in.dat: is not text in any encoding: a binary file")
+    write({"in.txt": GERMAN * 3 + "\0" + GERMAN})
+    assert "a binary file, or damaged at byte 0x00 in line 4 (byte offset" in refused("in.txt", "auto")
 
 
 @pytest.mark.parametrize("content", [FRENCH, GERMAN, CZECH, RUSSIAN, CHINESE, KOREAN])

@@ -197,7 +197,10 @@ def _as_utf8(file: IO[bytes]) -> tuple[int, int, bool, bool]:
         size += len(data)
         used += len(text.encode())
         characters += len(text) - len(text.encode("ascii", "ignore"))
-    stray = size - used - len(decoder.getstate()[0])
+    pending = decoder.getstate()[0]
+    stray = size - used - len(pending)
+    if not characters and len(pending) == 1 and pending >= b"\xdf":
+        stray += 1  # "caf\xe9": a last ß…ô of cp1252 is likelier than a text cut within its only special character
     return characters, stray, False, size == used and not characters
 
 

@@ -53,19 +53,17 @@ def _examine(file: TextFile, encoding: str) -> _Finding:
         if kind := kind_of(data.read(HEAD)):
             return _Finding(file, f"is {kind[0]}, not plain text", None, kind[1])
         found = detect(data)
-        if encoding == "auto":
-            offset = None if found else 0
-        else:
+        offset = None
+        if encoding != "auto" or found is None:
             data.seek(0)
-            offset = None
             try:
-                deque(decode(data, Encoding(encoding), lenient=False), maxlen=0)
+                deque(decode(data, Encoding("utf-8" if encoding == "auto" else encoding), lenient=False), maxlen=0)
             except NotDecodable as error:
                 offset = error.offset
         if offset is None:
             return _Finding(file, None, found or Encoding(encoding))
         if found is None:
-            problem = "is not text in any encoding: a binary file"
+            problem = f"is not text in any encoding: a binary file, or damaged at {_where(data, offset)}"
             return _Finding(file, problem, None, advice_by_ending(file.name))
         if found.cut_short and codecs.lookup(found.name) == codecs.lookup(encoding):
             return _Finding(file, f"ends in the middle of a character of {encoding}: it was cut short", found)

@@ -53,7 +53,9 @@ class Start:
         """The name of a new run without --run: that of its text where the user chose one or gave weights, else that
         of the preset."""
         if self.options.presets and "data" not in self.flags and self.initial is None:
-            return self.options.presets[-1]
+            preset, file = self.options.presets[-1], [arg for arg in self.argv if not arg.startswith("-")][-1:]
+            is_run = bool(file) and file[0].endswith(".json")
+            return re.sub(r"-\d+$", "", preset) if is_run else preset  # runs/notes-1/config.json: notes-2
         text = re.sub(r"-[0-9a-f]{8}$", "", dataset.name)  # without the hash that resolve_data appends
         return re.sub(r"\s+", "_", text)
 

@@ -90,7 +90,7 @@ def dry_run(corpus: Corpus, options: PrepareOptions) -> None:
         tokens_per_character = sum(tokens.values()) / encoded
         tokens = {split: round(characters[split] * tokens_per_character) for split in SPLITS}
     total = max(1, sum(tokens.values()))
-    print(f"{corpus.origin}: {counts.documents:,} documents, {counts.characters:,} characters, {counts.bytes:,} bytes")
+    print(f"{corpus.origin}: {counts.n_documents()}, {counts.characters:,} characters, {counts.bytes:,} bytes")
     print(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} ids; {about}{counts.bytes / total:.2f} bytes a token")
     print(f"split by {describe_rule(rule)}")
     for split in SPLITS:
@@ -156,7 +156,7 @@ def _make_tokenizer(corpus: Corpus, counts: Counts, rule: SplitRule, options: Pr
     tokenizer = train_bpe(texts, options.vocab_size, options.split_pattern)
     if tokenizer.vocab_size < options.vocab_size:
         print(
-            f"note: this text has byte pairs for {tokenizer.vocab_size:,} ids only (vocab_size={options.vocab_size:,})"
+            f"note: this text yields a vocabulary of {tokenizer.vocab_size:,} ids only (vocab_size={options.vocab_size:,})"
         )
     return tokenizer
 
@@ -218,7 +218,7 @@ def build(
     for note in rule.notes:
         print(f"note: {note}")
     print(
-        f"prepared {final}: {counts.documents:,} documents, {counts.bytes:,} bytes →"
+        f"prepared {final}: {counts.n_documents()}, {counts.bytes:,} bytes →"
         f" {describe(dataset)}, split by {describe_rule(rule)};"
     )
     val_bytes = sum(entry["bytes"] for entry in dataset.meta["shards"]["val"])

@@ -46,6 +46,9 @@ class Counts:
     alphabet: set[str] = field(default_factory=set)  # every character; empty unless requested
     content: str = ""  # hash of all documents in order
 
+    def n_documents(self) -> str:
+        return f"{self.documents:,} document{'' if self.documents == 1 else 's'}"
+
 
 @dataclass(frozen=True)
 class SplitRule:

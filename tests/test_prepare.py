@@ -552,7 +552,7 @@ def test_dry_run_writes_nothing(folder, capsys):
     assert main(["text", "--input=in.txt", "--dry_run=true", "--tokenizer=bytes"]) == 0
     out = capsys.readouterr().out
     for part in (
-        "1 documents, 1,700 characters, 1,700 bytes",
+        "1 document, 1,700 characters, 1,700 bytes",
         "1.00 bytes a token",
         "split by tail (fewer than 20 documents)",
         "1,530 characters (90.0%), 1,530 tokens",

@@ -116,6 +116,8 @@ def test_a_run_of_a_preset_with_its_own_data_is_named_after_the_preset(small_tex
     (tmp_path / "mine.py").write_text(f"data = {str(small_text)!r}\n")
     assert train(*SMALL, "mine.py", "--sample_tokens=0") == 0
     assert Path("runs/mine-1").is_dir()
+    assert train("runs/mine-1/config.json", "--max_steps=1") == 0
+    assert Path("runs/mine-2").is_dir()
 
 
 # ---- samples

@@ -434,7 +434,7 @@ def test_the_output_of_a_command(folder):
     command = f"{shlex.join(COMMAND)} --name=d --input=<(printf 'A man, a plan, a canal: %.0s' 1 2 3 4 5 6 7 8 9)"
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "1 documents, 216 bytes" in done.stdout
+    assert "1 document, 216 bytes" in done.stdout
     assert text.name_of("/dev/fd/63") is None
 
 

@@ -225,7 +225,9 @@ def test_ascii_and_empty_files_are_utf8():
 )
 def test_names_that_are_no_text_encodings_are_refused(name):
     write({"in.txt": ENGLISH})
-    assert "not a text encoding" in refused("in.txt", name)
+    message = refused("in.txt", name)
+    assert "not a text encoding" in message
+    assert f"did you mean {name.replace('-', '')}" not in message
     assert "did you mean utf" in refused("in.txt", "utf_88")
 
 

@@ -102,7 +102,12 @@ def check_encoding(name: str) -> None:
     except (LookupError, UnicodeError, ValueError):
         refused = True
     if refused:
-        hint = did_you_mean(name, encodings.aliases.aliases.keys() - NOT_FOR_TEXT)
+        text_encodings = {
+            alias
+            for alias, codec in encodings.aliases.aliases.items()
+            if not codec.endswith("_codec") and codec not in ("rot_13", "utf_7") and alias != name
+        }
+        hint = did_you_mean(name, text_encodings)
         raise UserError(
             f"--encoding={name}: not a text encoding of Python{hint}; try utf-8, cp1252, gb18030, utf-16, or auto,"
             " which decides for each file"

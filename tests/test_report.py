@@ -24,8 +24,14 @@ def step(at, loss=3.0, seconds=None, **fields):
     return {"event": "step", "step": at, **values, **fields}
 
 
-def evaluation(at, val_loss=3.1, event="eval"):
-    scores = {"val_loss": val_loss, "standard_error": 0.02, "perplexity": 22.2, "bits_per_byte": 1.5, "targets": 16_383}
+def evaluation(at, val_loss=3.1, event="eval", error=0.02):
+    scores = {
+        "val_loss": val_loss,
+        "standard_error": error,
+        "perplexity": 22.2,
+        "bits_per_byte": 1.5,
+        "targets": 16_383,
+    }
     return {"event": event, "step": at, **scores, "train_loss": None}
 
 
@@ -128,6 +134,15 @@ def test_the_page_shows_the_results(tmp_path):
     ):
         assert part in text
     assert "Time budget" not in text, "rows about unknown facts are omitted"
+
+
+def test_a_loss_without_an_error_estimate_is_shown_without_one(tmp_path):
+    lines = [step(10), evaluation(25, 2.9, error=None), evaluation(25, 2.8, "final", error=None)]
+    run = make_run(tmp_path / "run", lines)
+    text = report(run).text
+    for loss in ("2.9000", "2.8000"):
+        assert f"{loss} (no error estimate), 1.5000 bits per byte" in text
+    assert "±" not in text
 
 
 def test_text_is_escaped_and_only_the_last_steps_samples_are_shown(tmp_path):

@@ -1,14 +1,20 @@
 """The loss on the val split: fixed windows that score every target once. Restores the model's mode.
 
-Knows no files and no schedule; the caller acts on the result.
+Also what the loss claims: its standard error as an estimate for the text from which the split was drawn, and whether it
+has clearly risen since an earlier evaluation. Losses of one document, or of neighboring windows, are alike, so that a
+standard error over windows or tokens is too small. Errors are therefore taken over clusters, the sums of whole
+documents or of blocks of the text (figures in bench/NOTES.md). Knows no files and no schedule; the caller acts on the
+result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,26 +23,124 @@ from errors import UserError
 from model import GPT, IGNORED_TARGET
 from training.data import TokenSource, read_windows, val_starts
 
+DOCUMENT_CLUSTERS = 64  # documents that begin in the same 64th of the split are one cluster
+MIN_PARTS, MAX_BLOCKS = 8, 16  # numbers of blocks of the text
+ROUGH = 10  # with fewer clusters of equal size an error is itself uncertain by a quarter and more
+CONFIDENCE = 0.9975  # of a rise, one-sided: about 5 % false alarms in 20 evaluations
+LARGE_RISE = 0.03  # of the best loss: beyond the usual ups and downs between evaluations
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Parts of the split that are taken as independent: sums of nats and numbers of targets > 0, (K,) each, K > 1."""
+
+    nats: list[float]
+    counts: list[int]
+
+    @property
+    def effective(self) -> float:
+        """The number of clusters of equal size that tell as much (Kish 1965)."""
+        counts = np.array(self.counts, dtype=float)
+        return float(counts.sum() ** 2 / np.square(counts).sum())
+
+    def standard_error(self) -> float:
+        """Of the mean nats per target, by the delete-one jackknife."""
+        nats, counts = np.array(self.nats), np.array(self.counts, dtype=float)
+        shares = counts / counts.sum()
+        deviations = (nats / counts - nats.sum() / counts.sum()) * shares / (1 - shares)
+        return math.sqrt(float(np.square(deviations).sum()) * (len(counts) - 1) / len(counts))
+
+    def clear_rise(self, before: Clusters) -> float:
+        """The difference of the losses of two evaluations beyond which it is hardly chance, by the differences within
+        each cluster: they vary far less than the losses."""
+        changes = Clusters(np.subtract(self.nats, before.nats).tolist(), self.counts)
+        return changes.standard_error() * student_quantile(CONFIDENCE, max(1.0, self.effective - 1))
+
+
+class ClusterSums:
+    """Adds up the nats of an evaluation by clusters of three kinds, over batches of consecutive windows."""
+
+    def __init__(self, n_tokens: int, block_size: int, eos_id: int) -> None:
+        self.n_tokens, self.block_size, self.eos_id = n_tokens, block_size, eos_id
+        self.n_windows = -(-(n_tokens - 1) // block_size)
+        # sqrt(n) is the usual compromise between long and many blocks (Flegal and Jones 2010); beyond about 16
+        # little is gained (Schmeiser 1982), and with very few the estimate itself is noise
+        n_blocks = min(self.n_windows, MAX_BLOCKS, max(MIN_PARTS, math.isqrt(self.n_windows)))
+        self.documents, self.blocks, self.parts = (np.zeros((2, n)) for n in (DOCUMENT_CLUSTERS, n_blocks, MIN_PARTS))
+        self.document = 0  # first token of the document that goes on
+
+    def add(self, first: int, x: np.ndarray, losses: np.ndarray, counted: np.ndarray) -> None:
+        """first: the position of the first token. x, losses (0 where not counted), counted: (B, T)."""
+        positions = np.minimum(np.arange(first, first + x.size), self.n_tokens - 2)  # beyond the end nothing counts
+        starts = np.maximum.accumulate(np.where(x.ravel() == self.eos_id, positions, self.document))
+        self.document = int(starts[-1])
+        for sums, places, n_places in (
+            (self.documents, starts, self.n_tokens - 1),
+            (self.blocks, positions // self.block_size, self.n_windows),
+            (self.parts, positions, self.n_tokens - 1),
+        ):
+            size = sums.shape[1]
+            clusters = places * size // n_places
+            sums[0] += np.bincount(clusters, losses.ravel(), size)
+            sums[1] += np.bincount(clusters, counted.ravel(), size)
+
+    def clusters(self) -> tuple[list[Clusters], list[Clusters]]:
+        """By documents and by blocks of windows: those for the standard error, and those that are compared with another
+        evaluation. Of few windows parts are compared: their losses depend on the place in the window, but hardly the
+        changes of their losses. Nothing for the standard error in a single window, whose parts share their context."""
+        documents, blocks, parts = (
+            Clusters(nats[counts > 0].tolist(), counts[counts > 0].astype(int).tolist())
+            for nats, counts in (self.documents, self.blocks, self.parts)
+        )
+        whole = [documents] if documents.effective >= 2 else []  # otherwise one document is nearly all of the text
+        kinds = [*whole, blocks], [*whole, blocks if self.n_windows >= MIN_PARTS else parts]
+        for_error, compared = ([kind for kind in one if len(kind.counts) > 1] for one in kinds)
+        return for_error if self.n_windows > 1 else [], compared
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per target; standard_error: of the loss, over windows; bits_per_byte: all nats, EOS included, / ln 2
-    / bytes of the targets."""
+    """loss: nats per target; bits_per_byte: all nats, EOS included, / ln 2 / bytes of the targets; clusters, compared:
+    see ClusterSums.clusters."""
 
     loss: float
-    standard_error: float
     bits_per_byte: float
     targets: int
+    clusters: list[Clusters]
+    compared: list[Clusters]
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
+    @property
+    def standard_error(self) -> float | None:
+        """Of the loss, as an estimate for the text from which the split was drawn: the larger one of those by documents
+        and by blocks, which are each too small where the other kind is alike. None for a single window."""
+        return max((kind.standard_error() for kind in self.clusters), default=None)
+
+    def clear_rise(self, before: list[Clusters]) -> float | None:
+        """As in Clusters, over an earlier evaluation with its `compared`. None where it was of another text."""
+        if not before or [kind.counts for kind in self.compared] != [kind.counts for kind in before]:
+            return None
+        return max(now.clear_rise(then) for now, then in zip(self.compared, before, strict=True))
+
     def describe(self) -> str:
+        spread = " (one window: no error estimate)"
+        if self.clusters:
+            widest = max(self.clusters, key=Clusters.standard_error)
+            spread = f" ± {widest.standard_error():.4f}" + " (rough)" * (widest.effective < ROUGH)
         return (
-            f"val loss {self.loss:.4f} ± {self.standard_error:.4f}, perplexity {self.perplexity:.2f}, "
+            f"val loss {self.loss:.4f}{spread}, perplexity {self.perplexity:.2f}, "
             f"{self.bits_per_byte:.4f} bits per byte ({self.targets:,} tokens)"
         )
+
+
+def student_quantile(probability: float, degrees: float) -> float:
+    """Quantile of Student's t by the expansion in 1/degrees (Abramowitz and Stegun 26.7.5), from about 5 degrees on."""
+    z = NormalDist().inv_cdf(probability)
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / degrees ** (i + 1) for i, term in enumerate(terms))
 
 
 @torch.no_grad()
@@ -52,13 +156,12 @@ def evaluate(
 ) -> Evaluation | None:
     """Scores the val split, at least two tokens, or its first max_tokens tokens, in batches of `rows` windows. Returns
     None once `stop()` is true. token_bytes: the bytes of every token id. Raises UserError where no target counts.
-
-    The standard error is that of a ratio (sum of nats / number of targets) over independent windows.
     """
     T = model.config.block_size
     device = next(model.parameters()).device
     byte_count = torch.tensor([len(piece) for piece in token_bytes])
     starts = val_starts(len(split), T, max_tokens)
+    sums = ClusterSums(min(max_tokens or len(split), len(split)), T, model.eos_id)
     nats, counts, n_bytes = [], [], 0
     was_training = model.training
     model.eval()
@@ -70,9 +173,10 @@ def evaluate(
             if max_tokens is not None:
                 _cut_targets(y, starts[first : first + rows], min(max_tokens, len(split)))
             with autocast():
-                losses = model(x.to(device), y.to(device), reduction="none")
+                losses = model(x.to(device), y.to(device), reduction="none").cpu().double()  # MPS has no float64
             counted = y != IGNORED_TARGET
-            nats.append(losses.cpu().double().sum(dim=1))  # on the CPU, since MPS has no float64
+            nats.append(losses.sum(dim=1))
+            sums.add(int(starts[first]), x.numpy(), losses.numpy(), counted.numpy())
             counts.append(counted.sum(dim=1))
             n_bytes += int(byte_count[y[counted]].sum())
     finally:
@@ -83,10 +187,8 @@ def evaluate(
         raise UserError(
             "no token of the val split counts as a target: its loss mask covers all of it; correct the mask"
         )
-    loss = total / n_targets
-    n_windows = len(nats_of)
-    spread = float(np.square(nats_of - loss * count_of).sum()) * n_windows / max(1, n_windows - 1)
-    return Evaluation(loss, math.sqrt(spread) / n_targets, total / math.log(2) / max(1, n_bytes), n_targets)
+    bits_per_byte = total / math.log(2) / max(1, n_bytes)
+    return Evaluation(total / n_targets, bits_per_byte, n_targets, *sums.clusters())
 
 
 def _cut_targets(y: torch.Tensor, starts: np.ndarray, max_tokens: int) -> None:
@@ -95,26 +197,39 @@ def _cut_targets(y: torch.Tensor, starts: np.ndarray, max_tokens: int) -> None:
     y[columns >= (max_tokens - 1 - torch.from_numpy(starts))[:, None]] = IGNORED_TARGET
 
 
-def overfitting_warning(history: list[dict[str, float]]) -> str | None:
-    """One line where val loss has risen while train loss fell; None otherwise. history: an entry {step, val_loss,
-    standard_error, train_loss} per evaluation.
+def overfitting_warning(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line where val loss has clearly risen while train loss fell; None otherwise. history: an entry {step,
+    val_loss, train_loss, standard_error, clear_rise} per evaluation; clear_rise as in Clusters, over the best one
+    before it.
 
-    Returned once, at the first evaluation that lies clearly (two standard errors) above the best one.
+    Returned once. A rise must show at two evaluations in a row, or be large, since the loss of a model also goes
+    up and down while it learns.
     """
     if len(history) < 2:
         return None
-    *before, last = history
-    best = min(before, key=lambda entry: entry["val_loss"])
-
-    def has_risen(entry: dict[str, float]) -> bool:
-        margin = 2 * entry["standard_error"]
-        return entry["val_loss"] > best["val_loss"] + margin and entry["train_loss"] < best["train_loss"]
-
-    warned_before = any(has_risen(entry) for entry in before if entry["step"] > best["step"])
-    if warned_before or not has_risen(last):
+    best, last = min(history[:-1], key=lambda entry: entry["val_loss"]), history[-1]
+    first = history.index(best) + 1
+    rises, alarms = [0.0], []  # of the evaluations after the best one; 0 where not clear
+    for end, entry in enumerate(history[first:], first + 1):
+        rise, clear = entry["val_loss"] - best["val_loss"], entry.get("clear_rise")
+        if clear is None:  # the best evaluation was another version's, or of another text
+            clear = math.inf if entry["standard_error"] is None else 2 * entry["standard_error"]
+        clear = math.hypot(clear, 3 * fluctuation([entry["val_loss"] for entry in history[:end]]))
+        rises.append(rise if rise > clear and entry["train_loss"] < best["train_loss"] else 0.0)
+        is_large = rises[-1] > max(LARGE_RISE * best["val_loss"], 2 * clear)
+        alarms.append(is_large or min(rises[-2:]) > 0)
+    *before, now = alarms
+    if any(before) or not now:
         return None
     return (
         f"val loss has risen from {best['val_loss']:.4f} (step {best['step']:.0f}) to {last['val_loss']:.4f} while "
         f"train loss falls: the model memorizes its text; "
         f"the checkpoint of step {best['step']:.0f} was best and is kept"
     )
+
+
+def fluctuation(losses: Sequence[float]) -> float:
+    """Standard deviation of independent ups and downs around a convex curve, which a val loss follows: of their second
+    differences, of standard deviation sqrt(6), the mean negative part is 0.977."""
+    second = np.diff(losses, 2)
+    return float(np.maximum(0, -second).mean()) / 0.977 if len(second) else 0.0

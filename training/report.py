@@ -46,7 +46,7 @@ STYLE: dict[str, Any] = {
     "lines.markersize": 3.5,
 }
 SCORE = (
-    "{X[val_loss]:.4f} ± {X[standard_error]:.4f}, {X[bits_per_byte]:.4f} bits per byte, perplexity {X[perplexity]:.5g}"
+    "{X[val_loss]:.4f}{X[spread]}, {X[bits_per_byte]:.4f} bits per byte, perplexity {X[perplexity]:.5g}"
     " (step {X[step]:,}, {X[targets]:,} tokens)"
 )
 ROWS = {  # title: template over read_facts; a row is omitted if a fact that it names is unknown
@@ -128,6 +128,9 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
     val_loss = column(lines["eval"], "val_loss")
     if np.isfinite(val_loss).any():
         facts["best"] = lines["eval"][int(np.nanargmin(val_loss))]
+    for name in facts.keys() & {"best", "final"}:
+        error = float(column([facts[name]], "standard_error")[0])
+        facts[name] = {**facts[name], "spread": f" ± {error:.4f}" if error > 0 else " (no error estimate)"}
     if lines["step"]:
         seconds = column(lines["step"], "seconds")  # since the process started: they drop where the run was resumed
         ends = [*np.flatnonzero(seconds[1:] < seconds[:-1]), -1]
@@ -200,7 +203,7 @@ def draw_loss(axes: Any, title: str, lines: Lines, facts: dict[str, Any], first:
     val_x, val_loss, error = (column(lines["eval"], name, first) for name in ("step", "val_loss", "standard_error"))
     loss, val_loss = np.split(fit(axes, title, first, facts["step"], np.concatenate([loss, val_loss])), [len(loss)])
     plot(axes, x, loss, TRAIN, "train loss")
-    plot(axes, val_x, val_loss, VAL, "val loss ± standard error")
+    plot(axes, val_x, val_loss, VAL, "val loss" + " ± standard error" * bool(np.isfinite(error).any()))
     axes.fill_between(val_x, val_loss - error, val_loss + error, color=VAL, alpha=0.25, linewidth=0)
     if (best := facts.get("best")) and best["step"] >= first:
         label = f"best val loss: {best['val_loss']:.4f} at step {best['step']:,}"

@@ -24,7 +24,7 @@ from common.weights import export_weights
 from errors import UserError
 from model import GPT
 from prepare_data.shards import Dataset
-from training.evaluation import Evaluation
+from training.evaluation import Clusters, Evaluation
 from training.metrics import log
 from training.optim import Optimizer, load_optimizer_tensors, optimizer_tensors
 from training.prompt import example_prompt
@@ -44,7 +44,9 @@ class Progress:
     eval_loss: float = 0.0  # sum of the losses since the last evaluation
     eval_count: int = 0
     skipped: int = 0  # consecutive skipped updates
-    history: list[dict[str, float]] = field(default_factory=list)  # step, val_loss, standard_error, train_loss
+    # of each evaluation: step, val_loss, standard_error, train_loss, clear_rise (see overfitting_warning)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: list[dict[str, Any]] = field(default_factory=list)  # Evaluation.compared of the best one in the history
     grad_scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -134,8 +136,12 @@ class TrainState:
         progress.eval_loss, progress.eval_count = 0.0, 0
         self.is_best = result.loss < min((entry["val_loss"] for entry in progress.history), default=math.inf)
         if train_loss is not None:
-            entry = {"step": self.step, "val_loss": result.loss, "standard_error": result.standard_error}
-            progress.history.append(entry | {"train_loss": train_loss})
+            entry: dict[str, Any] = {"step": self.step, "val_loss": result.loss, "train_loss": train_loss}
+            clear_rise = result.clear_rise([Clusters(**kind) for kind in progress.best])
+            entry |= {"standard_error": result.standard_error, "clear_rise": clear_rise}
+            progress.history.append(entry)
+            if self.is_best:
+                progress.best = [asdict(kind) for kind in result.compared]
         progress.evaluated_step, self.val_loss = self.step, result.loss
         return train_loss
 

@@ -155,9 +155,7 @@ def _make_tokenizer(corpus: Corpus, counts: Counts, rule: SplitRule, options: Pr
     )
     tokenizer = train_bpe(texts, options.vocab_size, options.split_pattern)
     if tokenizer.vocab_size < options.vocab_size:
-        print(
-            f"note: this text yields a vocabulary of {tokenizer.vocab_size:,} ids only (vocab_size={options.vocab_size:,})"
-        )
+        print(f"note: this text yields only {tokenizer.vocab_size:,} ids, fewer than vocab_size={options.vocab_size:,}")
     return tokenizer
 
 

@@ -565,7 +565,7 @@ def test_dry_run_writes_nothing(folder, capsys):
 def test_a_tiny_file_and_small_shards(capsys):
     tiny = prepared("To be, or not to be, that is the question. 生存还是毁灭\n" * 5, "--tokenizer=bpe", name="tiny")
     assert 257 < tiny.tokenizer.vocab_size < 400
-    assert "vocabulary of" in capsys.readouterr().out
+    assert "yields only" in capsys.readouterr().out
     both = tiny.tokenizer.decode(ids_of(tiny.train)) + tiny.tokenizer.decode(ids_of(tiny.val))
     assert both == "To be, or not to be, that is the question. 生存还是毁灭\n" * 5
     small = prepared("abcdefgh" * 20, "--shard_tokens=50", name="small")

@@ -17,6 +17,7 @@ Reading order: writing, finding, reading.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
@@ -26,6 +27,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,15 +225,7 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
     """
     checkpoints = dict(_complete_paths(run_dir))
     if not checkpoints:
-        if not run_dir.is_dir():
-            kind = "is a file, not a run directory" if run_dir.exists() else "does not exist"
-            raise UserError(f"the run {run_dir} {kind}; train first: python train.py --run={shlex.quote(str(run_dir))}")
-        runs = sorted(str(path) for path in run_dir.iterdir() if path.is_dir() and _complete_paths(path))
-        if runs:
-            raise UserError(f"the directory {run_dir} is not a run; it contains these runs: {', '.join(runs)}")
-        raise UserError(
-            f"the run directory {run_dir} has no checkpoint yet; start a run: python train.py --run=NEW_NAME"
-        )
+        raise UserError(_no_checkpoint(run_dir))
     paths = list(checkpoints.values())
     if which == "latest":
         return paths[-1]
@@ -244,13 +238,70 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
     raise UserError(f"--checkpoint={which!r} is not in {run_dir}; expected one of: best, latest, {names}")
 
 
+def _no_checkpoint(path: Path) -> str:
+    """Why `path` is no run with a checkpoint, and what to type instead."""
+    if hint := run_hint(path):
+        return f"{path} {'is not a run' if path.exists() else 'does not exist'}{hint}"
+    name = shlex.quote(str(path))
+    if not path.is_dir():
+        kind = "is a file, not a run directory" if path.exists() else "does not exist"
+        return f"the run {path} {kind}; train first: python train.py --run={name if not path.exists() else 'NEW_NAME'}"
+    if runs := _runs_in(path):
+        return f"the directory {path} is not a run; it contains these runs: {', '.join(map(str, runs))}"
+    if (path / CONFIG).is_file():
+        again = shlex.quote(str(path / CONFIG))
+        return (
+            f"the run {path} has no checkpoint, so it cannot be resumed; unless it is just starting, "
+            f"start it again: python train.py {again}"
+        )
+    return f"the run directory {path} has no checkpoint yet; start a run: python train.py --run=NEW_NAME"
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if _complete_paths(path)) if folder.is_dir() else []
+
+
+def run_of(path: Path) -> Path | None:
+    """The run with a checkpoint that `path` is, or is in: a checkpoint, its model folder, a file of the run."""
+    for place in (path, *path.parents, *path.absolute().parents):
+        if _complete_paths(place):
+            return place
+    return None
+
+
+def run_hint(path: Path) -> str:
+    """`; its run is RUN`, or `; did you mean RUN?` with runs of that name or a similar one; else nothing."""
+    if (run := run_of(path)) is not None:
+        return f"; its run is {run}"
+    known = {run.name.lower(): run for folder in (path.parent, Path("runs")) for run in _runs_in(folder)}
+    near = difflib.get_close_matches(path.absolute().name.lower(), known, 1)
+    return f"; did you mean {known[near[0]]}?" if near else ""
+
+
+def resolve_run(path: Path) -> Path:
+    """The run that `path` names for --resume: its directory, or its last checkpoint or a file in either. Raises
+    UserError."""
+    run = run_of(path) if path.exists() else None
+    if run is None:
+        raise UserError(_no_checkpoint(path))
+    inside = path.resolve().relative_to(run.resolve()).parts
+    if len(inside) > 1 and (run / inside[0] / inside[1]).resolve() != list_checkpoints(run)[-1].resolve():
+        checkpoint = shlex.quote(str(run / inside[0] / inside[1]))
+        raise UserError(
+            f"--resume={path} is not the last checkpoint of {run}, and a run continues from its last one: "
+            f"--resume={shlex.quote(str(run))}. For a new run from these weights: --init_from={checkpoint}"
+        )
+    return run
+
+
 def _val_losses(checkpoints: list[Path]) -> dict[Path, float | None]:
     """The val_loss of each checkpoint; unreadable ones are left out, with a warning on standard error."""
     losses: dict[Path, float | None] = {}
     for path in checkpoints:
         try:
-            _check_files(path, [STATE])
-            losses[path] = read_json(path / STATE).get("val_loss")
+            with _reading_checkpoint(path):
+                _check_files(path, [STATE])
+                losses[path] = read_json(path / STATE).get("val_loss")
         except DamagedFile as error:
             print(f"warning: not considered as the best checkpoint: {error}", file=sys.stderr)
     return losses
@@ -262,7 +313,10 @@ def _best(losses: dict[Path, float | None]) -> Path | None:
 
 
 def resolve_model_folder(path: Path, which: str = "best") -> Path:
-    """The model folder of a run directory (of its checkpoint `which`), a checkpoint directory or a model folder."""
+    """The model folder of a run directory (of its checkpoint `which`), a checkpoint directory or a model folder; a file
+    of one stands for it."""
+    if path.is_file() and path.name in {MANIFEST, *(os.path.basename(name) for name in FILES)}:
+        path = path.parent
     folder = next((place for place in (path, path / "model") if (place / WEIGHTS).is_file()), None)
     if folder is not None and which != "best":
         raise UserError(f"--checkpoint={which} selects one of a run, but {path} is a single checkpoint; leave it out")
@@ -276,6 +330,19 @@ def resolve_model_folder(path: Path, which: str = "best") -> Path:
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _reading_checkpoint(path: Path) -> Iterator[None]:
+    """Gives a DamagedFile of this checkpoint the advice that belongs to it. Nothing changes for a folder elsewhere."""
+    try:
+        yield
+    except DamagedFile as error:
+        if re.fullmatch(r"step-\d{8,}", path.name):
+            error.advice = "Restore it from a copy, or use another checkpoint (sample.py --checkpoint=step-N)"
+            if not path.exists():
+                error.advice = "A run in progress has removed this checkpoint meanwhile; run the same command again"
+        raise
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     path: Path
@@ -285,9 +352,10 @@ class ModelFolder:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Reads the weights. Inside a checkpoint, raises DamagedFile where they are not those of its manifest."""
-        checkpoint = _checkpoint_of(self.path)
-        expected = None if checkpoint is None else _manifest_files(checkpoint)[f"model/{WEIGHTS}"]
-        return _read_tensors(self.path / WEIGHTS, expected)
+        with _reading_checkpoint(self.path.absolute().parent):
+            checkpoint = _checkpoint_of(self.path)
+            expected = None if checkpoint is None else _manifest_files(checkpoint)[f"model/{WEIGHTS}"]
+            return _read_tensors(self.path / WEIGHTS, expected)
 
 
 @dataclass(frozen=True)
@@ -309,29 +377,37 @@ class Checkpoint:
         return self.model.model_tensors()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        return _read_tensors(self.path / OPTIMIZER, _manifest_files(self.path)[OPTIMIZER])
+        with _reading_checkpoint(self.path):
+            return _read_tensors(self.path / OPTIMIZER, _manifest_files(self.path)[OPTIMIZER])
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Checks the size and crc32 of every file and reads all but the tensors. Ignores other files. Raises UserError."""
     model = open_model_folder(path / "model")
-    _check_files(path, [OPTIMIZER, STATE])
-    _check_header(path / OPTIMIZER)
-    state = read_json(path / STATE)
-    step = state.get("step")
-    if type(step) is not int or step < 0:
-        raise DamagedFile(path / STATE, f"step is {step!r}, expected an integer >= 0")
+    with _reading_checkpoint(path):
+        _check_files(path, [OPTIMIZER, STATE])
+        _check_header(path / OPTIMIZER)
+        state = read_json(path / STATE)
+        step = state.get("step")
+        if type(step) is not int or step < 0:
+            raise DamagedFile(path / STATE, f"step is {step!r}, expected an integer >= 0")
     return Checkpoint(path, step, model, state)
 
 
 def open_latest(run_dir: Path) -> Checkpoint:
-    """The newest intact checkpoint, for --resume; damaged ones are skipped with a warning on standard error."""
+    """The newest intact checkpoint, for --resume; damaged ones are skipped with a warning on standard error.
+
+    A run in progress may remove checkpoints meanwhile, so they are listed again after each that cannot be opened.
+    """
     find_checkpoint(run_dir, "latest")  # raises if there is none
-    for _, path in reversed(_complete_paths(run_dir)):
+    skipped = set[Path]()
+    while paths := [path for _, path in _complete_paths(run_dir) if path not in skipped]:
         try:
-            return open_checkpoint(path)
+            return open_checkpoint(paths[-1])
         except DamagedFile as error:
-            print(f"WARNING: checkpoint skipped, an older one is tried: {error}", file=sys.stderr)
+            skipped.add(paths[-1])
+            if paths[-1].exists():
+                print(f"WARNING: checkpoint skipped, an older one is tried: {error}", file=sys.stderr)
     raise UserError(
         f"every checkpoint in {run_dir} is damaged; restore one from a copy, or start again: python train.py --run=PATH"
     )
@@ -342,11 +418,12 @@ def open_model_folder(path: Path, *, check_weights: bool = True) -> ModelFolder:
 
     check_weights=False: only their header is checked here; model_tensors, if called next, checks the rest anyway.
     """
-    checkpoint = _checkpoint_of(path)
-    if checkpoint is not None:
-        _check_files(checkpoint, [name for name in MODEL_FILES if check_weights or not name.endswith(WEIGHTS)])
-    _check_header(path / WEIGHTS)
-    return ModelFolder(path, read_json(path / CONFIG), read_json(path / TOKENIZER))
+    with _reading_checkpoint(path.absolute().parent):
+        checkpoint = _checkpoint_of(path)
+        if checkpoint is not None:
+            _check_files(checkpoint, [name for name in MODEL_FILES if check_weights or not name.endswith(WEIGHTS)])
+        _check_header(path / WEIGHTS)
+        return ModelFolder(path, read_json(path / CONFIG), read_json(path / TOKENIZER))
 
 
 def _checkpoint_of(model_folder: Path) -> Path | None:

@@ -19,13 +19,14 @@ MAX_JSON = 100_000_000  # bytes; larger JSON files are not read
 
 
 class DamagedFile(UserError):
-    """A file is missing, truncated, altered or malformed."""
+    """A file is missing, truncated, altered or malformed. advice: what to do; whoever knows the file may change it."""
 
     def __init__(self, path: Path, problem: str) -> None:
-        self.path, self.problem = path, problem
-        super().__init__(
-            f"{path}: {problem}. Restore it from a copy, or use another checkpoint (sample.py --checkpoint=step-N)"
-        )
+        super().__init__(path, problem)
+        self.path, self.problem, self.advice = path, problem, "Restore it from a copy"
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}. {self.advice}"
 
 
 def write_file(path: Path, data: bytes) -> None:

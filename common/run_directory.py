@@ -7,12 +7,17 @@ without a clock or file times. `lock` is the file whose OS lock the writing proc
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import shlex
 from pathlib import Path
 
 from checkpoint import list_checkpoints
 from errors import UserError
 from files import DamagedFile, read_json, write_json
+
+FILES = {"run.json", "lock", "config.json", "metrics.jsonl", "samples.txt", "checkpoints", "wandb"}  # of a run
+FILES |= {"report.html", "loss.png", "run.json.writing", "config.json.writing"}
 
 
 def claim_run(run: str | None, preset: str, runs_dir: Path = Path("runs")) -> Path:
@@ -36,14 +41,55 @@ def claim_run(run: str | None, preset: str, runs_dir: Path = Path("runs")) -> Pa
     return path
 
 
-def refuse_used_run(run: str | None) -> None:
-    """Raises UserError if the directory named for a new run holds one already."""
-    used = [name for name in ("config.json", "metrics.jsonl", "checkpoints") if run and (Path(run) / name).exists()]
-    if used:
+def refuse_used_run(run: str | None, runs_dir: Path = Path("runs")) -> None:
+    """Raises UserError if a new run cannot use the directory `run` (None: one in `runs_dir`): it holds a run, or files
+    that are not a run's, or cannot be made.
+
+    A run that ended before its first checkpoint and its first step has nothing to lose: it may be started again.
+    """
+    path = runs_dir if run is None else Path(run)
+    try:
+        found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else None
+        exists = os.path.lexists(path) or path.is_dir()
+        home = next(place for place in (path, *path.absolute().parents) if place.exists())
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"--run={path}: {error.strerror}; name another directory") from error
+    if (exists and found is None) or not home.is_dir():
+        raise UserError(f"--run={path}: {path if exists else home} is not a directory; name a new one")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise UserError(f"--run={path}: {home} is not writable; name a directory in another place")
+    if run is None or found is None:
+        return
+    resume = f"continue it with --resume={shlex.quote(run)}, or name a new directory"
+    if list_checkpoints(path):
+        raise UserError(f"--run={run} holds a run already (checkpoints is there); {resume}")
+    known = FILES if _ordinal(path) else ()
+    if others := [name for name in found if name not in known and not _is_ignored(name)]:
+        listed = ", ".join(others[:3]) + ", …" * (len(others) > 3)
         raise UserError(
-            f"--run={run} holds a run already ({used[0]} is there); "
-            f"continue it with --resume={run}, or name a new directory"
+            f"--run={run}: a run needs a directory of its own, and this one holds other files ({listed}); "
+            f"name a new one, for example --run={shlex.quote(str(path / 'run-1'))}"
         )
+    if b'"event": "step"' in _read_bytes(path / "metrics.jsonl"):
+        raise UserError(
+            f"--run={run} holds the records of a run without a checkpoint, which cannot be resumed; "
+            "name a new directory, or delete this one"
+        )
+    if "lock" in found:
+        with RunLock(path):  # raises if a process is writing there
+            pass
+
+
+def _is_ignored(name: str) -> bool:
+    """Hidden files, and the output of the command itself (`> notes/out.log`)."""
+    return name.startswith(".") or name.endswith((".log", ".out", ".err"))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _make_numbered(runs_dir: Path, preset: str) -> Path:

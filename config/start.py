@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import config
-from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder
+from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder, resolve_run
 from common.options import RunOptions
 from common.run_directory import RunLock, refuse_used_run
 from config.hints import INIT_FROM
@@ -45,9 +45,9 @@ class Start:
         return self.resumed or self.initial
 
     @property
-    def log_lengths(self) -> dict[str, int] | None:
-        """Bytes of a resumed run's logs at its checkpoint."""
-        return None if self.resumed is None else self.resumed.state["logs"]
+    def log_lengths(self) -> dict[str, int]:
+        """Bytes of a resumed run's logs at its checkpoint; none of a new run's."""
+        return {} if self.resumed is None else self.resumed.state["logs"]
 
     def default_name(self, dataset: Dataset) -> str:
         """The name of a new run without --run: that of its text where the user chose one or gave weights, else that
@@ -81,8 +81,9 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         raise UserError("--resume continues a run, --init_from starts a new one: give one of them")
     options = resolve_length(options)
     if train.resume is not None:
-        run = Path(train.resume)
-        if not eval_only and run.is_dir():
+        run = resolve_run(Path(train.resume))
+        options = config.replace(options, resume=str(run))
+        if not eval_only:
             stack.enter_context(RunLock(run))
         resumed = open_latest(run)
         options = note_unused_flags(resumed_options(options, resumed.state["options"]))

@@ -284,6 +284,34 @@ def flip(path: Path, position: int, bit: int = 1) -> None:
     path.write_bytes(data)
 
 
+def test_advice_belongs_to_the_file(tmp_path, capsys, monkeypatch):
+    """Another checkpoint helps only where a checkpoint is damaged, and not where a run in progress removed it."""
+    (tmp_path / "curves.json").write_text("{")
+    with pytest.raises(DamagedFile, match=r"Restore it from a copy$"):
+        read_json(tmp_path / "curves.json")
+    path = save(tmp_path, 1)
+    newer = save(tmp_path, 2)
+    opened = open_checkpoint(path)
+    flip(path / "optimizer.safetensors", -3)
+    with pytest.raises(DamagedFile, match=r"use another checkpoint"):
+        opened.optimizer_tensors()
+    shutil.rmtree(path)
+    for read in (opened.optimizer_tensors, opened.model_tensors, lambda: open_checkpoint(path)):
+        with pytest.raises(DamagedFile, match=r"A run in progress has removed .* run the same command again$"):
+            read()
+    real = open_checkpoint
+
+    def pruned(path: Path) -> Checkpoint:
+        if path == newer:
+            save(tmp_path, 3)
+            shutil.rmtree(newer)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "open_checkpoint", pruned)
+    assert open_latest(tmp_path).step == 3
+    assert "WARNING" not in capsys.readouterr().err
+
+
 def assert_skipped(run: Path, damaged: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The newest checkpoint is refused with the file named; open_latest skips it with a warning."""
     with pytest.raises(DamagedFile, match=r"--checkpoint=step-N") as caught:

@@ -15,7 +15,7 @@ from training.options import LoggingOptions
 
 
 def test_logs_are_truncated_to_the_checkpoint(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, {})
     log.metrics("step", 1, timing={"seconds": 0.1}, loss=2.5)
     log.sample(1, "猫 and text", "length")
     lengths = log.lengths()
@@ -38,7 +38,7 @@ def test_a_full_disk_is_reported_once_and_stops_nothing(tmp_path, capsys):
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, {})
     log._files["metrics.jsonl"] = Full()
     for step in range(3):
         log.metrics("step", step, loss=1.0)

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -62,15 +63,51 @@ def test_the_lock_file_is_neither_emptied_nor_deleted(tmp_path):
     assert (tmp_path / "lock").read_text() == "kept"
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints"])
-def test_a_used_directory_is_refused_and_the_error_names_resume(tmp_path, name):
-    run = claim_run(str(tmp_path / "a run"), "debug")
-    assert claim_run(str(run), "debug") == run  # a run that failed before its first file may start again
-    (run / name).mkdir()
+def refusals(run: Path) -> Iterator[str]:
+    """What is said at once, before data and model, and when the directory is claimed."""
     for refuse in (refuse_used_run, lambda run: claim_run(run, "debug")):
-        with pytest.raises(UserError, match=rf"holds a run already \({name} is there\).*--resume=.*a run"):
+        with pytest.raises(UserError) as caught:
             refuse(str(run))
+        yield str(caught.value)
+
+
+def test_a_run_with_a_checkpoint_is_refused_and_the_error_names_resume(tmp_path):
+    run = finish(claim_run(str(tmp_path / "a run"), "debug"))
+    for message in refusals(run):
+        assert "holds a run already" in message
+        assert f"--resume='{run}'" in message
     refuse_used_run(None)
+
+
+def test_a_run_that_lost_nothing_may_start_again(tmp_path):
+    """Killed before its first checkpoint, with its first files there; not once it has trained a step."""
+    run = claim_run(str(tmp_path / "run"), "debug")
+    with RunLock(run):
+        (run / "checkpoints" / "step-00000000.writing").mkdir(parents=True)
+        (run / "config.json").write_text("{}")
+        (run / "config.json.writing").write_text("")
+        (run / "metrics.jsonl").write_text('{"event": "eval", "step": 0}\n')
+        assert all("another process is writing there" in message for message in refusals(run))
+    assert claim_run(str(run), "debug") == run
+    (run / "metrics.jsonl").write_text('{"event": "eval", "step": 0}\n{"event": "step", "step": 1}\n')
+    for message in refusals(run):
+        assert "cannot be resumed; name a new directory" in message
+
+
+@pytest.mark.parametrize("name", ["README.md", "samples.txt", "config.json", "notes"])
+def test_a_directory_with_other_files_is_refused(tmp_path, name):
+    """Also files that have the names of a run's: only run.json tells that they are one's."""
+    (tmp_path / name).write_text("mine")
+    for message in refusals(tmp_path):
+        assert f"holds other files ({name}); name a new one, for example --run={tmp_path}/run-1" in message
+    assert os.listdir(tmp_path) == [name]
+    assert claim_run(str(tmp_path / "run-1"), "debug")
+
+
+def test_an_empty_directory_and_the_output_of_the_command_are_no_obstacle(tmp_path):
+    for name in (".gitignore", "train.log", "slurm-1.out"):
+        (tmp_path / name).touch()
+    assert claim_run(str(tmp_path), "debug") == tmp_path
 
 
 def test_the_next_number_is_taken_and_gaps_are_not_filled(tmp_path):
@@ -122,16 +159,18 @@ def test_the_newest_run_was_started_last_whatever_the_file_times_are(tmp_path):
 def test_a_read_only_directory_is_named(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     for attempt in (lambda: claim_run(None, "debug", tmp_path), lambda: RunLock(tmp_path).__enter__()):
-        with pytest.raises(UserError, match="cannot write in the run directory"):
+        with pytest.raises(UserError, match=r"cannot write in the run directory|is not writable"):
             attempt()
 
 
-def test_a_file_where_a_directory_belongs_is_named(tmp_path):
+def test_a_file_where_a_directory_belongs_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for attempt in (
-        lambda: claim_run(str(tmp_path / "file"), "debug"),
-        lambda: claim_run(str(tmp_path / "file/run"), "debug"),
-        lambda: RunLock(tmp_path / "no").__enter__(),
-    ):
-        with pytest.raises(UserError, match="cannot write in the run directory"):
-            attempt()
+    for name in ("file", "file/run", "file/a/b"):
+        assert all(f"{tmp_path / 'file'} is not a directory" in message for message in refusals(tmp_path / name))
+    assert all("name another directory" in message for message in refusals(tmp_path / ("long" * 100)))
+    with pytest.raises(UserError, match="cannot write in the run directory"):
+        RunLock(tmp_path / "no").__enter__()
+    monkeypatch.chdir(tmp_path)
+    Path("runs").write_text("")
+    with pytest.raises(UserError, match="runs is not a directory"):
+        refuse_used_run(None)

@@ -307,7 +307,7 @@ def test_a_kill_between_the_final_records_and_their_save_repeats_them(run, small
     ("schedule", "max_steps", "expected"),
     [
         ("cosine", 6, "python train.py again/config.json --max_steps=12"),
-        ("wsd", 6, "python train.py again/config.json --max_steps=12"),
+        ("wsd", 6, "python train.py --resume=again --max_steps=12"),
         ("constant", 6, "python train.py --resume=again --max_steps=12"),
         ("inverse_sqrt", 6, "python train.py --resume=again --max_steps=12"),
         ("cosine", 0, None),
@@ -365,6 +365,68 @@ def test_resume_refuses_presets_missing_runs_and_other_data(run, small_text):
     assert "holds other tokens" in message_of(f"--resume={run}", "--max_steps=30", "--data=other.txt")
     assert "already at step 20" in message_of(f"--resume={run}", "--max_steps=3")
     assert "--max_steps=N" in message_of(f"--resume={run}", "--budget_minutes=1")
+
+
+@pytest.mark.parametrize(
+    "inside",
+    ["", "/", "/config.json", "/checkpoints", "/checkpoints/step-00000020/", "/checkpoints/step-00000020/model"],
+)
+def test_any_path_into_a_run_resumes_it(run, inside):
+    assert train(f"--resume={run}{inside}", "--max_steps=22") == 0
+    assert read_events(run, "step")[-1]["step"] == 22
+    assert json.loads((run / "config.json").read_text())["options"]["run"] == str(run)
+    assert list(Path().rglob("lock")) == [run / "lock"]
+
+
+def test_what_cannot_be_resumed_is_named_with_what_can(run):
+    """The advice is executed; nothing is written meanwhile."""
+    before = sorted(Path().rglob("*"))
+    old = f"{run}/checkpoints/step-00000010"
+    message = message_of(f"--resume={old}")
+    assert f"--resume={run}. " in message
+    assert message.endswith(f"--init_from={old}")
+    for name in ("straight", "runs/strait", "STRAIGHT"):
+        assert f"did you mean {run}?" in message_of(f"--resume={name}")
+        assert f"did you mean {run}?" in message_of(*TINY, f"--init_from={name}")
+    assert f"its run is {run}" in message_of(f"--resume={run}/checkpoints/step-00000015")
+    assert sorted(Path().rglob("*")) == before
+    assert train(*TINY, f"--init_from={old}", "--run=new", "--max_steps=1", f"--data={dataset_of(run)}") == 0
+
+
+def dataset_of(run: Path) -> Path:
+    return Path(open_checkpoint(list_checkpoints(run)[-1]).state["dataset"]["path"])
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(run, small_text, monkeypatch):
+    """By the same command, and by the one that --resume names."""
+    evaluate, command = train_script.evaluate, (*TINY, f"--data={small_text}", "--run=early")
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_script, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(*command)
+    monkeypatch.setattr(train_script, "evaluate", evaluate)
+    message = message_of("--resume=early")
+    assert message.endswith("start it again: python train.py early/config.json")
+    assert train("early/config.json") == 0
+    assert tensors_of("runs/early-1", 20) == tensors_of(run, 20)
+    assert train(*command) == 0
+    assert reproducible("early") == reproducible(run)
+
+
+def test_a_run_does_not_mix_with_other_files(run, small_text):
+    Path("documents").mkdir()
+    Path("documents/letter.txt").write_text("Dear Anna")
+    for name, words in (
+        (".", "other files"),
+        ("documents", "other files (letter.txt)"),
+        (small_text, "not a directory"),
+    ):
+        before = sorted(Path().rglob("*"))
+        assert words in message_of(*TINY, "--data=missing.txt", f"--run={name}")  # before the data are looked for
+        assert sorted(Path().rglob("*")) == before
 
 
 def test_a_run_resumes_from_another_folder(run, tmp_path, monkeypatch):
@@ -496,11 +558,16 @@ def test_a_full_disk_stops_no_training(small_text, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise SaveFailed("no room")
 
-    monkeypatch.setattr("training.state.save_checkpoint", full)
-    message = message_of(*TINY, f"--data={small_text}", "--run=full")
+    with monkeypatch.context() as patch:
+        patch.setattr("training.state.save_checkpoint", full)
+        message = message_of(*TINY, f"--data={small_text}", "--run=full")
     assert "full has no checkpoint; free disk space, then start again: python train.py full/config.json" in message
     assert capsys.readouterr().out.count("not saved: no room") == 4  # at every evaluation and at the end
     assert read_events("full", "step")[-1]["step"] == 20
+    assert "full has no checkpoint" in message_of("--resume=full")
+    assert "cannot be resumed; name a new directory" in message_of(*TINY, f"--data={small_text}", "--run=full")
+    assert train("full/config.json") == 0  # what both messages say
+    assert read_events("runs/full-1", "step")[-1]["step"] == 20
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

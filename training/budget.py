@@ -25,7 +25,7 @@ from training.options import EvalOptions, OptimizerOptions, TrainOptions
 from training.state import TrainState
 
 MAX_OVERRUN = 1.25  # of the budget
-LENGTHENED = ("constant", "inverse_sqrt")  # schedules that do not depend on max_steps: more steps just continue them
+LENGTHENED = ("constant", "inverse_sqrt", "wsd")  # schedules with which a longer run may continue a finished one
 MIN_CHANGE = 0.03  # relative change of max_steps below which a plan is kept
 MEASURED_STEPS, MEASURED_SECONDS = 8, 10.0  # measuring ends at whichever comes first, after at least two steps
 
@@ -108,7 +108,7 @@ def make_budget(
         budget.limit(60.0 * train.budget_minutes, step_seconds, time.perf_counter(), eval_steps, final_eval_steps)
     elif state.step >= budget.plan.max_steps and state.progress.evaluated_step == state.step:
         log(f"the run is complete at step {state.step}")
-    if budget.plan.max_steps <= optim.warmup_steps:
+    if state.step < budget.plan.max_steps <= optim.warmup_steps:
         log(
             f"note: the learning rate rises until the end of this run of {budget.plan.max_steps} steps "
             f"(warmup_steps={optim.warmup_steps})"
@@ -129,7 +129,7 @@ def log_resumed_rate(step: int, stored: Mapping[str, Any], budget: Budget) -> No
     schedule = budget.options.schedule
     log(f"learning rate: {before:.2e} so far, {after:.2e} from here, {last:.2e} at step {new.max_steps} ({schedule})")
     if schedule not in LENGTHENED and after > 2 * before:
-        log(f"  it had decayed: a new run of {new.max_steps} steps would end at a lower loss (bench/NOTES.md)")
+        log(f"  it had decayed: a new run of {new.max_steps} steps ends at a lower loss (bench/NOTES.md)")
 
 
 def measure_step_seconds(update: Callable[[], object], state: TrainState, hardware: Hardware) -> float:

@@ -43,7 +43,7 @@ class RunLogger:
         hardware: Hardware,
         model: GPT,
         reference: Reference,
-        lengths: Mapping[str, int] | None,
+        lengths: Mapping[str, int],
     ) -> None:
         self.hardware, self.reference, self.log_interval = hardware, reference, options.log_interval
         self.tokens_per_step = int(settings["tokens_per_step"])

@@ -8,6 +8,7 @@ or a failing wandb is reported once and never stops the training.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -71,24 +72,26 @@ class TrainClock:
 
 class RunLog:
     """The log files of a run directory. `lengths`, their bytes at a checkpoint, truncates what a killed run wrote
-    after it."""
+    after it; none: all of it. Raises UserError where they cannot be written."""
 
-    def __init__(self, run: Path, lengths: Mapping[str, int] | None = None) -> None:
+    def __init__(self, run: Path, lengths: Mapping[str, int]) -> None:
         self._paths = {name: run / name for name in (METRICS, SAMPLES)}
         self._warned = False
-        if lengths is not None:
-            for name, path in self._paths.items():
-                size, expected = path.stat().st_size if path.exists() else 0, lengths.get(name, 0)
-                if size < expected:
-                    print(
-                        f"{path}: {size} bytes, {expected} at the checkpoint: the end of this log is lost",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                elif size > expected:
-                    with path.open("r+b") as file:
-                        file.truncate(expected)
-        self._files = {name: path.open("ab") for name, path in self._paths.items()}
+        self._files: dict[str, io.BufferedWriter] = {}
+        for name, path in self._paths.items():
+            try:
+                self._files[name] = path.open("ab")
+                size, expected = path.stat().st_size, lengths.get(name, 0)
+                if size > expected:
+                    self._files[name].truncate(expected)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error}); check its permissions and the disk") from error
+            if size < expected:
+                print(
+                    f"{path}: {size} bytes, {expected} at the checkpoint: the end of this log is lost",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def metrics(self, event: str, step: int, *, timing: Mapping[str, Any] | None = None, **fields: Any) -> None:
         """Writes one line: event, step, the reproducible fields, and the others in `timing`. NaN and infinity become

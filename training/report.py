@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import CONFIG, STATE, WEIGHTS, list_checkpoints
+from checkpoint import CONFIG, STATE, WEIGHTS, list_checkpoints, run_hint
 from files import DamagedFile, read_json, replace_file
 from training.metrics import METRICS, SAMPLES, format_duration
 from training.reference import Reference, plan_of, read_curves
@@ -96,7 +96,8 @@ def read_metrics(run: Path) -> Lines:
     """The lines of metrics.jsonl by event. Raises UserError if `run` is not a run directory or has no lines yet."""
     if not (run / METRICS).is_file():
         problem = f"not a run directory: it has no {METRICS}" if run.is_dir() else "no such directory"
-        raise UserError(f"{run}: {problem}; give one such as runs/quickstart-1, or train first: python train.py")
+        hint = run_hint(run) or "; give one such as runs/quickstart-1, or train first: python train.py"
+        raise UserError(f"{run}: {problem}{hint}")
     lines: Lines = {event: [] for event in ("eval", "step", "plan", "skip", "final")}
     for text in (run / METRICS).read_bytes().split(b"\n"):
         with suppress(ValueError, RecursionError):  # an incomplete line: still being written, or the run was killed

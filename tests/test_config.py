@@ -570,8 +570,9 @@ def test_replace_checks_and_leaves_the_original_alone(loader: Loader) -> None:
 
 
 def test_help_lists_presets_groups_values_ranges_and_meanings(
-    loader: Loader, capsys: pytest.CaptureFixture[str]
+    loader: Loader, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "116")
     write_preset("small", '"""Two blocks.\n\nMore."""\nn_layer = 2\nlearning_rate = 5e-05\n')
     with pytest.raises(SystemExit) as stopped:
         load(loader, "--help", "nonsense")

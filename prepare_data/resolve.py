@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from common.option import section_from, show
@@ -49,14 +49,14 @@ def _resolve(data: str, options: PrepareOptions, tokenizer: Tokenizer | None, fl
     if path.is_dir() and is_dataset(path):
         if named:
             print(f"data: the dataset {path} comes before {named}: a path that exists is taken first")
-        return _open(path, options, tokenizer)
+        return _open(path, options, tokenizer, flags)
     if path.exists():
         what = f"the {'folder' if path.is_dir() else 'file'} {path}"
         _refuse_files_of_datasets(path)
         difference = _difference(named, data, options, tokenizer, flags) if named else ""
         if named and not difference:
             print(f"data: {named} is taken: it was prepared from {what} as that is now")
-            return _open(named, options, tokenizer)
+            return _open(named, options, tokenizer, flags)
         if named:
             print(f"data: {what} is taken: a path that exists comes before the dataset {named}, {difference}")
             print(f"  for that dataset: --data={shlex.quote(str(named))}")
@@ -64,7 +64,7 @@ def _resolve(data: str, options: PrepareOptions, tokenizer: Tokenizer | None, fl
             print(f"data: {what} is taken: a path that exists comes before Sprout's own text of that name")
         return _prepare(data, make_corpus("text", data, options), options, tokenizer)
     if named and not re.match(r"\.[/\\]", data):
-        return _open(named, options, tokenizer)
+        return _open(named, options, tokenizer, flags)
     if text.exists(data):  # a glob
         return _prepare(data, make_corpus("text", data, options), options, tokenizer)
     if data in BUILT_IN:
@@ -115,9 +115,19 @@ def _difference(
     return f"which was prepared with another --{changed[0]} ({getattr(stored, changed[0])})" if changed else ""
 
 
-def _open(folder: Path, options: PrepareOptions, tokenizer: Tokenizer | None) -> Dataset:
-    """Opens and logs a dataset. Raises UserError if its tokenizer is not that of the weights to be trained."""
+def _open(folder: Path, options: PrepareOptions, tokenizer: Tokenizer | None, flags: Collection[str]) -> Dataset:
+    """Opens and logs a dataset. Raises UserError if its tokenizer is not that of the weights to be trained, and on a
+    flag that it was not prepared with."""
     dataset = open_dataset(folder, options.tokenizer)
+    stored = dataset.meta.get("options", {})
+    for name, value in asdict(options).items():
+        before = tuple(stored[name]) if name in stored and isinstance(value, tuple) else stored.get(name)
+        if name in flags and name not in ("tokenizer", "data_dir") and before != value:
+            own = f", with {name}={show(before)}" if name in stored else ""
+            raise UserError(
+                f"--{name}={show(value)}: {folder} is prepared already{own};"
+                " leave the flag out, or give --data the text itself"
+            )
     own = dataset.tokenizer
     if tokenizer and tokenizer.content_hash != own.content_hash:
         raise UserError(

@@ -632,6 +632,19 @@ def test_a_given_tokenizer_is_used(folder):
         resolve_data("ready", PrepareOptions(), own)
 
 
+def test_a_flag_of_preparation_for_a_prepared_dataset_is_refused_unless_it_was_prepared_so(folder):
+    prepared("some text\n" * 30, name="ready")
+    stored = open_dataset("data/ready").meta["options"]
+    changes = {"val_fraction": 0.2, "split": "tail", "encoding": "cp1252", "separator": "\n", "exclude": ("*.md",)}
+    for name, value in changes.items():
+        options = dataclasses.replace(PrepareOptions(**{**stored, "exclude": ()}), **{name: value})
+        with pytest.raises(UserError, match=rf"--{name}=.*data/ready is prepared already, with {name}="):
+            resolve_data("ready", options, flags={name})
+        assert resolve_data("ready", options, flags=set()), "a preset's value is no mistake of the user's"
+        same = PrepareOptions(**{**stored, "exclude": ()})
+        assert resolve_data("ready", same, flags={name})
+
+
 def test_python_stdlib_as_data(monkeypatch, folder):
     few = python_stdlib.source_files(python_stdlib.Path(python_stdlib.sysconfig.get_paths()["stdlib"]))[:25]
     monkeypatch.setattr(python_stdlib, "source_files", lambda folder: few)

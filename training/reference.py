@@ -29,7 +29,7 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from checkpoint import CONFIG, STATE, list_checkpoints
+from checkpoint import CONFIG, STATE, list_checkpoints, run_hint
 from files import DamagedFile, read_json, replace_file
 from model import GPTConfig
 from training.metrics import METRICS
@@ -160,7 +160,8 @@ def read_run(run: Path) -> Run:
     """The record of a finished run. Raises UserError if it is not finished, or started from other weights."""
     fingerprint = dataset_of(run)
     if fingerprint is None or not (run / METRICS).is_file():
-        raise UserError(f"{run}: not a run with a checkpoint; give finished runs, such as runs/quickstart-1")
+        hint = run_hint(run) or "; give finished runs, such as runs/quickstart-1"
+        raise UserError(f"{run}: not a run with a checkpoint{hint}")
     saved = read_json(run / CONFIG)
     options, plan = saved["options"], plan_of(saved["options"])
     events = []

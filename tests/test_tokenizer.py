@@ -124,7 +124,7 @@ def test_bpe_is_reproducible_and_ends_with_eos(bpe):
 
 def test_a_small_corpus_gives_a_small_vocabulary():
     assert train_bpe(["abab"], 5000, "gpt4o").vocab_size < 270
-    with pytest.raises(UserError, match=r"--vocab_size=256.*257"):
+    with pytest.raises(UserError, match=r"vocab_size=256.*257"):
         train_bpe(["abab"], 256, "gpt4o")
 
 

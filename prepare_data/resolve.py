@@ -119,13 +119,14 @@ def _open(folder: Path, options: PrepareOptions, tokenizer: Tokenizer | None, fl
     """Opens and logs a dataset. Raises UserError if its tokenizer is not that of the weights to be trained, and on a
     flag that it was not prepared with."""
     dataset = open_dataset(folder, options.tokenizer)
-    stored = dataset.meta.get("options", {})
+    stored = dataset.meta.get("options")
+    stored = stored if isinstance(stored, dict) else {}  # the shards of other programs have none
     for name, value in asdict(options).items():
-        before = tuple(stored[name]) if name in stored and isinstance(value, tuple) else stored.get(name)
-        if name in flags and name not in ("tokenizer", "data_dir") and before != value:
-            own = f", with {name}={show(before)}" if name in stored else ""
+        is_given = name in flags and name not in ("tokenizer", "data_dir")
+        if is_given and json.dumps(stored.get(name)) != json.dumps(value):
+            before = f", with {name}={show(stored[name])}" if name in stored else ""
             raise UserError(
-                f"--{name}={show(value)}: {folder} is prepared already{own};"
+                f"--{name}={show(value)}: {folder} is prepared already{before};"
                 " leave the flag out, or give --data the text itself"
             )
     own = dataset.tokenizer

@@ -162,8 +162,8 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 class Dropout(nn.Module):
-    """Zeroes each input with probability p in training, and scales the others by 1 / (1 − p). On a CPU from random
-    bytes, with p rounded to a multiple of 1/256: a float per element would cost more than the surrounding layer."""
+    """Zeroes each input with probability p in training, and scales the others by 1 / (1 − p). On a CPU from 16 random
+    bits, since a float per input costs more: p is rounded to a multiple of 1/65536 there, unless it is near 0 or 1."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -172,13 +172,13 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or not 1 / 512 <= self.p <= 511 / 512:
             return F.dropout(x, self.p)
-        dropped = min(255, max(1, round(256 * self.p)))
-        # random_(-2**63, None) fills all 64 bits; random_() leaves the sign bit at 0, a bias of every eighth byte
-        draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
-        keep = (draws[: x.numel()] >= dropped).view(x.shape)
-        return x * keep * (256 / (256 - dropped))
+        dropped = round(65_536 * self.p)
+        # random_(-2**63, None) fills all 64 bits; random_() leaves the sign bit at 0, a bias of every fourth number
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        keep = (draws[: x.numel()] >= dropped - 32_768).view(x.shape)
+        return x * keep * (65_536 / (65_536 - dropped))
 
 
 def sinusoidal_table(length: int, channels: int) -> Tensor:
@@ -355,7 +355,7 @@ class GPT(nn.Module):
             total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), V)
             return total if reduction == "sum" else total / (targets != IGNORED_TARGET).sum()
         loss = F.cross_entropy(
-            self._logits(hidden).flatten(0, 1).float(), targets.flatten(),
+            widened(self._logits(hidden)).flatten(0, 1), targets.flatten(),
             ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing,
         )  # fmt: skip
         return loss.view_as(targets) if reduction == "none" else loss

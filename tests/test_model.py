@@ -283,26 +283,39 @@ def test_label_smoothing_mixes_in_the_uniform_distribution():
     assert model(ids, ids, label_smoothing=0.1).item() == pytest.approx((0.9 * plain + 0.1 * uniform).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
-def test_dropout_keeps_the_mean_in_bfloat16_too(p):
+@pytest.mark.parametrize("p", [1e-5, 1e-3, 1 / 512, 0.01, 0.1, 0.2, 0.5, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_as_often_as_it_says_and_keeps_the_mean(p, dtype):
     torch.manual_seed(0)
-    kept = 1 - min(255, max(1, round(256 * p))) / 256
-    out = Dropout(p)(torch.rand(2_000_000).bfloat16() + 1).double()
-    assert out.mean().item() == pytest.approx(1.5, abs=5 * 1.6 * math.sqrt((1 - kept) / kept / out.numel()) + 1e-3)
+    x = (torch.rand(4_000_000) + 1).to(dtype)
+    out = Dropout(p)(x).double()
+    deviation = math.sqrt(p * (1 - p) / out.numel())
+    assert (out == 0).double().mean().item() == pytest.approx(p, abs=5 * deviation + 2**-17)
+    assert (out.mean() / x.double().mean()).item() == pytest.approx(1, abs=6 * deviation / (1 - p) + 2e-3)
 
 
-@given(p=st.floats(0.05, 0.9), size=st.integers(1, 999))
+@given(p=st.floats(0.002, 0.998), size=st.integers(1, 999))
 @settings(max_examples=25, deadline=None)
 def test_dropout_scales_what_it_keeps(p, size):
+    """By the rate that is applied, p to 16 bits."""
     dropout = Dropout(p)
     torch.manual_seed(0)
     out = dropout(torch.ones(size, 7))
     torch.manual_seed(0)
     assert torch.equal(out, dropout(torch.ones(size, 7)))
-    kept = 1 - round(256 * p) / 256
-    assert ((out == 0) | (out == torch.tensor(1 / kept))).all()
-    assert (out != 0).float().mean().item() == pytest.approx(kept, abs=5 * math.sqrt(0.25 / out.numel()))
+    assert ((out == 0) | (out == torch.tensor(1 / (1 - round(65_536 * p) / 65_536)))).all()
+    assert (out != 0).float().mean().item() == pytest.approx(1 - p, abs=5 * math.sqrt(0.25 / out.numel()))
     assert torch.equal(dropout.eval()(torch.ones(3)), torch.ones(3))
+
+
+def test_a_loss_has_the_precision_of_the_model():
+    """And is one of float32 in a model of bfloat16."""
+    ids = ids_with_documents(2, 16)
+    for dtype, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        model = GPT(TINY).to(dtype)
+        assert {model(ids, ids, reduction=kind).dtype for kind in ("mean", "sum", "none")} == {expected}
+    exact, near = GPT(TINY).double()(ids, ids), GPT(TINY)(ids, ids)
+    assert 0 < abs(exact - near) < 1e-5
 
 
 def test_rotation_depends_on_relative_positions_only():

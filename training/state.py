@@ -178,7 +178,7 @@ class TrainState:
                 run,
                 self.step,
                 model=export_weights(self.model),
-                config=self.model.config.to_dict(),
+                config=asdict(self.model.config),
                 tokenizer=dataset.tokenizer.to_dict(),
                 optimizer=optimizer_tensors(self.optimizer, self.model),
                 state={**state, **facts()},

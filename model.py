@@ -96,8 +96,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding in memory: large vocabularies are padded to a multiple of 128, which GPUs multiply
-        faster. The logits of the padding are cut off, and files hold vocab_size rows."""
+        """Rows of the embedding in memory: a large vocabulary is padded to a multiple of 128, for the speed of GPUs."""
         return 128 * math.ceil(self.vocab_size / 128) if self.vocab_size > 1024 else self.vocab_size
 
     def problems(self) -> list[str]:
@@ -260,8 +259,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.kind = config.mlp
-        width = config.hidden_size
+        self.kind, width = config.mlp, config.hidden_size
         self.up = Linear(config.n_embd, 2 * width if config.mlp == "swiglu" else width, bias=config.bias)
         self.down = Linear(width, config.n_embd, bias=config.bias)
 
@@ -343,8 +341,7 @@ class GPT(nn.Module):
         reduction: Literal["mean", "sum", "none"] = "mean", label_smoothing: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """ids (B, T) int64, T ≤ block_size → logits (B, T, V), or with targets (B, T), the next ids, the loss in nats.
-        Targets of IGNORED_TARGET do not count. "mean" divides by the number of counted targets; "none" returns (B, T).
-        """
+        Targets of IGNORED_TARGET do not count; "mean" divides by the number of the others, "none" returns (B, T)."""
         hidden = self._hidden(ids, *self._sequence_context(ids))
         if targets is None:
             return self._logits(hidden)
@@ -427,9 +424,8 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Sequence[int], cache: KVCache, rows: Sequence[int]) -> None:
         """Reads prompts into rows of the cache, replacing what the rows held. The next decode step returns logits.
-        ids (B, T) int64: prompts, padded on the right with any id; lengths: of the B prompts, each 0 … T; rows: of the
-        cache. No token attends to the padding: it comes after the prompt, and later the cache's lengths exclude it.
-        """
+        ids (B, T) int64: prompts, padded on the right with any id, to which no token attends; lengths: of the B
+        prompts, each 0 … T; rows: of the cache."""
         index = cache.restart(rows, lengths)  # (B,)
         if ids.shape[1] == 0:
             return
@@ -452,10 +448,9 @@ class GPT(nn.Module):
         c = self.config
         if c.document_mask:
             cache.starts.copy_(torch.where(ids.eq(self.eos_id), cache.lengths, cache.starts))
-        positions: Tensor | slice = slice(span - 1, span)
-        if not equal_lengths or c.document_mask:
-            positions = (cache.lengths - cache.starts)[:, None]  # (R, 1)
-        sees_all = equal_lengths and not c.document_mask and (c.sliding_window is None or c.sliding_window >= span)
+        aligned = equal_lengths and not c.document_mask
+        positions = slice(span - 1, span) if aligned else (cache.lengths - cache.starts)[:, None]  # (R, 1)
+        sees_all = aligned and (c.sliding_window is None or c.sliding_window >= span)
         mask = None if sees_all else cache.mask(span, c.sliding_window)
         cache.prepare_append(span, equal_lengths)
         context = AttentionContext(self.attention, self._rotation(positions), mask=mask, cache=cache)
@@ -473,10 +468,8 @@ CHUNK_ROWS, MIN_CHUNKED_LOGITS = 256, 2**22  # tokens per chunk; fewer logits ar
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """hidden (N, C), head weight (≥ V, C), targets (N,) int64 → the sum of the counted targets' losses in nats.
-
     The forward pass computes the gradients too, softmax − one-hot, chunk by chunk in place of the logits, so no (N, V)
-    tensor is allocated. For CPUs; F.linear_cross_entropy (torch 2.13) is six times slower there than the plain loss.
-    """
+    tensor is allocated. For CPUs; F.linear_cross_entropy (torch 2.13) is six times slower there than the plain loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -514,8 +507,7 @@ class KVCache:
 
     memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer; token t is in slot t.
     lengths (R,) int64: tokens in each row, on the device; host_lengths: the same as Python ints, known without waiting
-    for the device. starts (R,) int64: where each row's document starts. ids (R, S) int64: for a model with n-grams.
-    """
+    for the device. starts (R,) int64: where each row's document starts. ids (R, S) int64: with n-grams."""
 
     def __init__(
         self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -533,7 +525,6 @@ class KVCache:
 
     @property
     def equal_lengths(self) -> bool:
-        """Whether all rows have the same length."""
         return min(self.host_lengths) == max(self.host_lengths)
 
     def restart(self, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -603,22 +594,18 @@ class KVCache:
         self.host_lengths = [self.host_lengths[row] for row in rows]
 
 
-# ======================================================================================================================
-# Attention: softmax(q · kᵀ / √D) · v over the visible positions. With K < H (grouped queries), query head h uses
+# ---- Attention -------------------------------------------------------------------------------------------------------
+# softmax(q · kᵀ / √D) · v over the visible positions. With K < H (grouped queries), query head h uses
 # key/value head h // (H / K). There are two paths, chosen once per model: "triton", the fused kernels below, for GPUs;
 # and "sdpa", PyTorch's attention, for all other devices and for decode steps.
-# ======================================================================================================================
 
 AttentionPath = Literal["triton", "sdpa"]
 MAX_FUSED_HEAD = 128  # wider tiles do not fit into registers beside their accumulator
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer: int) -> Tensor:
-    """q (B, T, H, D), k and v (B, T, K, D) of one layer → (B, T, H, D).
-
-    In a prefill it also stores k and v in the cache; in a decode step (T = 1) it appends them and attends to the whole
-    cache.
-    """
+    """q (B, T, H, D), k and v (B, T, K, D) of one layer → (B, T, H, D). In a prefill it also stores k and v in the
+    cache; in a decode step (T = 1) it appends them and attends to the whole cache."""
     if context.cache is not None:
         if context.rows is None:
             return _sdpa(q, *context.cache.append(layer, k, v), context.mask, causal=False)
@@ -631,8 +618,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer:
 
 
 # PyTorch's fused attention on CPUs is made for long sequences. Up to these lengths plain matrix products were faster
-# in every timing, in bfloat16 1.6 to 6 times (bench/NOTES.md). They hold a (T, T) matrix per head.
+# in every timing (bench/NOTES.md). They hold a (T, T) matrix per head.
 MAX_UNFUSED_LENGTH = {torch.float32: 128, torch.bfloat16: 1024}
+BLOCK_ROWS = 64  # queries whose float32 scores are held at once
 
 
 def dense_mask(first_visible: Tensor | None) -> Tensor | None:
@@ -644,16 +632,42 @@ def dense_mask(first_visible: Tensor | None) -> Tensor | None:
 
 
 def _unfused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention as two batched matrix products around a softmax; the first includes scale and mask."""
+    """Causal attention by batched matrix products."""
     B, T, H, D = q.shape
+    if k.shape[2] != H:
+        k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
+    return (CausalWeights.apply(q, k) @ v).view(B, H, T, D).transpose(1, 2)
 
-    def flat(x: Tensor) -> Tensor:  # (B, T, H or K, D) → (B · H, T, D)
-        x = x if x.shape[2] == H else x.repeat_interleave(H // x.shape[2], dim=2)
-        return x.transpose(1, 2).reshape(B * H, T, D)
 
-    future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu_(1)
-    scores = torch.baddbmm(future, flat(q), flat(k).mT, alpha=1 / math.sqrt(D))  # (B · H, T, T)
-    return (torch.softmax(scores, dim=-1) @ flat(v)).view(B, H, T, D).transpose(1, 2)
+class CausalWeights(torch.autograd.Function):
+    """q, k (N, T, D) → attention weights (N, T, T) in their dtype, from scores in float32, one block of queries after
+    the other: rounded to bfloat16, a score of 20 is off by up to 0.06, its weight by 6 %."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
+        N, T, D = q.shape
+        weights = q.new_empty((N, T, T))
+        wide_q, wide_k = q.to(torch.float32, copy=True).mul_(1 / math.sqrt(D)), k.float()
+        future = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf).triu_(1)
+        for start in range(0, T, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, T)
+            with torch.autocast("cpu", enabled=False):
+                scores = wide_q[:, start:stop] @ wide_k[:, :stop].mT
+                scores[..., start:] += future[: stop - start, : stop - start]
+                weights[:, start:stop, :stop] = torch.softmax(scores, dim=-1, out=scores)
+            weights[:, start:stop, stop:] = 0.0
+        ctx.save_for_backward(q, k, weights)
+        return weights
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, weights = ctx.saved_tensors
+        d_scores = torch._softmax_backward_data(grad, weights, -1, weights.dtype)  # (N, T, T), computed in float32
+        scale, unread = 1 / math.sqrt(q.shape[2]), q.new_empty(())
+        d_q = torch.baddbmm(unread, d_scores, k, beta=0, alpha=scale)
+        return d_q, torch.baddbmm(unread, d_scores.mT, q, beta=0, alpha=scale)
 
 
 def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -682,13 +696,11 @@ def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: 
 #
 # One kernel sums dq over keys, for a block of queries; the other sums dk and dv over queries, of all heads that share
 # the keys, for a block of keys. No two programs add to the same number: no atomics, bitwise reproducible gradients.
-# Cost per head, causal: forward 2 · T² · D FLOP and 4 · T · D numbers moved, T / 4 FLOP per byte in 16 bits; backward
-# 7 · T² · D and 12 · T · D. A Hopper GPU is compute-bound above about 250 FLOP per byte, from T = 1024 on.
+# The forward pass does T / 4 FLOP per byte in 16 bits. A Hopper GPU is compute-bound above 250, from T = 1024 on.
 # Only some blocks need a mask: those on the diagonal, and with documents or a window those that contain the boundary
 # given by first_visible; blocks beyond it are skipped. So every loop is split into three: PHASE 0, blocks on the
 # boundary; PHASE 1, fully visible blocks; PHASE 2, the diagonal. Masked scores are −1e30, not −inf: a row without a
 # visible key so far sums garbage, which alpha = 0 removes at its first visible key, at the latest on the diagonal.
-#
 # Head sizes that are not a power of two are padded to BLOCK_D on chip; numbers beyond D or T are read as 0 and never
 # written. DOT is the dtype of the operands of products: the inputs', but float32 for bfloat16 in the interpreter.
 
@@ -887,8 +899,7 @@ class Launch(NamedTuple):
 
 
 # By architecture, bytes per number and padded head size: forward, query gradient, key and value gradient. "other" fits
-# 99 KB of shared memory (sm_86, sm_89, sm_120). Chosen by occupancy, without spills in 16 bits
-# (tests/test_kernel_compile.py); none was timed on a GPU yet (bench/tune_attention.py).
+# 99 KB of shared memory (sm_86, sm_89, sm_120). By occupancy, without spills in 16 bits; none was timed on a GPU yet.
 LAUNCHES: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
     ("sm_90", 2, 64): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 2)),
     ("sm_90", 2, 128): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(32, 128, 8, 2)),
@@ -937,14 +948,12 @@ def launch_kernel(name: str, launch: Launch, *tensors: Any) -> Any:
     strides = [stride for x in strided for stride in x.stride()[:3]]
     scalars = {parameter: value for parameter, value in scalars.items() if parameter in kernel.arg_names}
     with torch.cuda.device_of(q):
-        launches = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        return kernel[(blocks,)](*tensors, *strides, **scalars, **launches)
+        return kernel[blocks,](*tensors, *strides, **scalars, num_warps=launch.num_warps, num_stages=launch.num_stages)
 
 
 @cache
 def _jitted(kernel: Callable[..., None]) -> Any:
-    """The kernel as a Triton function. Triton is imported here, on first use; the globals that kernels use,
-    `tl` and the helpers, are bound here too."""
+    """The kernel as a Triton function. The first call imports Triton, and binds `tl` and the helpers of the kernels."""
     import triton
     import triton.language
 
@@ -953,12 +962,7 @@ def _jitted(kernel: Callable[..., None]) -> Any:
 
 
 # Two operators that are opaque to torch, with output shapes and derivative; torch.compile does not break at them.
-
-
-@torch.library.custom_op(
-    "sprout::attention", mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? first_visible) -> (Tensor, Tensor)",
-)  # fmt: skip
+@torch.library.custom_op("sprout::attention", mutates_args=())
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
     """Like `attention` → out (B, T, H, D), and lse (B, H, T) float32: log2 of each row's sum of exponentials."""
     out, lse = empty_outputs(q)
@@ -971,11 +975,7 @@ def empty_outputs(q: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "sprout::attention_backward", mutates_args=(),
-    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? first_visible, Tensor out, Tensor lse)"
-    " -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
+@torch.library.custom_op("sprout::attention_backward", mutates_args=())
 def fused_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

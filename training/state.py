@@ -178,7 +178,7 @@ class TrainState:
                 run,
                 self.step,
                 model=export_weights(self.model),
-                config=asdict(self.model.config),
+                config=self.model.config.to_dict(),
                 tokenizer=dataset.tokenizer.to_dict(),
                 optimizer=optimizer_tensors(self.optimizer, self.model),
                 state={**state, **facts()},

@@ -1,5 +1,5 @@
 """Folders of token shards that other programs wrote, without a dataset.json: llm.c's and modded-nanogpt's shards with a
-header, and nanoGPT's headerless `train.bin` and `val.bin`.
+header, nanoGPT's headerless `train.bin` and `val.bin`, and shards that np.save wrote (build-nanogpt).
 
 A file belongs to the split that a whole word of its name, or of its subfolder's, says: medieval_train_000001.bin is
 train, since words end where letters do. Nothing is unpickled. Entry points: `is_foreign`, `describe_foreign`.
@@ -16,7 +16,7 @@ import numpy as np
 from common.tokenizer import Tokenizer, named_tokenizer
 from errors import UserError
 from prepare_data.folders import safe_name
-from prepare_data.shard_format import HEADER_BYTES, PREPARE_AGAIN, SPLITS, Shard, check_ids, has_magic, read_header
+from prepare_data.shard_format import HEADER_BYTES, SPLITS, Shard, check_ids, has_magic, read_header
 
 WORDS = {
     "train": {"train", "training"},
@@ -24,6 +24,7 @@ WORDS = {
     "dev": {"dev", "eval"},  # val where there is no other
     "test": {"test", "testing"},  # left out
 }
+NUMPY = b"\x93NUMPY"
 END = 1 << 20  # bytes at each end of a file that are read when it is opened
 
 
@@ -59,11 +60,13 @@ def describe_foreign(folder: Path, tokenizer_name: str | None) -> tuple[dict[str
     for split, paths in found.items():
         shards[split] = [_describe_shard(path, folder, tokenizer) for path in paths]
         dtypes |= {entry.pop("dtype") for entry in shards[split]}
+    if len(dtypes) > 1:
+        raise UserError(f"{folder}: some of the files hold uint16 ids, others uint32; expected one dtype")
     dtype = dtypes.pop()
-    if dtypes or (dtype == "uint16" and tokenizer.vocab_size > 65_536):
+    if dtype == "uint16" and tokenizer.vocab_size > 65_536:
         raise UserError(
-            f"{folder}: the shards differ in dtype, or {dtype} is too small for the {tokenizer.vocab_size} ids of"
-            f" {tokenizer.name}; expected one dtype that fits the tokenizer"
+            f"{folder}: uint16 is too small for the {tokenizer.vocab_size} ids of {tokenizer.name}; pass the tokenizer"
+            " that these files were made with (--tokenizer=…)"
         )
     if dtype == "uint32" and shards["train"][0]["offset"] == 0:
         notes.append(f"{found['train'][0].name} has no header; its ids are read as uint32, by their values")
@@ -73,12 +76,14 @@ def describe_foreign(folder: Path, tokenizer_name: str | None) -> tuple[dict[str
 
 
 def _split_words(folder: Path) -> dict[Path, set[str]]:
-    """The .bin files of a folder, sorted, each with the splits that words of its name say: none, one or several.
+    """The .bin files of a folder, or else its .npy files, sorted, each with the splits that words of its name say.
 
     Files of a subfolder count where its own name says a split.
     """
     subfolders = [path for path in folder.glob("[!.]*") if _splits_in(path.name) and path.is_dir()]
-    files = [path for parent in (folder, *subfolders) for path in parent.glob("[!.]*.bin")]
+    parents = (folder, *subfolders)
+    files = [path for parent in parents for path in parent.glob("[!.]*.bin")]
+    files = files or [path for parent in parents for path in parent.glob("[!.]*.npy")]
     return {
         path: _splits_in(path.relative_to(folder).with_suffix("").as_posix())
         for path in sorted(files)
@@ -149,7 +154,9 @@ def _describe_shard(path: Path, folder: Path, tokenizer: Tokenizer) -> dict[str,
         head = file.read(END)
         file.seek(max(0, size - END))
         tail = file.read(END)
-    if not has_magic(path) and not re.search(r"\d", path.stem):
+    if head.startswith(NUMPY):
+        dtype, offset, tokens = _numpy_header(path, size)
+    elif not has_magic(path) and not re.search(r"\d", path.stem):
         dtype, offset = _headerless_dtype(path, head, size, tokenizer.vocab_size), 0
         tokens = size // np.dtype(dtype).itemsize
     elif not has_magic(path):
@@ -162,18 +169,44 @@ def _describe_shard(path: Path, folder: Path, tokenizer: Tokenizer) -> dict[str,
         offset = HEADER_BYTES
     shard = Shard(path, offset, np.dtype(dtype).newbyteorder("<"), tokens)
     for data in (head[offset:], tail[max(0, offset + len(tail) - size) :]):
-        whole = len(data) // shard.dtype.itemsize
-        check_ids(shard, np.frombuffer(data, shard.dtype, whole), tokenizer.vocab_size)
+        ids = np.frombuffer(data, shard.dtype, len(data) // shard.dtype.itemsize)
+        if ids.max() >= tokenizer.vocab_size > ids.byteswap().max():
+            raise UserError(f"{path}: holds big-endian ids; expected little-endian: convert it, for example with numpy")
+        check_ids(shard, ids, tokenizer.vocab_size)
     crc = zlib.crc32(tail, zlib.crc32(head))
     name = path.relative_to(folder).as_posix()
     return {"file": name, "offset": offset, "dtype": dtype, "tokens": tokens, "ends_crc32": crc}
 
 
+def _numpy_header(path: Path, size: int) -> tuple[str, int, int]:
+    """(dtype, bytes before the ids, number of ids) of a file that np.save wrote; nothing is unpickled."""
+    with path.open("rb") as file:
+        try:
+            major = np.lib.format.read_magic(file)[0]
+            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except ValueError as error:
+            raise UserError(f"{path}: not an array that np.save wrote ({error})") from None
+        offset = file.tell()
+    name = {2: "uint16", 4: "uint32"}.get(dtype.itemsize)
+    if name is None or dtype.kind not in "ui" or dtype != dtype.newbyteorder("<") or len(shape) != 1:
+        raise UserError(
+            f"{path}: an array of {dtype.str} with shape {shape}; expected one row of little-endian ids of 16 or 32"
+            " bits: convert it with numpy"
+        )
+    if shape[0] < 1 or size != offset + shape[0] * dtype.itemsize:
+        raise UserError(f"{path}: the header says {shape[0]} ids of {name}, the file has {size} bytes: damaged")
+    return name, offset, shape[0]
+
+
 def _headerless_dtype(path: Path, head: bytes, size: int, vocab_size: int) -> str:
     """uint16 or uint32, by the values of the file's beginning. Raises UserError for another width."""
+    if head.startswith((b"\x1f\x8b\x08", b"PK\3\4")):
+        raise UserError(f"{path}: is a gzip file or a zip archive, not ids; unpack it first")
     if size == 0 or size % 2:
         raise UserError(
-            f"{path}: {size} bytes cannot be uint16 ids; expected an even number, at least 2; {PREPARE_AGAIN}"
+            f"{path}: {size} bytes cannot be uint16 ids; expected an even number, at least 2: incomplete, or another"
+            " kind of file; fetch or make it again"
         )
     words = np.frombuffer(head[: len(head) // 8 * 8], "<u2")
     if len(words) < 32:

@@ -82,7 +82,7 @@ def _dataset_named(data: str, options: PrepareOptions) -> Path | None:
 
 def _refuse_files_of_datasets(path: Path) -> None:
     """Raises UserError for a file of a dataset, and for a folder of datasets: neither is text."""
-    if path.is_file() and (path.suffix == ".bin" or path.name == "dataset.json") and is_dataset(path.parent):
+    if path.is_file() and (path.suffix in (".bin", ".npy") or path.name == "dataset.json") and is_dataset(path.parent):
         raise UserError(f"--data={path}: is a file of a dataset; give its folder: --data={path.parent}")
     subfolders = [folder for folder in path.glob("[!.]*") if folder.is_dir()] if path.is_dir() else []
     inside = sorted(folder.name for folder in subfolders if is_dataset(folder))

@@ -65,8 +65,9 @@ def read_header(path: Path) -> tuple[str, int]:
     if version != HEADERS[dtype][1]:
         raise UserError(f"{path}: shard version {version}, expected {HEADERS[dtype][1]}; {PREPARE_AGAIN}")
     if tokens < 1 or size != HEADER_BYTES + tokens * np.dtype(dtype).itemsize:
+        what = "truncated" if size < HEADER_BYTES + tokens * np.dtype(dtype).itemsize else "damaged"
         raise UserError(
-            f"{path}: the header says {tokens} ids of {dtype}, the file has {size} bytes: truncated; {PREPARE_AGAIN}"
+            f"{path}: the header says {tokens} ids of {dtype}, the file has {size} bytes: {what}; {PREPARE_AGAIN}"
         )
     return dtype, tokens
 

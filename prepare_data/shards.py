@@ -203,7 +203,7 @@ def _open_shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
             raise UserError(
                 f"{file}: has {file.stat().st_size} bytes, expected {size}: truncated or changed; {PREPARE_AGAIN}"
             )
-    if offset:
+    if "offset" not in entry:  # `describe_foreign` has checked the others
         found_dtype, tokens = read_header(path)
         if (found_dtype, tokens) != (dtype, shard.tokens):
             expected = f"dataset.json and the vocabulary imply {shard.tokens} {dtype} ids"

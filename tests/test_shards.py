@@ -1,5 +1,7 @@
 """Shards: their bytes, masks, reads across shards, files of other programs, and an error for each kind of damage."""
 
+import gzip
+import io
 import json
 import shlex
 import struct
@@ -45,6 +47,12 @@ def make(folder, train, val=None, tokenizer=None, shard_tokens=1000, mask=None):
 
 def random_ids(n, vocab=257, seed=0):
     return np.random.default_rng(seed).integers(0, vocab, n)
+
+
+def npy(ids):
+    file = io.BytesIO()
+    np.save(file, ids)
+    return file.getvalue()
 
 
 def test_bytes_of_a_shard(tmp_path):
@@ -430,12 +438,40 @@ def test_headerless_bytes_with_eos_are_uint16(tmp_path):
         (random_ids(500, 50_000).astype("<u2").tobytes(), r"contains id 4\d{4}, but the vocabulary has 257 ids"),
         (random_ids(500, 250).astype("<f4").tobytes(), r"contains id \d+, but the vocabulary has 257 ids"),
         (random_ids(500, 250).astype("<u4").tobytes()[:-1], "1999 bytes cannot be uint16 ids"),
+        (random_ids(500, 250).astype(">u2").tobytes(), "holds big-endian ids"),
+        (random_ids(500, 250).astype(">u4").tobytes(), "holds big-endian ids"),
+        (gzip.compress(random_ids(500, 250).astype("<u2").tobytes()), "is a gzip file .* unpack it first"),
+        (npy(random_ids(500, 250).astype("<i8")), r"an array of <i8 with shape \(500,\)"),
+        (npy(random_ids(500, 250).astype(">u2")), "an array of >u2"),
+        (npy(random_ids(500, 250).astype("<u2"))[:-2], "the header says 500 ids of uint16"),
+        (npy(random_ids(500, 250).astype("<u2"))[:9], "not an array that np.save wrote"),
     ],
 )
 def test_headerless_files_that_are_not_16_or_32_bits(data, message, tmp_path):
     for split in ("train", "val"):
         (tmp_path / f"{split}.bin").write_bytes(data)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
+        open_dataset(tmp_path, "bytes")
+    assert "delete" not in str(caught.value)  # Sprout did not write it
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<i2", "<u4", "<i4"])
+@pytest.mark.parametrize("names", ["edufineweb_{}_000001.npy", "{}.npy", "{}.bin", "{}/000001.npy"])
+def test_shards_that_numpy_saved(names, dtype, tmp_path):
+    ids = random_ids(700)
+    for split in ("train", "val"):
+        path = tmp_path / names.format(split)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(npy(ids.astype(dtype)))
+    dataset = open_dataset(tmp_path, "bytes")
+    assert np.array_equal(dataset.train.read(0, 700), ids)
+    assert np.array_equal(dataset.val.read(0, 700), ids)
+
+
+def test_foreign_files_of_two_widths(tmp_path):
+    (tmp_path / "train.bin").write_bytes(random_ids(700).astype("<u2").tobytes())
+    (tmp_path / "val.bin").write_bytes(random_ids(700).astype("<u4").tobytes())
+    with pytest.raises(UserError, match="some of the files hold uint16 ids, others uint32"):
         open_dataset(tmp_path, "bytes")
 
 

@@ -114,7 +114,10 @@ def test_the_advice_for_an_encoding_gives_back_the_text(name):
     content, encoding = FILES[name]
     write({"in.txt": content.encode(encoding)})
     assert read("in.txt", "auto") == content
-    if encoding in ("utf-8", "utf-8-sig", "ascii", "iso2022_jp"):
+    if encoding in ("utf-8", "utf-8-sig", "ascii"):
+        return
+    if encoding == "iso2022_jp":  # ASCII characters only, so UTF-8 too
+        assert "look like iso2022_jp, but are read as utf-8 (try --encoding=auto): 1 (in.txt)" in notes("in.txt")
         return
     message = refused("in.txt")
     assert message.startswith("in.txt: not utf-8: byte 0x")
@@ -323,6 +326,26 @@ def test_all_that_is_left_out_is_counted_and_named(folder):
         assert line in note.splitlines()
     assert "skipped symbolic links (not followed" in note
     assert ("pipes, sockets and devices: 1 (pipe)" in note) == hasattr(os, "mkfifo")
+
+
+def test_files_of_white_space_are_named():
+    write({"in/ok.txt": "ok", "in/mark.txt": b"\xef\xbb\xbf", "in/lines.txt": " \r\n\n"})
+    assert read("in") == "ok"
+    assert "skipped files of nothing but white space: 2 (in/lines.txt, in/mark.txt)" in notes("in")
+
+
+def test_an_absolute_path_excludes(folder):
+    write({"in/ok.txt": "ok", "in/no.txt": "no", "in/sub/no.txt": "no"})
+    exclude = (str(folder / "in" / "no.txt"), f"{folder / 'in' / 'sub'}{os.sep}")
+    assert read("in", exclude=exclude) == "ok"
+    assert "matches nothing" not in notes("in", exclude=exclude)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows refuses such names")
+def test_control_characters_of_names_do_not_reach_messages():
+    write({"in/ok.txt": "ok", "in/new\nline\x1b[31m.png": "x", "in/bad\nname.txt": b"a\0b"})
+    assert "bad\ufffdname.txt: " in refused("in").splitlines()[0]
+    assert "1 (new\ufffdline\ufffd[31m.png)" in notes("in", exclude=("bad*",))
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="this user may read everything")

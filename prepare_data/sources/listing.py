@@ -10,6 +10,7 @@ read what nobody named.
 """
 
 import os
+import re
 import stat
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -50,8 +51,8 @@ class Listing:
 
 
 def readable(path: PurePath | str) -> str:
-    """A path for messages: bytes of a name that are not UTF-8 become U+FFFD, so that it can be printed and stored."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    """A path for messages on one line: control characters and bytes that are not UTF-8 become U+FFFD."""
+    return re.sub("[\x00-\x1f\x7f-\x9f]", "\ufffd", os.fsencode(path).decode("utf-8", "replace"))
 
 
 def first_three(names: Collection[str]) -> str:
@@ -151,12 +152,13 @@ def _skipped_file(
 
 
 def _excluded(listing: Listing, exclude: Sequence[str], path: Path, relative: PurePath) -> bool:
-    """Whether a pattern of --exclude matches: the name, the path in the folder, or the path as messages show it. A
-    name with brackets also matches itself."""
+    """Whether a pattern of --exclude matches: the name, the path in the folder, the path as messages show it, or the
+    absolute path. A name with brackets also matches itself."""
+    names = {relative.name, relative.as_posix(), path.as_posix(), Path(os.path.abspath(path)).as_posix()}
     found = False
     for pattern in exclude:
         wanted = pattern.removeprefix("./").rstrip("/")
-        for name in (relative.name, relative.as_posix(), path.as_posix()):
+        for name in names:
             if wanted == name or fnmatch(name, wanted):
                 found = True
                 if pattern in listing.unused:

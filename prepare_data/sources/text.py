@@ -100,6 +100,7 @@ class _Text:
     def pieces(self) -> Iterator[Piece]:
         auto = self.encoding == "auto"
         odd: dict[str, dict[str, None]] = {}  # what is unusual, with the files where it is
+        blank: list[str] = []
         for file in self.files:
             with file.opened() as data:
                 if kind_of(data.read(HEAD)):
@@ -112,16 +113,24 @@ class _Text:
                 data.seek(0)
                 encoding = self.encodings.get(file.name, Encoding(self.encoding))
                 texts = self._checked(decode(data, encoding, lenient=auto), file, odd)
+                is_blank = True
                 try:
-                    yield from documents(texts, self.separator)
+                    for piece in documents(texts, self.separator):
+                        is_blank = False
+                        yield piece
                 except NotDecodable:
                     raise UserError(refusal(self.files, self.encoding)) from None
-        self.notes[:] = [*self.skipped, *self._readings(), *map(_odd, odd, odd.values())]
+                if is_blank:
+                    blank.append(file.name)
+        skipped = [*self.skipped, *([f"skipped files of nothing but white space: {first_three(blank)}"] * bool(blank))]
+        self.notes[:] = [*skipped, *self._readings(), *map(_odd, odd, odd.values())]
 
     def _checked(self, texts: Iterator[str], file: TextFile, odd: dict[str, dict[str, None]]) -> Iterator[str]:
         """Passes the texts on, and notes signs that --encoding names another encoding than the file's."""
         first = True
         for text in texts:
+            if self.encoding in ("utf-8", "ascii") and "\x1b$B" in text:
+                odd.setdefault(f"that look like iso2022_jp, but are read as {self.encoding}", {})[file.name] = None
             if self.encoding != "auto" and not text.isascii():
                 if first and _is_utf8(text, self.encoding):
                     odd.setdefault(f"valid UTF-8, but read as {self.encoding}", {})[file.name] = None

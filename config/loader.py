@@ -157,6 +157,8 @@ class Loader:
         if wants_help and not problems:
             print(self.help(script, values, presets))
             raise SystemExit(0)
+        if values.get("resume") is not None:  # the rules wait for the run's own options
+            refused |= {name for name in own if own[name].section is not own["resume"].section}
         self.check_rules(script, values, problems, refused)
         return Options(script, values, origin, presets, notes, self)
 

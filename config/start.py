@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     options = resolve_length(options)
     if train.resume is not None:
         run = resolve_run(Path(train.resume))
-        options = config.replace(options, resume=str(run))
+        options = replace(options, values=options.values | {"resume": str(run)})
         if not eval_only:
             stack.enter_context(RunLock(run))
         resumed = open_latest(run)

@@ -130,3 +130,13 @@ def test_a_text_that_is_named_again_may_have_another_folder_and_encoding(run):
     assert (options["data"], options["encoding"], options["data_dir"]) == ("moved/text.txt", "utf-16", "other")
     assert train(f"{run}/config.json", "--run=again", "--max_steps=2") == 0
     assert "the run's text was prepared with" in message_of(f"--resume={run}", *flags, "--tokenizer=char")
+
+
+def test_the_rules_of_a_resumed_run_are_checked_with_its_own_values(project):
+    flags = ("--data=text.txt", "--tokenizer=bytes", "--learning_rate=0.02", *QUICK, *SMALL, "--run=run")
+    assert train(*flags) == 0  # 0.02 is above the default
+    assert "min_learning_rate=0.05 is above learning_rate=0.02" in message_of(
+        "--resume=run", "--min_learning_rate=0.05"
+    )
+    assert train("--resume=run", "--max_steps=3", "--min_learning_rate=0.01") == 0
+    assert options_of_run("run")["min_learning_rate"] == 0.01

@@ -61,7 +61,8 @@ class Hardware:
             else platform.processor() or platform.machine()
         )
         tf32 = " (TF32 products)" if self.device.type == "cuda" and self.dtype == torch.float32 else ""
-        return f"device {self.device} ({name}), {self.dtype_name}{tf32}, {self.threads} threads"
+        threads = f"{self.threads} thread" + "s" * (self.threads != 1)
+        return f"device {self.device} ({name}), {self.dtype_name}{tf32}, {threads}"
 
     def autocast(self) -> AbstractContextManager[object]:
         """torch.autocast to `dtype`; a null context for float32."""

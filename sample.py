@@ -154,13 +154,17 @@ def run_name(model_folder: Path) -> str:
 
 
 def describe_checkpoint(path: Path, folder: Path, which: str) -> str:
-    """One line: the checkpoint's path, step and val loss, and `which` one it is if `path` is a run."""
+    """One line: the checkpoint's path, step and val loss, and whether it is the best or the latest one of a run."""
     if folder.name != "model" or not (folder.parent / STATE).is_file():
         return f"model folder {folder}"
     state = read_json(folder.parent / STATE)
     step, loss = state.get("step"), state.get("val_loss")
-    facts = [f"step {step}", *([which] if path not in (folder, folder.parent) else [])]
-    facts.append(f"val loss {loss:.4f}" if isinstance(loss, float) else "no val loss")
+    facts = [f"step {step}"]
+    is_inside = folder.parent.resolve() in (path.resolve(), *path.resolve().parents)
+    if which in ("best", "latest") and not is_inside:
+        facts.append("latest" if loss is None else which)
+    untrained = "untrained" if step == 0 else "no val loss"
+    facts.append(f"val loss {loss:.4f}" if isinstance(loss, float) else untrained)
     return f"{folder.parent} ({', '.join(facts)})"
 
 

@@ -408,3 +408,19 @@ def test_output_is_utf8_whatever_the_console_encoding(runs):
     child = process(runs, "--run=runs/char", "--prompt=世", "--max_new_tokens=0", env=environment)
     out, _ = child.communicate(timeout=60)
     assert (child.returncode, out.decode().rstrip()) == (0, "世")
+
+
+@pytest.mark.parametrize(
+    ("place", "facts"),
+    [
+        ("", "step 20, best, val loss 1.2500"),
+        ("checkpoints/step-00000030", "step 30, val loss 1.5000"),
+        ("checkpoints/step-00000030/model", "step 30, val loss 1.5000"),
+        ("checkpoints/step-00000030/model/config.json", "step 30, val loss 1.5000"),
+    ],
+)
+def test_the_first_line_says_which_checkpoint_was_taken_and_why(runs, capsys, place, facts):
+    first = start(capsys, f"--run={runs / 'bytes' / place}", "--max_new_tokens=1").err.splitlines()[0]
+    assert f"({facts})" in first
+    only = start(capsys, f"--run={runs / 'char'}", "--max_new_tokens=1").err.splitlines()[0]
+    assert "(step 5, latest, no val loss)" in only

@@ -240,14 +240,14 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
 
 def _no_checkpoint(path: Path) -> str:
     """Why `path` is no run with a checkpoint, and what to type instead."""
+    if run_of(path) is None and (runs := _runs_in(path)):
+        return f"the directory {path} is not a run; it contains these runs: {_listed(runs)}"
     if hint := run_hint(path):
         return f"{path} {'is not a run' if path.exists() else 'does not exist'}{hint}"
     name = shlex.quote(str(path))
     if not path.is_dir():
         kind = "is a file, not a run directory" if path.exists() else "does not exist"
         return f"the run {path} {kind}; train first: python train.py --run={name if not path.exists() else 'NEW_NAME'}"
-    if runs := _runs_in(path):
-        return f"the directory {path} is not a run; it contains these runs: {', '.join(map(str, runs))}"
     if (path / CONFIG).is_file():
         again = shlex.quote(str(path / CONFIG))
         return (
@@ -261,6 +261,10 @@ def _runs_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _complete_paths(path)) if folder.is_dir() else []
 
 
+def _listed(runs: list[Path]) -> str:
+    return ", ".join(map(str, runs[:5])) + f" and {len(runs) - 5} more" * (len(runs) > 5)
+
+
 def run_of(path: Path) -> Path | None:
     """The run with a checkpoint that `path` is, or is in: a checkpoint, its model folder, a file of the run."""
     for place in (path, *path.parents, *path.absolute().parents):
@@ -270,9 +274,12 @@ def run_of(path: Path) -> Path | None:
 
 
 def run_hint(path: Path) -> str:
-    """`; its run is RUN`, or `; did you mean RUN?` with runs of that name or a similar one; else nothing."""
+    """`; its run is RUN`, or the runs in a folder, or `; did you mean RUN?` with a run of that name or a similar one;
+    else nothing."""
     if (run := run_of(path)) is not None:
         return f"; its run is {run}"
+    if runs := _runs_in(path):
+        return f"; it contains these runs: {_listed(runs)}"
     known = {run.name.lower(): run for folder in (path.parent, Path("runs")) for run in _runs_in(folder)}
     near = difflib.get_close_matches(path.absolute().name.lower(), known, 1)
     return f"; did you mean {known[near[0]]}?" if near else ""

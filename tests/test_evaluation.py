@@ -227,3 +227,11 @@ def test_noise_is_not_reported(slope):
         levels = (slope * np.arange(20) + 0.005 * generator.standard_normal(20)).tolist()
         alarms += bool(warnings(evaluations(0.05 * generator.standard_normal((20, 40)), levels, generator)))
     assert alarms <= 5
+
+
+def test_a_rise_from_the_loss_of_pretrained_weights_is_reported():
+    """Before their first step there is no train loss."""
+    pretrained = {"step": 0.0, "val_loss": 2.0, "train_loss": None, "standard_error": 0.01}
+    later = [entry | {"step": entry["step"] + 10} for entry in history((2.2, 2.0), (2.45, 1.5))]
+    assert overfitting_warning([pretrained, later[0]]) is None
+    assert "(step 0)" in str(overfitting_warning([pretrained, *later]))

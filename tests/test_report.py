@@ -206,3 +206,10 @@ def test_a_path_that_is_not_a_run_raises_with_the_next_command(tmp_path):
     command = [sys.executable, "-m", "training.report", str(tmp_path / "missing")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr[:7]) == (2, "error: ")
+
+
+@pytest.mark.parametrize(("init_from", "best"), [(None, "7.0000"), ("runs/other", "6.0000")])
+def test_random_weights_are_not_the_best_ones(tmp_path, init_from, best):
+    lines = [evaluation(0, 6.0), step(10), evaluation(10, 7.0), evaluation(20, 7.5)]
+    run = make_run(tmp_path / "run", lines, options=OPTIONS | {"init_from": init_from})
+    assert f"Best val loss{best}" in report(run).text.replace("\n", "")

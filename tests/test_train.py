@@ -16,7 +16,7 @@ import torch
 
 import sample as sample_script
 import train as train_script
-from checkpoint import SaveFailed, list_checkpoints, open_checkpoint
+from checkpoint import SaveFailed, find_checkpoint, list_checkpoints, open_checkpoint
 from errors import UserError
 from training.interrupt import STOPPED
 
@@ -360,6 +360,10 @@ def test_resume_refuses_presets_missing_runs_and_other_data(run, small_text):
     Path("runs/empty").mkdir()
     assert "no checkpoint" in message_of("--resume=runs/empty")
     assert "contains these runs: runs/straight" in message_of("--resume=runs")
+    run.rename("runs/run")  # a name like that of the folder
+    for flags in (["--resume=runs"], [*TINY, "--init_from=runs"]):
+        assert "contains these runs: runs/run" in message_of(*flags)
+    Path("runs/run").rename(run)
     assert "--resume= is empty" in message_of("--resume=")
     Path("other.txt").write_text(small_text.read_text("utf-8")[:30_000], encoding="utf-8")
     assert "holds other tokens" in message_of(f"--resume={run}", "--max_steps=30", "--data=other.txt")
@@ -655,3 +659,21 @@ def test_attention_that_cannot_run_is_refused_with_the_reason(small_text, monkey
     message = message_of(*TINY, f"--data={small_text}", "--attention=triton", "--device=cpu")
     assert message == "--attention=triton: Triton needs a GPU, the device is cpu; use --attention=auto"
     assert not Path("runs").exists()
+
+
+def test_random_weights_are_never_the_best_ones(small_text):
+    """A learning rate that is far too high makes the model worse than random numbers."""
+    assert train(*TINY, f"--data={small_text}", "--run=run", "--learning_rate=30", "--grad_clip=none") == 0
+    losses = {event["step"]: event["val_loss"] for event in read_events("run", "eval")}
+    assert losses[0] < min(losses[10], losses[20])
+    best = find_checkpoint(Path("run"), "best")
+    assert best.name != "step-00000000"
+    last = f"{min(losses.keys() - {0}, key=losses.__getitem__):08d}"
+    assert best.name == f"step-{last}"
+
+
+def test_weights_that_a_run_starts_from_can_be_its_best_ones(run, small_text):
+    flags = [*(flag for flag in TINY if "n_" not in flag), f"--data={small_text}", f"--init_from={run}"]
+    assert train(*flags, "--run=worse", "--learning_rate=30", "--grad_clip=none") == 0
+    assert find_checkpoint(Path("worse"), "best").name == "step-00000000"
+    assert "the best is step 0" in Path("worse", "samples.txt").read_text("utf-8")

@@ -200,7 +200,7 @@ def _cut_targets(y: torch.Tensor, starts: np.ndarray, max_tokens: int) -> None:
 def overfitting_warning(history: Sequence[Mapping[str, Any]]) -> str | None:
     """One line where val loss has clearly risen while train loss fell; None otherwise. history: an entry {step,
     val_loss, train_loss, standard_error, clear_rise} per evaluation; clear_rise as in Clusters, over the best one
-    before it.
+    before it. train_loss is None before the first step of pretrained weights; the one after it stands for it.
 
     Returned once. A rise must show at two evaluations in a row, or be large, since the loss of a model also goes
     up and down while it learns.
@@ -209,13 +209,14 @@ def overfitting_warning(history: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     best, last = min(history[:-1], key=lambda entry: entry["val_loss"]), history[-1]
     first = history.index(best) + 1
+    best_train_loss = history[first]["train_loss"] if best["train_loss"] is None else best["train_loss"]
     rises, alarms = [0.0], []  # of the evaluations after the best one; 0 where not clear
     for end, entry in enumerate(history[first:], first + 1):
         rise, clear = entry["val_loss"] - best["val_loss"], entry.get("clear_rise")
         if clear is None:  # the best evaluation was another version's, or of another text
             clear = math.inf if entry["standard_error"] is None else 2 * entry["standard_error"]
         clear = math.hypot(clear, 3 * fluctuation([entry["val_loss"] for entry in history[:end]]))
-        rises.append(rise if rise > clear and entry["train_loss"] < best["train_loss"] else 0.0)
+        rises.append(rise if rise > clear and entry["train_loss"] < best_train_loss else 0.0)
         is_large = rises[-1] > max(LARGE_RISE * best["val_loss"], 2 * clear)
         alarms.append(is_large or min(rises[-2:]) > 0)
     *before, now = alarms

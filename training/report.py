@@ -126,9 +126,11 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
     for name, event in (("last", "step"), ("final", "final"), ("plan", "plan")):
         if lines[event]:
             facts[name] = lines[event][-1]
-    val_loss = column(lines["eval"], "val_loss")
+    # random weights are the best only while there are no others
+    scored = [line for line in lines["eval"] if line["step"] or options.get("init_from")] or lines["eval"]
+    val_loss = column(scored, "val_loss")
     if np.isfinite(val_loss).any():
-        facts["best"] = lines["eval"][int(np.nanargmin(val_loss))]
+        facts["best"] = scored[int(np.nanargmin(val_loss))]
     for name in facts.keys() & {"best", "final"}:
         error = float(column([facts[name]], "standard_error")[0])
         facts[name] = {**facts[name], "spread": f" ± {error:.4f}" if error > 0 else " (no error estimate)"}

@@ -87,9 +87,11 @@ class TrainState:
 
     def describe_rank(self) -> str:
         """How the current weights rank in the run by val loss, for the title of a sample; "" where that is unknown."""
+        if not self.is_trained:
+            return "before training"
         best = min(self.progress.history, key=lambda entry: entry["val_loss"], default=None)
         if best is None:
-            return "before training" if self.step == 0 else ""
+            return ""
         return "the best so far" if best["step"] == self.step else f"the best is step {best['step']:.0f}"
 
     def advance(self, loss: float, grad_norm: float) -> bool:
@@ -135,7 +137,7 @@ class TrainState:
         train_loss = progress.eval_loss / progress.eval_count if progress.eval_count else None
         progress.eval_loss, progress.eval_count = 0.0, 0
         self.is_best = result.loss < min((entry["val_loss"] for entry in progress.history), default=math.inf)
-        if train_loss is not None:
+        if train_loss is not None or (self.pretrained and self.step == 0):
             entry: dict[str, Any] = {"step": self.step, "val_loss": result.loss, "train_loss": train_loss}
             clear_rise = result.clear_rise([Clusters(**kind) for kind in progress.best])
             entry |= {"standard_error": result.standard_error, "clear_rise": clear_rise}
@@ -162,7 +164,7 @@ class TrainState:
         samples = self.step * self.rows
         state = {
             "progress": asdict(self.progress),
-            "val_loss": self.val_loss,
+            "val_loss": self.val_loss if self.is_trained else None,  # random weights are never the best ones
             "samples": samples,
             "tokens": samples * self.model.config.block_size,
             "dataset": {

@@ -420,6 +420,14 @@ def test_many_binary_files_are_left_out_by_their_ending():
     assert read("in", exclude=flags(message, "exclude")) == "a"
 
 
+def test_backups_are_left_out_of_a_folder():
+    write({"in/a.txt": "a", "in/a.txt~": "b", "in/a.txt.bak": "c", "in/Desktop.ini": "d", "in/settings.ini": "e"})
+    corpus = text.corpus("in")
+    assert "".join(piece for piece, _ in corpus.pieces()) == "ae"
+    assert any("left there: 3 (Desktop.ini, a.txt.bak, a.txt~)" in note for note in corpus.notes)
+    assert read("in/a.txt~") == "b", "a file that is named directly is read"
+
+
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are Unicode on this system")
 def test_a_name_that_is_not_utf8(folder):
     name = os.fsdecode("Café".encode("latin-1") + b".txt")

@@ -23,6 +23,8 @@ SKIPPED_ENDINGS = {
         " .feather .sqlite .sqlite3 .db .mo .pack .blend .stl"
     ),
 }
+BACKUPS = "backups and settings that programs left there"
+BACKUP_ENDINGS = ("~", ".bak", ".orig", ".rej", ".swp", "desktop.ini")
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "venv", "__MACOSX"}
 _REASONS = {ending: reason for reason, endings in SKIPPED_ENDINGS.items() for ending in endings.split()}
 
@@ -71,6 +73,8 @@ HEAD = 4096  # bytes of a file that kind_of needs
 def reason_by_ending(name: str) -> str | None:
     """Why a file of this name is left out of a folder; None where it is read."""
     name = name.lower()
+    if name.endswith(BACKUP_ENDINGS):  # nearly the same text twice, once perhaps in val
+        return BACKUPS
     if name.endswith(".gz"):  # x.tar.gz is an archive, x.txt.gz is unpacked
         return _REASONS.get(".tar.gz") if name.endswith(".tar.gz") else None
     return _REASONS.get("." + name.rpartition(".")[2])

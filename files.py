@@ -83,6 +83,10 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises DamagedFile on anything else."""
     with reading(path) as size:
@@ -90,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise DamagedFile(path, f"{size} bytes of JSON; the maximum is {MAX_JSON}")
         data = path.read_bytes()
     try:
-        value = json.loads(data.decode(), parse_constant=int)  # int raises on NaN and Infinity
+        value = json.loads(data.decode(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, f"not valid JSON ({str(error)[:200]})") from error
     if not isinstance(value, dict):

@@ -7,12 +7,44 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from model import GPT
+from model import GPT, AttentionPath, GPTConfig
+
+MAX_TABLE_BYTES = 2**31  # of a stored model's position table: 2M positions of 128 channels, 16M of 16
 
 
 def export_weights(model: GPT) -> dict[str, Tensor]:
     """The weights by name, without the rows that pad the vocabulary: what checkpoints hold."""
     return {name: model.unpad(name, tensor.detach()) for name, tensor in model.named_parameters()}
+
+
+def build_for_weights(config: GPTConfig, tensors: Mapping[str, Tensor], attention: AttentionPath = "sdpa") -> GPT:
+    """A model without initial weights, for tensors that fit. Raises ValueError, before it takes memory or time for a
+    config that belongs to other weights."""
+    if config.n_layer > len(tensors):
+        raise ValueError(f"n_layer={config.n_layer}: the weights have {len(tensors)} tensors, too few for the layers")
+    try:
+        with torch.device("meta"):
+            shape = GPT(config, seed=None)
+    except RuntimeError as error:  # more bytes than 64 bits count
+        raise ValueError(f"the sizes of its config are impossible ({str(error)[:200]})") from error
+    check_weights(shape, tensors)
+    if shape.table is not None and shape.table.nbytes > MAX_TABLE_BYTES:
+        size = f"{shape.table.nbytes / 2**30:.0f} GiB (maximum {MAX_TABLE_BYTES / 2**30:.0f})"
+        raise ValueError(f"block_size={config.block_size}: its table of positions takes {size}")
+    return GPT(config, None, attention)
+
+
+def check_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError that names a tensor that does not fit the model."""
+    own = dict(model.named_parameters())
+    if missing := sorted(own.keys() - tensors.keys()):
+        raise ValueError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
+    if extra := sorted(tensors.keys() - own.keys()):
+        raise ValueError(f"the weights hold {extra[0]!r}, which this model does not have ({len(extra)} too many)")
+    for name, parameter in own.items():
+        expected, given = tuple(model.unpad(name, parameter).shape), tuple(tensors[name].shape)
+        if expected != given:
+            raise ValueError(f"{name!r} has the shape {given}, this model has {expected}")
 
 
 @torch.no_grad()
@@ -22,15 +54,9 @@ def import_weights(model: GPT, tensors: Mapping[str, Tensor], *, take: bool = Fa
 
     take: the model takes over the tensors that need no padding, instead of copies; for those that were read for it.
     """
-    own = dict(model.named_parameters())
-    if missing := sorted(own.keys() - tensors.keys()):
-        raise ValueError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
-    if extra := sorted(tensors.keys() - own.keys()):
-        raise ValueError(f"the weights hold {extra[0]!r}, which this model does not have ({len(extra)} too many)")
-    for name, parameter in own.items():
-        target, given = model.unpad(name, parameter), tuple(tensors[name].shape)
-        if target.shape != given:
-            raise ValueError(f"{name!r} has the shape {given}, this model has {tuple(target.shape)}")
+    check_weights(model, tensors)
+    for name, parameter in model.named_parameters():
+        target = model.unpad(name, parameter)
         if take and target.shape == parameter.shape:
             parameter.data = tensors[name].to(parameter.device, parameter.dtype)
             continue

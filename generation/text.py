@@ -16,7 +16,7 @@ import torch
 from checkpoint import open_model_folder
 from common.option import section_from
 from common.tokenizer import Tokenizer, tokenizer_from_dict
-from common.weights import import_weights
+from common.weights import build_for_weights, import_weights
 from errors import UserError
 from generation.engine import STOP, Event, generate
 from generation.options import SamplingOptions
@@ -62,8 +62,9 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
                 f"the model has {config.vocab_size} ids with end-of-sequence {config.eos_id}, "
                 f"its tokenizer {tokenizer.vocab_size} with {tokenizer.eos_id}: expected the same numbers"
             )
-        model = GPT(config, seed=None)
-        import_weights(model, saved.model_tensors(), take=True)
+        tensors = saved.model_tensors()
+        model = build_for_weights(config, tensors)
+        import_weights(model, tensors, take=True)
     except ValueError as error:
         raise UserError(
             f"{folder}: {error}; copy the folder again from its source, or use another checkpoint"

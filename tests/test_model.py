@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import config
 import model as model_module
-from common.weights import count_parameters, export_weights, import_weights
+from common.weights import build_for_weights, count_parameters, export_weights, import_weights
 from model import (
     GPT,
     IGNORED_TARGET,
@@ -421,3 +421,22 @@ def test_evaluation_never_makes_gradients_in_chunks(monkeypatch):
     assert chunked == []
     assert model(ids, ids, reduction="sum").item() == pytest.approx(loss.item())  # in training it does
     assert len(chunked) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("n_embd", 2**20, "has the shape"),
+        ("n_embd", 10**18, "impossible"),
+        ("n_layer", 10**9, "too few for the layers"),
+        ("block_size", 10**9, "table of positions"),
+        ("n_hidden", 10**10, "has the shape"),
+        ("ngram_rows", 10**12, "'ngrams.weight'"),
+    ],
+)
+def test_a_config_that_does_not_belong_to_the_weights_takes_no_memory(field, value, message):
+    config = dataclasses.replace(TINY, positions="rotary", max_ngram=2 if field == "ngram_rows" else 1)
+    tensors = export_weights(GPT(config))
+    build_for_weights(config, tensors)
+    with pytest.raises(ValueError, match=message):
+        build_for_weights(dataclasses.replace(config, **{field: value}), tensors)

@@ -26,7 +26,7 @@ from common.hardware import (
 from common.option import quote
 from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
-from common.weights import count_parameters, flops_per_token, import_weights
+from common.weights import build_for_weights, count_parameters, flops_per_token, import_weights
 from errors import UserError
 from model import GPT, AttentionPath, GPTConfig
 from prepare_data import PrepareOptions
@@ -127,12 +127,14 @@ def build_model(
     Raises UserError."""
     assert attention != "auto"
     model_config = replace(model_config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-    model = GPT(model_config, seed if source is None else None, attention)
-    if source is not None:
-        try:
-            import_weights(model, source.model_tensors())
-        except ValueError as error:
-            raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
+    if source is None:
+        return GPT(model_config, seed, attention)
+    tensors = source.model_tensors()
+    try:
+        model = build_for_weights(model_config, tensors, attention)
+        import_weights(model, tensors)
+    except ValueError as error:
+        raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
     return model
 
 

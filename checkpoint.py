@@ -242,6 +242,9 @@ def _no_checkpoint(path: Path) -> str:
     """Why `path` is no run with a checkpoint, and what to type instead."""
     if run_of(path) is None and (runs := _runs_in(path)):
         return f"the directory {path} is not a run; it contains these runs: {_listed(runs)}"
+    if run_of(path) is None and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+        again = shlex.quote(str(path))
+        return f"{path} is a model folder, which cannot be resumed; a new run from its weights: --init_from={again}"
     if hint := run_hint(path):
         return f"{path} {'is not a run' if path.exists() else 'does not exist'}{hint}"
     name = shlex.quote(str(path))

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Removed options and their defaults. Files of earlier versions may hold them: they are skipped when read.
 RETIRED: dict[str, object] = {"zero_init": False}
+NEAR = 0.68  # least similarity of a suggested name: --stream is no misspelling of --threads (0.62)
 MAX_INT = 2**63  # integers are below this: they are stored in 64 bits, by torch and numpy too
 
 
@@ -282,7 +283,9 @@ def no_such_option(name: str, names: Iterable[str], flag: str = "") -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str], flag: str = "") -> str:
-    near = difflib.get_close_matches(name.replace("-", "_").lower(), list(names), 1)
+    name, names = name.replace("-", "_").lower(), list(names)
+    parts = [known for known in names if name in known.split("_")]  # --vocab, --minutes
+    near = parts if len(parts) == 1 else difflib.get_close_matches(name, names, 1, cutoff=NEAR)
     return f"; did you mean {flag}{near[0]}?" if near else ""
 
 

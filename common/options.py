@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RunOptions:
     run: str | None = path(None)
-    """train.py: directory to write (runs/PRESET-N by default). sample.py: run, checkpoint or model folder (newest)."""
+    """train.py: directory to write (default: runs/NAME-N, NAME after the text or preset). sample.py: run, checkpoint or
+    model folder (default: the newest run)."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = fixed(1337)
     """Random seed. train.py: initial weights, data order, dropout. sample.py: sampled tokens."""
 

@@ -21,7 +21,7 @@ FILES |= {"report.html", "loss.png", "run.json.writing", "config.json.writing"}
 
 
 def claim_run(run: str | None, preset: str, runs_dir: Path = Path("runs")) -> Path:
-    """Creates a run's directory and returns it: `run`, or else RUNS_DIR/PRESET-N with the next number.
+    """Creates a run's directory and returns it: `run`, or else RUNS_DIR/NAME-N with the next number.
 
     Raises UserError where it holds a run already or is not writable. Processes that claim at the same time get
     different numbers, but may get the same ordinal; newest_run then takes the last by name.

@@ -79,6 +79,7 @@ def word_problem(script: str, arg: str, rest: list[str], own: Mapping[str, Optio
         return f'{where}: a shell does not take “ and ” as quotes; type straight ones, as in --name="…"'
     if os.path.exists(text):
         flags = ("resume", "run") if is_run(text) else ("data", "input", "prompt_file")
+        flags = ("init_from", "run") if is_model_folder(text) else flags
         return f"{where}: not a preset" + next((f"; write --{flag}={quote(text)}" for flag in flags if flag in own), "")
     near = did_you_mean(Path(text).stem, presets)
     if not near and "prompt" in own:
@@ -89,6 +90,10 @@ def word_problem(script: str, arg: str, rest: list[str], own: Mapping[str, Optio
 
 def is_run(path: str) -> bool:
     return os.path.exists(os.path.join(path, "config.json"))
+
+
+def is_model_folder(path: str) -> bool:
+    return is_run(path) and os.path.exists(os.path.join(path, "model.safetensors"))
 
 
 def _is_value(word: str) -> bool:

@@ -128,7 +128,9 @@ _HINTS = {
         "--dtype=bfloat16, float16 or float32": (
             "fp16 bf16 amp mixed_precision precision half use_amp torch_dtype float16 bfloat16 fp32"
         ),
-        "--device=cpu, cuda or mps": "use_cpu no_cuda cpu cuda gpu gpus use_gpu n_gpu accelerator device_type num_gpus",
+        "--device=cpu, cuda or mps": (
+            "use_cpu no_cuda cpu cuda gpu gpus use_gpu n_gpu accelerator device_type num_gpus n_gpu_layers ngl"
+        ),
         "--compile=": "torch_compile use_compile",
         "leave it out: Sprout trains on one device": (
             "backend ddp fsdp devices num_nodes nproc_per_node local_rank deepspeed strategy"
@@ -148,7 +150,9 @@ _HINTS = {
         ),
         "--prompt=": "start start_text text input input_text seed_text context query prefix starting_text",
         "--prompt_file=": "input_file prompt_path start_file file",
-        "--max_new_tokens=": "max_tokens max_length length num_tokens n_tokens gen_length max_gen_len n_predict",
+        "--max_new_tokens=": (
+            "max_tokens max_length length num_tokens n_tokens gen_length max_gen_len n_predict num_predict"
+        ),
         "--min_new_tokens=": "min_length min_tokens",
         "--num_samples=": "num_return_sequences n samples num_sequences batch_size nsamples n_samples",
         "--temperature=": "temp sample_temperature",
@@ -189,5 +193,6 @@ def hint(script: str, name: str, value: str = "") -> str | None:
         if text := HINTS[owner].get(name):
             text = text + quote(value) if value and text.endswith("=") else text.removesuffix("=")
             text = text if text.startswith("leave") else f"write {text}"
-            return text if owner == script else f"in {owner}, {text}"
+            shared = script != "prepare_data" and text.startswith(("write --device", "write --dtype"))
+            return text if owner == script or shared else f"in {owner}, {text}"
     return None

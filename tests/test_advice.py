@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import config
+from checkpoint import find_checkpoint
 from common.option import quote
 from config.help_text import MAX_WIDTH, MIN_WIDTH
 from config.hints import HINTS
@@ -74,10 +75,30 @@ def test_hints_name_options_that_exist_and_no_hint_hides_one(script):
         ("train.py", "--input=a.txt", "write --data=a.txt"),
         ("train.py", "--prompt=Once", "write --sample_prompt=Once"),
         ("sample.py", "--lr=1", "in train.py, write --learning_rate=1"),
+        ("sample.py", "--precision=bf16", "write --dtype=bfloat16, float16 or float32"),
+        ("sample.py", "--num_predict=5", "write --max_new_tokens=5"),
+        ("sample.py", "--n_gpu_layers=5", "write --device=cpu, cuda or mps"),
+        ("train.py", "--vocab=300", "did you mean --vocab_size?"),
     ],
 )
 def test_a_name_of_another_program_is_answered_with_ours(script, flag, advice):
     assert message_of(script, flag).startswith(f"{flag}: no such option; {advice}")
+
+
+@pytest.mark.parametrize("flag", ["--ctx_size=5", "--ignore_eos=true", "--stream=true", "--length_penalty=1"])
+def test_an_unknown_name_is_no_misspelling_of_a_distant_one(flag):
+    assert "did you mean" not in message_of("sample.py", flag)
+
+
+def test_a_model_folder_is_named_for_new_weights_not_for_resuming():
+    folder = Path("copied")
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes(b"")
+    assert message_of("train.py", "copied").startswith("copied: not a preset; write --init_from=copied")
+    assert message_of("sample.py", "copied").startswith("copied: not a preset; write --run=copied")
+    with pytest.raises(UserError, match=r"is a model folder, which cannot be resumed; .*--init_from=copied"):
+        find_checkpoint(folder, "latest")
 
 
 def test_a_name_of_another_program_in_a_preset_gets_the_same_answer():

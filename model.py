@@ -303,7 +303,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.attention = config, attention
         self.eos_id = -1 if config.eos_id is None else config.eos_id
-        V, C, table = config.padded_vocab_size, config.n_embd, None
+        V, C = config.padded_vocab_size, config.n_embd
         self.embed = embedding(V, C)
         self.ngrams = embedding(config.ngram_rows, C) if config.max_ngram > 1 else None
         self.position = embedding(config.block_size, C) if config.positions == "learned" else None
@@ -311,10 +311,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.head = None if config.tie_embeddings else Linear(C, V, bias=False)
-        if config.positions == "sinusoidal":
-            table = sinusoidal_table(config.block_size, C)
-        elif config.positions == "rotary":
-            table = rotary_table(config.block_size, config.head_size, config.rope_theta)
+        with torch.device("cpu"):  # on the meta device these operations import torch's compiler, which takes a second
+            table = sinusoidal_table(config.block_size, C) if config.positions == "sinusoidal" else None
+            if config.positions == "rotary":
+                table = rotary_table(config.block_size, config.head_size, config.rope_theta)
         self.register_buffer("table", table, persistent=False)
         if seed is not None:
             self.init_weights(seed)

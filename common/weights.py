@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,14 +23,15 @@ def build_for_weights(config: GPTConfig, tensors: Mapping[str, Tensor], attentio
     config that belongs to other weights."""
     if config.n_layer > len(tensors):
         raise ValueError(f"n_layer={config.n_layer}: the weights have {len(tensors)} tensors, too few for the layers")
+    table_width = {"rotary": 2 * config.head_size, "sinusoidal": config.n_embd}.get(config.positions, 0)
     try:
         with torch.device("meta"):
-            shape = GPT(config, seed=None)
+            check_weights(GPT(replace(config, block_size=1) if table_width else config, seed=None), tensors)
     except RuntimeError as error:  # more bytes than 64 bits count
         raise ValueError(f"the sizes of its config are impossible ({str(error)[:200]})") from error
-    check_weights(shape, tensors)
-    if shape.table is not None and shape.table.nbytes > MAX_TABLE_BYTES:
-        size = f"{shape.table.nbytes / 2**30:.0f} GiB (maximum {MAX_TABLE_BYTES / 2**30:.0f})"
+    table_bytes = 4 * config.block_size * table_width
+    if table_bytes > MAX_TABLE_BYTES:
+        size = f"{table_bytes / 2**30:.0f} GiB (maximum {MAX_TABLE_BYTES / 2**30:.0f})"
         raise ValueError(f"block_size={config.block_size}: its table of positions takes {size}")
     return GPT(config, None, attention)
 

@@ -401,7 +401,20 @@ def test_a_sample_imports_nothing_that_it_does_not_use(runs):
     imported = set(out.splitlines()[-1].split())
     unused = {"anyio", "charset_normalizer", "filelock", "inspection", "matplotlib", "requests", "rustbpe", "starlette"}
     assert {"torch", "tiktoken"} <= imported
-    assert not imported & (unused | {"triton", "uvicorn", "wandb"})
+    assert not imported & (unused | {"sympy", "triton", "uvicorn", "wandb"})
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary", "sinusoidal"])
+def test_a_model_for_weights_is_built_without_the_compiler(positions):
+    """torch's compiler and sympy take over a second to import; some operations on the meta device do so."""
+    program = (
+        "import sys; from common.weights import build_for_weights, export_weights; from model import GPT, GPTConfig;"
+        f"config = GPTConfig(positions={positions!r}, n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=9,"
+        "eos_id=8); build_for_weights(config, export_weights(GPT(config))); print('sympy' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_output_is_utf8_whatever_the_console_encoding(runs):

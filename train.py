@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = setup.open_data(train.data, prepare, start.resumed, start.initial, start.flags)
         block_size = model_config.block_size
         setup.check_size(dataset, train, block_size, start.argv)
-        prompt = choose_prompt(dataset, evals.sample_prompt)
+        prompt = choose_prompt(dataset, evals)
         rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
         batches = TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, model_config.dropout > 0)
         # ---- model

@@ -176,7 +176,7 @@ class CharTokenizer(Tokenizer):
             unknown = sorted({chr(point) for point in points[ids < 0]})
             more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             shown = ", ".join(repr(char) for char in unknown[:10]) + more
-            advice = "leave them out, or prepare with --tokenizer=bpe or bytes, which know every character"
+            advice = "leave them out, or train a new model with --tokenizer=bpe or bytes, which know every character"
             raise UserError(f"the char tokenizer knows {len(self.chars)} characters, but not {shown}; {advice}")
         return ids
 

@@ -37,7 +37,7 @@ class SampleScriptOptions:
         found = []
         given = [name for name in ("prompt", "prompt_file", "prompts") if getattr(self, name) is not None]
         if len(given) > 1:
-            found.append(f"{' and '.join(f'--{name}' for name in given)} all set the prompt: use one of them")
+            found.append(f"{' and '.join(f'--{name}' for name in given)} each set the prompt: use one of them")
         if self.interactive and (self.prompts is not None or "-" in (self.prompt_file, self.prompts)):
             found.append("--interactive reads from the keyboard: use --prompt or --prompt_file=FILE with it, at most")
         if self.interactive and (self.num_samples > 1 or self.output != "text"):

@@ -54,7 +54,7 @@ def parse_prompts(text: str, source: str) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f'{source}, line {number}: not JSON ({error}); expected a line like {{"prompt": "Once"}} or "Once"'
@@ -70,6 +70,10 @@ def parse_prompts(text: str, source: str) -> list[Prompt]:
     if not prompts:
         raise UserError(f'{source}: the file has no prompts; expected lines like {{"prompt": "Once"}}')
     return prompts
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Iterable[Prompt], prepend_eos: bool) -> list[list[int]]:

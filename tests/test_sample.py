@@ -202,6 +202,7 @@ def test_json_lines_in_and_out(runs, capsys, tmp_path, monkeypatch):
         (b'{"prompt": "b", "n": 2}\n', r", line 1: unknown key 'n'"),
         (b"a\n", r", line 1: not JSON .*expected a line like"),
         (b"[" * 100_000, r", line 1: not JSON"),
+        (b'{"prompt": "a", "id": NaN}', r", line 1: not JSON .NaN is not a JSON number"),
         (b"null\n", r", line 1: no prompt text"),
         (b" \n\n", r"the file has no prompts"),
         (b'"a"\n"\\ud800"\n', r", line 2: the text is not valid Unicode"),
@@ -214,6 +215,7 @@ def test_json_lines_in_and_out(runs, capsys, tmp_path, monkeypatch):
         "unknown key",
         "not JSON",
         "deep",
+        "NaN",
         "null",
         "empty",
         "surrogate",
@@ -236,7 +238,7 @@ def test_has_trailing_space_depends_on_the_vocabulary():
 
 
 def test_options_that_contradict_each_other(capsys):
-    assert "--prompt and --prompts all set the prompt" in bad(capsys, "--prompt=a", "--prompts=b")
+    assert "--prompt and --prompts each set the prompt" in bad(capsys, "--prompt=a", "--prompts=b")
     assert "--interactive reads from the keyboard" in bad(capsys, "--interactive", "--prompt_file=-")
     assert "--interactive shows one sample" in bad(capsys, "--interactive", "--num_samples=2")
     assert "--min_new_tokens=9 is more than --max_new_tokens=5" in bad(

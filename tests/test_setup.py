@@ -161,7 +161,8 @@ def test_samples_of_many_documents_and_of_a_given_prompt_do_not(small_text, docu
     assert train(*SMALL, f"--data={small_text}", "--run=new", "--sample_prompt=") == 0
     assert train(*SMALL, f"--data={small_text}", "--run=given", "--sample_prompt=Anna") == 0
     seen = capsys.readouterr()
-    assert "samples start with" not in seen.out
+    assert train("--resume=new", "--eval_only=true") == 0
+    assert "samples start with" not in seen.out + capsys.readouterr().out
     assert "few document" not in seen.err
     assert "====\nAnna" in Path("given/samples.txt").read_text("utf-8")
 

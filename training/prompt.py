@@ -11,15 +11,19 @@ import re
 from errors import UserError
 from prepare_data.shards import Dataset
 from prepare_data.split import MIN_DOCUMENTS
+from training.options import EvalOptions
 
 MAX_WORDS, MAX_CHARACTERS = 4, 40
 
 
-def choose_prompt(dataset: Dataset, sample_prompt: str | None) -> str:
-    """The prompt of the samples: `sample_prompt`, or for None that of `example_prompt`, which is printed, or "".
+def choose_prompt(dataset: Dataset, evals: EvalOptions) -> str:
+    """The prompt of the samples: sample_prompt, or for None that of `example_prompt`, which is printed, or "".
 
-    Raises UserError on a character that is not in the vocabulary.
+    "" where no samples are drawn. Raises UserError on a character that is not in the vocabulary.
     """
+    sample_prompt = evals.sample_prompt
+    if evals.eval_only or evals.sample_tokens == 0:
+        return ""
     if sample_prompt is None:
         prompt = example_prompt(dataset)
         if prompt:

@@ -87,7 +87,7 @@ class TrainState:
 
     def describe_rank(self) -> str:
         """How the current weights rank in the run by val loss, for the title of a sample; "" where that is unknown."""
-        if not self.is_trained:
+        if self.step == 0:
             return "before training"
         best = min(self.progress.history, key=lambda entry: entry["val_loss"], default=None)
         if best is None:

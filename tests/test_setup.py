@@ -140,7 +140,7 @@ def test_samples_are_titled_and_untrained_weights_write_none(small_text, capsys)
     assert all(f"---- {heading} ----" in capsys.readouterr().out for heading in expected[:1])
     assert train(*SMALL, f"--data={small_text}", "--run=next", "--init_from=run", "--learning_rate=9") == 0
     assert headings("next")[0] == f"step 0 (sample, before training, {cut})"
-    assert headings("next")[-1].startswith("step 2 (sample 3 of 3, the best is step 1, ")
+    assert headings("next")[-1].startswith("step 2 (sample 3 of 3, the best is step 0, ")
 
 
 def test_samples_of_one_long_document_start_with_its_words(small_text, capsys):

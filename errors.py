@@ -70,7 +70,9 @@ def run_script(main: Callable[[], int | None]) -> None:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit itself is not to be interrupted
+    for name in ("SIGINT", "SIGHUP"):  # the exit itself is not to be interrupted
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -152,6 +152,16 @@ def test_two_ctrl_c_in_a_moment_are_one(folder):
     assert open_checkpoint(list_checkpoints(Path("run"))[-1]).step >= 1
 
 
+def test_a_closed_window_does_not_change_the_exit_code_of_a_run_that_has_ended():
+    """It takes torch a moment to exit."""
+    program = "import atexit, errors, time; atexit.register(time.sleep, 1.5); errors.run_script(lambda: 75)"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    time.sleep(1)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(SECONDS) == STOPPED
+
+
 def test_nohup_is_respected(folder):
     process = start(
         *ENDLESS, "--data=notes", "--run=run", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)

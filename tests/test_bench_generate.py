@@ -50,7 +50,7 @@ def test_both_sides_are_measured_and_written(tmp_path, monkeypatch, capsys):
     assert figures["tiny"]["bound"]["bytes"] == 4 * (
         8 * 8 * 12 + 8 * 9 + 2 * 8 * 3 + 5 * 8
     )  # of a block, its biases, norms, the head
-    assert figures["tiny"]["bound"]["share"] > 0
+    assert 0 <= figures["tiny"]["bound"]["share"] < 2  # of a tiny model next to nothing
     out = capsys.readouterr().out
     assert "times nanoGPT's speed" in out
     assert "context 32: " in out

@@ -20,8 +20,8 @@ FILES = {"run.json", "lock", "config.json", "metrics.jsonl", "samples.txt", "che
 FILES |= {"report.html", "loss.png", "run.json.writing", "config.json.writing"}
 
 
-def claim_run(run: str | None, preset: str, runs_dir: Path = Path("runs")) -> Path:
-    """Creates a run's directory and returns it: `run`, or else RUNS_DIR/NAME-N with the next number.
+def claim_run(run: str | None, default_name: str, runs_dir: Path = Path("runs")) -> Path:
+    """Creates a run's directory and returns it: `run`, or else RUNS_DIR/DEFAULT_NAME-N with the next number.
 
     Raises UserError where it holds a run already or is not writable. Processes that claim at the same time get
     different numbers, but may get the same ordinal; newest_run then takes the last by name.
@@ -30,7 +30,7 @@ def claim_run(run: str | None, preset: str, runs_dir: Path = Path("runs")) -> Pa
     home = Path(run).parent if run else runs_dir
     try:
         home.mkdir(parents=True, exist_ok=True)
-        path = Path(run) if run else _make_numbered(runs_dir, preset)
+        path = Path(run) if run else _make_numbered(runs_dir, default_name)
         path.mkdir(exist_ok=True)
         ordinal = 1 + max((_ordinal(sibling) for sibling in home.iterdir()), default=0)
         write_json(path / "run.json", {"ordinal": ordinal})
@@ -92,11 +92,11 @@ def _read_bytes(path: Path) -> bytes:
         return b""
 
 
-def _make_numbered(runs_dir: Path, preset: str) -> Path:
-    pattern = re.compile(re.escape(preset) + r"-(\d{1,9})")
+def _make_numbered(runs_dir: Path, name: str) -> Path:
+    pattern = re.compile(re.escape(name) + r"-(\d{1,9})")
     taken = [int(match[1]) for path in runs_dir.iterdir() if (match := pattern.fullmatch(path.name))]
     for number in itertools.count(1 + max(taken, default=0)):
-        path = runs_dir / f"{preset}-{number}"
+        path = runs_dir / f"{name}-{number}"
         try:
             path.mkdir()
         except FileExistsError:  # taken by another process, or by a name that differs in case only

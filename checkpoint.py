@@ -22,7 +22,6 @@ import errno
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 import zlib
@@ -36,7 +35,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, quote
 from files import MAX_JSON, DamagedFile, json_bytes, read_json, reading, sync_directory, write_parts
 
 VERSION = 1
@@ -243,16 +242,16 @@ def _no_checkpoint(path: Path) -> str:
     if run_of(path) is None and (runs := _runs_in(path)):
         return f"the directory {path} is not a run; it contains these runs: {_listed(runs)}"
     if run_of(path) is None and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
-        again = shlex.quote(str(path))
+        again = quote(str(path))
         return f"{path} is a model folder, which cannot be resumed; a new run from its weights: --init_from={again}"
     if hint := run_hint(path):
         return f"{path} {'is not a run' if path.exists() else 'does not exist'}{hint}"
-    name = shlex.quote(str(path))
+    name = quote(str(path))
     if not path.is_dir():
         kind = "is a file, not a run directory" if path.exists() else "does not exist"
         return f"the run {path} {kind}; train first: python train.py --run={name if not path.exists() else 'NEW_NAME'}"
     if (path / CONFIG).is_file():
-        again = shlex.quote(str(path / CONFIG))
+        again = quote(str(path / CONFIG))
         return (
             f"the run {path} has no checkpoint, so it cannot be resumed; unless it is just starting, "
             f"start it again: python train.py {again}"
@@ -296,10 +295,10 @@ def resolve_run(path: Path) -> Path:
         raise UserError(_no_checkpoint(path))
     inside = path.resolve().relative_to(run.resolve()).parts
     if len(inside) > 1 and (run / inside[0] / inside[1]).resolve() != list_checkpoints(run)[-1].resolve():
-        checkpoint = shlex.quote(str(run / inside[0] / inside[1]))
+        checkpoint = quote(str(run / inside[0] / inside[1]))
         raise UserError(
             f"--resume={path} is not the last checkpoint of {run}, and a run continues from its last one: "
-            f"--resume={shlex.quote(str(run))}. For a new run from these weights: --init_from={checkpoint}"
+            f"--resume={quote(str(run))}. For a new run from these weights: --init_from={checkpoint}"
         )
     return run
 

@@ -6,7 +6,9 @@ import errno
 import io
 import os
 import select
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +22,16 @@ INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as shells have it
 
 class UserError(Exception):
     """An error that the user can fix. The message names what was found, where, what was expected and what to do."""
+
+
+def quote(text: str) -> str:
+    """A text as a user types it in a shell, on one line; for the commands that messages name."""
+    for char, escape in (("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        text = text.replace(char, escape)
+    if os.name == "nt":
+        return subprocess.list2cmdline([text])
+    quoted = shlex.quote(text)
+    return quoted if quoted == text or set(text) & set('"$`\\!') else f'"{text}"'
 
 
 class OutputClosed(BrokenPipeError):

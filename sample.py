@@ -15,7 +15,7 @@ generated, everything else to standard error.
 
 from __future__ import annotations
 
-from errors import UserError, run_script, start_script
+from errors import UserError, quote, run_script, start_script
 
 if __name__ == "__main__":  # before the imports that take seconds
     start_script(prints_result=True)
@@ -32,7 +32,6 @@ from pathlib import Path
 
 from checkpoint import STATE, resolve_model_folder
 from common.hardware import choose_attention, choose_hardware
-from common.option import quote
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import newest_run
 from common.tokenizer import Tokenizer

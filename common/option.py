@@ -23,8 +23,6 @@ import inspect
 import operator
 import os
 import re
-import shlex
-import subprocess
 import sys
 import textwrap
 import types
@@ -303,16 +301,6 @@ def show(value: object) -> str:
     if not text or not text.isprintable() or text != text.strip():
         text = repr(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def quote(text: str) -> str:
-    """A text as a user types it in a shell, on one line."""
-    for char, escape in (("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
-        text = text.replace(char, escape)
-    if os.name == "nt":
-        return subprocess.list2cmdline([text])
-    quoted = shlex.quote(text)
-    return quoted if quoted == text or set(text) & set('"$`\\!') else f'"{text}"'
 
 
 def expand_home(text: str) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shlex
 from pathlib import Path
 
 from checkpoint import list_checkpoints
-from errors import UserError
+from errors import UserError, quote
 from files import DamagedFile, read_json, write_json
 
 FILES = {"run.json", "lock", "config.json", "metrics.jsonl", "samples.txt", "checkpoints", "wandb"}  # of a run
@@ -60,7 +59,7 @@ def refuse_used_run(run: str | None, runs_dir: Path = Path("runs")) -> None:
         raise UserError(f"--run={path}: {home} is not writable; name a directory in another place")
     if run is None or found is None:
         return
-    resume = f"continue it with --resume={shlex.quote(run)}, or name a new directory"
+    resume = f"continue it with --resume={quote(run)}, or name a new directory"
     if list_checkpoints(path):
         raise UserError(f"--run={run} holds a run already (checkpoints is there); {resume}")
     known = FILES if _ordinal(path) else ()
@@ -68,7 +67,7 @@ def refuse_used_run(run: str | None, runs_dir: Path = Path("runs")) -> None:
         listed = ", ".join(others[:3]) + ", …" * (len(others) > 3)
         raise UserError(
             f"--run={run}: a run needs a directory of its own, and this one holds other files ({listed}); "
-            f"name a new one, for example --run={shlex.quote(str(path / 'run-1'))}"
+            f"name a new one, for example --run={quote(str(path / 'run-1'))}"
         )
     if b'"event": "step"' in _read_bytes(path / "metrics.jsonl"):
         raise UserError(

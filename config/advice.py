@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from common.option import Option, did_you_mean, no_such_option, quote, show
+from common.option import Option, did_you_mean, no_such_option, show
 from config.hints import hint
+from errors import quote
 
 DASHES = "-‐‑‒–—−"  # the last ones come from word processors and web pages
 QUOTES = {"“": "”", "„": "“", "”": "”", "‘": "’", "’": "’", "«": "»", '"': '"', "'": "'"}

@@ -3,7 +3,7 @@
 A hint that ends in = is another name for the same thing in the same unit: the value that was given is appended.
 """
 
-from common.option import quote
+from errors import quote
 
 # Script → what to write → the names that people bring.
 _HINTS = {

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import config
-from common.option import option_names, quote, show, without_retired
+from common.option import option_names, show, without_retired
 from common.options import HardwareOptions
-from errors import UserError
+from errors import UserError, quote
 from model import GPTConfig
 from prepare_data import PrepareOptions
 

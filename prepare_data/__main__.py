@@ -1,6 +1,6 @@
 """python -m prepare_data SOURCE [--option=value …]: writes a dataset; with --dry_run, describes it. See pipeline.py."""
 
-from errors import UserError, run_script, start_script
+from errors import UserError, quote, run_script, start_script
 
 if __name__ == "__main__":
     start_script()  # before the imports that take time
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import config
-from common.option import did_you_mean, quote
+from common.option import did_you_mean
 from prepare_data import SOURCES, PrepareOptions, SourceOptions, folders
 
 

@@ -8,13 +8,12 @@ to test whether a process is alive, so there such folders must be deleted by han
 import os
 import platform
 import re
-import shlex
 import shutil
 import unicodedata
 import uuid
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, quote
 from files import sync_directory
 
 MAX_NAME = 200  # bytes
@@ -105,6 +104,6 @@ def check_name(name: str) -> str:
         raise UserError(
             f"--name={name!r} cannot name a dataset: expected a folder name that every system accepts, at most"
             f" {MAX_NAME} bytes, without {FORBIDDEN}, that does not begin with . - or ~ or end with a dot or a space,"
-            f" and is not 'downloads'; try --name={shlex.quote(safe_name(name))}"
+            f" and is not 'downloads'; try --name={quote(safe_name(name))}"
         )
     return name

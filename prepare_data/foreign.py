@@ -6,7 +6,6 @@ train, since words end where letters do. Nothing is unpickled. Entry points: `is
 """
 
 import re
-import shlex
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.tokenizer import Tokenizer, named_tokenizer
-from errors import UserError
+from errors import UserError, quote
 from prepare_data.folders import safe_name
 from prepare_data.shard_format import HEADER_BYTES, SPLITS, Shard, check_ids, has_magic, read_header
 
@@ -42,12 +41,12 @@ def describe_foreign(folder: Path, tokenizer_name: str | None) -> tuple[dict[str
     pickle = folder / "meta.pkl"
     if pickle.is_file() and not Path(tokenizer_name or "").is_file():
         text = folder / "input.txt"
-        source = shlex.quote(str(text)) if text.is_file() else "FILE"
+        source = quote(str(text)) if text.is_file() else "FILE"
         name = safe_name(f"{folder.resolve().name}_again")
         raise UserError(
             f"{folder}: its meta.pkl says that the ids are nanoGPT's character ids, and Sprout reads no pickle files."
             f" Prepare the text again, which gives the same ids: python -m prepare_data text --input={source}"
-            f" --name={shlex.quote(name)} --tokenizer=char --split=tail"
+            f" --name={quote(name)} --tokenizer=char --split=tail"
             " (or pass the file of a tokenizer that has these ids: --tokenizer=FILE)"
         )
     if tokenizer_name in (None, "bpe", "char"):

@@ -9,14 +9,13 @@ import hashlib
 import json
 import os
 import re
-import shlex
 from collections.abc import Collection
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from common.option import section_from, show
 from common.tokenizer import Tokenizer
-from errors import UserError
+from errors import UserError, quote
 from prepare_data import SOURCES, PrepareOptions, folders
 from prepare_data.pipeline import build, describe, make_corpus, make_request, open_existing
 from prepare_data.shards import Dataset, is_dataset, open_dataset
@@ -59,7 +58,7 @@ def _resolve(data: str, options: PrepareOptions, tokenizer: Tokenizer | None, fl
             return _open(named, options, tokenizer, flags)
         if named:
             print(f"data: {what} is taken: a path that exists comes before the dataset {named}, {difference}")
-            print(f"  for that dataset: --data={shlex.quote(str(named))}")
+            print(f"  for that dataset: --data={quote(str(named))}")
         elif data in BUILT_IN:
             print(f"data: {what} is taken: a path that exists comes before Sprout's own text of that name")
         return _prepare(data, make_corpus("text", data, options), options, tokenizer)
@@ -89,7 +88,7 @@ def _refuse_files_of_datasets(path: Path) -> None:
     if inside:
         raise UserError(
             f"--data={path}: a folder of datasets ({', '.join(inside[:5])}); give one of them:"
-            f" --data={shlex.quote(str(path / inside[0]))}"
+            f" --data={quote(str(path / inside[0]))}"
         )
 
 

@@ -8,10 +8,9 @@ import pytest
 
 import config
 from checkpoint import find_checkpoint
-from common.option import quote
 from config.help_text import MAX_WIDTH, MIN_WIDTH
 from config.hints import HINTS
-from errors import UserError
+from errors import UserError, quote
 from prepare_data.__main__ import main as prepare_main
 
 

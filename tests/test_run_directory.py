@@ -14,7 +14,7 @@ import filelock
 import pytest
 
 from common.run_directory import RunLock, claim_run, newest_run, refuse_used_run
-from errors import UserError
+from errors import UserError, quote
 from tests.conftest import ROOT
 
 HOLDER = """
@@ -75,7 +75,7 @@ def test_a_run_with_a_checkpoint_is_refused_and_the_error_names_resume(tmp_path)
     run = finish(claim_run(str(tmp_path / "a run"), "debug"))
     for message in refusals(run):
         assert "holds a run already" in message
-        assert f"--resume='{run}'" in message
+        assert f"--resume={quote(str(run))}" in message
     refuse_used_run(None)
 
 

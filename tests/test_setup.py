@@ -9,8 +9,7 @@ import pytest
 
 import sample as sample_script
 import train as train_script
-from common.option import quote
-from errors import UserError
+from errors import UserError, quote
 from training.prompt import MAX_CHARACTERS
 
 SHORT = ("--max_steps=2", "--eval_interval=1", "--log_interval=1", "--threads=1", "--dtype=float32")

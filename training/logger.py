@@ -7,7 +7,6 @@ throughput and does not influence the training.
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from typing import Any
 
 from common.hardware import Hardware
 from common.weights import flops_per_token
-from errors import UserError
+from errors import UserError, quote
 from model import GPT
 from training.budget import LENGTHENED, Budget
 from training.evaluation import Evaluation, overfitting_warning
@@ -150,9 +149,9 @@ class RunLogger:
 def log_end(run: Path, state: TrainState, budget: Budget) -> int:
     """Logs how the run ended and the next commands. Returns the exit code. Raises UserError where its last step is not
     saved."""
-    name, step, max_steps = shlex.quote(str(run)), state.step, budget.plan.max_steps
+    name, step, max_steps = quote(str(run)), state.step, budget.plan.max_steps
     resume, config = f"python train.py --resume={name}", run / "config.json"
-    again = f"python train.py {shlex.quote(str(config))}"
+    again = f"python train.py {quote(str(config))}"
     if state.saved_step is None:
         command = again if config.exists() else "with the same command"
         raise UserError(f"nothing is saved: {run} has no checkpoint; free disk space, then start again: {command}")

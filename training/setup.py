@@ -23,11 +23,10 @@ from common.hardware import (
     choose_compile,
     require_determinism,
 )
-from common.option import quote
 from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
 from common.weights import build_for_weights, count_parameters, flops_per_token, import_weights
-from errors import UserError
+from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
 from prepare_data import PrepareOptions
 from prepare_data.resolve import log_dataset, resolve_data

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from common.option import quote
+from errors import quote
 from prepare_data.sources.encodings import CHUNK, Encoding, NotDecodable, character_start, decode, detect
 from prepare_data.sources.kinds import HEAD, advice_by_ending, kind_of
 from prepare_data.sources.text_file import TextFile

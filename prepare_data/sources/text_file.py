@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from common.option import quote
-from errors import UserError
+from errors import UserError, quote
 
 
 @dataclass(frozen=True)

@@ -169,15 +169,28 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
+        if self.p == 0.0 or not self.training:
             return x
         if x.device.type != "cpu" or not 1 / 512 <= self.p <= 511 / 512:
             return F.dropout(x, self.p)
         dropped = round(65_536 * self.p)
-        # random_(-2**63, None) fills all 64 bits; random_() leaves the sign bit at 0, a bias of every fourth number
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        keep = (draws[: x.numel()] >= dropped - 32_768).view(x.shape)
-        return x * keep * (65_536 / (65_536 - dropped))
+        bits = opaque_random_bits(x) if torch.compiler.is_compiling() else random_bits(x)
+        return x * (bits >= dropped - 32_768) * (65_536 / (65_536 - dropped))
+
+
+def random_bits(x: Tensor) -> Tensor:
+    """int16 of the shape of x, uniform, from torch's generator of CPUs."""
+    # random_(-2**63, None) fills all 64 bits; random_() leaves the sign bit at 0, a bias of every fourth number
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return draws[: x.numel()].view(x.shape)
+
+
+# Opaque to torch.compile, which would trace neither view nor generator. In eager mode operators are not called: the
+# first call of one imports torch's compiler, which takes as long as importing torch.
+opaque_random_bits = torch.library.custom_op(
+    "sprout::random_bits", random_bits, mutates_args=(), tags=[torch.Tag.nondeterministic_seeded]
+)
+opaque_random_bits.register_fake(lambda x: torch.empty(x.shape, dtype=torch.int16))
 
 
 def sinusoidal_table(length: int, channels: int) -> Tensor:
@@ -187,18 +200,17 @@ def sinusoidal_table(length: int, channels: int) -> Tensor:
 
 
 def rotary_table(length: int, head_size: int, theta: float) -> Tensor:
-    """(length, 2, D): cos and sin of the angles t · theta^(−2i/D), sin negated in the first half (Su et al. 2021)."""
+    """(length, 2, D/2): cosines and sines of the angles t · theta^(−2i/D) (Su et al. 2021)."""
     angles = torch.arange(length)[:, None] * theta ** (torch.arange(0, head_size, 2) * (-1.0 / head_size))
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)), dim=1)
+    return torch.stack((angles.cos(), angles.sin()), dim=1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x (B, T, heads, D), rows of rotary_table (T, 2, D) or (B, T, 2, D) → x in its dtype, with the pairs
+    """x (B, T, heads, D), rows of rotary_table (T, 2, D/2) or (B, T, 2, D/2) → x in its dtype, with the pairs
     (x[i], x[i + D/2]) of every head rotated: the layout of Llama and Qwen checkpoints."""
     cos, sin = table[..., None, 0, :], table[..., None, 1, :]
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # roll, not cat: torch.compile fuses it into one kernel
-    return (x * cos + swapped * sin).to(x.dtype)
+    first, second = x.unflatten(-1, (2, -1)).unbind(-2)  # halves: torch.compile cannot vectorize x.roll on a CPU
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-2).to(x.dtype)
 
 
 # ---- The block -------------------------------------------------------------------------------------------------------
@@ -208,7 +220,7 @@ class AttentionContext(NamedTuple):
     """What the attention of all layers shares in one forward pass."""
 
     path: AttentionPath
-    rotation: Tensor | None = None  # rows of rotary_table for the positions, (T, 2, D) or (B, T, 2, D)
+    rotation: Tensor | None = None  # rows of rotary_table for the positions, (T, 2, D/2) or (B, T, 2, D/2)
     first_visible: Tensor | None = None  # (B, T) int32, nondecreasing: query t attends to keys first_visible[t] … t
     mask: Tensor | None = None  # bool: dense_mask(first_visible) on the sdpa path, (R, 1, 1, S) in a decode step
     cache: KVCache | None = None  # in a prefill or a decode step
@@ -249,9 +261,8 @@ class Attention(nn.Module):
         is_query = torch.arange(qk.shape[2], device=qk.device)[:, None] < self.heads
         wide = widened(qk)
         inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.q_norm.eps)
-        scaled = wide * torch.where(is_query, self.q_norm.weight, self.k_norm.weight)  # weights (H + K, D)
-        # A rotation preserves the norm, so the division by it may come last.
-        return ((scaled if rotation is None else rotate(scaled, rotation)) * inverse_rms).to(qk.dtype)
+        scaled = wide * inverse_rms * torch.where(is_query, self.q_norm.weight, self.k_norm.weight)
+        return (scaled if rotation is None else rotate(scaled, rotation)).to(qk.dtype)
 
 
 class MLP(nn.Module):
@@ -297,7 +308,10 @@ class GPT(nn.Module):
     """A decoder-only Transformer over token ids. seed: for the initial weights, drawn on the CPU, so equal on every
     device; None leaves them unset, to be loaded. attention: the path, from choose_attention in common/hardware.py."""
 
-    table: Tensor | None  # fixed positions: (block_size, C) sine waves or (block_size, 2, D) rotations
+    run_block: Callable[..., Tensor] = staticmethod(
+        Block.__call__
+    )  # block, x, context → x in training; may be compiled
+    table: Tensor | None  # fixed positions: (block_size, C) sine waves or (block_size, 2, D/2) rotations
 
     def __init__(self, config: GPTConfig, seed: int | None = 0, attention: AttentionPath = "sdpa") -> None:
         super().__init__()
@@ -385,7 +399,7 @@ class GPT(nn.Module):
             x = x + self.table[positions].to(x.dtype)
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, context)
+            x = self.run_block(block, x, context) if torch.is_grad_enabled() else block(x, context)
         return self.final_norm(x)
 
     def _ngram_rows(self, ids: Tensor, positions: Tensor | slice, before: Tensor | None) -> Tensor:
@@ -613,7 +627,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer:
     if context.path == "triton":
         return fused_attention(q, k, v, context.first_visible)[0]
     if context.mask is None and q.device.type == "cpu" and q.shape[1] <= MAX_UNFUSED_LENGTH.get(q.dtype, 0):
-        return _unfused_attention(q, k, v)
+        return opaque_attention(q, k, v)[0] if torch.compiler.is_compiling() else CausalAttention.apply(q, k, v)
     return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), context.mask, causal=context.mask is None)
 
 
@@ -631,43 +645,70 @@ def dense_mask(first_visible: Tensor | None) -> Tensor | None:
     return ((steps <= steps[:, None]) & (steps >= first_visible[:, :, None]))[:, None]
 
 
-def _unfused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by batched matrix products."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention by matrix products: q (B, T, H, D), k and v (B, T, K, D) → out like q, and the attention weights
+    (B · H, T, T), both in their dtype. Scores are in float32, of one block of queries after the other: rounded to
+    bfloat16, a score of 20 is off by up to 0.06, its weight by 6 %."""
+    B, T, H, D = q.shape
+    q, k, v = _by_head(q, k, v)
+    weights, out = q.new_empty((B * H, T, T)), q.new_empty((B, T, H, D))
+    wide_q, wide_k = q.to(torch.float32, copy=True).mul_(1 / math.sqrt(D)), k.float()
+    future = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf).triu_(1)
+    for start in range(0, T, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, T)
+        with torch.autocast("cpu", enabled=False):
+            scores = wide_q[:, start:stop] @ wide_k[:, :stop].mT
+            scores[..., start:] += future[: stop - start, : stop - start]
+            weights[:, start:stop, :stop] = torch.softmax(scores, dim=-1, out=scores)
+        weights[:, start:stop, stop:] = 0.0
+    out.transpose(1, 2).copy_((weights @ v).view(B, H, T, D))
+    return out, weights
+
+
+def causal_attention_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_out, the gradient of out → the gradients of q, k, v."""
+    (B, T, H, D), K, scale = q.shape, k.shape[2], 1 / math.sqrt(q.shape[3])
+    q, k, v = _by_head(q, k, v)
+    d_out, unread = d_out.transpose(1, 2).reshape(B * H, T, D), q.new_empty(())
+    d_scores = torch._softmax_backward_data(d_out @ v.mT, weights, -1, weights.dtype)  # (N, T, T), computed in float32
+    d_q = torch.baddbmm(unread, d_scores, k, beta=0, alpha=scale)
+    d_k = torch.baddbmm(unread, d_scores.mT, q, beta=0, alpha=scale)
+    d_q, d_k, d_v = (x.view(B, H, T, D) for x in (d_q, d_k, weights.mT @ d_out))
+    if K != H:
+        d_k, d_v = (x.view(B, K, H // K, T, D).sum(dim=2) for x in (d_k, d_v))
+    return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2)
+
+
+def _by_head(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """q (B, T, H, D), k and v (B, T, K, D) → three of (B · H, T, D), contiguous."""
     B, T, H, D = q.shape
     if k.shape[2] != H:
         k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
-    q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
-    return (CausalWeights.apply(q, k) @ v).view(B, H, T, D).transpose(1, 2)
+    return [x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v)]
 
 
-class CausalWeights(torch.autograd.Function):
-    """q, k (N, T, D) → attention weights (N, T, T) in their dtype, from scores in float32, one block of queries after
-    the other: rounded to bfloat16, a score of 20 is off by up to 0.06, its weight by 6 %."""
+class CausalAttention(torch.autograd.Function):
+    """q, k, v → out, as in causal_attention."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
-        N, T, D = q.shape
-        weights = q.new_empty((N, T, T))
-        wide_q, wide_k = q.to(torch.float32, copy=True).mul_(1 / math.sqrt(D)), k.float()
-        future = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf).triu_(1)
-        for start in range(0, T, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, T)
-            with torch.autocast("cpu", enabled=False):
-                scores = wide_q[:, start:stop] @ wide_k[:, :stop].mT
-                scores[..., start:] += future[: stop - start, : stop - start]
-                weights[:, start:stop, :stop] = torch.softmax(scores, dim=-1, out=scores)
-            weights[:, start:stop, stop:] = 0.0
-        ctx.save_for_backward(q, k, weights)
-        return weights
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, weights = causal_attention(q, k, v)
+        ctx.save_for_backward(q, k, v, weights)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, weights = ctx.saved_tensors
-        d_scores = torch._softmax_backward_data(grad, weights, -1, weights.dtype)  # (N, T, T), computed in float32
-        scale, unread = 1 / math.sqrt(q.shape[2]), q.new_empty(())
-        d_q = torch.baddbmm(unread, d_scores, k, beta=0, alpha=scale)
-        return d_q, torch.baddbmm(unread, d_scores.mT, q, beta=0, alpha=scale)
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return causal_attention_backward(d_out, *ctx.saved_tensors)
+
+
+# The same for compiled code, opaque to torch.compile: its own code for attention is no faster, and takes it longer.
+opaque_attention = torch.library.custom_op("sprout::causal_attention", causal_attention, mutates_args=())
+opaque_attention_backward = torch.library.custom_op(
+    "sprout::causal_attention_backward", causal_attention_backward, mutates_args=()
+)
 
 
 def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -988,6 +1029,14 @@ def fused_attention_backward(
     return dq, dk, dv
 
 
+opaque_attention.register_fake(
+    lambda q, k, v: (q.new_empty(q.shape), q.new_empty((q.shape[0] * q.shape[2], q.shape[1], q.shape[1])))
+)
+opaque_attention_backward.register_fake(
+    lambda d_out, *saved: tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in saved[:3])
+)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
@@ -997,4 +1046,8 @@ fused_attention.register_fake(empty_outputs)
 fused_attention_backward.register_fake(lambda do, *qkv_saved: tuple(x.new_empty(x.shape) for x in qkv_saved[:3]))
 fused_attention.register_autograd(
     lambda ctx, do, _: (*fused_attention_backward(do, *ctx.saved_tensors), None), setup_context=_save_for_backward
+)
+opaque_attention.register_autograd(
+    lambda ctx, do, _: opaque_attention_backward(do, *ctx.saved_tensors[:3], ctx.saved_tensors[4]),
+    setup_context=_save_for_backward,
 )

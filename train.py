@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.options import HardwareOptions, RunOptions
@@ -40,12 +40,13 @@ from model import GPTConfig
 from prepare_data import PrepareOptions
 from training import setup
 from training.budget import Budget, log_resumed_rate, make_budget
+from training.compilation import choose_compile, compile_model
 from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.logger import RunLogger, log_end
 from training.micro_batch import fit_micro_batch, reduce_micro_batch
-from training.optim import learning_rate, make_optimizer
+from training.optim import learning_rate
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 from training.prompt import choose_prompt
 from training.reference import Reference, read_curves
@@ -74,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
         batches = TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, model_config.dropout > 0)
         # ---- model
-        model = setup.build_model(model_config, dataset.tokenizer, values["attention"], seed, start.source)
-        model = model.to(hardware.device).train()
+        path, device = values["attention"], hardware.device
+        model = setup.build_model(model_config, dataset.tokenizer, path, seed, start.source).to(device).train()
+        compiles = choose_compile(train, evals, model, batches(0), hardware)
+        values, reasons = values | {"compile": compiles.value}, reasons | compiles.reasons
         setup.announce(model, hardware, values, reasons, options.section(LoggingOptions).verbose)
         score = partial(evaluate, model, dataset.val, dataset.tokenizer.token_bytes, autocast=hardware.autocast)
         if evals.eval_only:
@@ -83,10 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # ---- optimizer, and the rest of what a checkpoint holds
         stop = stack.enter_context(StopRequest())
         run = setup.open_run(options.section(RunOptions).run, start.default_name(dataset), start.source, stack)
-        optimizer, scaler = make_optimizer(model, optim, hardware.dtype), setup.make_scaler(hardware)
-        state = TrainState(model, optimizer, scaler, rows, setup.recovery(run, optim), start.initial is not None)
-        if start.resumed is not None:
-            state.restore(start.resumed, hardware)
+        state = setup.make_state(model, optim, rows, run, start.resumed, start.initial, compiles.value, hardware)
         # ---- records of the run: config.json, logs, checkpoints, samples
         recorded = RunConfig(run, options, reasons)
         reference, lengths = Reference(dataset.fingerprint, options.flat(), read_curves()), start.log_lengths
@@ -95,16 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
         sample = setup.make_sampler(partial(sample_texts, model, dataset.tokenizer, prompt), evals, hardware)
         # ---- length: a number of steps, or a time
-        compiled: Any = torch.compile(model) if train.compile else model
-        step = partial(update, compiled, optimizer, scaler, hardware, train.label_smoothing, optim.grad_clip)
         if "micro_batch_size" in reasons and state.step == 0:
             batches.size = fit_micro_batch(size, model, hardware)
-        budget = make_budget(train, evals, optim, len(dataset.val), state, lambda: step(batches(0)), hardware)
+        started, compiled = time.perf_counter(), compile_model(model, state, batches(state.step)[0], hardware)
+        step = partial(update, compiled, state, hardware, train.label_smoothing, optim.grad_clip)
+        measured = partial(step, batches(0))
+        budget = make_budget(train, evals, optim, len(dataset.val), state, measured, hardware, started)
         if budget.seconds is not None:
             logger.plan(state.step, budget)
         if start.resumed is not None:
             log_resumed_rate(state.step, start.resumed.state["options"], budget)
-        recorded.change(micro_batch_size=batches.size, **budget.as_options())
+        recorded.change(micro_batch_size=batches.size, compile=state.compiler != "none", **budget.as_options())
         # ---- training
         loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
         is_shorter = (evals.eval_tokens or len(dataset.val)) < len(dataset.val)
@@ -186,11 +187,14 @@ def finish(
 
 
 def update(
-    model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler, hardware: Hardware, label_smoothing: float,
+    forward: Callable[..., Tensor], state: TrainState, hardware: Hardware, label_smoothing: float,
     grad_clip: float | None, batches: Sequence[MicroBatch],
 ) -> tuple[float, float]:  # fmt: skip
-    """One optimizer step on the mean loss over all targets of the micro-batches. Returns that loss (nats) and the
-    gradient norm before clipping; where one of them is not finite, the weights are unchanged."""
+    """One optimizer step on the mean loss over all targets of the micro-batches; forward: the model, or its compiled
+    form. Returns that loss (nats) and the gradient norm before clipping; where one of them is not finite, the weights
+    are unchanged."""
+    optimizer: Any = state.optimizer  # as torch's: it has the interface
+    scaler = state.scaler
     n_targets = max(1, sum(batch.n_targets for batch in batches))
     total = torch.zeros((), device=hardware.device)
     for x, y, dropout_seed in batches:
@@ -198,11 +202,11 @@ def update(
             torch.manual_seed(dropout_seed)
         x, y = x.to(hardware.device, non_blocking=True), y.to(hardware.device, non_blocking=True)
         with hardware.autocast():
-            loss = model(x, y, reduction="sum", label_smoothing=label_smoothing) / n_targets
+            loss = forward(x, y, reduction="sum", label_smoothing=label_smoothing) / n_targets
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if grad_clip is None else grad_clip)
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), math.inf if grad_clip is None else grad_clip)
     mean_loss, norm = torch.stack((total, grad_norm.to(total.dtype))).tolist()  # waits for the device, once per step
     if math.isfinite(mean_loss) and math.isfinite(norm):
         scaler.step(optimizer)

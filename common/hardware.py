@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +33,6 @@ VENDOR_TFLOPS = {
     "RTX 3090": 71, "RTX 3090 TI": 80, "RTX 4090": 165.2, "RTX 5090": 209.5,
     "MI250X": 191.5, "MI300X": 1307, "MI325X": 1307,
 }  # fmt: skip
-
-# Assumed, not yet measured on a GPU:
-COMPILE_SECONDS = 60.0  # duration of torch.compile for these models
-COMPILE_SAVES = 0.4  # fraction of an eager step's time that it saves
-EAGER_FLOPS = 5e13  # FLOP/s of an eager step
 
 
 @dataclass(frozen=True)
@@ -171,19 +165,6 @@ def vendor_flops(name: str) -> float | None:
     left_out = r"\b(NVIDIA|TESLA|GEFORCE|AMD|INSTINCT|SXM\d?|OAM|GENERATION|HBM3E?|\d+GB?)\b|-"
     tflops = VENDOR_TFLOPS.get(" ".join(re.sub(left_out, " ", name.upper()).split()))
     return None if tflops is None else 1e12 * tflops
-
-
-def choose_compile(option: bool | Literal["auto"], hardware: Hardware, run_seconds: Callable[[], float]) -> Choice:
-    """Whether to torch.compile. auto: on CUDA, if it saves more of a run of `run_seconds()` than compiling takes."""
-    if option != "auto":
-        return Choice(option, {})
-    if hardware.device.type != "cuda":
-        return Choice(False, {"compile": f"it costs more than it saves on {hardware.device.type}"})
-    if obstacle := triton_obstacle(hardware.device, (7, 0)):
-        return Choice(False, {"compile": obstacle})
-    saved = COMPILE_SAVES * run_seconds()
-    comparison = f"about {saved:,.0f} s saved against {COMPILE_SECONDS:.0f} s of compiling (estimates)"
-    return Choice(saved > COMPILE_SECONDS, {"compile": comparison})
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -10,7 +10,7 @@ from training.options import OptimizerOptions
 def make_budget(seconds, step_seconds, options, eval_interval, pause=0.0):
     budget = Budget(Plan(1, 1), options, eval_interval)
     eval_steps = 3 * pause / step_seconds  # a forward pass is a third of a step
-    budget.limit(seconds, step_seconds, 0.0, eval_steps, final_eval_steps=0.0)
+    budget.limit(seconds, 0.0, step_seconds, 0.0, eval_steps, final_eval_steps=0.0)
     return budget
 
 

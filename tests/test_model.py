@@ -141,8 +141,8 @@ def test_the_ways_to_attend_agree_with_float64(dtype, length, kv_heads, monkeypa
     """Outputs and gradients differ from float64 by at most 1.5 × what PyTorch's attention in the same dtype does."""
     q, k, v, grad = (torch.randn(2, length, heads, 16, dtype=dtype) for heads in (4, kv_heads, kv_heads, 4))
     calls = []
-    unfused = model_module._unfused_attention
-    monkeypatch.setattr(model_module, "_unfused_attention", lambda *args: calls.append(1) or unfused(*args))
+    unfused = model_module.causal_attention
+    monkeypatch.setattr(model_module, "causal_attention", lambda *args: calls.append(1) or unfused(*args))
 
     def outputs(convert, attend):
         inputs = [convert(x).requires_grad_() for x in (q, k, v)]

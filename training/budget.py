@@ -45,11 +45,12 @@ class Budget:
     final_eval_seconds: float = 0.0  # reserved for the evaluation of the whole val split after the last step
 
     def limit(
-        self, seconds: float, step_seconds: float, now: float, eval_steps: float, final_eval_steps: float
-    ) -> None:
-        """Sets the time limit from `now` on, and the first plan from the measured seconds of a step. eval_steps,
+        self, seconds: float, started: float, step_seconds: float, now: float, eval_steps: float,
+        final_eval_steps: float,
+    ) -> None:  # fmt: skip
+        """Sets the time limit from `started` on, and the first plan from the measured seconds of a step. eval_steps,
         final_eval_steps: the evaluations' targets as multiples of a step's; their forward pass is a third of a step."""
-        self.seconds, self.start, self.step_seconds = seconds, now, step_seconds
+        self.seconds, self.start, self.step_seconds = seconds, started, step_seconds
         self.pause_seconds, self.final_eval_seconds = eval_steps * step_seconds / 3, final_eval_steps * step_seconds / 3
         self.plan = make_plan(self._steps_left(now), self.options)
 
@@ -98,14 +99,17 @@ def make_budget(
     state: TrainState,
     update: Callable[[], object],
     hardware: Hardware,
+    started: float,
 ) -> Budget:
-    """The plan of a run. With a time budget, at step 0, it follows from the measured time of `update`, one step."""
+    """The plan of a run. With a time budget, at step 0, it follows from the measured time of `update`, one step; the
+    budget counts from `started`, before the step was compiled."""
     budget = Budget(make_plan(train.max_steps, optim), optim, evals.eval_interval)
     if train.budget_minutes is not None and state.step == 0:
         step_seconds = measure_step_seconds(update, state, hardware)
         eval_steps = min(evals.eval_tokens or val_tokens, val_tokens) / train.tokens_per_step
         final_eval_steps = val_tokens / train.tokens_per_step
-        budget.limit(60.0 * train.budget_minutes, step_seconds, time.perf_counter(), eval_steps, final_eval_steps)
+        seconds = 60.0 * train.budget_minutes
+        budget.limit(seconds, started, step_seconds, time.perf_counter(), eval_steps, final_eval_steps)
     elif state.step >= budget.plan.max_steps and state.progress.evaluated_step == state.step:
         log(f"the run is complete at step {state.step}")
     if state.step < budget.plan.max_steps <= optim.warmup_steps:

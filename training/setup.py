@@ -9,31 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from checkpoint import Checkpoint, ModelFolder
-from common.hardware import (
-    EAGER_FLOPS,
-    Hardware,
-    choose_attention,
-    choose_compile,
-    require_determinism,
-)
+from common.hardware import Hardware, choose_attention, require_determinism
 from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
-from common.weights import build_for_weights, count_parameters, flops_per_token, import_weights
+from common.weights import build_for_weights, count_parameters, import_weights
 from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
 from prepare_data import PrepareOptions
 from prepare_data.resolve import log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
+from training.compilation import compiler_name
 from training.evaluation import Evaluation
 from training.micro_batch import choose_micro_batch
+from training.optim import make_optimizer
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
+from training.state import TrainState
 
 MIN_CONTEXT = 16  # tokens; with a shorter context a model learns little but frequencies
 
@@ -45,30 +41,21 @@ def choose_auto(
     hardware: Hardware,
     kept: Mapping[str, str],
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Resolves every `auto` → (values, reasons), both by option. kept: the reasons stored by a resumed run."""
+    """Resolves every `auto` but that of compile, which depends on the model → (values, reasons), both by option. kept:
+    the reasons stored by a resumed run."""
     if train.deterministic:
         require_determinism()
     micro_batch = choose_micro_batch(train.micro_batch_size, train.tokens_per_step, model_config, hardware)
-    compiled = choose_compile(train.compile, hardware, partial(expected_seconds, train, model_config))
     path = choose_attention(attention, hardware.device, model_config.head_size)
     reasons = {
         **kept,
         **hardware.reasons,
         **micro_batch.reasons,
         **path.reasons,
-        **compiled.reasons,
     }
     values = {"device": str(hardware.device), "dtype": hardware.dtype_name, "threads": hardware.threads}
-    values |= {"attention": path.value, "micro_batch_size": micro_batch.value, "compile": compiled.value}
+    values |= {"attention": path.value, "micro_batch_size": micro_batch.value}
     return values, reasons
-
-
-def expected_seconds(train: TrainOptions, model_config: GPTConfig) -> float:
-    """Rough duration of the run on a GPU without torch.compile."""
-    if train.budget_minutes is not None:
-        return 60.0 * train.budget_minutes
-    with torch.device("meta"):
-        return flops_per_token(GPT(model_config, seed=None)) * train.tokens_per_step * train.max_steps / EAGER_FLOPS
 
 
 def open_data(
@@ -177,6 +164,19 @@ def open_run(name: str | None, default_name: str, source: Checkpoint | ModelFold
     stack.enter_context(RunLock(run))
     print(f"run: {run}; Ctrl-C stops it and saves")
     return run
+
+
+def make_state(
+    model: GPT, options: OptimizerOptions, rows: int, run: Path, resumed: Checkpoint | None,
+    initial: ModelFolder | None, compiles: bool, hardware: Hardware,
+) -> TrainState:  # fmt: skip
+    """The state of a new run, or the one that is resumed. rows: windows per step. Raises UserError."""
+    optimizer, scaler = make_optimizer(model, options, hardware.dtype), make_scaler(hardware)
+    compiler = compiler_name(hardware) if compiles else "none"
+    state = TrainState(model, optimizer, scaler, rows, recovery(run, options), initial is not None, compiler)
+    if resumed is not None:
+        state.restore(resumed, hardware)
+    return state
 
 
 def make_sampler(

@@ -52,7 +52,8 @@ class Progress:
 
 class TrainState:
     """The state of a run between two steps. rows: windows per step. recovery: the command named in the errors of
-    a diverged run. pretrained: the run starts from weights of another run."""
+    a diverged run. pretrained: the run starts from weights of another run. compiler: of the training step, or "none".
+    """
 
     def __init__(
         self,
@@ -62,9 +63,10 @@ class TrainState:
         rows: int,
         recovery: str,
         pretrained: bool = False,
+        compiler: str = "none",
     ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.rows, self.recovery, self.pretrained = rows, recovery, pretrained
+        self.rows, self.recovery, self.pretrained, self.compiler = rows, recovery, pretrained, compiler
         self.progress = Progress()
         self.val_loss: float | None = None  # of the current step
         self.is_best = False  # whether the current step has the lowest val loss so far
@@ -173,7 +175,7 @@ class TrainState:
                 "fingerprint": dataset.fingerprint,
                 "example_prompt": example_prompt(dataset),
             },
-            "environment": environment(hardware),
+            "environment": environment(hardware, self.compiler),
         }
         try:
             save_checkpoint(
@@ -197,7 +199,7 @@ class TrainState:
         try:
             load_optimizer_tensors(self.optimizer, self.model, saved.optimizer_tensors())
             self.progress = Progress(**saved.state["progress"])
-            self.val_loss, before = saved.state["val_loss"], saved.state["environment"]
+            self.val_loss, before = saved.state["val_loss"], {"compiler": "none", **saved.state["environment"]}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{saved.path}: its state is not in this version's format ({error}); "
@@ -206,14 +208,14 @@ class TrainState:
         if self.progress.grad_scaler:
             self.scaler.load_state_dict(self.progress.grad_scaler)
         self.saved_step = self.step
-        now = environment(hardware)
+        now = environment(hardware, self.compiler)
         if changed := [f"{name} {before.get(name)} → {now[name]}" for name in now if now[name] != before.get(name)]:
             log(f"the resume may not be bitwise exact: {', '.join(changed)}")
         log(f"resumed {saved.path} at step {self.step}")
 
 
-def environment(hardware: Hardware) -> dict[str, Any]:
-    """What a bitwise-exact repetition depends on besides the options."""
+def environment(hardware: Hardware, compiler: str) -> dict[str, Any]:
+    """What a bitwise-exact repetition depends on besides the options. compiler: of the training step, or "none"."""
     device = hardware.device
     return {
         "python": platform.python_version(),
@@ -223,5 +225,6 @@ def environment(hardware: Hardware) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cuda": torch.version.cuda,
         "threads": hardware.threads,
+        "compiler": compiler,
         "world_size": 1,
     }

@@ -1,0 +1,164 @@
+"""torch.compile of the training step: whether it pays, and its start.
+
+On a GPU the whole model is compiled. On a CPU one block is, and its code serves all layers; the compiler is Inductor
+with the shortcuts of common/inductor.py. What cannot be compiled runs eagerly, after a line that says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import model as model_file
+from common.hardware import Choice, Hardware, triton_obstacle
+from common.inductor import cache_folder, compiler_version, cpp_compiler, shorten_inductor, use_cache
+from common.weights import flops_per_token
+from model import GPT, AttentionContext, Block
+from training.data import MicroBatch
+from training.metrics import log
+from training.options import EvalOptions, TrainOptions
+from training.state import TrainState
+
+# On two cores of a Xeon with AMX (bench/NOTES.md): seconds until the first compiled step, with an empty cache and with
+# a filled one, and the share of an eager step's time that compiled code saves, the least of the shapes measured.
+CPU_SECONDS, CPU_CACHED_SECONDS = 16.0, 5.0
+CPU_SAVES = {torch.bfloat16: 0.25, torch.float32: 0.1}
+SLOW_CPU_FLOPS = 1e10  # FLOP/s of an eager step; every CPU of today does more
+# Assumed, not yet measured on a GPU: the same, and the FLOP/s of an eager step.
+GPU_SECONDS, GPU_SAVES, GPU_EAGER_FLOPS = 60.0, 0.4, 5e13
+
+
+def choose_compile(
+    train: TrainOptions, evals: EvalOptions, model: GPT, batches: Sequence[MicroBatch], hardware: Hardware
+) -> Choice:
+    """Whether to compile the training step. auto: if that saves more of the run's time than it takes."""
+    kind = hardware.device.type
+    if evals.eval_only:
+        return Choice(False, {})
+    if train.compile != "auto":
+        return Choice(train.compile, {})
+    obstacle = cpu_obstacle() if kind == "cpu" else f"it was never tried on {kind}"
+    if kind == "cuda":
+        obstacle = triton_obstacle(hardware.device, (7, 0))
+    if obstacle is not None:
+        return Choice(False, {"compile": obstacle})
+    if kind == "cpu":
+        is_cached = (cache_folder(hardware.threads) / signature(model, batches[0], hardware)).exists()
+        takes, saves = CPU_CACHED_SECONDS if is_cached else CPU_SECONDS, CPU_SAVES[hardware.dtype]
+    else:
+        takes, saves = GPU_SECONDS, GPU_SAVES
+    saved = saves * expected_seconds(train, model, batches, hardware)
+    return Choice(saved > takes, {"compile": f"about {saved:,.0f} s saved against {takes:.0f} s of compiling"})
+
+
+def cpu_obstacle() -> str | None:
+    """Why a CPU's code is not compiled unless asked for; None if it may be."""
+    if sys.platform != "linux":
+        return f"compiled code was never tried on {sys.platform}; --compile=true tries it"
+    if cpp_compiler() is None:
+        return "there is no C++ compiler (g++), with which training would be faster"
+    return None
+
+
+def expected_seconds(train: TrainOptions, model: GPT, batches: Sequence[MicroBatch], hardware: Hardware) -> float:
+    """Rough duration of the run without torch.compile: the time budget; on a CPU the second of two measured
+    micro-batches times their number, unless the run is short on any CPU."""
+    if train.budget_minutes is not None:
+        return 60.0 * train.budget_minutes
+    flops = flops_per_token(model) * train.tokens_per_step * train.max_steps
+    if hardware.device.type != "cpu":
+        return flops / GPU_EAGER_FLOPS
+    seconds = flops / SLOW_CPU_FLOPS
+    if seconds < CPU_CACHED_SECONDS:
+        return seconds
+    for _ in range(2):
+        started = time.perf_counter()
+        run_micro_batch(model, batches[0], hardware)
+        seconds = time.perf_counter() - started
+    return seconds * len(batches) * train.max_steps
+
+
+def compile_model(model: GPT, state: TrainState, batch: MicroBatch, hardware: Hardware) -> Callable[..., Tensor]:
+    """The model as the training step calls it, compiled where state.compiler says so.
+
+    On a CPU this compiles the block for micro-batches like `batch`, and prints what it does. Whatever goes wrong there
+    is printed, the model runs eagerly, and state.compiler is "none"."""
+    if state.compiler == "none":
+        return model
+    if hardware.device.type != "cpu":
+        return torch.compile(model)
+    state.compiler = "none"
+    if cpp_compiler() is None:
+        log("not compiled: there is no C++ compiler (g++)")
+        return model
+    folder = cache_folder(hardware.threads)
+    known = folder / signature(model, batch, hardware)
+    seconds = CPU_CACHED_SECONDS if known.exists() else CPU_SECONDS
+    log(f"compiling a block of the model, which takes about {seconds:.0f} s; its code is kept in {folder}")
+    started, error = time.perf_counter(), None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as other:  # loaded code outlives its file
+        for place in (folder, Path(other)):
+            error = _compile_block(model, batch, hardware, place)
+            if error is None:
+                break
+            log(f"the cache {place} could not be used: {error}")
+    if error is not None:
+        log("not compiled: training goes on without; --compile=false leaves the trial out")
+        return model
+    log(f"compiled in {time.perf_counter() - started:.1f} s")
+    state.compiler = compiler_name(hardware)
+    return model
+
+
+def _compile_block(model: GPT, batch: MicroBatch, hardware: Hardware, folder: Path) -> str | None:
+    """Compiles, with the folder as cache. Returns what went wrong in one line, with the model as it was and without
+    the cache, which may be damaged; else None."""
+    try:
+        use_cache(folder)
+        shorten_inductor()
+        torch.compiler.reset()
+        model.run_block = torch.compile(_run_block, fullgraph=True, dynamic=False)
+        run_micro_batch(model, batch, hardware)
+        (folder / signature(model, batch, hardware)).touch()
+    except (RuntimeError, OSError, AssertionError) as error:  # torch wraps others in RuntimeError
+        model.__dict__.pop("run_block", None)
+        model.zero_grad()
+        shutil.rmtree(folder, ignore_errors=True)
+        cause = getattr(error, "inner_exception", error)  # of a BackendCompilerFailed
+        return f"{type(cause).__name__}: {cause}".strip().splitlines()[0]
+    return None
+
+
+def _run_block(block: Block, x: Tensor, context: AttentionContext) -> Tensor:
+    return block(x, context)
+
+
+def run_micro_batch(model: GPT, batch: MicroBatch, hardware: Hardware) -> None:
+    """Forward and backward pass; the gradients are dropped."""
+    x, y, dropout_seed = batch
+    if dropout_seed is not None:
+        torch.manual_seed(dropout_seed)
+    with hardware.autocast():
+        loss = model(x, y, reduction="sum")
+    loss.backward()
+    model.zero_grad()
+
+
+def compiler_name(hardware: Hardware) -> str:
+    """What compiles the training step: the bits of a run depend on it."""
+    return f"inductor, {compiler_version()}" if hardware.device.type == "cpu" else "inductor"
+
+
+def signature(model: GPT, batch: MicroBatch, hardware: Hardware) -> str:
+    """Name of the file that says that the cache holds the code of this block."""
+    source = hashlib.sha256(Path(model_file.__file__).read_bytes()).hexdigest()
+    facts = [model.config, model.attention, hardware.dtype, batch.x.shape, source]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + ".compiled"

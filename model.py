@@ -477,7 +477,7 @@ class GPT(nn.Module):
         return tensor[: self.config.vocab_size] if name in ("embed.weight", "head.weight") else tensor
 
 
-CHUNK_ROWS, MIN_CHUNKED_LOGITS = 256, 2**22  # tokens per chunk; fewer logits are computed at once
+CHUNK_LOGITS, MIN_CHUNK_ROWS, MIN_CHUNKED_LOGITS = 2**21, 256, 2**22  # fewer logits than the last are one chunk
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -492,15 +492,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             narrow_hidden, narrow_weight = hidden.to(dtype), weight[:vocab_size].to(dtype)
             total = widened(hidden.new_zeros(()))
-            for start in range(0, len(hidden), CHUNK_ROWS):
-                rows = slice(start, start + CHUNK_ROWS)
+            chunk = max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocab_size)
+            for start in range(0, len(hidden), chunk):
+                rows = slice(start, start + chunk)
                 counted = (targets[rows] != IGNORED_TARGET)[:, None]
                 target = targets[rows, None].clamp(min=0)
-                logits = widened(narrow_hidden[rows] @ narrow_weight.mT)  # (CHUNK_ROWS, V)
-                target_logits, maxima = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
-                sums = logits.sub_(maxima).exp_().sum(dim=1, keepdim=True)
-                total += ((sums.log() + maxima - target_logits) * counted).sum()
-                d_logits = logits.mul_(counted / sums).scatter_add_(1, target, -counted.to(logits.dtype)).to(dtype)
+                logits = widened(narrow_hidden[rows] @ narrow_weight.mT)  # (chunk, V)
+                distances = logits.amax(dim=1, keepdim=True) - logits.gather(1, target)
+                probabilities = torch.softmax(logits, dim=1, out=logits)
+                # −log p of the target from the largest p, which cannot underflow
+                total += ((distances - probabilities.amax(dim=1, keepdim=True).log()) * counted).sum()
+                if not counted.all():
+                    probabilities *= counted
+                d_logits = probabilities.scatter_add_(1, target, -counted.to(logits.dtype)).to(dtype)
                 d_hidden[rows] = d_logits @ narrow_weight
                 if dtype == weight.dtype:
                     d_weight[:vocab_size].addmm_(d_logits.mT, narrow_hidden[rows])

@@ -396,7 +396,7 @@ def test_the_loss_in_chunks_equals_the_plain_one(dtype, reduction, monkeypatch):
     results = []
     for minimum in (2**62, 1):
         monkeypatch.setattr(model_module, "MIN_CHUNKED_LOGITS", minimum)
-        monkeypatch.setattr(model_module, "CHUNK_ROWS", 20)
+        monkeypatch.setattr(model_module, "MIN_CHUNK_ROWS", 20)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(ids, targets, reduction=reduction)
         (3 * loss).backward()

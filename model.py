@@ -390,7 +390,8 @@ class GPT(nn.Module):
         states after the final norm (B, T, C)."""
         x = self.embed(ids)  # (B, T, C)
         if self.ngrams is not None:
-            x = x + self.ngrams(self._ngram_rows(ids, positions, before)).sum(dim=-2)
+            rows, on_cpu = self._ngram_rows(ids, positions, before), ids.device.type == "cpu"
+            x = x + F.embedding(rows, self.ngrams.weight, sparse=on_cpu).sum(dim=-2)  # few rows have a gradient
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.n_embd)
         if self.position is not None:

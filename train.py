@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.options import HardwareOptions, RunOptions
@@ -46,7 +46,7 @@ from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.logger import RunLogger, log_end
 from training.micro_batch import fit_micro_batch, reduce_micro_batch
-from training.optim import learning_rate
+from training.optim import clip_gradients, learning_rate
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 from training.prompt import choose_prompt
 from training.reference import Reference, read_curves
@@ -206,7 +206,7 @@ def update(
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), math.inf if grad_clip is None else grad_clip)
+    grad_norm = clip_gradients(state.model.parameters(), grad_clip)
     mean_loss, norm = torch.stack((total, grad_norm.to(total.dtype))).tolist()  # waits for the device, once per step
     if math.isfinite(mean_loss) and math.isfinite(norm):
         scaler.step(optimizer)

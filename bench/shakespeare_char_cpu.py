@@ -67,7 +67,7 @@ from model import GPT, GPTConfig  # noqa: E402
 from prepare_data.shards import open_dataset  # noqa: E402
 from training.data import TrainBatches  # noqa: E402
 from training.micro_batch import choose_micro_batch  # noqa: E402
-from training.optim import learning_rate, make_optimizer, make_plan  # noqa: E402
+from training.optim import clip_gradients, learning_rate, make_optimizer, make_plan  # noqa: E402
 from training.options import OptimizerOptions, TrainOptions  # noqa: E402
 
 PRESET = "shakespeare_char_cpu"
@@ -213,7 +213,7 @@ def our_step(data: Path, dtype: str, dropout: float) -> Step:
                 loss = model(x, y, reduction="sum") / n_targets
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        clip_gradients(model.parameters(), optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return total

@@ -6,7 +6,7 @@ Knows neither data nor the training loop. Reading order: the schedule, Optimizer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,13 +75,18 @@ class Optimizer:
             for parameter in parameters:
                 if parameter not in self.state:
                     self.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS[kind]}
-                    if kind == "adamw":
-                        self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    for name in COUNTERS.get(kind, ()):
+                        shape = parameter.shape[:1] if name == "last_step" else ()
+                        self.state[parameter][name] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
             settings = {name: value for name, value in group.items() if name not in ("kind", "params", "scale")}
             gradients = [parameter.grad for parameter in parameters]
+            if kind != "adamw_rows":
+                gradients = [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
             buffers = [[self.state[parameter][name] for parameter in parameters] for name in MOMENTS[kind]]
-            if kind == "adamw":  # the empty list: max_exp_avg_sqs, which only amsgrad uses
-                buffers += [[], [self.state[parameter]["step"] for parameter in parameters]]
+            if kind == "adamw":
+                buffers.append([])  # max_exp_avg_sqs, which only amsgrad uses
+            for name in COUNTERS.get(kind, ()):
+                buffers.append([self.state[parameter][name] for parameter in parameters])
             UPDATES[kind](parameters, gradients, *buffers, **settings)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -93,16 +98,69 @@ class Optimizer:
                     parameter.grad.zero_()
 
 
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scales the gradients so that their common norm is at most max_norm → the norm before. Sparse ones stay sparse."""
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            gradients.append(parameter.grad._values())
+        elif parameter.grad is not None:
+            gradients.append(parameter.grad)
+    norm = nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def adamw_rows(
+    tables: list[Tensor], gradients: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    last_steps: list[Tensor], steps: list[Tensor], *, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float,
+) -> None:  # fmt: skip
+    """AdamW for tables of which a step reads few rows: touches only the rows (R, C) that have a gradient.
+
+    Gradients are sparse, or dense, and then rows of zeros have none. A row's moments and weights decay by
+    the steps since its last gradient, last_steps (R,). In those steps AdamW would have moved the row on, by momentum;
+    here it moves as far at once, on the guess that its next gradient is as many steps away: the sum of a geometric
+    series. With a gradient in every step this is AdamW. (LazyAdam and torch.optim.SparseAdam let the moments rest.)
+    """
+    lists = (tables, gradients, exp_avgs, exp_avg_sqs, last_steps, steps)
+    for table, gradient, exp_avg, exp_avg_sq, last_step, step in zip(*lists, strict=True):
+        step += 1
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            rows, values = gradient.indices()[0], gradient.values()
+        else:
+            rows = gradient.any(dim=1).nonzero()[:, 0]
+            values = gradient.index_select(0, rows)
+        waited = (step - last_step.index_select(0, rows))[:, None]  # steps
+        average = exp_avg.index_select(0, rows).mul_(beta1**waited).add_(values, alpha=1 - beta1)
+        square = exp_avg_sq.index_select(0, rows).mul_(beta2**waited).addcmul_(values, values, value=1 - beta2)
+        ratio = beta1 / math.sqrt(beta2)  # of a move to the one before it, once the gradients stop
+        moves = (1 - ratio**waited) / (1 - ratio) if ratio < 1 else waited
+        first, second = 1 - beta1 ** float(step), 1 - beta2 ** float(step)
+        moved = table.index_select(0, rows).mul_((1 - lr * weight_decay) ** waited)
+        moved.addcdiv_(average * moves, (square / second).sqrt_().add_(eps), value=-lr / first)
+        for whole, part in ((exp_avg, average), (exp_avg_sq, square), (table, moved)):
+            whole.index_copy_(0, rows, part)
+        last_step.index_fill_(0, rows, float(step))
+
+
 UPDATES: dict[str, Callable[..., None]] = {
     "adamw": partial(adamw, fused=True, amsgrad=False, maximize=False),
     "muon": muon,
+    "adamw_rows": adamw_rows,
     "sgd": partial(sgd, dampening=0.0, nesterov=False, maximize=False),
 }
 MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
+    "adamw_rows": ("exp_avg", "exp_avg_sq"),
     "muon": ("momentum",),
     "sgd": ("momentum_buffer",),
 }  # names as in torch.optim
+COUNTERS = {"adamw": ("step",), "adamw_rows": ("last_step", "step")}
 
 
 def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = torch.float32) -> Optimizer:
@@ -112,7 +170,8 @@ def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = t
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if options.optimizer == "muon" else []
     in_muon = {id(matrix) for matrix in matrices}
-    others = [p for p in model.parameters() if id(p) not in in_muon]
+    tables = [] if model.ngrams is None or options.optimizer == "sgd" else [model.ngrams.weight]
+    others = [p for p in model.parameters() if id(p) not in in_muon and all(p is not table for table in tables)]
     common: dict[str, Any] = {"lr": options.learning_rate, "scale": 1.0}
     if options.optimizer == "sgd":
         common |= {"kind": "sgd", "momentum": options.momentum}
@@ -122,6 +181,8 @@ def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = t
         {**common, "params": [p for p in others if p.dim() >= 2], "weight_decay": options.weight_decay},
         {**common, "params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if tables:
+        groups.append({**common, "kind": "adamw_rows", "params": tables, "weight_decay": options.weight_decay})
     if matrices:
         group = {
             "kind": "muon",
@@ -160,7 +221,7 @@ def load_optimizer_tensors(optimizer: Optimizer, model: GPT, tensors: dict[str, 
         if tensor.dim() == 0:  # AdamW's step counter, on the parameter's device as fused AdamW requires
             optimizer.state.setdefault(parameter, {})[key] = tensor.to(parameter.device).clone()
             continue
-        value = torch.zeros_like(parameter)
+        value = torch.zeros_like(parameter[:, 0] if key == "last_step" else parameter)
         target = model.unpad(name, value)
         if target.shape != tensor.shape:
             raise ValueError(
@@ -168,3 +229,7 @@ def load_optimizer_tensors(optimizer: Optimizer, model: GPT, tensors: dict[str, 
             )
         target.copy_(tensor)
         optimizer.state.setdefault(parameter, {})[key] = value
+    for parameter in [p for group in optimizer.param_groups if group["kind"] == "adamw_rows" for p in group["params"]]:
+        state = optimizer.state.get(parameter, {})
+        if "step" in state:  # older checkpoints have no last_step: AdamW moved every row in every step
+            state.setdefault("last_step", state["step"].expand(len(parameter)).clone())

@@ -61,18 +61,24 @@ def choose(device="cpu", option="auto", dtype=torch.float32, **train):
 
 def test_on_a_cpu_the_seconds_saved_decide(monkeypatch):
     monkeypatch.setattr(compilation, "cpu_obstacle", lambda: None)
-    worth = compilation.CPU_SECONDS / compilation.CPU_SAVES[torch.float32] / 60
+    worth = compilation.CPU_SECONDS / compilation.CPU_SAVES_OF_FUSED[torch.float32] / 60
     for minutes in (0.9 * worth, 1.1 * worth):
         choice = choose(budget_minutes=minutes)
         assert choice.value is (minutes > worth)
-        assert "s saved against 16 s of compiling" in choice.reasons["compile"]
+        assert "s saved against 14 s of compiling" in choice.reasons["compile"]
     assert choose(budget_minutes=0.9 * worth, option=True).value is True
     assert choose(budget_minutes=1.1 * worth, option=False).value is False
 
 
+def test_more_is_expected_of_models_with_many_small_operations():
+    plain, modern = GPTConfig(), GPTConfig(norm="rmsnorm")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 0 < compilation.cpu_saves(plain, dtype) < compilation.cpu_saves(modern, dtype) < 0.5
+
+
 def test_with_a_filled_cache_shorter_runs_are_worth_it(monkeypatch):
     monkeypatch.setattr(compilation, "cpu_obstacle", lambda: None)
-    minutes = 1.1 * compilation.CPU_CACHED_SECONDS / compilation.CPU_SAVES[torch.float32] / 60
+    minutes = 1.1 * compilation.CPU_CACHED_SECONDS / compilation.CPU_SAVES_OF_FUSED[torch.float32] / 60
     assert choose(budget_minutes=minutes).value is False
     model, batch = model_and_batch()
     folder = inductor.cache_folder(torch.get_num_threads())

@@ -631,13 +631,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer:
         context.cache.write(layer, context.rows, k, v)
     if context.path == "triton":
         return fused_attention(q, k, v, context.first_visible)[0]
-    if context.mask is None and q.device.type == "cpu" and q.shape[1] <= MAX_UNFUSED_LENGTH.get(q.dtype, 0):
+    is_short = q.device.type == "cpu" and q.shape[1] <= MAX_UNFUSED_LENGTH.get(q.dtype, 0)
+    if context.mask is None and is_short and torch.is_grad_enabled():
         return opaque_attention(q, k, v)[0] if torch.compiler.is_compiling() else CausalAttention.apply(q, k, v)
     return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), context.mask, causal=context.mask is None)
 
 
-# PyTorch's fused attention on CPUs is made for long sequences. Up to these lengths plain matrix products were faster
-# in every timing (bench/NOTES.md). They hold a (T, T) matrix per head.
+# PyTorch's fused attention on CPUs is made for long sequences. Up to these lengths plain matrix products, forward and
+# backward, were faster in every timing (bench/NOTES.md); without gradients they are not. They hold a (T, T) matrix per
+# head.
 MAX_UNFUSED_LENGTH = {torch.float32: 128, torch.bfloat16: 1024}
 BLOCK_ROWS = 64  # queries whose float32 scores are held at once
 

@@ -7,10 +7,13 @@ small: nanoGPT's documented CPU setting for tinyshakespeare. baby: its GPU setti
 ours applies dropout to embeddings and residual branches, never to attention weights, so the two compute different
 things there: compare val losses by whole trainings. 124m: GPT-2's shape, 4 rows of 256 tokens.
 
+Both also compiled: nanoGPT by torch.compile as its train.py does by default, ours as train.py does on a CPU.
+
 Random ids. A step is forward, backward, clipping and update, each as the side's own training does it; ours with the
 allocator settings, micro-batch size and dtype that train.py would choose. Each side has its own process, as those
-settings hold for a whole process; only one of the two works at a time. Prints tokens/s (median and best) and ratios,
-and writes them with the machine to bench/results/.
+settings hold for a whole process; only one of them works at a time. Prints tokens/s (median and best), GFLOP/s beside
+those of a large matrix product, the seconds until the first step was done, and ratios, and writes them with the machine
+to bench/results/.
 """
 
 from __future__ import annotations
@@ -18,14 +21,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,10 +42,13 @@ from bench.hardware import Stopwatch, commit_of, hardware, write_results  # noqa
 from bench.peer import import_model, rotated  # noqa: E402
 from common.hardware import Hardware, choose_hardware, tune_allocator  # noqa: E402
 from common.options import HardwareOptions  # noqa: E402
+from common.weights import flops_per_token  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from training.compilation import compile_model  # noqa: E402
+from training.data import MicroBatch  # noqa: E402
 from training.micro_batch import choose_micro_batch  # noqa: E402
-from training.optim import make_optimizer  # noqa: E402
+from training.optim import clip_gradients, make_optimizer  # noqa: E402
 from training.options import OptimizerOptions  # noqa: E402
 
 
@@ -79,6 +87,7 @@ SETTINGS = {
         6,
     ),
 }
+SIDES = ("nanogpt", "nanogpt compiled", "sprout", "sprout compiled")
 Step = Callable[[], object]
 
 
@@ -91,23 +100,27 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="our dtype; the peer's is float32"
     )
     # the process of one side: see run_worker
-    parser.add_argument("--worker", choices=("nanogpt", "sprout"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--sides", default=",".join(SIDES), help="which to measure")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     arguments = parser.parse_args(argv)
     names = arguments.settings.split(",")
     if unknown := [name for name in names if name not in SETTINGS]:
         raise UserError(f"--settings={arguments.settings}: unknown {unknown[0]!r}; expected {', '.join(SETTINGS)}")
+    if unknown := [side for side in arguments.sides.split(",") if side not in SIDES]:
+        raise UserError(f"--sides={arguments.sides}: unknown {unknown[0]!r}; expected {', '.join(SIDES)}")
     peer = import_model(arguments.peer)
-    if arguments.worker == "sprout":
+    if arguments.worker is not None and arguments.worker.startswith("sprout"):
         tune_allocator()
     chosen = choose_hardware(HardwareOptions(device="cpu", dtype=arguments.dtype))
     if arguments.worker is not None:
-        setting = SETTINGS[names[0]]
-        step = peer_step(peer, setting) if arguments.worker == "nanogpt" else our_step(setting, chosen)
-        run_worker(step, setting.steps)
+        setting, compiled = SETTINGS[names[0]], arguments.worker.endswith("compiled")
+        make = partial(peer_step, peer) if arguments.worker.startswith("nanogpt") else partial(our_step, chosen)
+        run_worker(make(setting, compiled), setting.steps)
         return 0
     figures: dict[str, Any] = {"hardware": hardware(), "sprout": commit_of(ROOT), "peer": commit_of(arguments.peer)}
-    figures |= {"dtype": chosen.dtype_name}
+    figures |= {"dtype": chosen.dtype_name, "peak_gflops": peak_gflops()}
+    print(f"a product of 2,048 x 2,048 matrices: {figures['peak_gflops']} GFLOP/s", flush=True)
     for name in names:
         figures[name] = measure(name, arguments)
     print(f"written: {write_results('cpu_speed', figures, arguments.results)}")
@@ -115,8 +128,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_worker(step: Step, steps: int) -> None:
-    """Warms up with one step. Then, for every line on standard input, runs a block of steps and prints its seconds."""
+    """Warms up with one step and prints its seconds. Then, for every line on standard input, runs a block of steps and
+    prints its seconds."""
+    started = time.perf_counter()
     step()
+    print(time.perf_counter() - started, flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
         for _ in range(steps):
@@ -129,13 +145,14 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     setting = SETTINGS[name]
     tokens = setting.rows * setting.shape["block_size"] * setting.steps
     command = [sys.executable, __file__, f"--peer={arguments.peer}", f"--settings={name}", f"--dtype={arguments.dtype}"]
-    sides = ("nanogpt", "sprout")
+    sides = arguments.sides.split(",")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     rates: dict[str, list[float]] = {side: [] for side in sides}
     with Stopwatch() as watch, ExitStack() as stack:
-        workers = {
-            side: stack.enter_context(subprocess.Popen([*command, f"--worker={side}"], **pipes)) for side in sides
-        }
+        workers, first = {}, {}
+        for side in sides:  # one after the other: a first step may compile
+            workers[side] = stack.enter_context(subprocess.Popen([*command, f"--worker={side}"], **pipes))
+            first[side] = float(workers[side].stdout.readline())
 
         def block(side: str) -> float:
             worker = workers[side]
@@ -149,19 +166,34 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 rates[side].append(block(side))
         for worker in workers.values():
             worker.stdin.close()
-    ours, theirs = rates["sprout"], rates["nanogpt"]
-    ratios = {
-        "of_medians": statistics.median(ours) / statistics.median(theirs),
-        "of_bests": max(ours) / max(theirs),
-        "median_of_rounds": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
-    }
-    print(
-        f"{name:6} tokens/s: nanoGPT {statistics.median(theirs):,.0f} (best {max(theirs):,.0f}),"
-        f" Sprout {statistics.median(ours):,.0f} (best {max(ours):,.0f});"
-        f" ratios {', '.join(f'{key} {value:.2f}' for key, value in ratios.items())}; {watch.measured}",
-        flush=True,
-    )
-    return {"tokens_per_second": rates, "ratios": ratios, "machine": watch.measured}
+    flops = flops_per_token(GPT(GPTConfig(**setting.shape, eos_id=None), seed=None))
+    ratios: dict[str, float] = {}
+    for side, figures in rates.items():
+        median = statistics.median(figures)
+        for other, theirs in rates.items():
+            if side.startswith("sprout") and other.startswith("nanogpt"):
+                ratios[f"{side} / {other}"] = statistics.median(a / b for a, b in zip(figures, theirs, strict=True))
+        print(
+            f"{name:6} {side:16} {median:10,.0f} tokens/s (best {max(figures):,.0f}), {1e-9 * flops * median:,.0f}"
+            f" GFLOP/s; first step {first[side]:.1f} s",
+            flush=True,
+        )
+    for pair, ratio in ratios.items():
+        print(f"{name:6} {pair}: {ratio:.2f}", flush=True)
+    return {"tokens_per_second": rates, "ratios": ratios, "first_step_seconds": first, "machine": watch.measured}
+
+
+def peak_gflops() -> dict[str, float]:
+    """GFLOP/s of a large matrix product in either type, the best of a few."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, seconds = torch.randn(2048, 2048).to(dtype), math.inf
+        for _ in range(6):
+            started = time.perf_counter()
+            torch.mm(a, a)
+            seconds = min(seconds, time.perf_counter() - started)
+        found[str(dtype).removeprefix("torch.")] = round(2e-9 * 2048**3 / seconds)
+    return found
 
 
 def batch(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,16 +201,17 @@ def batch(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def peer_step(peer: ModuleType, setting: Setting) -> Step:
+def peer_step(peer: ModuleType, setting: Setting, compiled: bool) -> Step:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
         model = peer.GPT(peer.GPTConfig(**setting.shape)).train()
         optimizer = model.configure_optimizers(
             weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.99), device_type="cpu"
         )
     x, y = batch(setting)
+    forward: Any = torch.compile(model) if compiled else model
 
     def step() -> float:
-        _, loss = model(x, y)
+        _, loss = forward(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -188,13 +221,15 @@ def peer_step(peer: ModuleType, setting: Setting) -> Step:
     return step
 
 
-def our_step(setting: Setting, chosen: Hardware) -> Step:
+def our_step(chosen: Hardware, setting: Setting, compiled: bool) -> Step:
     config = GPTConfig(**setting.shape, eos_id=None)
     model = GPT(config).train()
     optimizer = make_optimizer(model, OptimizerOptions(learning_rate=1e-4))
     x, y = batch(setting)
     auto: Literal["auto"] = "auto"
     size = choose_micro_batch(auto, x.numel(), config, chosen).value
+    if compiled:
+        compile_blocks(model, MicroBatch(x[:size], y[:size], 0 if config.dropout else None), chosen)
 
     def step() -> float:
         total = 0.0
@@ -203,12 +238,21 @@ def our_step(setting: Setting, chosen: Hardware) -> Step:
                 loss = model(x[rows : rows + size], y[rows : rows + size], reduction="sum") / y.numel()
             loss.backward()
             total += float(loss.item())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return total
 
     return step
+
+
+def compile_blocks(model: GPT, batch: MicroBatch, chosen: Hardware) -> None:
+    """As train.py does; its messages go to standard error. Raises UserError where that fails."""
+    state: Any = SimpleNamespace(compiler="wanted")
+    with contextlib.redirect_stdout(sys.stderr):
+        compile_model(model, state, batch, chosen)
+    if state.compiler == "none":
+        raise UserError("Sprout's block was not compiled, see above; leave it out: --sides=nanogpt,sprout")
 
 
 if __name__ == "__main__":

@@ -84,8 +84,8 @@ def shorten_inductor() -> None:
     # a damaged entry of the cache is a miss, not a page of warnings
     logging.getLogger("torch._inductor.codecache").setLevel(logging.ERROR)
     needed = [
-        (async_compile.AsyncCompile, "cpp_pybinding"), (codecache, "LambdaFuture"), (cpu_vec_isa, "pick_vec_isa"),
-        (cpp_builder, "CppTorchDeviceOptions"),
+        (async_compile.AsyncCompile, "cpp_pybinding"), (async_compile, "get_compile_threads"),
+        (codecache, "LambdaFuture"), (cpu_vec_isa, "pick_vec_isa"), (cpp_builder, "CppTorchDeviceOptions"),
     ]  # fmt: skip
     if all(hasattr(place, name) for place, name in needed):
         setattr(async_compile.AsyncCompile, "cpp_pybinding", _add_kernel)  # noqa: B010
@@ -152,7 +152,9 @@ def load_library(source: str) -> ctypes.CDLL:
         path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         Path(scratch, "kernels.cpp").write_text(source, "utf-8")
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(  # in a session of its own: Ctrl-C stops the run after this, not the compiler
+            command, cwd=scratch, capture_output=True, text=True, errors="replace", check=False, start_new_session=True
+        )
         if done.returncode != 0:
             raise RuntimeError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
         built = Path(scratch, "kernels.so")
@@ -186,6 +188,7 @@ def file_digest(path: Path) -> str:
 def _add_kernel(compilation: Any, argtypes: list[str], source: str) -> Any:
     """In place of AsyncCompile.cpp_pybinding: adds a kernel to its graph's library. Inductor waits for the returned
     future when it has all kernels of the graph; that starts the compiler, and the first call waits for it."""
+    from torch._inductor.async_compile import get_compile_threads
     from torch._inductor.codecache import LambdaFuture
 
     library = compilation.__dict__.setdefault("sprout_library", KernelLibrary())
@@ -194,17 +197,19 @@ def _add_kernel(compilation: Any, argtypes: list[str], source: str) -> Any:
     names = [argtype.replace("const ", "") for argtype in argtypes]
     types = [POINTER if "*" in name else SIZES[name] for name in names]
 
-    def make_call() -> Callable[..., None]:
+    function: Any = None
+
+    def call(*arguments: Any) -> None:
+        nonlocal function
+        if function is None:
+            library.start()
+            function = library.function(index)
+            function.argtypes, function.restype = types, None
+        function(*[x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments])
+
+    def start_early() -> Callable[..., None]:
         library.start()
-        function: Any = None
-
-        def call(*arguments: Any) -> None:
-            nonlocal function
-            if function is None:
-                function = library.function(index)
-                function.argtypes, function.restype = types, None
-            function(*[x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments])
-
         return call
 
-    return LambdaFuture(make_call)
+    # with one thread for compiling, as on one core, Inductor waits for no futures
+    return LambdaFuture(start_early) if get_compile_threads() > 1 else call

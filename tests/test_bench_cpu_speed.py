@@ -32,17 +32,24 @@ def test_both_sides_are_measured_and_the_ratio_is_written(tmp_path, capsys):
         "--rounds=2",
         f"--results={tmp_path}",
         "--dtype=float32",
+        "--sides=nanogpt,sprout",
     ]
     assert cpu_speed.main(arguments) == 0
     figures = json.loads(next(tmp_path.glob("*-cpu_speed.json")).read_text())
     rates = figures["small"]["tokens_per_second"]
     assert [len(rates[side]) for side in ("nanogpt", "sprout")] == [2, 2]
     assert min(rates["nanogpt"]) > 0
-    assert "ratios of_medians" in capsys.readouterr().out
+    assert figures["small"]["ratios"].keys() == {"sprout / nanogpt"}
+    assert min(figures["peak_gflops"].values()) > 0
+    printed = capsys.readouterr().out
+    assert "small  sprout / nanogpt: " in printed
+    assert "GFLOP/s; first step " in printed
 
 
 def test_wrong_settings_and_a_missing_peer_are_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="unknown 'large'; expected small, baby, 124m"):
         cpu_speed.main([f"--peer={tmp_path}", "--settings=large"])
+    with pytest.raises(UserError, match="unknown 'minimind'; expected nanogpt, nanogpt compiled, sprout, sprout"):
+        cpu_speed.main([f"--peer={tmp_path}", "--sides=minimind"])
     with pytest.raises(UserError, match=r"no model\.py there"):
         cpu_speed.main([f"--peer={tmp_path}"])

@@ -308,9 +308,7 @@ class GPT(nn.Module):
     """A decoder-only Transformer over token ids. seed: for the initial weights, drawn on the CPU, so equal on every
     device; None leaves them unset, to be loaded. attention: the path, from choose_attention in common/hardware.py."""
 
-    run_block: Callable[..., Tensor] = staticmethod(
-        Block.__call__
-    )  # block, x, context → x in training; may be compiled
+    run_block: Callable[..., Tensor] = staticmethod(Block.__call__)  # block, x, context → x; compiled in training
     table: Tensor | None  # fixed positions: (block_size, C) sine waves or (block_size, 2, D/2) rotations
 
     def __init__(self, config: GPTConfig, seed: int | None = 0, attention: AttentionPath = "sdpa") -> None:

@@ -1,7 +1,7 @@
 """Whole training steps on a CPU beside nanoGPT, in turns: same shapes, same number of tokens.
 
     python bench/cpu_speed.py --peer=PATH_TO_NANOGPT [--settings=small,baby,124m] [--rounds=N]
-                              [--dtype=auto|float32|bfloat16]
+                              [--dtype=auto|float32|bfloat16] [--sides="nanogpt,sprout compiled"]
 
 small: nanoGPT's documented CPU setting for tinyshakespeare. baby: its GPU setting for the same text, with dropout 0.2;
 ours applies dropout to embeddings and residual branches, never to attention weights, so the two compute different

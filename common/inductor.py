@@ -87,7 +87,7 @@ def shorten_inductor() -> None:
         (async_compile.AsyncCompile, "cpp_pybinding"), (async_compile, "get_compile_threads"),
         (codecache, "LambdaFuture"), (cpu_vec_isa, "pick_vec_isa"), (cpp_builder, "CppTorchDeviceOptions"),
     ]  # fmt: skip
-    if all(hasattr(place, name) for place, name in needed):
+    if sys.platform != "win32" and all(hasattr(place, name) for place, name in needed):  # MSVC has other flags
         setattr(async_compile.AsyncCompile, "cpp_pybinding", _add_kernel)  # noqa: B010
 
 

@@ -136,10 +136,9 @@ COMPILED = (
 )  # fmt: skip
 
 
-def train(*args: str) -> str:
-    """Prints of a run. In this process: only the first compile of a process imports the compiler."""
+def train(*args: str) -> None:
+    """A run in this process: only the first compile of a process imports the compiler."""
     assert train_script.main(list(args)) == 0
-    return ""
 
 
 @needs_compiler

@@ -180,8 +180,15 @@ def test_a_compiled_run_keeps_the_promises_of_an_eager_one(small_text, capsys, m
 def test_without_a_compiler_a_run_that_asks_for_it_is_eager(small_text, capsys, monkeypatch):
     monkeypatch.setattr(compilation, "cpp_compiler", lambda: None)
     train(*COMPILED, f"--data={small_text}", "--max_steps=1", "--run=eager")
-    assert "not compiled: there is no C++ compiler (g++)" in capsys.readouterr().out
+    assert "not compiled: there is no C++ compiler (g++)\n" in capsys.readouterr().out
     assert json.loads(Path("eager/config.json").read_text("utf-8"))["options"]["compile"] is False
+
+
+def test_where_no_compiler_is_found_the_line_of_choices_says_so(small_text, capsys, monkeypatch):
+    monkeypatch.setattr(compilation, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(compilation, "sys", SimpleNamespace(platform="linux"))
+    train(*COMPILED, "--compile=auto", f"--data={small_text}", "--max_steps=1", "--run=eager")
+    assert ", not compiled: there is no C++ compiler (g++), with which training would" in capsys.readouterr().out
 
 
 def test_a_compiler_that_fails_leaves_an_eager_run(small_text, capsys, monkeypatch):

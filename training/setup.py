@@ -131,9 +131,12 @@ def announce(model: GPT, hardware: Hardware, values: Mapping[str, Any], reasons:
         f"model: {count_parameters(model):,} parameters, {size.n_layer} layers, {size.n_embd} channels,"
         f" context {size.block_size}"
     )
+    compiled = "compiled" if values["compile"] else "not compiled"
+    if not why:
+        compiled += f": {reasons['compile']}" if "compile" in reasons else ""
+        compiled += " (--verbose=true: why)"
     print(
-        f"{hardware.describe()}, micro-batch {values['micro_batch_size']}, attention: {values['attention']},"
-        f" {'compiled' if values['compile'] else 'not compiled'}{'' if why else ' (--verbose=true: why)'}"
+        f"{hardware.describe()}, micro-batch {values['micro_batch_size']}, attention: {values['attention']}, {compiled}"
     )
     for name, reason in reasons.items() if why else ():
         print(f"  {name}: {reason}")

@@ -1,7 +1,7 @@
 """The Transformer in one file: options, layers, language model, key/value cache, attention and its Triton kernels.
 
 Reading order: GPTConfig (the options) → norms, positions, dropout → Attention, MLP, Block → GPT (forward pass and loss,
-prefill and decode step) → ChunkedCrossEntropy → KVCache → attention (its two paths, then the fused kernels).
+prefill and decode step) → the loss in chunks → KVCache → attention (its two paths, then the fused kernels).
 The file imports nothing of the project. It works on ids and tensors; text, files and schedules are handled elsewhere.
 
 Dimension letters: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head size, F width of the
@@ -357,17 +357,30 @@ class GPT(nn.Module):
         hidden = self._hidden(ids, *self._sequence_context(ids))
         if targets is None:
             return self._logits(hidden)
-        V = self.config.vocab_size
-        plain = reduction == "none" or label_smoothing or torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        if hidden.device.type == "cpu" and not plain and targets.numel() * V >= MIN_CHUNKED_LOGITS:
-            weight = self.embed.weight if self.head is None else self.head.weight
-            total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), V)
-            return total if reduction == "sum" else total / (targets != IGNORED_TARGET).sum()
-        loss = F.cross_entropy(
-            widened(self._logits(hidden)).flatten(0, 1), targets.flatten(),
-            ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing,
-        )  # fmt: skip
-        return loss.view_as(targets) if reduction == "none" else loss
+        kind, V, smoothing = hidden.device.type, self.config.vocab_size, label_smoothing
+        hidden, flat = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        if not torch.is_grad_enabled():
+            rows = max(1, EVAL_CHUNK_LOGITS // V)
+            chunks = zip(hidden.split(rows), flat.split(rows), strict=True)
+            losses = torch.cat([self._losses(*chunk, reduction="none", label_smoothing=smoothing) for chunk in chunks])
+            if reduction == "none":
+                return losses.view_as(targets)
+            return losses.sum() if reduction == "sum" else losses.sum() / (flat != IGNORED_TARGET).sum()
+        if reduction == "none" or flat.numel() * V < MIN_CHUNKED_LOGITS or kind not in CHUNK_LOGITS:
+            loss = self._losses(hidden, flat, reduction, smoothing)
+            return loss.view_as(targets) if reduction == "none" else loss
+        weight = self.embed.weight if self.head is None else self.head.weight
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        inputs = hidden, weight, flat, V, dtype, smoothing, self.attention == "triton"
+        total = opaque_loss(*inputs)[0] if torch.compiler.is_compiling() else ChunkedCrossEntropy.apply(*inputs)
+        return total if reduction == "sum" else total / (flat != IGNORED_TARGET).sum()
+
+    def _losses(self, hidden: Tensor, targets: Tensor, reduction: str, label_smoothing: float) -> Tensor:
+        """hidden (N, C), targets (N,) → PyTorch's loss over all logits at once: (N,) for "none", else a scalar."""
+        logits = widened(self._logits(hidden))
+        return F.cross_entropy(
+            logits, targets, ignore_index=IGNORED_TARGET, reduction=reduction, label_smoothing=label_smoothing
+        )
 
     def _sequence_context(self, ids: Tensor, **fields: Any) -> tuple[Tensor | slice, AttentionContext]:
         """ids (B, T) → positions, as _hidden takes them, and the attention context with further fields."""
@@ -476,47 +489,141 @@ class GPT(nn.Module):
         return tensor[: self.config.vocab_size] if name in ("embed.weight", "head.weight") else tensor
 
 
-CHUNK_LOGITS, MIN_CHUNK_ROWS, MIN_CHUNKED_LOGITS = 2**21, 256, 2**22  # fewer logits than the last are one chunk
+# ---- The loss in chunks ----------------------------------------------------------------------------------------------
+# In training the forward pass computes the gradients too, softmax − one-hot, chunk by chunk in place of the logits, so
+# no tensor of N × V numbers exists: for 65,536 tokens of GPT-2's vocabulary that is 13 GB in float32, several times.
+# (Liger's FusedLinearCrossEntropy does the same. F.linear_cross_entropy, torch 2.13, is six times slower on a CPU than
+# the plain loss.)
+
+# Logits in a chunk, by device: a CPU's stay near its caches; a GPU needs some thousand rows for its products, and takes
+# 0.5 GiB in 16 bits. MPS was never tried: it trains without chunks. Evaluation, without gradients, takes at most 0.25
+# GiB in float32 at a time on every device; smaller chunks are slower on a CPU.
+CHUNK_LOGITS, EVAL_CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**28}, 2**26
+MIN_CHUNK_ROWS, MIN_CHUNKED_LOGITS = 256, 2**22  # fewer logits than the last are one chunk
+
+
+def chunked_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, label_smoothing: float,
+    kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """hidden (N, C), head weight (≥ V, C), targets (N,) int64 → the sum of the counted targets' losses in nats, and its
+    gradients by hidden and weight, in their dtypes. dtype: of the products; softmax is in float32 or wider. kernel:
+    whether Triton runs here."""
+    N, kind = len(targets), hidden.device.type
+    d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    with torch.autocast(kind, enabled=False):
+        # with the rows that pad the vocabulary, rows of logits are aligned as GPUs need it
+        narrow_hidden, narrow_weight = hidden.to(dtype), (weight[:vocab_size] if kind == "cpu" else weight).to(dtype)
+        d_head = d_weight[: len(narrow_weight)]
+        total = widened(hidden.new_zeros(()))
+        chunk = max(MIN_CHUNK_ROWS, CHUNK_LOGITS[kind] // vocab_size)
+        for start in range(0, N, chunk):
+            rows = slice(start, start + chunk)
+            logits = narrow_hidden[rows] @ narrow_weight.mT  # (chunk, ≥ V)
+            replace = loss_kernel if kernel else replace_logits
+            loss, d_logits = replace(logits, targets[rows], vocab_size, label_smoothing)
+            total += loss
+            d_hidden[rows] = d_logits @ narrow_weight
+            if dtype == weight.dtype:
+                d_head.addmm_(d_logits.mT, narrow_hidden[rows])
+            else:
+                d_head += d_logits.mT @ narrow_hidden[rows]
+            del logits, d_logits  # before the next chunk's are allocated
+    return total, d_hidden, d_weight
+
+
+def replace_logits(logits: Tensor, targets: Tensor, vocab_size: int, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """logits (n, ≥ V), overwritten if float32, targets (n,) → the sum of the losses, and its gradient by the logits."""
+    dtype, counted = logits.dtype, (targets != IGNORED_TARGET)[:, None]
+    target = targets[:, None].clamp(min=0)
+    logits = widened(logits)
+    logits[:, vocab_size:] = -torch.inf
+    target_logits = logits.gather(1, target)
+    if label_smoothing:
+        target_logits = target_logits.lerp(logits[:, :vocab_size].mean(dim=1, keepdim=True), label_smoothing)
+    distances = logits.amax(dim=1, keepdim=True) - target_logits
+    probabilities = torch.softmax(logits, dim=1, out=logits)
+    # −log p of the target from the largest p, which cannot underflow
+    loss = ((distances - probabilities.amax(dim=1, keepdim=True).log()) * counted).sum()
+    if label_smoothing:
+        probabilities[:, :vocab_size] -= label_smoothing / vocab_size
+    if logits.device.type != "cpu" or not counted.all():  # a GPU would have to be waited for
+        probabilities *= counted
+    return loss, probabilities.scatter_add_(1, target, (label_smoothing - 1) * counted.to(logits.dtype)).to(dtype)
+
+
+def loss_kernel(logits: Tensor, targets: Tensor, vocab_size: int, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """replace_logits by one kernel, always in place."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    sizes = vocab_size, logits.shape[1]
+    with torch.cuda.device_of(logits):
+        _jitted(_loss_kernel)[len(logits),](logits, targets, losses, *sizes, label_smoothing, BLOCK=4096, num_warps=8)
+    return losses.sum(), logits
+
+
+def _loss_kernel(logits_ptr, targets_ptr, losses_ptr, V, stride, smoothing, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program per row of `stride` logits, of which V count: running maximum m_i and sum of exponentials l_i in one
+    pass (as in the attention kernels below), then the gradient in place of the logits, read again from the L2 cache.
+    The target's logit is read before the first reduction, which all warps pass before any of them writes."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    target = tl.load(targets_ptr + row)
+    target_logit = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32)
+    columns = tl.arange(0, BLOCK)
+    m_i, l_i, sum_of_logits = -float("inf"), 0.0, 0.0
+    for start in range(0, V, BLOCK):
+        s = tl.load(logits_ptr + start + columns, mask=start + columns < stride, other=0.0).to(tl.float32)
+        s = tl.where(start + columns < V, 1.4426950408889634 * s, -float("inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 0))
+        l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(s - m_new), 0)
+        m_i = m_new
+        sum_of_logits += tl.sum(tl.where(start + columns < V, s, 0.0), 0)
+    lse = m_i + tl.log2(l_i)
+    target_logit += smoothing * (0.6931471805599453 * sum_of_logits / V - target_logit)
+    is_counted = target >= 0
+    tl.store(losses_ptr + row, tl.where(is_counted, 0.6931471805599453 * lse - target_logit, 0.0))
+    for start in range(0, stride, BLOCK):
+        s = tl.load(logits_ptr + start + columns, mask=start + columns < stride, other=0.0).to(tl.float32)
+        p = tl.exp2(1.4426950408889634 * s - lse)
+        d = p - smoothing / V - tl.where(start + columns == target, 1 - smoothing, 0.0)
+        d = tl.where(is_counted & (start + columns < V), d, 0.0)
+        tl.store(logits_ptr + start + columns, d, mask=start + columns < stride)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """hidden (N, C), head weight (≥ V, C), targets (N,) int64 → the sum of the counted targets' losses in nats.
-    The forward pass computes the gradients too, softmax − one-hot, chunk by chunk in place of the logits, so no (N, V)
-    tensor is allocated. For CPUs; F.linear_cross_entropy (torch 2.13) is six times slower there than the plain loss."""
+    """The sum of chunked_loss, with its arguments."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        with torch.autocast("cpu", enabled=False):
-            narrow_hidden, narrow_weight = hidden.to(dtype), weight[:vocab_size].to(dtype)
-            total = widened(hidden.new_zeros(()))
-            chunk = max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocab_size)
-            for start in range(0, len(hidden), chunk):
-                rows = slice(start, start + chunk)
-                counted = (targets[rows] != IGNORED_TARGET)[:, None]
-                target = targets[rows, None].clamp(min=0)
-                logits = widened(narrow_hidden[rows] @ narrow_weight.mT)  # (chunk, V)
-                distances = logits.amax(dim=1, keepdim=True) - logits.gather(1, target)
-                probabilities = torch.softmax(logits, dim=1, out=logits)
-                # −log p of the target from the largest p, which cannot underflow
-                total += ((distances - probabilities.amax(dim=1, keepdim=True).log()) * counted).sum()
-                if not counted.all():
-                    probabilities *= counted
-                d_logits = probabilities.scatter_add_(1, target, -counted.to(logits.dtype)).to(dtype)
-                d_hidden[rows] = d_logits @ narrow_weight
-                if dtype == weight.dtype:
-                    d_weight[:vocab_size].addmm_(d_logits.mT, narrow_hidden[rows])
-                else:
-                    d_weight[:vocab_size] += d_logits.mT @ narrow_hidden[rows]
-        ctx.save_for_backward(d_hidden, d_weight)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        total, *gradients = chunked_loss(*inputs)
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad, d_weight * grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _scaled_gradients(ctx, grad)
+
+
+def _scaled_gradients(ctx: Any, grad: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_hidden, d_weight = ctx.saved_tensors
+    return d_hidden * grad, d_weight * grad, *[None] * 5
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+# The same for compiled code, opaque to torch.compile, which does not break at it.
+opaque_loss = torch.library.custom_op("sprout::loss", chunked_loss, mutates_args=())
+opaque_loss.register_fake(
+    lambda hidden, weight, *_: (widened(hidden.new_empty(())), torch.empty_like(hidden), torch.empty_like(weight))
+)
+opaque_loss.register_autograd(_scaled_gradients, setup_context=_save_gradients)
+
+
+# ---- The cache -------------------------------------------------------------------------------------------------------
 
 
 class KVCache:

@@ -385,44 +385,6 @@ def test_weights_of_narrow_activations_keep_their_dtype():
     assert math.isfinite(loss.item())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_the_loss_in_chunks_equals_the_plain_one(dtype, reduction, monkeypatch):
-    """Loss and gradients, with targets that do not count, a padded vocabulary and a last chunk that is not full."""
-    config = dataclasses.replace(TINY, vocab_size=1100, eos_id=EOS)
-    model = GPT(config).to(torch.float64 if dtype == torch.float64 else torch.float32)
-    ids, targets = (torch.randint(0, 1100, (3, 16), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
-    targets[0, :5] = IGNORED_TARGET
-    results = []
-    for minimum in (2**62, 1):
-        monkeypatch.setattr(model_module, "MIN_CHUNKED_LOGITS", minimum)
-        monkeypatch.setattr(model_module, "MIN_CHUNK_ROWS", 20)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(ids, targets, reduction=reduction)
-        (3 * loss).backward()
-        results.append([loss.detach().double(), *(parameter.grad.double() for parameter in model.parameters())])
-        model.zero_grad(set_to_none=True)
-        assert not model.embed.weight[1100:].any()
-    for plain, chunked in zip(*results, strict=True):
-        tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[
-            dtype
-        ]  # the plain loss is in float32 at best
-        assert (chunked - plain).norm() <= tolerance * plain.norm()
-
-
-def test_evaluation_never_makes_gradients_in_chunks(monkeypatch):
-    monkeypatch.setattr(model_module, "MIN_CHUNKED_LOGITS", 1)
-    chunked = []
-    apply = model_module.ChunkedCrossEntropy.apply
-    monkeypatch.setattr(model_module.ChunkedCrossEntropy, "apply", lambda *args: chunked.append(args) or apply(*args))
-    model, ids = GPT(TINY), ids_with_documents(2, 16)
-    with torch.no_grad():
-        loss = model(ids, ids, reduction="sum")
-    assert chunked == []
-    assert model(ids, ids, reduction="sum").item() == pytest.approx(loss.item())  # in training it does
-    assert len(chunked) == 1
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

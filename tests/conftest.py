@@ -12,10 +12,30 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # runs kernels in Python; Triton reads it when it is first imported
 
 import pytest  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    trial = "runs the tests marked gpu on the CPU, in tiny sizes and with Triton's interpreter: pytest -m gpu --on-cpu"
+    parser.addoption("--on-cpu", action="store_true", help=trial)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only `-m gpu` uses a GPU. All other tests see none, so that they are the same everywhere."""
+    selected = config.option.markexpr
+    if config.option.on_cpu or "gpu" not in selected or "not gpu" in selected:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # runs kernels in Python; read when Triton is first imported
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device of a test marked gpu."""
+    if not (torch.cuda.is_available() or request.config.option.on_cpu):
+        pytest.skip("no CUDA device; --on-cpu tries the test on the CPU")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The fused kernels against attention in float64: by Triton's interpreter on a CPU, or on a GPU if there is one."""
+"""The fused kernels against attention in float64: by Triton's interpreter on a CPU, or with -m gpu on a GPU."""
 
 import dataclasses
 import itertools
@@ -20,12 +20,14 @@ from tests.conftest import ROOT
 pytest.importorskip("triton", reason="the kernel is Triton's")
 import triton
 
-if triton.__version__.startswith("3.6.") and [int(part) for part in np.__version__.split(".")[:2]] >= [2, 4]:
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+old_triton, new_numpy = triton.__version__.startswith("3.6."), tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
+if DEVICE == "cpu" and old_triton and new_numpy:
     pytest.skip(
         "triton 3.6 and numpy from 2.4 on break run-time loop bounds in the interpreter", allow_module_level=True
     )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 CHOICES = {
     "T": (129, 97, 65, 64, 17, 2, 1),
     "D": (128, 96, 80, 64, 48, 32, 16),
@@ -36,6 +38,9 @@ CHOICES = {
     "layout": ("packed", "values apart", "contiguous", "strided"),
     "blocks": ((64, 64), (128, 64), (32, 64), (64, 32)),
 }
+if DEVICE == "cuda":  # each case is compiled: seconds by the table, minutes with large blocks of float32
+    CHOICES |= {"T": (193, 128, 64, 2, 1), "D": (128, 80, 64, 16), "dtype": (torch.float16, torch.bfloat16)}
+    CHOICES |= {"blocks": ("by the table",)}
 
 
 def pairwise(choices: dict[str, tuple]) -> list[dict]:
@@ -65,6 +70,7 @@ def _pair(names, a, x, b, y):
 
 
 CASES = pairwise(CHOICES)
+FLOAT32 = [{**CASES[0], "T": 65, "D": 16, "dtype": torch.float32}] if DEVICE == "cuda" else []
 
 
 def first_visible(hidden: str, B: int, T: int) -> torch.Tensor | None:
@@ -107,7 +113,7 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: "-".join(str(value).removeprefix("torch.") for value in case.values())
+    "case", CASES + FLOAT32, ids=lambda case: "-".join(str(value).removeprefix("torch.") for value in case.values())
 )
 def test_outputs_and_gradients_are_as_good_as_plain_pytorch(case, launched, monkeypatch):
     """Errors against float64 are at most 2 × (gradients 3 ×) those of PyTorch in the same dtype, plus 4 rounding units.
@@ -117,7 +123,7 @@ def test_outputs_and_gradients_are_as_good_as_plain_pytorch(case, launched, monk
     """
     T, D, dtype, (H, K) = case["T"], case["D"], case["dtype"], case["heads"]
     B = 2 if T < 64 else 1
-    for key in list(model_module.LAUNCHES):
+    for key in list(model_module.LAUNCHES) if DEVICE == "cpu" else ():
         monkeypatch.setitem(model_module.LAUNCHES, key, (Launch(*case["blocks"], 4, 1),) * 3)
     generator = torch.Generator().manual_seed(T * D)
     first = first_visible(case["hidden"], B, T)

@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     hardware_options = options.section(HardwareOptions)
     hardware = choose_hardware(hardware_options, generating=True)
     model, tokenizer = load_model(folder, hardware.device, hardware.dtype)
-    model.attention = choose_attention(hardware_options.attention, hardware.device, model.config.head_size).value
+    option, head_size = hardware_options.attention, model.config.head_size
+    model.attention = choose_attention(option, hardware.device, hardware.dtype, head_size).value
     if script.quantize is not None:
         quantize(model)
     title = describe_checkpoint(path, folder, script.checkpoint)

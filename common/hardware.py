@@ -128,8 +128,11 @@ class Choice:
     reasons: dict[str, str]
 
 
-def choose_attention(option: AttentionPath | Literal["auto"], device: torch.device, head_size: int) -> Choice:
-    """The attention path of a model on the device. Raises UserError if "triton" is requested and cannot run."""
+def choose_attention(
+    option: AttentionPath | Literal["auto"], device: torch.device, dtype: torch.dtype, head_size: int
+) -> Choice:
+    """The attention path of a model that computes in dtype on the device. Raises UserError if "triton" is requested and
+    cannot run."""
     if option == "sdpa":
         return Choice("sdpa", {})
     obstacle = triton_obstacle(device, (8, 0))
@@ -139,6 +142,8 @@ def choose_attention(option: AttentionPath | Literal["auto"], device: torch.devi
         if obstacle is not None:
             raise UserError(f"--attention=triton: {obstacle}; use --attention=auto")
         return Choice("triton", {})
+    if obstacle is None and dtype not in (torch.bfloat16, torch.float16):  # it runs, but far slower
+        obstacle = f"its {str(dtype).removeprefix('torch.')} products are exact, without tensor cores"
     if obstacle is None and device.type == "cuda":
         return Choice("triton", {"attention": "the fused kernel runs here"})
     return Choice("sdpa", {"attention": f"no fused kernel: {obstacle or 'its interpreter is for tests'}"})

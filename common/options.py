@@ -34,5 +34,5 @@ class HardwareOptions:
     attention: Literal["auto", "triton", "sdpa"] = "auto"
     """Fused Triton kernel or scaled_dot_product_attention; auto: the kernel where supported.
 
-    That is on GPUs of compute capability 8.0 and later, and on ROCm.
+    That is in 16 bits on GPUs of compute capability 8.0 and later, and on ROCm; float32 has to ask for it.
     """

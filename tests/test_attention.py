@@ -285,25 +285,34 @@ def test_torch_compile_needs_no_graph_break(config, launched):
 
 def test_the_kernel_is_chosen_by_what_the_machine_can(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
     no_kernel = "no fused kernel: Triton needs a GPU, the device is cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert choose_attention("auto", cpu, 64) == Choice("sdpa", {"attention": no_kernel})
+    assert choose_attention("auto", cpu, float32, 64) == Choice("sdpa", {"attention": no_kernel})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(hardware_module.shutil, "which", lambda name: "/usr/bin/cc")
-    assert choose_attention("auto", gpu, 64).value == choose_attention("triton", gpu, 128).value == "triton"
-    assert choose_attention("sdpa", gpu, 64).value == choose_attention("auto", gpu, 256).value == "sdpa"
+    assert (
+        choose_attention("auto", gpu, bfloat16, 64).value
+        == choose_attention("auto", gpu, float16, 64).value
+        == "triton"
+    )
+    assert choose_attention("triton", gpu, float32, 128) == Choice("triton", {})
+    exact = "no fused kernel: its float32 products are exact, without tensor cores"
+    assert choose_attention("auto", gpu, float32, 64) == Choice("sdpa", {"attention": exact})
+    assert choose_attention("sdpa", gpu, bfloat16, 64).value == "sdpa"
+    assert choose_attention("auto", gpu, bfloat16, 256).value == "sdpa"
     for device, head_size, reason in (
         (cpu, 64, "needs a GPU"),
         (torch.device("mps"), 64, "device is mps"),
         (gpu, 192, "head sizes up to 128"),
     ):
         with pytest.raises(UserError, match=reason):
-            choose_attention("triton", device, head_size)
+            choose_attention("triton", device, bfloat16, head_size)
     monkeypatch.setattr(hardware_module.shutil, "which", lambda name: None)
-    assert choose_attention("auto", gpu, 64).value == "sdpa"
+    assert choose_attention("auto", gpu, bfloat16, 64).value == "sdpa"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(UserError, match=r"compute capability \(7, 5\), \(8, 0\) is needed"):
-        choose_attention("triton", gpu, 64)
+        choose_attention("triton", gpu, bfloat16, 64)
 
 
 def test_unsupported_dtypes_raise():
@@ -322,7 +331,7 @@ gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=8, vo
 gpt(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
 assert not [name for name in sys.modules if name.startswith("triton") and sys.modules[name] is not None], "imported"
 from common.hardware import choose_attention
-print(choose_attention("auto", torch.device("cuda"), 16).reasons["attention"] if {missing} else "fine")
+print(choose_attention("auto", torch.device("cuda"), torch.bfloat16, 16).reasons["attention"] if {missing} else "fine")
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -46,7 +46,7 @@ def choose_auto(
     if train.deterministic:
         require_determinism()
     micro_batch = choose_micro_batch(train.micro_batch_size, train.tokens_per_step, model_config, hardware)
-    path = choose_attention(attention, hardware.device, model_config.head_size)
+    path = choose_attention(attention, hardware.device, hardware.dtype, model_config.head_size)
     reasons = {
         **kept,
         **hardware.reasons,

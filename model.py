@@ -222,7 +222,7 @@ class AttentionContext(NamedTuple):
     path: AttentionPath
     rotation: Tensor | None = None  # rows of rotary_table for the positions, (T, 2, D/2) or (B, T, 2, D/2)
     first_visible: Tensor | None = None  # (B, T) int32, nondecreasing: query t attends to keys first_visible[t] … t
-    mask: Tensor | None = None  # bool: dense_mask(first_visible) on the sdpa path, (R, 1, 1, S) in a decode step
+    mask: Tensor | None = None  # dense_mask(first_visible) on the sdpa path; in a decode step KVCache.mask
     cache: KVCache | None = None  # in a prefill or a decode step
     rows: Tensor | None = None  # (B,) int64, in a prefill: the rows of the cache to write
 
@@ -627,11 +627,13 @@ opaque_loss.register_autograd(_scaled_gradients, setup_context=_save_gradients)
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for R sequences of different lengths, in memory allocated once.
+    """Keys and values of the tokens read so far, for sequences of different lengths, in memory allocated once. Decode
+    steps read and write its first R rows: all at first, fewer after `narrow`.
 
     memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer; token t is in slot t.
     lengths (R,) int64: tokens in each row, on the device; host_lengths: the same as Python ints, known without waiting
-    for the device. starts (R,) int64: where each row's document starts. ids (R, S) int64: with n-grams."""
+    for the device. growing (R,) int64 and host_growing: 1, or 0 for idle rows, whose length stays 0. starts (R,) int64:
+    where each row's document starts. ids (R, S) int64: with n-grams."""
 
     def __init__(
         self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -640,8 +642,11 @@ class KVCache:
         shape = (2 * config.n_layer, rows, config.kv_heads, S, config.head_size)
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(rows, S, dtype=torch.int64, device=device) if config.max_ngram > 1 else None
-        self.lengths, self.starts = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
-        self.host_lengths = [0] * rows
+        self.lengths, self.starts, self.growing = (
+            torch.full((rows,), fill, dtype=torch.int64, device=device) for fill in (0, 0, 1)
+        )
+        self.host_lengths, self.host_growing = [0] * rows, [1] * rows
+        self.rows, self.slots = torch.arange(rows, device=device), torch.arange(S + -S % 16, device=device)
 
     @property
     def longest(self) -> int:
@@ -668,13 +673,12 @@ class KVCache:
         """Adds 1 to the host's lengths; `advance` does so on the device. Raises ValueError if a row is full."""
         if self.longest >= self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens and is full; prefill the row again with fewer")
-        self.host_lengths = [length + 1 for length in self.host_lengths]
+        self.host_lengths = [n + more for n, more in zip(self.host_lengths, self.host_growing, strict=True)]
 
     def prepare_append(self, span: int, equal_lengths: bool) -> None:
         """Makes the views that `append` uses in one decode step, for all layers at once."""
         self.visible = self.memory.narrow(3, 0, span).unbind()  # 2 · n_layer of (R, K, span, D)
         self.last_slots = self.memory.narrow(3, span - 1, 1).transpose(2, 3).unbind() if equal_lengths else None
-        self.all_rows = None if equal_lengths else torch.arange(len(self.lengths), device=self.memory.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (R, 1, K, D) of one new token per row → all keys and values of the layer, (R, K, span, D)."""
@@ -683,17 +687,20 @@ class KVCache:
             self.last_slots[layer].copy_(k)
             self.last_slots[layer + self.n_layer].copy_(v)
         else:
-            keys[self.all_rows, :, self.lengths] = k[:, 0].to(keys.dtype)
-            values[self.all_rows, :, self.lengths] = v[:, 0].to(values.dtype)
+            keys[self.rows, :, self.lengths] = k[:, 0].to(keys.dtype)
+            values[self.rows, :, self.lengths] = v[:, 0].to(values.dtype)
         return keys, values
 
     def mask(self, span: int, sliding_window: int | None) -> Tensor:
-        """(R, 1, 1, span) bool: the slots that the token about to be appended attends to."""
+        """(R, 1, 1, span), to be added to scores: 0 where the token about to be appended attends to the slot, else −∞.
+        For all layers at once, in the dtype and with the alignment (16 numbers) that spare PyTorch a copy per layer."""
         first, last = self.starts, self.lengths
         if sliding_window is not None:
             first = torch.maximum(first, last - (sliding_window - 1))
-        slots = torch.arange(span, device=self.memory.device)
-        return ((slots <= last[:, None]) & (slots >= first[:, None]))[:, None, None]
+        slots = self.slots[: span + -span % 16]
+        hidden = (slots > last[:, None]) | (slots < first[:, None])
+        mask = self.memory.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        return mask[:, None, None, :span]
 
     def newest_ids(self, count: int) -> Tensor | None:
         """(R, count): the last ids of each row, oldest first, any ids if a row has fewer; None without n-grams."""
@@ -703,19 +710,33 @@ class KVCache:
         return self.ids.gather(1, index.clamp(min=0))
 
     def advance(self, ids: Tensor) -> None:
-        """Ends a decode step: stores the ids (R,) where they are kept, and adds 1 to the lengths on the device."""
+        """Ends a decode step: stores the ids (R,) where they are kept, and lengthens the rows on the device."""
         if self.ids is not None:
             self.ids.scatter_(1, self.lengths[:, None], ids[:, None])
-        self.lengths += 1
+        self.lengths += self.growing
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drops all rows but these, which become rows 0, 1, … in new memory."""
-        if list(rows) == list(range(len(self.host_lengths))):
-            return
-        index = torch.tensor(rows, dtype=torch.int64, device=self.memory.device)
-        self.memory, self.lengths, self.starts = self.memory[:, index], self.lengths[index], self.starts[index]
-        self.ids = None if self.ids is None else self.ids[index]
-        self.host_lengths = [self.host_lengths[row] for row in rows]
+    def copy_row(self, source: int, target: int) -> None:
+        """Makes row `target` equal to row `source`."""
+        filled = self.memory[:, :, :, : self.host_lengths[source]]
+        filled[:, target].copy_(filled[:, source])
+        for x in (self.lengths, self.starts, self.growing, *([] if self.ids is None else [self.ids])):
+            x[target].copy_(x[source])
+        for values in (self.host_lengths, self.host_growing):
+            values[target] = values[source]
+
+    def make_idle(self, row: int) -> None:
+        """Empties a row for good: decode steps still compute it, but its length stays 0 and no result counts."""
+        for x in (self.lengths, self.starts, self.growing):
+            x[row].zero_()
+        self.host_lengths[row] = self.host_growing[row] = 0
+
+    def narrow(self, rows: int) -> None:
+        """Leaves the first `rows` rows, as views of the same memory."""
+        self.memory, self.ids = self.memory[:, :rows], None if self.ids is None else self.ids[:rows]
+        self.lengths, self.starts, self.growing, self.rows = (
+            x[:rows] for x in (self.lengths, self.starts, self.growing, self.rows)
+        )
+        self.host_lengths, self.host_growing = self.host_lengths[:rows], self.host_growing[:rows]
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
@@ -732,7 +753,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer:
     cache; in a decode step (T = 1) it appends them and attends to the whole cache."""
     if context.cache is not None:
         if context.rows is None:
-            return _sdpa(q, *context.cache.append(layer, k, v), context.mask, causal=False)
+            return _decode_attention(q, *context.cache.append(layer, k, v), context.mask)
         context.cache.write(layer, context.rows, k, v)
     if context.path == "triton":
         return fused_attention(q, k, v, context.first_visible)[0]
@@ -828,6 +849,15 @@ def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: 
     q, grouped = q.transpose(1, 2), q.shape[2] != keys.shape[1]
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def _decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """q (R, 1, H, D), keys and values (R, K, S, D), mask (R, 1, 1, S) or None, added to the scores → (R, 1, H, D).
+    The H / K queries that share keys become the rows of one matrix: for grouped heads with a mask, PyTorch 2.11 has no
+    fused kernel, neither on CPUs nor on GPUs."""
+    (R, _, H, D), K = q.shape, keys.shape[1]
+    out = F.scaled_dot_product_attention(q.view(R, K, H // K, D), keys, values, attn_mask=mask)
+    return out.reshape(R, 1, H, D)
 
 
 # ---- The fused kernels -----------------------------------------------------------------------------------------------

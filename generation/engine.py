@@ -2,23 +2,27 @@
 
 `visible` is the rule for sequences longer than block_size; `next_logits` applies it without a cache, in one forward
 pass. `generate` computes the same with a cache: one decode step per token, and a new prefill where the visible window
-is cut. Knows neither text nor files. Reading order: visible, generate, _prefill, _decode_loop.
+is cut. Knows neither text nor files. Reading order: visible, generate, _prefill, _decode_loop; then batch.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from errors import UserError
-from generation.cuda_graphs import GraphDecoder
+from generation import cuda_graphs
+from generation.batch import Batch, PlainDecoder, Step
 from generation.direct_calls import with_direct_calls
 from generation.options import SamplingOptions
-from generation.sampling import Penalties, draw, log_probabilities, uniform
+from generation.transfer import is_gpu
 from model import GPT, KVCache
 
 # Why a sample ended; generation/text.py finds the stop strings.
@@ -94,22 +98,77 @@ def generate(
     """
     assert not model.training
     assert all(prompts), "a prompt without ids"
-    draws = range(len(prompts)) if draws is None else draws
-    model, config = with_direct_calls(model), model.config
+    config, device, dtype = model.config, model.embed.weight.device, model.embed.weight.dtype
     first_kept(0, config.block_size, options.keep_head)  # raises if the option does not fit the model
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    row_bytes = 2 * config.n_layer * config.kv_heads * config.block_size * config.head_size * dtype.itemsize
-    size = batch_size or max(1, CACHE_BYTES // row_bytes)
-    for first in range(0, len(prompts), size):
-        texts = {sample: list(prompts[sample]) for sample in range(first, min(first + size, len(prompts)))}
-        distinct = list(dict.fromkeys(map(tuple, texts.values())))  # equal prompts are read once
-        cache = KVCache(config, len(distinct), device, dtype)
-        _prefill(model, cache, range(len(distinct)), distinct, options.keep_head)
-        row_of = {ids: row for row, ids in enumerate(distinct)}
-        cache.keep([row_of[tuple(ids)] for ids in texts.values()])
-        yield from _decode_loop(model, cache, texts, options, seed, draws, stopped)
+    size = batch_size or max(1, CACHE_BYTES // cuda_graphs.row_bytes(config, dtype))
+    direct, draws = with_direct_calls(model), range(len(prompts)) if draws is None else draws
+    waiting = [_Group(dict(enumerate(map(list, prompts))))]
+    while waiting:
+        group = waiting.pop()
+        if len(group.texts) > size:
+            waiting += reversed(group.split(size))
+            continue
+        fits = False
+        with suppressed_out_of_memory():
+            with _decoder_for(model, direct, len(group.texts), size, dtype) as decoder:
+                yield from _decode_loop(decoder, group, options, seed, draws, stopped)
+            fits = True
+        if not fits:
+            size = _smaller_batch(len(group.texts), device)
+            waiting.append(group)
+
+
+@dataclass
+class _Group:
+    """Samples that are generated together: those that have not ended, with their ids; the last `step` are drawn."""
+
+    texts: dict[int, list[int]]
+    step: int = 0
+
+    def split(self, size: int) -> list[_Group]:
+        """Groups of `size` samples, in order; the last may have fewer."""
+        samples = list(self.texts)
+        parts = [samples[first : first + size] for first in range(0, len(samples), size)]
+        return [_Group({sample: self.texts[sample] for sample in part}, self.step) for part in parts]
+
+
+@contextmanager
+def suppressed_out_of_memory() -> Iterator[None]:
+    """Code after this block runs without the exception, which would keep the tensors of the failed step alive."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        pass
+    except RuntimeError as error:  # on a CPU torch has no class for it
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+
+
+def _smaller_batch(samples: int, device: torch.device) -> int:
+    """Half of the samples that did not fit into memory, with a line that says so. Raises UserError for a single one."""
+    cuda_graphs.drop_kept()
+    if is_gpu(device):
+        torch.cuda.empty_cache()
+    if samples == 1:
+        other = "" if device.type == "cpu" else ", or add --device=cpu"
+        raise UserError(f"one sample needs more memory than {device} has free: end other programs that use it{other}")
+    print(f"out of memory with {samples} samples at once: going on with {samples // 2}", file=sys.stderr)
+    return samples // 2
+
+
+@contextmanager
+def _decoder_for(
+    model: GPT, direct: GPT, samples: int, max_samples: int, dtype: torch.dtype
+) -> Iterator[cuda_graphs.GraphDecoder | PlainDecoder]:
+    """Steps recorded as CUDA graphs on a GPU, unless the model has hooks, which a recording would not call."""
+    device = model.embed.weight.device
+    if is_gpu(device) and direct is not model:
+        with cuda_graphs.lent(model, direct, samples, max_samples, device, dtype) as decoder:
+            yield decoder
+    else:
+        yield PlainDecoder(direct, device, dtype)
 
 
 def _prefill(model: GPT, cache: KVCache, rows: Sequence[int], texts: Sequence[Sequence[int]], keep_head: int) -> None:
@@ -122,71 +181,77 @@ def _prefill(model: GPT, cache: KVCache, rows: Sequence[int], texts: Sequence[Se
         model.prefill(ids, [len(window) for window in windows], cache, rows)
 
 
+@torch.inference_mode()
+def _prefill_all(batch: Batch, model: GPT, texts: dict[int, list[int]], keep_head: int) -> None:
+    """Reads all texts, equal ones once."""
+    row_of: dict[tuple[int, ...], int] = {}
+    for sample, ids in texts.items():
+        row_of.setdefault(tuple(ids), batch.rows[sample])
+    _prefill(model, batch.cache, list(row_of.values()), list(row_of), keep_head)
+    for sample, ids in texts.items():
+        source, target = row_of[tuple(ids)], batch.rows[sample]
+        if source != target:
+            batch.cache.copy_row(source, target)
+
+
 def _decode_loop(
-    model: GPT,
-    cache: KVCache,
-    texts: dict[int, list[int]],
+    decoder: cuda_graphs.GraphDecoder | PlainDecoder,
+    group: _Group,
     options: SamplingOptions,
     seed: int,
     draws: Sequence[int],
     stopped: Set[int],
 ) -> Iterator[Event]:
-    """Draws tokens until every text, keyed by sample, has ended. Row r of the cache belongs to the sample live[r]."""
-    config, keep_head, device = model.config, options.keep_head, model.embed.weight.device
-    decode = decoder_for(model)
-    live, penalties = list(texts), None
-    if Penalties.needed(options):
-        penalties = Penalties(list(texts.values()), config.vocab_size, options, device)
+    """Draws tokens until every sample of the group has ended."""
+    if not (live := group.texts):
+        return
+    model, keep_head = decoder.model, options.keep_head
+    batch = Batch(decoder, live, group.step, options, seed, draws)
+    _prefill_all(batch, model, live, keep_head)
+    queued = deque[Step]()  # steps whose ids Python has not read
 
-    def keep(rows: list[int]) -> None:
-        nonlocal live
-        if len(rows) < len(live):
-            live = [live[row] for row in rows]
-            cache.keep(rows)
-            if penalties is not None:
-                penalties.keep(rows)
+    def leave(samples: Set[int]) -> None:
+        for sample in samples:
+            del live[sample]
+        batch.leave(samples)
 
-    for step in range(options.max_new_tokens):
-        keep([row for row, sample in enumerate(live) if sample not in stopped])
+    def read() -> Iterator[Event]:
+        leave(live.keys() & stopped)
+        step, ended = queued.popleft(), set[int]()
+        drawn = step.wait(live) if live else {}
+        for sample, (token, logprobs) in drawn.items():
+            if options.stop_at_eos and token == model.config.eos_id:
+                ended.add(sample)
+                yield Event(sample, None, END_OF_SEQUENCE)
+            else:
+                live[sample].append(token)
+                yield Event(sample, token, None, *logprobs)
+        group.step += 1
+        leave(ended)
+
+    def is_cut(sample: int) -> bool:
+        return _is_cut(len(live[sample]) + len(queued), model.config.block_size, keep_head)
+
+    first = group.step
+    for step in range(first, options.max_new_tokens):
+        leave(live.keys() & stopped)
+        if step > first and any(map(is_cut, live)):
+            while queued:
+                yield from read()
+            leave(live.keys() & stopped)
+            if cut := list(filter(is_cut, live)):
+                _prefill(model, batch.cache, [batch.rows[i] for i in cut], [live[i] for i in cut], keep_head)
         if not live:
             return
-        if step > 0:
-            cut = [row for row, sample in enumerate(live) if _is_cut(len(texts[sample]), config.block_size, keep_head)]
-            if cut:
-                _prefill(model, cache, cut, [texts[live[row]] for row in cut], keep_head)
-        newest = torch.tensor([texts[sample][-1] for sample in live], device=device)
-        uniforms = [uniform(seed, draws[sample], len(texts[sample])) for sample in live]
-        with _threads_for(len(live), model):
-            logits = raw_logits = decode(newest, cache)
-            if penalties is not None:
-                logits = penalties.apply(logits)
-            if step < options.min_new_tokens and config.eos_id is not None:
-                logits = logits.index_fill(1, torch.tensor([config.eos_id], device=device), -torch.inf)
-            drawn = draw(logits, uniforms, options)
-            logprobs = (
-                [()] * len(live) if options.logprobs is None else log_probabilities(raw_logits, drawn, options.logprobs)
-            )
-        if penalties is not None:
-            penalties.add(drawn)
-        unfinished = []
-        for row, token in enumerate(drawn):
-            if options.stop_at_eos and token == config.eos_id:
-                yield Event(live[row], None, END_OF_SEQUENCE)
-            else:
-                texts[live[row]].append(token)
-                unfinished.append(row)
-                yield Event(live[row], token, None, *logprobs[row])
-        keep(unfinished)
+        with _threads_for(batch.size, model):
+            queued.append(batch.launch(step))
+        if len(queued) > decoder.look_ahead:
+            yield from read()
+    while queued:
+        yield from read()
     for sample in live:
         if sample not in stopped:
             yield Event(sample, None, LENGTH)
-
-
-def decoder_for(model: GPT) -> Callable[[Tensor, KVCache], Tensor]:
-    """GPT.decode, by CUDA graphs on a GPU. Not under autocast: recording takes about as long as the short samples of a
-    training run."""
-    recorded = model.embed.weight.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
-    return GraphDecoder(model).decode if recorded else model.decode
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """From logits to the next token: penalties, temperature, top-k, top-p, min-p, then a draw.
 
-A draw depends on (seed, sample, position) alone, so that samples do not depend on the batch. Knows neither models nor
-text.
+A draw depends on (seed, sample, position) alone, so that samples do not depend on the batch. What runs at every step
+takes and returns tensors, and never makes the host wait for a GPU. Knows neither models nor text.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from errors import UserError
 from generation.options import SamplingOptions
+from generation.transfer import is_host
 from model import widened
 
 MIN_TEMPERATURE = 1e-30  # lower ones would overflow the logits; this one already leaves only the likeliest token
@@ -52,41 +53,53 @@ class Penalties:
         presence = self.options.presence_penalty * (self.generated > 0)
         return logits - presence - self.options.frequency_penalty * self.generated
 
-    def add(self, ids: Sequence[int]) -> None:
-        """Records the id drawn in each row."""
-        index = torch.tensor(ids, device=self.seen.device)[:, None]
+    def add(self, ids: Tensor) -> None:
+        """Records the id drawn in each row, (R,) int64."""
+        index = ids[:, None]
         self.seen.scatter_(1, index, True)
         self.generated.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float32))
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keeps these rows, in this order."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.seen.device)
-        self.seen, self.generated = self.seen[index], self.generated[index]
+    def copy_row(self, source: int, target: int) -> None:
+        """Makes row `target` equal to row `source`."""
+        for x in (self.seen, self.generated):
+            x[target].copy_(x[source])
+
+    def narrow(self, rows: int) -> None:
+        """Leaves the first `rows` rows."""
+        self.seen, self.generated = self.seen[:rows], self.generated[:rows]
 
 
-def draw(logits: Tensor, uniforms: Sequence[float], options: SamplingOptions) -> list[int]:
-    """logits (R, V), one uniform number in [0, 1) per row → R ids, by inverse transform sampling in the order of ids.
+def draws_on_host(device: torch.device) -> bool:
+    """Whether `draw` computes on the CPU: mps has no float64, deterministic CUDA no cumsum."""
+    return device.type == "mps" or torch.are_deterministic_algorithms_enabled()
 
-    Temperature 0 takes the argmax; ties go to the lower token id. Raises UserError if a row has no finite maximum.
+
+def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+    """logits (R, V), uniforms (R,) float64 in [0, 1) → ids (R,) int64, by inverse transform sampling in the order of
+    ids; V where a row has no finite maximum (see check_drawn). Temperature 0 takes the argmax; ties go to the lower id.
     """
-    if logits.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
-        logits = logits.cpu()  # mps has no float64, deterministic CUDA no cumsum
+    device = logits.device
+    if draws_on_host(device):
+        logits, uniforms = logits.cpu(), uniforms.cpu()
     logits = widened(logits)
     if options.temperature > 0:
         cumulative = filtered_probs(logits, options).cumsum(-1, dtype=torch.float64)
-        points = torch.tensor([[u] for u in uniforms], dtype=torch.float64, device=logits.device) * cumulative[:, -1:]
+        points = uniforms[:, None] * cumulative[:, -1:]
         # right=True: the first sum above the point, so never an id of probability 0. NaN gives V, past the end.
         ids = torch.searchsorted(cumulative, points, right=True)
     else:
         highest, ids = logits.max(dim=-1, keepdim=True)  # max returns NaN if there is one
-        ids = torch.where(highest.isfinite(), ids, logits.shape[-1])
-    drawn: list[int] = [row[0] for row in ids.tolist()]
-    if max(drawn) >= logits.shape[-1]:
+        ids = ids.masked_fill(~highest.isfinite(), logits.shape[-1])
+    return ids[:, 0].to(device)
+
+
+def check_drawn(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises UserError if one of the drawn ids says that its row had no finite maximum."""
+    if max(ids) >= vocab_size:
         raise UserError(
             "the model computes NaN or infinity instead of probabilities: its weights are not finite, or too large for "
             "this precision; try another checkpoint (--checkpoint=latest or step-N) or --dtype=float32"
         )
-    return drawn
 
 
 def filtered_probs(logits: Tensor, options: SamplingOptions) -> Tensor:
@@ -106,7 +119,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Sets all but exactly k logits of each row to −∞; ties go to the lower token id."""
     values, ids = logits.topk(k + 1)
     # Without a tie at the threshold, topk's ids are enough. On a GPU this test would synchronize, which costs more.
-    if logits.device.type == "cpu" and not (values[:, k - 1] == values[:, k]).any():
+    if is_host(logits.device) and not (values[:, k - 1] == values[:, k]).any():
         return torch.full_like(logits, -torch.inf).scatter_(1, ids[:, :k], values[:, :k])
     threshold = values[:, k - 1 : k]
     above, tied = ~(logits <= threshold), logits == threshold  # NaN counts as above, so that `draw` raises
@@ -123,13 +136,23 @@ def keep_top_p(probs: Tensor, p: float) -> Tensor:
     return torch.zeros_like(probs).scatter(-1, ids, ordered * kept)
 
 
-@torch.inference_mode()
-def log_probabilities(
-    logits: Tensor, drawn: Sequence[int], count: int
-) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
-    """logits (R, V), the id drawn in each row → per row: its log-probability, the top `count` (id, log-probability)."""
+def top_log_probs(logits: Tensor, drawn: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (R, V), the drawn ids (R,) → their log-probabilities (R,), the likeliest ids (R, count), and theirs."""
     log_probs = widened(logits).log_softmax(-1)
-    drawn_log_probs = log_probs.gather(1, torch.tensor(drawn, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = log_probs.topk(min(count, logits.shape[-1]))
-    tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-    return list(zip(drawn_log_probs, tops, strict=True))
+    return log_probs.gather(1, drawn[:, None])[:, 0], ids, values
+
+
+LogProbability = tuple[float, tuple[tuple[int, float], ...]]  # of the drawn id; the likeliest ids with theirs
+
+
+@torch.inference_mode()
+def log_probabilities(logits: Tensor, drawn: Sequence[int], count: int) -> list[LogProbability]:
+    """top_log_probs row by row, as numbers of the host."""
+    found = top_log_probs(logits, torch.tensor(drawn, device=logits.device), count)
+    return by_row(*(x.tolist() for x in found))
+
+
+def by_row(drawn: list[float], ids: list[list[int]], values: list[list[float]]) -> list[LogProbability]:
+    tops = [tuple(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
+    return list(zip(drawn, tops, strict=True))

@@ -19,7 +19,7 @@ from common.option import check_option, did_you_mean, options_of, show
 from common.options import RunOptions
 from common.tokenizer import Tokenizer
 from errors import UserError
-from generation.engine import LENGTH
+from generation.engine import LENGTH, suppressed_out_of_memory
 from generation.options import SampleScriptOptions, SamplingOptions
 from generation.sampling import log_probabilities
 from generation.text import Piece, Token, prompt_ids, stream_texts
@@ -278,7 +278,12 @@ def generate_pieces(served: ServedModel, request: Completion) -> Generator[Piece
     if request.echo:
         for i, prompt in enumerate(request.prompts):
             top = request.options.logprobs
-            tokens = () if top is None else prompt_tokens(served, prompt, top)
+            tokens = tuple[Token, ...]() if top is None else None
+            with suppressed_out_of_memory():
+                tokens = tokens if top is None else prompt_tokens(served, prompt, top)
+            if tokens is None:
+                message = "the log-probabilities of this prompt need more memory than is free: send a shorter one"
+                raise RequestError(f"{message}, or leave out echo", status=503)
             yield from (Piece(i * request.n + draw, prompt.text, tokens, None) for draw in range(request.n))
     ids = [prompt.ids for prompt in request.prompts for _ in range(request.n)]
     draws = [*range(request.n)] * len(request.prompts)

@@ -1,6 +1,8 @@
 """Generation on ids: visible window, cached = uncached, draws by (seed, sample, position), ends of samples."""
 
 import math
+import re
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -378,3 +380,63 @@ def test_hooks_fire_during_generation(register):
         handle.remove()
     assert calls["MLP"] in (5, 10)  # of one block or both
     assert with_direct_calls(model) is not model
+
+
+# ---- out of memory
+
+
+@pytest.mark.parametrize("kind_of_error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize(
+    "options",
+    [SAMPLED, replace(SAMPLED, repetition_penalty=1.3, frequency_penalty=0.4, min_new_tokens=12, logprobs=1)],
+    ids=["plain", "penalties"],
+)
+@pytest.mark.parametrize("where", ["cache", "prefill", "decode"])
+def test_out_of_memory_halves_the_batch_and_changes_no_sample(monkeypatch, capsys, where, options, kind_of_error):
+    """The failed attempt allocates before it raises; all of that is free when the next attempt begins."""
+    model = tiny_model(scale=5.0)
+    prompts = [[30, 1], [30] * 11, [30, 1], [4, 5, 6], [7]]
+    expected = run(model, prompts, options)
+    steps, allocated, alive = Counter(), [], []
+    init, prefill, decode = KVCache.__init__, GPT.prefill, GPT.decode
+
+    def fail(kind, rows):
+        steps[kind] += 1
+        if kind == where and rows > 2 and (kind != "decode" or steps[kind] % 7 == 0):
+            large = torch.zeros(1000)
+            allocated.append(weakref.ref(large))
+            raise kind_of_error("DefaultCPUAllocator: can't allocate memory")
+
+    def new_cache(self, config, rows, *args):
+        alive.extend(ref() is not None for ref in allocated)
+        init(self, config, rows, *args)
+        allocated.append(weakref.ref(self.memory))
+        fail("cache", rows)
+
+    def prefill_or_fail(self, ids, *args):
+        fail("prefill", len(ids))
+        prefill(self, ids, *args)
+
+    def decode_or_fail(self, ids, cache):
+        fail("decode", len(ids))
+        return decode(self, ids, cache)
+
+    monkeypatch.setattr(KVCache, "__init__", new_cache)
+    monkeypatch.setattr(GPT, "prefill", prefill_or_fail)
+    monkeypatch.setattr(GPT, "decode", decode_or_fail)
+    assert run(model, prompts, options) == expected
+    assert re.search(r"out of memory with \d samples at once: going on with \d\n", capsys.readouterr().err)
+    assert alive != []
+    assert not any(alive)
+
+
+def test_one_sample_that_does_not_fit_is_one_clear_error(monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("x")
+
+    monkeypatch.setattr(GPT, "prefill", fail)
+    with pytest.raises(UserError, match="needs more memory than cpu has free: end other programs"):
+        run(tiny_model(), [[1], [2], [3]], GREEDY)
+    monkeypatch.setattr(GPT, "prefill", lambda *args: (_ for _ in ()).throw(RuntimeError("another error")))
+    with pytest.raises(RuntimeError, match="another error"):
+        run(tiny_model(), [[1], [2], [3]], GREEDY)

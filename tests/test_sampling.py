@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from errors import UserError
 from generation.options import SamplingOptions
-from generation.sampling import Penalties, draw, filtered_probs, log_probabilities, uniform
+from generation.sampling import Penalties, check_drawn, draw, filtered_probs, log_probabilities, uniform
+
+
+def drawn(logits, uniforms, options):
+    """The ids that a sample gets. Raises UserError."""
+    ids = draw(logits, torch.tensor(uniforms, dtype=torch.float64), options).tolist()
+    check_drawn(ids, logits.shape[1])
+    return ids
 
 
 def test_uniform():
@@ -71,25 +78,26 @@ def test_20_000_draws_follow_the_filtered_softmax(options):
     if Penalties.needed(options):
         penalties = Penalties([prompt], 12, options, logits.device)
         for token in generated:
-            penalties.add([token])
+            penalties.add(torch.tensor([token]))
         expected = penalized(logits, prompt, generated, options)
         logits = penalties.apply(logits[None])[0]
         assert logits.tolist() == pytest.approx(expected, rel=1e-5)
     expected = filtered(logits.tolist(), options)
     n = 20_000
-    found = Counter(draw(logits.expand(n, -1), [uniform(11, i // 100, i % 100) for i in range(n)], options))
+    found = Counter(drawn(logits.expand(n, -1), [uniform(11, i // 100, i % 100) for i in range(n)], options))
     assert set(found) <= set(expected)
     assert sum((found[i] - n * p) ** 2 / (n * p) for i, p in expected.items()) < chi_square_bound(len(expected) - 1)
 
 
-def test_penalties_are_per_row_and_follow_keep():
+def test_penalties_are_per_row_and_follow_it():
     options = SamplingOptions(frequency_penalty=1.0, repetition_penalty=2.0)
     penalties = Penalties([[0], [1], [2]], 4, options, torch.device("cpu"))
-    penalties.add([3, 3, 0])
-    penalties.keep([2, 0])
-    penalties.add([0, 1])
-    assert penalties.apply(torch.full((2, 4), 8.0)).tolist() == [[2.0, 8.0, 4.0, 8.0], [4.0, 3.0, 8.0, 3.0]]
-    assert penalties.apply(torch.full((2, 4), -1.0)).tolist() == [[-4.0, -1.0, -2.0, -1.0], [-2.0, -3.0, -1.0, -3.0]]
+    penalties.add(torch.tensor([3, 3, 0]))
+    penalties.copy_row(2, 1)
+    penalties.narrow(2)
+    penalties.add(torch.tensor([1, 0]))
+    assert penalties.apply(torch.full((2, 4), 8.0)).tolist() == [[4.0, 3.0, 8.0, 3.0], [2.0, 8.0, 4.0, 8.0]]
+    assert penalties.apply(torch.full((2, 4), -1.0)).tolist() == [[-2.0, -3.0, -1.0, -3.0], [-4.0, -1.0, -2.0, -1.0]]
 
 
 @given(st.lists(st.floats(-4, 4), min_size=1, max_size=30), st.floats(0.0, 1.0))
@@ -139,15 +147,15 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(values, p):
 
 def test_temperature_zero_is_argmax_and_tiny_temperatures_agree():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 4.0, -math.inf, 4.9]])
-    assert draw(logits, [0.99, 0.99], SamplingOptions(temperature=0.0, top_k=2, top_p=0.5)) == [1, 0]
+    assert drawn(logits, [0.99, 0.99], SamplingOptions(temperature=0.0, top_k=2, top_p=0.5)) == [1, 0]
     for temperature in (1e-6, 1e-40, 1e-300):
-        assert draw(logits[1:], [0.99], SamplingOptions(temperature=temperature)) == [0]
+        assert drawn(logits[1:], [0.99], SamplingOptions(temperature=temperature)) == [0]
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
 def test_uniform_numbers_at_the_ends_of_the_interval_draw_allowed_ids(u):
     logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
-    assert draw(logits, [u], SamplingOptions(temperature=1.0)) == [1 if u == 0 else 2]
+    assert drawn(logits, [u], SamplingOptions(temperature=1.0)) == [1 if u == 0 else 2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -160,4 +168,4 @@ def test_logits_that_are_not_finite_raise(temperature, value):
         SamplingOptions(temperature=temperature, top_k=2, top_p=0.5),
     ):
         with pytest.raises(UserError, match=r"not finite.*--checkpoint=latest"):
-            draw(logits, [0.5] * 3, options)
+            drawn(logits, [0.5] * 3, options)

@@ -392,6 +392,35 @@ def test_errors_of_the_model_are_status_500():
         assert ask(address, "GET", "/health")[2]["requests"] == 0
 
 
+def test_out_of_memory_gives_the_same_samples_or_a_clear_error(monkeypatch):
+    prefill = GPT.prefill
+
+    def fits(self, ids, lengths, cache, rows):
+        if len(cache.host_lengths) > limit:
+            raise torch.OutOfMemoryError("x")
+        prefill(self, ids, lengths, cache, rows)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("x")
+
+    with running() as (url, _):
+        body = {"prompt": "Once", "n": 5, "seed": 4, "max_tokens": 12}
+        expected = post(url, **body)["choices"]
+        monkeypatch.setattr(GPT, "prefill", fits)
+        limit = 2
+        assert post(url, **body)["choices"] == expected
+        limit = 0
+        status, _, content = ask(url, "POST", body=body)
+        assert status == 500
+        assert content["error"]["message"].startswith("one sample needs more memory than cpu has free: ")
+        monkeypatch.setattr(completions, "log_probabilities", fail)
+        status, _, content = ask(url, "POST", body=body | {"echo": True, "logprobs": 1})
+        assert status == 503
+        assert "send a shorter one, or leave out echo" in content["error"]["message"]
+        limit = 10
+        assert post(url, **body)["choices"] == expected
+
+
 # ---- the queue
 
 

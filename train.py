@@ -6,7 +6,7 @@
     python train.py --resume=runs/quickstart-1             resumes a run, bitwise exact on a CPU
     python train.py --help                                 every option
 
-`main` sets a run up, in this order; `loop` trains; `update` is one optimizer step.
+`train_model` sets a run up, in this order; `loop` trains; `update` is one optimizer step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from common.hardware import Hardware, choose_hardware, tune_allocator
+from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
 from config.start import RunConfig, read_start
 from generation.text import sample_texts
@@ -45,8 +46,8 @@ from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.logger import RunLogger, log_end
-from training.micro_batch import fit_micro_batch, reduce_micro_batch
-from training.optim import clip_gradients, learning_rate
+from training.micro_batch import fit_micro_batch, until_it_fits
+from training.optim import clip_gradients, finish_step, learning_rate
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 from training.prompt import choose_prompt
 from training.reference import Reference, read_curves
@@ -54,10 +55,16 @@ from training.state import TrainState
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the run is complete, STOPPED when a signal ended it early. Raises UserError."""
+    """Exit code 0 when the run is complete, STOPPED when a signal ended it early. Raises UserError, also where memory
+    runs out and fewer rows do not help."""
+    return attempt(partial(train_model, sys.argv[1:] if argv is None else argv))
+
+
+def train_model(argv: Sequence[str]) -> int:
+    """The whole run, as main returns and raises."""
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
-        start = read_start(sys.argv[1:] if argv is None else argv, stack)
+        start = read_start(argv, stack)
         # ---- hardware: every `auto` is resolved
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))
@@ -97,10 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # ---- length: a number of steps, or a time
         if "micro_batch_size" in reasons and state.step == 0:
             batches.size = fit_micro_batch(size, model, hardware)
-        started, compiled = time.perf_counter(), compile_model(model, state, batches(state.step)[0], hardware)
-        step = partial(update, compiled, state, hardware, train.label_smoothing, optim.grad_clip)
-        measured = partial(step, batches(0))
-        budget = make_budget(train, evals, optim, len(dataset.val), state, measured, hardware, started)
+        started, fits = time.perf_counter(), partial(until_it_fits, batches, state, "micro_batch_size" not in reasons)
+        compiled = fits(lambda: compile_model(model, state, batches(state.step)[0], hardware))
+        update_once = partial(update, compiled, state, hardware, train.label_smoothing, optim.grad_clip)
+        step = partial(fits, lambda: update_once(batches(state.step)))
+        budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started)
         if budget.seconds is not None:
             logger.plan(state.step, budget)
         if start.resumed is not None:
@@ -116,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def loop(
     state: TrainState, batches: TrainBatches, budget: Budget, recorded: RunConfig, logger: RunLogger,
-    evals: EvalOptions, step: Callable[[Sequence[MicroBatch]], tuple[float, float]],
+    evals: EvalOptions, step: Callable[[], tuple[float, float]],
     score: Callable[..., Evaluation | None], sample: Callable[[int, int], list[tuple[str, str]]],
     save: Callable[[], None], stop: Callable[[], bool],
 ) -> None:  # fmt: skip
@@ -144,17 +152,12 @@ def loop(
         rate = learning_rate(state.step, budget.plan, budget.options)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        updated = None
-        with suppress(torch.OutOfMemoryError):  # handled below: the exception would keep the step's tensors alive
-            updated = step(batches(state.step))
-        if updated is None:
-            forced = "micro_batch_size" not in recorded.reasons
-            batches.size = reduce_micro_batch(batches.size, state.step, state.optimizer, forced)
+        size = batches.size
+        loss, grad_norm = step()
+        if batches.size != size:  # it did not fit into memory
             recorded.change(micro_batch_size=batches.size)
-            continue
 
         # ---- log
-        loss, grad_norm = updated
         if not state.advance(loss, grad_norm):
             logger.skip(state.step, loss, grad_norm)
             state.raise_if_diverged()
@@ -209,7 +212,7 @@ def update(
     grad_norm = clip_gradients(state.model.parameters(), grad_clip)
     mean_loss, norm = torch.stack((total, grad_norm.to(total.dtype))).tolist()  # waits for the device, once per step
     if math.isfinite(mean_loss) and math.isfinite(norm):
-        scaler.step(optimizer)
+        finish_step(partial(scaler.step, optimizer))
     if scaler.is_enabled():
         scaler.update()
     optimizer.zero_grad(set_to_none=True)

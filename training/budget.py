@@ -138,7 +138,7 @@ def log_resumed_rate(step: int, stored: Mapping[str, Any], budget: Budget) -> No
 
 def measure_step_seconds(update: Callable[[], object], state: TrainState, hardware: Hardware) -> float:
     """The median seconds of a few updates, the first one (warm-up) left out. Their effect on `state` is undone."""
-    weights = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
+    weights = [parameter.detach().to("cpu", copy=True) for parameter in state.model.parameters()]  # off a full device
     scale = state.scaler.state_dict()
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < MEASURED_STEPS and sum(seconds) < MEASURED_SECONDS):
@@ -148,8 +148,8 @@ def measure_step_seconds(update: Callable[[], object], state: TrainState, hardwa
             torch.cuda.synchronize(hardware.device)
         seconds.append(time.perf_counter() - started)
     with torch.no_grad():
-        for name, parameter in state.model.named_parameters():
-            parameter.copy_(weights[name])
-    state.optimizer.state.clear()
+        for parameter, weight in zip(state.model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    state.optimizer.reset()
     state.scaler.load_state_dict(scale)
     return statistics.median(seconds[1:])

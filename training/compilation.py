@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 import model as model_file
 from common.hardware import Choice, Hardware, triton_obstacle
 from common.inductor import cache_folder, compiler_version, cpp_compiler, shorten_inductor, use_cache
+from common.memory import OutOfMemory, attempt, is_out_of_memory
 from common.weights import flops_per_token
 from model import GPT, AttentionContext, Block, GPTConfig
 from training.data import MicroBatch
@@ -85,28 +87,33 @@ def expected_seconds(train: TrainOptions, model: GPT, batches: Sequence[MicroBat
     flops = flops_per_token(model) * train.tokens_per_step * train.max_steps
     if hardware.device.type != "cpu":
         return flops / GPU_EAGER_FLOPS
-    seconds = flops / SLOW_CPU_FLOPS
-    if seconds < CPU_CACHED_SECONDS:
-        return seconds
-    for _ in range(2):
-        started = time.perf_counter()
-        run_micro_batch(model, batches[0], hardware)
-        seconds = time.perf_counter() - started
+    at_most = flops / SLOW_CPU_FLOPS
+    if at_most < CPU_CACHED_SECONDS:
+        return at_most
+    try:
+        for _ in range(2):
+            started = time.perf_counter()
+            attempt(partial(run_micro_batch, model, batches[0], hardware))
+            seconds = time.perf_counter() - started
+    except OutOfMemory:  # the first step will find a micro-batch that fits
+        model.zero_grad()
+        return at_most
     return seconds * len(batches) * train.max_steps
 
 
 def compile_model(model: GPT, state: TrainState, batch: MicroBatch, hardware: Hardware) -> Callable[..., Tensor]:
     """The model as the training step calls it, compiled where state.compiler says so.
 
-    On a CPU this compiles the block for micro-batches like `batch`, and prints what it does. Whatever goes wrong there
-    is printed, the model runs eagerly, and state.compiler is "none"."""
+    On a GPU the first step compiles; code for any number of rows would be slower, so a reduced micro-batch compiles
+    again. On a CPU this compiles the block for micro-batches like `batch`, and prints what it does. Whatever goes wrong
+    there, but a lack of memory, is printed, the model runs eagerly, and state.compiler is "none"."""
     if state.compiler == "none":
         return model
     if hardware.device.type != "cpu":
-        return torch.compile(model)
-    state.compiler = "none"
+        return torch.compile(model, dynamic=False)
     if cpp_compiler() is None:
         log("not compiled: there is no C++ compiler (g++)")
+        state.compiler = "none"
         return model
     folder = cache_folder(hardware.threads)
     known = folder / signature(model, batch, hardware)
@@ -121,6 +128,7 @@ def compile_model(model: GPT, state: TrainState, batch: MicroBatch, hardware: Ha
             log(f"the cache {place} could not be used: {error}")
     if error is not None:
         log("not compiled: training goes on without; --compile=false leaves the trial out")
+        state.compiler = "none"
         return model
     log(f"compiled in {time.perf_counter() - started:.1f} s")
     state.compiler = compiler_name(hardware)
@@ -129,7 +137,7 @@ def compile_model(model: GPT, state: TrainState, batch: MicroBatch, hardware: Ha
 
 def _compile_block(model: GPT, batch: MicroBatch, hardware: Hardware, folder: Path) -> str | None:
     """Compiles, with the folder as cache. Returns what went wrong in one line, with the model as it was and without
-    the cache, which may be damaged; else None."""
+    the cache, which may be damaged; else None. Raises only errors of memory."""
     try:
         use_cache(folder)
         shorten_inductor()
@@ -140,6 +148,8 @@ def _compile_block(model: GPT, batch: MicroBatch, hardware: Hardware, folder: Pa
     except (RuntimeError, OSError, AssertionError) as error:  # torch wraps others in RuntimeError
         model.__dict__.pop("run_block", None)
         model.zero_grad()
+        if is_out_of_memory(error):
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         cause = getattr(error, "inner_exception", error)  # of a BackendCompilerFailed
         return f"{type(cause).__name__}: {cause}".strip().splitlines()[0]

@@ -149,16 +149,21 @@ class TrainBatches:
         self.rows, self.size, self.dropout = rows, size, dropout
         self.pinned = device.type == "cuda"
         self.reader = None if device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self.prefetched: tuple[tuple[int, int], Future[list[MicroBatch]]] | None = None  # (step, size) and its batches
+        # (step, size) and its batches: those returned last, and the following ones
+        self.current: tuple[tuple[int, int], list[MicroBatch]] | None = None
+        self.prefetched: tuple[tuple[int, int], Future[list[MicroBatch]]] | None = None
 
     def __call__(self, step: int) -> list[MicroBatch]:
         """The micro-batches of update number `step` (from 0)."""
-        if self.reader is None:
-            return self._read(step, self.size)
         wanted, prefetched = (step, self.size), self.prefetched
+        if self.current is not None and self.current[0] == wanted:
+            return self.current[1]
+        self.current = None
         batches = prefetched[1].result() if prefetched is not None and prefetched[0] == wanted else self._read(*wanted)
-        following = (step + 1, self.size)
-        self.prefetched = following, self.reader.submit(self._read, *following)
+        if self.reader is not None:
+            following = (step + 1, self.size)
+            self.prefetched = following, self.reader.submit(self._read, *following)
+        self.current = wanted, batches
         return batches
 
     def _read(self, step: int, size: int) -> list[MicroBatch]:

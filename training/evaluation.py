@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.memory import ONE_ROW, OutOfMemory, attempt
 from errors import UserError
 from model import GPT, IGNORED_TARGET
 from training.data import TokenSource, read_windows, val_starts
+from training.metrics import log
 
 DOCUMENT_CLUSTERS = 64  # documents that begin in the same 64th of the split are one cluster
 MIN_PARTS, MAX_BLOCKS = 8, 16  # numbers of blocks of the text
@@ -154,31 +156,40 @@ def evaluate(
     rows: int = 16,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Scores the val split, at least two tokens, or its first max_tokens tokens, in batches of `rows` windows. Returns
-    None once `stop()` is true. token_bytes: the bytes of every token id. Raises UserError where no target counts.
-    """
+    """Scores the val split, at least two tokens, or its first max_tokens tokens, in batches of `rows` windows, or of
+    fewer where memory runs out. Returns None once `stop()` is true. token_bytes: the bytes of every token id. Raises
+    UserError where no target counts, or one row does not fit."""
     T = model.config.block_size
     device = next(model.parameters()).device
     byte_count = torch.tensor([len(piece) for piece in token_bytes])
     starts = val_starts(len(split), T, max_tokens)
     sums = ClusterSums(min(max_tokens or len(split), len(split)), T, model.eos_id)
-    nats, counts, n_bytes = [], [], 0
+    nats, counts, n_bytes, first = [], [], 0, 0
+
+    def score() -> torch.Tensor:
+        with autocast():
+            return model(x.to(device), y.to(device), reduction="none").cpu().double()  # MPS has no float64
+
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, len(starts), rows):
+        while first < len(starts):
             if stop():
                 return None
             x, y = read_windows(split, starts[first : first + rows], T)
             if max_tokens is not None:
                 _cut_targets(y, starts[first : first + rows], min(max_tokens, len(split)))
-            with autocast():
-                losses = model(x.to(device), y.to(device), reduction="none").cpu().double()  # MPS has no float64
+            try:
+                losses = attempt(score)
+            except OutOfMemory:
+                rows = _fewer_rows(len(x))
+                continue
             counted = y != IGNORED_TARGET
             nats.append(losses.sum(dim=1))
             sums.add(int(starts[first]), x.numpy(), losses.numpy(), counted.numpy())
             counts.append(counted.sum(dim=1))
             n_bytes += int(byte_count[y[counted]].sum())
+            first += len(x)
     finally:
         model.train(was_training)
     nats_of, count_of = torch.cat(nats).numpy(), torch.cat(counts).numpy()
@@ -189,6 +200,14 @@ def evaluate(
         )
     bits_per_byte = total / math.log(2) / max(1, n_bytes)
     return Evaluation(total / n_targets, bits_per_byte, n_targets, *sums.clusters())
+
+
+def _fewer_rows(rows: int) -> int:
+    """Half of them, after an out-of-memory error. Logs a line. Raises UserError where there was one."""
+    if rows == 1:
+        raise UserError(ONE_ROW)
+    log(f"evaluation: out of memory; {rows} rows at a time → {rows // 2}")
+    return rows // 2
 
 
 def _cut_targets(y: torch.Tensor, starts: np.ndarray, max_tokens: int) -> None:

@@ -5,17 +5,21 @@ train.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from common.hardware import Choice, Hardware
-from common.weights import count_parameters
+from common.memory import ONE_ROW, OutOfMemory, attempt, release_memory
 from errors import UserError
 from model import GPT, GPTConfig
+from training.data import TrainBatches
 from training.metrics import log
-from training.optim import Optimizer
+from training.state import TrainState
+
+T = TypeVar("T")
 
 CPU_TOKENS = 4096
 MAX_TOKENS = 65_536  # larger micro-batches are not faster on any GPU
@@ -58,57 +62,66 @@ def divisor(rows: int, limit: int) -> int:
 
 
 def fit_micro_batch(size: int, model: GPT, hardware: Hardware) -> int:
-    """On CUDA, the largest micro-batch up to `size` that fits into memory beside AdamW's two moments, which the first
-    step allocates. Logs a line where it is smaller."""
+    """On CUDA, the largest micro-batch up to `size` that fits into memory beside the weights and the optimizer's
+    state, which exist already. Logs a line where it is smaller."""
     if hardware.device.type != "cuda":
         return size
-    free = torch.cuda.mem_get_info(hardware.device)[0] - 8 * count_parameters(model)
+    release_memory()
+    free = torch.cuda.mem_get_info(hardware.device)[0]
     fitting = fit_to_memory(size, lambda rows: measure_peak(model, hardware, rows), free)
-    torch.cuda.empty_cache()
+    release_memory()
     if fitting < size:
         log(f"micro-batch {fitting}: the largest that fits into {free / 2**30:.1f} GiB of free device memory")
     return fitting
 
 
-def fit_to_memory(size: int, peak_bytes: Callable[[int], int], free: int) -> int:
-    """The largest divisor of `size` whose peak fits into `free` bytes, extrapolated from the peaks of one row and of
-    two.
-
-    Never less than one row: where that does not fit, the first step raises.
-    """
-    if size == 1:
-        return 1
-    one = peak_bytes(1)
-    if one > MEMORY_SHARE * free / 2:  # two rows might not fit, so they are not tried
-        return 1
-    per_row = max(1, peak_bytes(2) - one)
-    return divisor(size, max(1, 1 + int((MEMORY_SHARE * free - one) / per_row)))
+def fit_to_memory(size: int, peak_bytes: Callable[[int], float], free: int) -> int:
+    """The largest divisor of `size` whose peak fits into `free` bytes. Never less than one row, which is not tried:
+    where that does not fit, the first step says so."""
+    divisors = (rows for rows in range(size, 1, -1) if size % rows == 0)
+    return next((rows for rows in divisors if peak_bytes(rows) <= MEMORY_SHARE * free), 1)
 
 
-def measure_peak(model: GPT, hardware: Hardware, rows: int) -> int:
-    """Peak bytes of CUDA memory in a forward and backward pass of this many rows, gradients included, which are then
-    dropped."""
+def measure_peak(model: GPT, hardware: Hardware, rows: int) -> float:
+    """Peak bytes of CUDA memory in a forward and backward pass of this many rows beside the gradients of another one,
+    which are then dropped. Infinite where memory runs out."""
     before = torch.cuda.memory_allocated(hardware.device)
     torch.cuda.reset_peak_memory_stats(hardware.device)
-    ids = torch.zeros((rows, model.config.block_size), dtype=torch.int64, device=hardware.device)
-    with hardware.autocast():
-        loss = model(ids, ids, reduction="sum")
-    loss.backward()
-    model.zero_grad(set_to_none=True)
+
+    def two_passes() -> None:
+        ids = torch.zeros((rows, model.config.block_size), dtype=torch.int64, device=model.embed.weight.device)
+        for _ in range(2):
+            with hardware.autocast():
+                loss = model(ids, ids, reduction="sum")
+            loss.backward()
+
+    try:
+        attempt(two_passes)
+    except OutOfMemory:
+        return math.inf
+    finally:
+        model.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated(hardware.device) - before
 
 
-def reduce_micro_batch(size: int, step: int, optimizer: Optimizer, forced: bool) -> int:
-    """The micro-batch after an out-of-memory error: half the rows, or the next smaller divisor. Frees the gradients
-    and logs a line.
+def until_it_fits(batches: TrainBatches, state: TrainState, forced: bool, action: Callable[[], T]) -> T:
+    """The result of `action`, which takes its micro-batches from `batches`. Where memory runs out, what it has left is
+    dropped, and it is repeated with fewer rows. forced: the user has chosen their number. Raises UserError."""
+    while True:
+        try:
+            return attempt(action)
+        except OutOfMemory:
+            state.discard_update()
+        batches.size = reduce_micro_batch(batches.size, state.step, forced)
+
+
+def reduce_micro_batch(size: int, step: int, forced: bool) -> int:
+    """The micro-batch after an out-of-memory error: half the rows, or the next smaller divisor. Logs a line.
 
     Raises UserError where size is 1, or `forced` by the user.
     """
-    optimizer.zero_grad(set_to_none=True)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     if size == 1:
-        raise UserError("one row does not fit into the device's memory; use a smaller model or a smaller --block_size")
+        raise UserError(ONE_ROW)
     smaller = divisor(size, size // 2)
     if forced:
         raise UserError(

@@ -49,16 +49,19 @@ def muon(
     should fall as 1/√width: 3e-3 was best at 128 channels (bench/NOTES.md), which makes 2.4e-3 at 192 and 1.2e-3 at
     768; wider than 192 was not measured. A packed projection (qkv, swiglu's up) counts as one matrix.
     """
+    by_shape = defaultdict[tuple[int, int], list[int]](list)
+    for number, matrix in enumerate(matrices):
+        by_shape[min(matrix.shape), max(matrix.shape)].append(number)
+    directions: dict[int, Tensor] = {}
+    for numbers in by_shape.values():
+        some, buffers = ([tensors[number] for number in numbers] for tensors in (gradients, momentum_buffers))
+        updates = torch._foreach_lerp(some, torch._foreach_lerp(buffers, some, 1 - momentum), momentum)  # Nesterov
+        stacked = torch.stack([update.mT if update.shape[0] > update.shape[1] else update for update in updates])
+        directions.update(zip(numbers, orthogonalize(stacked, dtype, steps), strict=True))  # (R, C), R ≤ C
+    # what allocates is done, so a step that runs out of memory has changed nothing
     torch._foreach_lerp_(momentum_buffers, gradients, 1 - momentum)
-    updates = torch._foreach_lerp(gradients, momentum_buffers, momentum)  # Nesterov
     torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-    by_shape = defaultdict[tuple[int, int], list[tuple[Tensor, Tensor]]](list)
-    for matrix, update in zip(matrices, updates, strict=True):
-        if matrix.shape[0] > matrix.shape[1]:  # transposed, its Gram matrix is smaller
-            matrix, update = matrix.mT, update.mT
-        by_shape[matrix.shape[0], matrix.shape[1]].append((matrix, update))
-    for (_, columns), pairs in by_shape.items():
-        directions = orthogonalize(torch.stack([update for _, update in pairs]), dtype, steps)
-        scale = 0.2 * math.sqrt(columns)  # the RMS of a matrix with orthonormal rows is 1 / √columns
-        for (matrix, _), direction in zip(pairs, directions, strict=True):
-            matrix.add_(direction, alpha=-lr * scale)
+    for number, direction in directions.items():
+        matrix = matrices[number]
+        scale = 0.2 * math.sqrt(direction.shape[1])  # the RMS of a matrix with orthonormal rows is 1 / √columns
+        matrix.add_(direction if direction.shape == matrix.shape else direction.mT, alpha=-lr * scale)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from common.memory import OutOfMemory, attempt
+from errors import UserError
 from model import GPT
 from training.muon import muon
 from training.options import OptimizerOptions
@@ -67,17 +70,35 @@ class Optimizer:
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         self.param_groups = groups
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._done = 0  # groups that a failed step has updated
+
+    @torch.no_grad()
+    def allocate(self) -> None:
+        """Makes what is missing of the state. step does it too; done early, what fits beside it can be measured."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state.setdefault(parameter, {})
+                for name in MOMENTS[group["kind"]]:
+                    if name not in state:
+                        state[name] = torch.zeros_like(parameter)
+                for name in COUNTERS.get(group["kind"], ()):
+                    if name not in state:
+                        shape = parameter.shape[:1] if name == "last_step" else ()
+                        state[name] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+
+    def reset(self) -> None:
+        """The state before the first step."""
+        for state in self.state.values():
+            for tensor in state.values():
+                tensor.zero_()
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
+        """Updates the weights. A group is updated as a whole: its update function allocates first, then writes. Where
+        memory runs out in between, another call goes on with the groups that are left, with the same gradients."""
+        self.allocate()
+        for group in self.param_groups[self._done :]:
             kind, parameters = group["kind"], group["params"]
-            for parameter in parameters:
-                if parameter not in self.state:
-                    self.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS[kind]}
-                    for name in COUNTERS.get(kind, ()):
-                        shape = parameter.shape[:1] if name == "last_step" else ()
-                        self.state[parameter][name] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
             settings = {name: value for name, value in group.items() if name not in ("kind", "params", "scale")}
             gradients = [parameter.grad for parameter in parameters]
             if kind != "adamw_rows":
@@ -88,6 +109,8 @@ class Optimizer:
             for name in COUNTERS.get(kind, ()):
                 buffers.append([self.state[parameter][name] for parameter in parameters])
             UPDATES[kind](parameters, gradients, *buffers, **settings)
+            self._done += 1
+        self._done = 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for group in self.param_groups:
@@ -96,6 +119,19 @@ class Optimizer:
                     parameter.grad = None
                 elif parameter.grad is not None:
                     parameter.grad.zero_()
+
+
+def finish_step(step: Callable[[], object]) -> None:
+    """Calls `step`, an optimizer's. Where memory runs out, the weights may be updated in part, so the gradients stay,
+    and it is called once more to go on. Raises UserError where that fails too: a smaller micro-batch would not help."""
+    for _ in range(2):
+        with suppress(OutOfMemory):
+            attempt(step)
+            return
+    raise UserError(
+        "out of memory in the optimizer's step, which a smaller micro-batch does not change; end other programs that "
+        "use the device and resume the run, or train a smaller model (--n_layer, --n_embd)"
+    )
 
 
 @torch.no_grad()
@@ -128,31 +164,32 @@ def adamw_rows(
     """
     lists = (tables, gradients, exp_avgs, exp_avg_sqs, last_steps, steps)
     for table, gradient, exp_avg, exp_avg_sq, last_step, step in zip(*lists, strict=True):
-        step += 1
         if gradient.is_sparse:
             gradient = gradient.coalesce()
             rows, values = gradient.indices()[0], gradient.values()
         else:
             rows = gradient.any(dim=1).nonzero()[:, 0]
             values = gradient.index_select(0, rows)
-        waited = (step - last_step.index_select(0, rows))[:, None]  # steps
+        number = step + 1
+        waited = (number - last_step.index_select(0, rows))[:, None]  # steps
         average = exp_avg.index_select(0, rows).mul_(beta1**waited).add_(values, alpha=1 - beta1)
         square = exp_avg_sq.index_select(0, rows).mul_(beta2**waited).addcmul_(values, values, value=1 - beta2)
         ratio = beta1 / math.sqrt(beta2)  # of a move to the one before it, once the gradients stop
         moves = (1 - ratio**waited) / (1 - ratio) if ratio < 1 else waited
-        first, second = 1 - beta1 ** float(step), 1 - beta2 ** float(step)
+        first, second = 1 - beta1 ** float(number), 1 - beta2 ** float(number)
         moved = table.index_select(0, rows).mul_((1 - lr * weight_decay) ** waited)
         moved.addcdiv_(average * moves, (square / second).sqrt_().add_(eps), value=-lr / first)
         for whole, part in ((exp_avg, average), (exp_avg_sq, square), (table, moved)):
             whole.index_copy_(0, rows, part)
-        last_step.index_fill_(0, rows, float(step))
+        last_step.index_fill_(0, rows, float(number))
+        step += 1
 
 
 UPDATES: dict[str, Callable[..., None]] = {
     "adamw": partial(adamw, fused=True, amsgrad=False, maximize=False),
     "muon": muon,
     "adamw_rows": adamw_rows,
-    "sgd": partial(sgd, dampening=0.0, nesterov=False, maximize=False),
+    "sgd": partial(sgd, dampening=0.0, nesterov=False, maximize=False, foreach=True),  # which allocates first
 }
 MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq"),

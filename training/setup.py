@@ -7,8 +7,9 @@ in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 
 from checkpoint import Checkpoint, ModelFolder
 from common.hardware import Hardware, choose_attention, require_determinism
+from common.memory import OutOfMemory, attempt
 from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
 from common.weights import build_for_weights, count_parameters, import_weights
@@ -26,6 +28,7 @@ from prepare_data.resolve import log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
 from training.compilation import compiler_name
 from training.evaluation import Evaluation
+from training.metrics import log
 from training.micro_batch import choose_micro_batch
 from training.optim import make_optimizer
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
@@ -179,6 +182,7 @@ def make_state(
     state = TrainState(model, optimizer, scaler, rows, recovery(run, options), initial is not None, compiler)
     if resumed is not None:
         state.restore(resumed, hardware)
+    optimizer.allocate()
     return state
 
 
@@ -186,12 +190,18 @@ def make_sampler(
     sample_texts: Callable[..., list[tuple[str, str]]], evals: EvalOptions, hardware: Hardware
 ) -> Callable[[int, int], list[tuple[str, str]]]:
     """A function (number of samples, seed) → (text, reason of its end) of each, by the options; no samples where their
-    length is 0. sample_texts: generation.text's, with model, tokenizer and prompt bound."""
+    length is 0, fewer where memory runs out. sample_texts: generation.text's, with model, tokenizer and prompt bound.
+    """
     settings: dict[str, Any] = {"max_new_tokens": evals.sample_tokens, "temperature": evals.sample_temperature}
     settings |= {"top_p": evals.sample_top_p, "autocast": hardware.autocast}
 
     def sample(count: int, seed: int) -> list[tuple[str, str]]:
-        return sample_texts(num_samples=count if evals.sample_tokens > 0 else 0, seed=seed, **settings)
+        count = count if evals.sample_tokens > 0 else 0
+        while True:
+            with suppress(OutOfMemory):
+                return attempt(partial(sample_texts, num_samples=count, seed=seed, **settings))
+            log(f"samples: out of memory; {count} → {count // 2}")
+            count //= 2
 
     return sample
 

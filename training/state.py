@@ -112,6 +112,13 @@ class TrainState:
         progress.skipped += 1
         return False
 
+    def discard_update(self) -> None:
+        """Drops what a failed update has left: gradients, and the scaler's note that they are unscaled already."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            self.scaler.scale(torch.zeros((), device=next(self.model.parameters()).device))  # update needs a first use
+            self.scaler.update(self.scaler.get_scale())
+
     def raise_if_diverged(self) -> None:
         """Raises UserError after MAX_SKIPPED skipped updates in a row."""
         if self.progress.skipped >= MAX_SKIPPED:
@@ -184,7 +191,7 @@ class TrainState:
                 model=export_weights(self.model),
                 config=self.model.config.to_dict(),
                 tokenizer=dataset.tokenizer.to_dict(),
-                optimizer=optimizer_tensors(self.optimizer, self.model),
+                optimizer=optimizer_tensors(self.optimizer, self.model) if self.step > 0 else {},  # before: zeros
                 state={**state, **facts()},
             )
             self.saved_step = self.step

@@ -28,7 +28,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 
 POINTER, SIZES = ctypes.c_void_p, {"int64_t": ctypes.c_int64, "long": ctypes.c_int64, "float": ctypes.c_float}
@@ -51,6 +50,8 @@ def compiler_version() -> str:
 
 def cache_folder(threads: int) -> Path:
     """Where compiled code is kept: in the user's cache folder, by all that it depends on besides its source."""
+    import platformdirs  # here, since a GPU needs no cache of ours
+
     cpuinfo = Path("/proc/cpuinfo")
     flags = (
         re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(errors="replace"), re.M)[:1]

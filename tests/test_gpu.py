@@ -1,0 +1,336 @@
+"""The model on a GPU: kernels, compiled steps, decoding by CUDA graphs, evaluation. Scripts: test_gpu_scripts.py.
+
+    python -m pytest -m gpu tests/test_gpu.py               on a GPU; -n 8 compiles side by side
+    python -m pytest -m gpu tests/test_gpu.py --on-cpu      a trial in tiny sizes, interpreted, nothing recorded
+
+Errors are taken against float64, and compared with PyTorch's in the same dtype. Of requirements.txt this needs torch,
+numpy, Triton and what the imports below need, but no annotated-types, which train.py needs.
+"""
+
+import dataclasses
+import runpy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import generation.cuda_graphs as cuda_graphs
+from common.hardware import Hardware, choose_hardware
+from common.options import HardwareOptions
+from generation.engine import generate, next_logits
+from generation.options import SamplingOptions
+from model import GPT, GPTConfig
+from tests.conftest import ROOT
+from tests.test_attention import by_definition, first_visible, fused
+from training.compilation import compile_model
+from training.data import MicroBatch
+from training.evaluation import evaluate
+from training.optim import clip_gradients, make_optimizer
+from training.options import OptimizerOptions
+
+pytestmark = pytest.mark.gpu
+FIELDS = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
+PRESETS = {
+    path.stem: {name: value for name, value in runpy.run_path(str(path)).items() if name in FIELDS}
+    for path in sorted((ROOT / "config").glob("*.py"))
+    if "\nn_layer = " in path.read_text("utf-8")
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_precision():
+    """Without TF32, which choose_hardware allows to the whole process."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+# ---- the kernels
+
+
+def assert_as_good(ours, plain, exact, dtype):
+    """Of out, dq, dk and dv: errors at most 2 × (gradients 3 ×) those of PyTorch, plus 4 rounding units."""
+    for name, times, mine, its, true in zip(("out", "dq", "dk", "dv"), (2, 3, 3, 3), ours, plain, exact, strict=True):
+        assert mine.dtype == its.dtype == dtype
+        error, allowed = (mine.double() - true).abs().max(), (its.double() - true).abs().max()
+        largest = max(true.abs().max(), exact[3].abs().max() if true.shape[1] <= 2 else 0.0)
+        assert error <= times * allowed + 4 * torch.finfo(dtype).eps * largest, (name, error, allowed)
+
+
+def out_and_gradients(attend, inputs, grad, first, dtype=None):
+    q, k, v = (x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs)
+    out = attend(q, k, v, first)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.to(out.dtype))]
+
+
+def packed(device, dtype, B, T, H, K, D):
+    """q, k and v as views of one projection, and a gradient of the output."""
+    draw = torch.Generator(device).manual_seed(T * D)
+    qkv = torch.randn(B, T, H + 2 * K, D, generator=draw, device=device).to(dtype)
+    return qkv.split((H, K, K), dim=2), torch.randn(B, T, H, D, generator=draw, device=device).to(dtype)
+
+
+def compare(inputs, grad, first, rows=slice(None)):
+    """The kernels on all rows of the batch, against PyTorch and float64 on some."""
+    ours = [x[rows] for x in out_and_gradients(fused, inputs, grad, first)]
+    few, first = [x[rows] for x in inputs], None if first is None else first[rows]
+    plain = out_and_gradients(by_definition, few, grad[rows], first)
+    exact = out_and_gradients(by_definition, few, grad[rows], first, torch.float64)
+    assert_as_good(ours, plain, exact, inputs[0].dtype)
+
+
+@pytest.mark.parametrize("hidden", ["nothing", "both"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_kernels_are_as_good_as_pytorch_in_the_shapes_of_the_presets(preset, hidden, device):
+    config = GPTConfig(**PRESETS[preset])
+    H, T = (config.n_head, config.block_size) if device.type == "cuda" else (2, 24)
+    first = first_visible(hidden, 2, T)
+    first = None if first is None else first.to(device)
+    compare(*packed(device, torch.bfloat16, 2, T, H, H, config.head_size), first)
+
+
+@pytest.mark.parametrize(
+    ("T", "H", "K", "D", "hidden"),
+    [
+        *((1, 12, 12, 64, "nothing"), (2, 4, 1, 128, "both"), (1000, 4, 2, 64, "both")),
+        *((1023, 8, 2, 128, "nothing"), (1024, 12, 4, 64, "documents"), (1024, 4, 2, 128, "window")),
+    ],
+)
+def test_the_kernels_are_as_good_as_pytorch_in_other_shapes(T, H, K, D, hidden, device):
+    if device.type == "cpu":
+        T, H, K = min(T, 37), H // K, 1
+    first = first_visible(hidden, 2, T)
+    first = None if first is None else first.to(device)
+    compare(*packed(device, torch.float16, 2, T, H, K, D), first)
+
+
+def test_as_many_tokens_as_the_largest_micro_batch(device):
+    """2^16 tokens of GPT-2's shape, the first and last rows compared."""
+    B, T, H = (64, 1024, 12) if device.type == "cuda" else (3, 16, 2)
+    compare(*packed(device, torch.bfloat16, B, T, H, H, 64), None, rows=[0, B // 2, B - 1])
+
+
+def test_strides_beyond_32_bits(device):
+    """Rows that are 2^31 numbers apart, tokens 4,096 and heads 2^21."""
+    T, H, D, row, head = (65, 3, 64, 2**31 + 128, 2**21) if device.type == "cuda" else (9, 3, 16, 2**17, 2**16 // 4)
+    storage = torch.empty(row + T * 4096 + H * head, dtype=torch.bfloat16, device=device)
+    inputs = [storage.as_strided((2, T, H, D), (row, 4096, head, 1), 512 * place) for place in range(3)]
+    values, grad = packed(device, torch.bfloat16, 2, T, H, H, D)
+    for x, value in zip(inputs, values, strict=True):
+        x.copy_(value)
+    compare(inputs, grad, None)
+
+
+def test_gradients_are_equal_to_the_bit_in_two_runs(device):
+    T, H = (1024, 8) if device.type == "cuda" else (40, 4)
+    inputs, grad = packed(device, torch.bfloat16, 2, T, H, H // 4, 64)
+    first = first_visible("both", 2, T).to(device)
+    one, other = (out_and_gradients(fused, inputs, grad, first) for _ in range(2))
+    assert all(map(torch.equal, one, other))
+
+
+# ---- training steps
+
+SHAPES = {name: {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 128} for name in ("gpt2_124m", "modern_124m")}
+SHAPES["modern_124m"] |= {"n_hidden": 384, "n_kv_head": 1}
+
+
+def small_run(preset, device):
+    """A model of the preset's kind, and a batch."""
+    config = GPTConfig(**{**PRESETS[preset], **SHAPES[preset], "vocab_size": 1500, "eos_id": 1499})
+    rows, T = (4, 128) if device.type == "cuda" else (2, 16)
+    ids = torch.randint(0, 1499, (rows, T + 1), generator=torch.Generator().manual_seed(1))
+    return config, MicroBatch(ids[:, :-1], ids[:, 1:], None)
+
+
+def losses_of_steps(config, hardware, attention, compiled, batch, steps):
+    """(steps, 2): losses and gradient norms."""
+    model = GPT(config, seed=5, attention=attention).to(hardware.device).train()
+    options = OptimizerOptions(optimizer="muon" if config.qk_norm else "adamw", learning_rate=1e-3)
+    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
+    optimizer = make_optimizer(model, options, hardware.dtype)
+    state = SimpleNamespace(
+        model=model, optimizer=optimizer, scaler=scaler, compiler="inductor" if compiled else "none"
+    )
+    forward = compile_model(model, state, batch, hardware)
+    assert (state.compiler != "none") == compiled
+    x, y, numbers = batch.x.to(hardware.device), batch.y.to(hardware.device), []
+    for _ in range(steps):  # train.update
+        with hardware.autocast():
+            loss = forward(x, y, reduction="sum") / y.numel()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        numbers.append((float(loss), float(clip_gradients(model.parameters(), 1.0))))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    return np.array(numbers)
+
+
+@pytest.mark.parametrize("attention", ["triton", "sdpa"])
+@pytest.mark.parametrize("preset", SHAPES)
+def test_compiled_steps_learn_as_eager_ones_do(preset, attention, device):
+    """Losses and gradient norms of the steps in bfloat16: errors against float32 at most 2 × the eager steps', each the
+    largest of all steps, plus 4 rounding units of float32."""
+    config, batch = small_run(preset, device)
+    steps = 8 if device.type == "cuda" else 2
+    narrow, wide = (Hardware(device, dtype, 1, {}) for dtype in (torch.bfloat16, torch.float32))
+    exact = losses_of_steps(config, wide, "sdpa", False, batch, steps)
+    eager, compiled = (losses_of_steps(config, narrow, attention, way, batch, steps) for way in (False, True))
+    assert np.isfinite(compiled).all()
+    assert compiled[-1, 0] < compiled[0, 0] - 0.1
+    error, allowed = (np.abs(way - exact).max(axis=0) / exact.max(axis=0) for way in (compiled, eager))
+    assert (error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps).all(), (error, allowed)
+
+
+def test_float16_learns_with_a_loss_scale(device):
+    """The first updates may be left out, while the scale is found."""
+    config, batch = small_run("gpt2_124m", device)
+    dtype, steps = (torch.float16, 24) if device.type == "cuda" else (torch.bfloat16, 2)
+    losses = losses_of_steps(config, Hardware(device, dtype, 1, {}), "triton", False, batch, steps)
+    assert np.isfinite(losses[:, 0]).all()
+    assert np.isfinite(losses[-1]).all()
+    assert losses[-1, 0] < losses[0, 0] - 0.1
+
+
+# ---- decoding
+
+TINY = GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=160, vocab_size=61, eos_id=60, tie_embeddings=False)
+MODELS = {
+    "learned": {},
+    "rotary and grouped": {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "n_kv_head": 2},
+    "window": {"positions": "rotary", "sliding_window": 37},
+    "documents": {"document_mask": True, "positions": "rotary", "n_kv_head": 1},
+    "n-grams": {"max_ngram": 3, "ngram_rows": 64},
+}
+PROMPTS = [[60, 5, 6], [60, *range(7, 57)], [60, *range(20), 60, *range(20, 55)], [9, 8] * 59, [60, 5, 6]]
+GREEDY = SamplingOptions(max_new_tokens=70, temperature=0.0, stop_at_eos=False, logprobs=1)
+
+
+def decoding_model(device, dtype, attention="sdpa", **changes):
+    """Weights large enough that greedy text does not fall into one repeated id."""
+    model = GPT(dataclasses.replace(TINY, **changes), seed=3, attention=attention).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8.0)
+    return model.to(device, dtype)
+
+
+def continued(model, prompts, options, leaves=()):
+    """Per prompt: the drawn ids and their log-probabilities. leaves: of some samples, the number of tokens after which
+    they leave the batch."""
+    drawn, stopped = [[] for _ in prompts], set()
+    for event in generate(model, prompts, options, seed=7, stopped=stopped):
+        if event.token is not None:
+            drawn[event.sample].append((event.token, event.logprob))
+        stopped |= {sample for sample, count in dict(leaves).items() if len(drawn[sample]) >= count}
+    return drawn
+
+
+@pytest.fixture
+def replays(monkeypatch, device):
+    """The number of replays of CUDA graphs so far."""
+    counted = []
+    if device.type == "cuda":
+        replay = torch.cuda.CUDAGraph.replay
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: counted.append(1) or replay(graph))
+    return counted
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_ids_are_those_without_cache_and_graphs(name, device, replays):
+    """In float64. Rows of unequal lengths cross 64 and 128 places and the end of the context, and some leave early."""
+    assert cuda_graphs.MIN_SPAN == 64
+    model, options = decoding_model(device, torch.float64, **MODELS[name]), GREEDY
+    if device.type == "cpu":
+        options = dataclasses.replace(GREEDY, max_new_tokens=12)
+    drawn = continued(model, PROMPTS, options, leaves={1: 9, 4: 4})
+    assert len(replays) >= 70 * (device.type == "cuda")
+    for prompt, tokens in zip(PROMPTS, drawn, strict=True):
+        text = list(prompt)
+        for token, logprob in tokens:
+            logits = next_logits(model, text, keep_head=1)
+            text.append(int(logits.argmax()))
+            assert text[-1] == token, f"at {len(text)} ids"
+            assert logprob == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-6)
+    n = options.max_new_tokens
+    assert [len(tokens) for tokens in drawn] == [n, 9, n, n, 4]
+    assert len({token for tokens in drawn for token, _ in tokens}) > 5, "one repeated id would prove nothing"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_in_bfloat16_are_as_good_as_without_a_cache(name, device, replays):
+    """Errors against float64 at most 2 × those of the model without cache and graphs, plus 4 rounding units."""
+    model = decoding_model(device, torch.bfloat16, "triton", **MODELS[name])
+    plain = decoding_model(device, torch.bfloat16, "sdpa", **MODELS[name])
+    exact = decoding_model(device, torch.bfloat16, "sdpa", **MODELS[name]).double()
+    options = dataclasses.replace(GREEDY, max_new_tokens=70 if device.type == "cuda" else 5)
+    errors, allowed, largest = [], [], 0.0
+    for prompt, tokens in zip(PROMPTS, continued(model, PROMPTS, options), strict=True):
+        text = list(prompt)
+        for token, logprob in tokens:
+            true = float(next_logits(exact, text, 1).log_softmax(-1)[token])
+            errors.append(abs(logprob - true))
+            allowed.append(abs(float(next_logits(plain, text, 1).float().log_softmax(-1)[token]) - true))
+            largest = max(largest, float(next_logits(exact, text, 1).abs().max()))
+            text.append(token)
+    assert max(errors) <= 2 * max(allowed) + 4 * torch.finfo(torch.bfloat16).eps * largest
+    assert len(replays) >= 70 * (device.type == "cuda")
+
+
+def test_draws_are_the_same_alone_and_in_a_batch(device):
+    model = decoding_model(device, torch.float64, **MODELS["rotary and grouped"])
+    options = SamplingOptions(max_new_tokens=20, temperature=0.9, top_k=20, top_p=0.9, stop_at_eos=False, logprobs=1)
+    together = continued(model, [[60, 5, 6]] * 3, options)
+    alone = continued(model, [[60, 5, 6]], options)
+    assert [token for token, _ in alone[0]] == [token for token, _ in together[0]]
+    assert together[0] != together[1]
+
+
+# ---- evaluation
+
+
+class Split:
+    """A split of random tokens, as evaluate reads it."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def read(self, start, count):
+        return self.tokens[start : start + count]
+
+    def mask(self, start, count):
+        return None
+
+
+def test_an_evaluation_is_that_of_a_cpu(device):
+    """In float64 to the last digits; in bfloat16 with an error of at most 2 × the CPU's and 4 rounding units."""
+    split = Split(np.random.default_rng(1).integers(0, 61, 160 * 20 + 7).astype(np.uint16))
+    losses = {}
+    for place in (torch.device("cpu"), device):
+        for dtype in (torch.float64, torch.bfloat16):
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            attention = "triton" if place.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
+            model = decoding_model(place, wide, attention, **MODELS["documents"])
+            hardware = Hardware(place, torch.float32 if dtype == torch.float64 else dtype, 1, {})
+            result = evaluate(model, split, [b"x"] * 61, autocast=hardware.autocast, rows=3)
+            losses[place, dtype] = result.loss
+            assert result.targets == len(split) - 1
+    exact = losses[torch.device("cpu"), torch.float64]
+    assert losses[device, torch.float64] == pytest.approx(exact, rel=1e-9)
+    error, allowed = (abs(losses[place, torch.bfloat16] - exact) for place in (device, torch.device("cpu")))
+    assert error <= 2 * allowed + 4 * torch.finfo(torch.bfloat16).eps * exact
+
+
+def test_the_choices_of_this_gpu_are_described(device):
+    hardware = choose_hardware(HardwareOptions(device=str(device)))
+    assert str(device) in hardware.describe()
+    assert hardware.memory_bytes() > 0
+    if device.type == "cuda":
+        assert hardware.dtype == torch.bfloat16

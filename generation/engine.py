@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.memory import OutOfMemory, is_out_of_memory, release_memory
 from errors import UserError
 from generation import cuda_graphs
 from generation.batch import Batch, PlainDecoder, Step
@@ -111,7 +112,7 @@ def generate(
             waiting += reversed(group.split(size))
             continue
         fits = False
-        with suppressed_out_of_memory():
+        with _suppressed_out_of_memory():
             with _decoder_for(model, direct, len(group.texts), size, dtype) as decoder:
                 yield from _decode_loop(decoder, group, options, seed, draws, stopped)
             fits = True
@@ -135,27 +136,29 @@ class _Group:
 
 
 @contextmanager
-def suppressed_out_of_memory() -> Iterator[None]:
+def _suppressed_out_of_memory() -> Iterator[None]:
     """Code after this block runs without the exception, which would keep the tensors of the failed step alive."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        pass
-    except RuntimeError as error:  # on a CPU torch has no class for it
-        if "DefaultCPUAllocator" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
 
 
 def _smaller_batch(samples: int, device: torch.device) -> int:
-    """Half of the samples that did not fit into memory, with a line that says so. Raises UserError for a single one."""
+    """Half of the samples that did not fit into memory, with a line that says so. Raises OutOfMemory for one sample."""
     cuda_graphs.drop_kept()
-    if is_gpu(device):
-        torch.cuda.empty_cache()
+    release_memory()
     if samples == 1:
-        other = "" if device.type == "cpu" else ", or add --device=cpu"
-        raise UserError(f"one sample needs more memory than {device} has free: end other programs that use it{other}")
+        raise OutOfMemory(f"one sample needs more memory than is free; {end_programs(device)}")
     print(f"out of memory with {samples} samples at once: going on with {samples // 2}", file=sys.stderr)
     return samples // 2
+
+
+def end_programs(device: torch.device) -> str:
+    """What helps a program that only generates."""
+    other = "" if device.type == "cpu" else ", or add --device=cpu"
+    return f"end other programs that use the memory of the device ({device}){other}"
 
 
 @contextmanager

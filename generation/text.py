@@ -8,17 +8,19 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from checkpoint import open_model_folder
+from common.memory import OutOfMemory, attempt
 from common.option import section_from
 from common.tokenizer import Tokenizer, tokenizer_from_dict
 from common.weights import build_for_weights, import_weights
 from errors import UserError
-from generation.engine import STOP, Event, generate
+from generation.engine import STOP, Event, end_programs, generate
 from generation.options import SamplingOptions
 from model import GPT, GPTConfig
 
@@ -53,6 +55,13 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
     dtype: the weights are converted once, since decoding reads all of them for every token and autocast would cast them
     each time. Buffers (fixed position tables) stay in float32.
     """
+    try:
+        return attempt(partial(_load_model, folder, device, dtype))
+    except OutOfMemory:
+        raise OutOfMemory(f"{folder}: the weights need more memory than is free; {end_programs(device)}") from None
+
+
+def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
     saved = open_model_folder(folder, check_weights=False)  # model_tensors checks them
     try:
         tokenizer = tokenizer_from_dict(saved.tokenizer)
@@ -69,10 +78,9 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
         raise UserError(
             f"{folder}: {error}; copy the folder again from its source, or use another checkpoint"
         ) from error
-    model.to(device).eval()
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model, tokenizer
+        parameter.data = parameter.data.to(dtype).to(device)
+    return model.to(device).eval(), tokenizer
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, prepend_eos: bool) -> list[int]:

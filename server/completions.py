@@ -11,15 +11,17 @@ import json
 import secrets
 import time
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from common.memory import OutOfMemory, attempt
 from common.option import check_option, did_you_mean, options_of, show
 from common.options import RunOptions
 from common.tokenizer import Tokenizer
 from errors import UserError
-from generation.engine import LENGTH, suppressed_out_of_memory
+from generation.engine import LENGTH
 from generation.options import SampleScriptOptions, SamplingOptions
 from generation.sampling import log_probabilities
 from generation.text import Piece, Token, prompt_ids, stream_texts
@@ -278,12 +280,11 @@ def generate_pieces(served: ServedModel, request: Completion) -> Generator[Piece
     if request.echo:
         for i, prompt in enumerate(request.prompts):
             top = request.options.logprobs
-            tokens = tuple[Token, ...]() if top is None else None
-            with suppressed_out_of_memory():
-                tokens = tokens if top is None else prompt_tokens(served, prompt, top)
-            if tokens is None:
+            try:
+                tokens = () if top is None else attempt(partial(prompt_tokens, served, prompt, top))
+            except OutOfMemory:
                 message = "the log-probabilities of this prompt need more memory than is free: send a shorter one"
-                raise RequestError(f"{message}, or leave out echo", status=503)
+                raise RequestError(f"{message}, or leave out echo", status=503) from None
             yield from (Piece(i * request.n + draw, prompt.text, tokens, None) for draw in range(request.n))
     ids = [prompt.ids for prompt in request.prompts for _ in range(request.n)]
     draws = [*range(request.n)] * len(request.prompts)

@@ -435,7 +435,7 @@ def test_one_sample_that_does_not_fit_is_one_clear_error(monkeypatch):
         raise torch.OutOfMemoryError("x")
 
     monkeypatch.setattr(GPT, "prefill", fail)
-    with pytest.raises(UserError, match="needs more memory than cpu has free: end other programs"):
+    with pytest.raises(UserError, match="one sample needs more memory than is free; end other programs"):
         run(tiny_model(), [[1], [2], [3]], GREEDY)
     monkeypatch.setattr(GPT, "prefill", lambda *args: (_ for _ in ()).throw(RuntimeError("another error")))
     with pytest.raises(RuntimeError, match="another error"):

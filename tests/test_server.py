@@ -412,7 +412,7 @@ def test_out_of_memory_gives_the_same_samples_or_a_clear_error(monkeypatch):
         limit = 0
         status, _, content = ask(url, "POST", body=body)
         assert status == 500
-        assert content["error"]["message"].startswith("one sample needs more memory than cpu has free: ")
+        assert content["error"]["message"].startswith("one sample needs more memory than is free; ")
         monkeypatch.setattr(completions, "log_probabilities", fail)
         status, _, content = ask(url, "POST", body=body | {"echo": True, "logprobs": 1})
         assert status == 503

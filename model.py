@@ -892,11 +892,12 @@ def _query_block(T, H, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
     """The program's sequence, head and first query. Blocks with the most keys start first (load balance)."""
     blocks = (T + BLOCK_Q - 1) // BLOCK_Q
     bh = tl.program_id(0) // blocks
-    return (bh // H).to(tl.int64), bh % H, (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
+    return (bh // H).to(tl.int64), (bh % H).to(tl.int64), (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
 
 
 def _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a block of queries: each row's first visible key, and the bounds of PHASES 0, 1, 2 of the loop over keys."""
+    """Of a block of queries: each row's first visible key; the first key of the loop; the first and the last key between
+    which blocks need no mask; the end of the loop."""
     diagonal = start_q // BLOCK_K * BLOCK_K
     first, begin, clear = rows, 0, 0
     if first_ptr is not None:
@@ -904,7 +905,7 @@ def _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q: tl.constexpr, BLOCK_K: 
         begin = tl.maximum(tl.load(first_ptr + b * T + start_q), 0) // BLOCK_K * BLOCK_K
         last = tl.load(first_ptr + b * T + tl.minimum(start_q + BLOCK_Q, T) - 1)
         clear = tl.minimum((tl.maximum(last, 0) + BLOCK_K - 1) // BLOCK_K * BLOCK_K, diagonal)
-    return first, (begin, clear, diagonal, tl.minimum(start_q + BLOCK_Q, T))
+    return first, begin, clear, diagonal, tl.minimum(start_q + BLOCK_Q, T)
 
 
 def _tile(ptr, b, h, stride_b, stride_t, stride_h, rows, offs_d):  # type: ignore[no-untyped-def]
@@ -912,99 +913,114 @@ def _tile(ptr, b, h, stride_b, stride_t, stride_h, rows, offs_d):  # type: ignor
     return ptr + b * stride_b + h * stride_h + rows[:, None] * stride_t + offs_d[None, :]
 
 
-def _load(tile, rows, offs_d, T, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile, 0 beyond T and D. WHOLE: no row is beyond T."""
-    in_bounds = (rows < T)[:, None] & (offs_d < D)[None, :]
-    return tl.load(tile) if WHOLE and D == BLOCK_D else tl.load(tile, mask=in_bounds, other=0.0)
-
-
-def _mask_scores(s, rows, keys, first, PHASE: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """s (queries, keys) with masked scores at −1e30."""
-    if PHASE == 0:
-        s = tl.where(keys[None, :] >= first[:, None], s, -1.0e30)
-    elif PHASE == 2:
-        visible = keys[None, :] <= rows[:, None]
-        s = tl.where(visible & (keys[None, :] >= first[:, None]) if MASKED else visible, s, -1.0e30)
-    return s
+def _load(  # type: ignore[no-untyped-def]
+    source, b, h, stride_b, stride_t, stride_h, start, offs, offs_d, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile of one head that begins at row `start`, 0 beyond T and D. WHOLE: no row is beyond T. TMA: source is a
+    tensor descriptor of (B · T, heads · D), else a pointer."""
+    if TMA:
+        return source.load([(b * T + start).to(tl.int32), (h * D).to(tl.int32)])
+    else:
+        tile = _tile(source, b, h, stride_b, stride_t, stride_h, offs, offs_d) + start * stride_t
+        in_bounds = (start + offs < T)[:, None] & (offs_d < D)[None, :]
+        return tl.load(tile) if WHOLE and D == BLOCK_D else tl.load(tile, mask=in_bounds, other=0.0)
 
 
 def _forward_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, T, H, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     b, h, start_q = _query_block(T, H, BLOCK_Q)
-    rows, offs_k, offs_d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    offs_q, offs_k, offs_d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    rows, h_kv = start_q + offs_q, h // GROUP
     MASKED: tl.constexpr = first_ptr is not None
-    first, bounds = _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q, BLOCK_K)
-    q_tile = _tile(q_ptr, b, h, stride_qb, stride_qt, stride_qh, rows, offs_d)
-    k_tile = _tile(k_ptr, b, h // GROUP, stride_kb, stride_kt, stride_kh, offs_k, offs_d)
-    v_tile = _tile(v_ptr, b, h // GROUP, stride_vb, stride_vt, stride_vh, offs_k, offs_d)
-    q = _load(q_tile, rows, offs_d, T, D, BLOCK_D, False).to(DOT)
+    first, begin, clear, diagonal, end = _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q, BLOCK_K)
+    q = _load(
+        q_ptr, b, h, stride_qb, stride_qt, stride_qh, start_q, offs_q, offs_d, T, D, BLOCK_D, False, False
+    ).to(DOT)  # fmt: skip
     m_i = tl.full((BLOCK_Q,), -float("inf"), tl.float32)  # running maximum
     l_i = tl.zeros((BLOCK_Q,), tl.float32)  # running sum
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for PHASE in tl.static_range(0 if MASKED else 1, 3):
-        for start_k in tl.range(bounds[PHASE], bounds[PHASE + 1], BLOCK_K):
-            keys = start_k + offs_k
-            k = _load(k_tile + start_k * stride_kt, keys, offs_d, T, D, BLOCK_D, PHASE == 1).to(DOT)
-            s = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
-            s = _mask_scores(s, rows, keys, first, PHASE, MASKED)
-            m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-            p = tl.exp2(s * scale_log2 - m_new[:, None])
-            alpha = tl.exp2(m_i - m_new)  # rescaling factor of what was summed so far
-            l_i = l_i * alpha + tl.sum(p, 1)
-            v = _load(v_tile + start_k * stride_vt, keys, offs_d, T, D, BLOCK_D, PHASE == 1)
-            acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), acc * alpha[:, None], input_precision="ieee")
-            m_i = m_new
+    for start_k in tl.range(begin, end, BLOCK_K):
+        k = _load(
+            k_ptr, b, h_kv, stride_kb, stride_kt, stride_kh, start_k, offs_k, offs_d, T, D, BLOCK_D, WHOLE, TMA
+        ).to(DOT)  # fmt: skip
+        s = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
+        if _is_partial(start_k, clear, diagonal, MASKED):
+            s = _mask_scores(s, rows, start_k + offs_k, first, MASKED)
+        m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)  # rescaling factor of what was summed so far
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v = _load(
+            v_ptr, b, h_kv, stride_vb, stride_vt, stride_vh, start_k, offs_k, offs_d, T, D, BLOCK_D, WHOLE, TMA
+        )  # fmt: skip
+        acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), acc * alpha[:, None], input_precision="ieee")
+        m_i = m_new
     out_tile = _tile(out_ptr, b, h, T * H * D, H * D, D, rows, offs_d)
     tl.store(out_tile, acc / l_i[:, None], mask=(rows < T)[:, None] & (offs_d < D)[None, :])
     tl.store(lse_ptr + (b * H + h) * T + rows, m_i + tl.log2(l_i), mask=rows < T)
+
+
+def _is_partial(start_k, clear, diagonal, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether some query of the block does not see some key of the one at start_k."""
+    return (start_k >= diagonal) | (start_k < clear) if MASKED else start_k >= diagonal
+
+
+def _mask_scores(s, rows, keys, first, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """s (queries, keys) with masked scores at −1e30."""
+    visible = keys[None, :] <= rows[:, None]
+    return tl.where(visible & (keys[None, :] >= first[:, None]) if MASKED else visible, s, -1.0e30)
 
 
 def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, do_ptr, delta_ptr, dq_ptr, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dqb, stride_dqt, stride_dqh, T, H,
     scale_log2, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, DOT: tl.constexpr,
+    GROUP: tl.constexpr, DOT: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Loops like the forward kernel. Runs first in the backward pass and writes delta for the other kernel."""
     b, h, start_q = _query_block(T, H, BLOCK_Q)
-    rows, offs_k, offs_d = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    offs_q, offs_k, offs_d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    rows, h_kv = start_q + offs_q, h // GROUP
     MASKED: tl.constexpr = first_ptr is not None
-    first, bounds = _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q, BLOCK_K)
-    q_tile = _tile(q_ptr, b, h, stride_qb, stride_qt, stride_qh, rows, offs_d)
-    k_tile = _tile(k_ptr, b, h // GROUP, stride_kb, stride_kt, stride_kh, offs_k, offs_d)
-    v_tile = _tile(v_ptr, b, h // GROUP, stride_vb, stride_vt, stride_vh, offs_k, offs_d)
-    q = _load(q_tile, rows, offs_d, T, D, BLOCK_D, False).to(DOT)
-    do = _load(_tile(do_ptr, b, h, T * H * D, H * D, D, rows, offs_d), rows, offs_d, T, D, BLOCK_D, False)
-    out = _load(_tile(out_ptr, b, h, T * H * D, H * D, D, rows, offs_d), rows, offs_d, T, D, BLOCK_D, False)
+    first, begin, clear, diagonal, end = _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q, BLOCK_K)
+    q = _load(
+        q_ptr, b, h, stride_qb, stride_qt, stride_qh, start_q, offs_q, offs_d, T, D, BLOCK_D, False, False
+    ).to(DOT)  # fmt: skip
+    do = _load(do_ptr, b, h, T * H * D, H * D, D, start_q, offs_q, offs_d, T, D, BLOCK_D, False, False)
+    out = _load(out_ptr, b, h, T * H * D, H * D, D, start_q, offs_q, offs_d, T, D, BLOCK_D, False, False)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + (b * H + h) * T + rows, delta, mask=rows < T)
     lse = tl.load(lse_ptr + (b * H + h) * T + rows, mask=rows < T, other=0.0)
     do = do.to(DOT)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for PHASE in tl.static_range(0 if MASKED else 1, 3):
-        for start_k in tl.range(bounds[PHASE], bounds[PHASE + 1], BLOCK_K):
-            keys = start_k + offs_k
-            k = _load(k_tile + start_k * stride_kt, keys, offs_d, T, D, BLOCK_D, PHASE == 1)
-            v = _load(v_tile + start_k * stride_vt, keys, offs_d, T, D, BLOCK_D, PHASE == 1).to(DOT)
-            s = tl.dot(q, k.to(DOT).T, input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
-            s = _mask_scores(s, rows, keys, first, PHASE, MASKED)
-            p = tl.exp2(s * scale_log2 - lse[:, None])
-            dp = tl.dot(do, v.T, input_precision="ieee")
-            ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype).to(DOT), k.to(DOT), dq, input_precision="ieee")
+    for start_k in tl.range(begin, end, BLOCK_K):
+        k = _load(
+            k_ptr, b, h_kv, stride_kb, stride_kt, stride_kh, start_k, offs_k, offs_d, T, D, BLOCK_D, WHOLE, TMA
+        )  # fmt: skip
+        v = _load(
+            v_ptr, b, h_kv, stride_vb, stride_vt, stride_vh, start_k, offs_k, offs_d, T, D, BLOCK_D, WHOLE, TMA
+        ).to(DOT)  # fmt: skip
+        s = tl.dot(q, k.to(DOT).T, input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
+        if _is_partial(start_k, clear, diagonal, MASKED):
+            s = _mask_scores(s, rows, start_k + offs_k, first, MASKED)
+        p = tl.exp2(s * scale_log2 - lse[:, None])
+        dp = tl.dot(do, v.T, input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype).to(DOT), k.to(DOT), dq, input_precision="ieee")
     dq_tile = _tile(dq_ptr, b, h, stride_dqb, stride_dqt, stride_dqh, rows, offs_d)
     tl.store(dq_tile, dq * scale, mask=(rows < T)[:, None] & (offs_d < D)[None, :])
 
 
 def _query_bounds(first_ptr, b, start_k, T, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a block of keys: the bounds of PHASES 2, 1, 0 of the loop over queries. From `clear` on, blocks of
-    queries see only some of the keys; from `end` on, none."""
+    """Of a block of keys: the first query of the loop; the first and the last query between which blocks need no mask;
+    the end of the loop. From `clear` on, blocks of queries see only some of the keys; from `end` on, none."""
     diagonal, last_block = start_k // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q
     below = tl.minimum((start_k + BLOCK_K + BLOCK_Q - 1) // BLOCK_Q, last_block) * BLOCK_Q
-    clear, end = tl.maximum(T // BLOCK_Q * BLOCK_Q, below), T
+    clear, end = T, T
     if first_ptr is not None:  # first_visible is nondecreasing, so bisection finds both
         for BOUND in tl.static_range(2):
             low, high = below // BLOCK_Q, last_block
@@ -1014,7 +1030,7 @@ def _query_bounds(first_ptr, b, start_k, T, BLOCK_Q: tl.constexpr, BLOCK_K: tl.c
                 seen = tl.load(first_ptr + b * T + row) <= (start_k if BOUND == 0 else start_k + BLOCK_K - 1)
                 low, high = tl.where(seen, middle + 1, low), tl.where(seen, high, middle)
             if BOUND == 0:
-                clear = tl.minimum(low * BLOCK_Q, clear)
+                clear = low * BLOCK_Q
             else:
                 end = tl.minimum(low * BLOCK_Q, T)
     return diagonal, below, clear, end
@@ -1024,96 +1040,146 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, first_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dkb, stride_dkt, stride_dkh, T, H,
     scale_log2, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, DOT: tl.constexpr, TAIL: tl.constexpr,
+    GROUP: tl.constexpr, DOT: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Keeps a block of keys and values, loops over the queries that see them; s is transposed, (BLOCK_K, BLOCK_Q).
-    PHASE 0 includes the last, incomplete block of queries (TAIL). The first block of keys starts first: it is seen by
-    the most queries. dv has the strides of dk."""
+    Queries beyond T add nothing: their do, lse and delta are read as 0. The first block of keys starts first: it is
+    seen by the most queries. dv has the strides of dk."""
     blocks, kv_heads = (T + BLOCK_K - 1) // BLOCK_K, H // GROUP
     b, h_kv = (tl.program_id(0) // blocks // kv_heads).to(tl.int64), tl.program_id(0) // blocks % kv_heads
-    start_k = tl.program_id(0) % blocks * BLOCK_K
-    keys, offs_q, offs_d = start_k + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    start_k, h_kv = tl.program_id(0) % blocks * BLOCK_K, h_kv.to(tl.int64)
+    offs_q, offs_k, offs_d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    keys = start_k + offs_k
     MASKED: tl.constexpr = first_ptr is not None
-    bounds = _query_bounds(first_ptr, b, start_k, T, BLOCK_Q, BLOCK_K)
-    k_tile = _tile(k_ptr, b, h_kv, stride_kb, stride_kt, stride_kh, keys, offs_d)
-    v_tile = _tile(v_ptr, b, h_kv, stride_vb, stride_vt, stride_vh, keys, offs_d)
-    k = _load(k_tile, keys, offs_d, T, D, BLOCK_D, False).to(DOT)
-    v = _load(v_tile, keys, offs_d, T, D, BLOCK_D, False).to(DOT)
+    begin, below, clear, end = _query_bounds(first_ptr, b, start_k, T, BLOCK_Q, BLOCK_K)
+    k = _load(
+        k_ptr, b, h_kv, stride_kb, stride_kt, stride_kh, start_k, offs_k, offs_d, T, D, BLOCK_D, False, False
+    ).to(DOT)  # fmt: skip
+    v = _load(
+        v_ptr, b, h_kv, stride_vb, stride_vt, stride_vh, start_k, offs_k, offs_d, T, D, BLOCK_D, False, False
+    ).to(DOT)  # fmt: skip
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for member in range(GROUP):
         h = h_kv * GROUP + member
-        q_tile = _tile(q_ptr, b, h, stride_qb, stride_qt, stride_qh, offs_q, offs_d)
-        do_tile = _tile(do_ptr, b, h, T * H * D, H * D, D, offs_q, offs_d)
         row_tile = (b * H + h) * T + offs_q
-        for PHASE in tl.static_range(0 if MASKED or TAIL else 1, 3):
-            for start_q in tl.range(bounds[2 - PHASE], bounds[3 - PHASE], BLOCK_Q):
+        for start_q in tl.range(begin, end, BLOCK_Q):
+            in_bounds = None if WHOLE else start_q + offs_q < T
+            zero = None if WHOLE else 0.0
+            q = _load(
+                q_ptr, b, h, stride_qb, stride_qt, stride_qh, start_q, offs_q, offs_d, T, D, BLOCK_D, WHOLE, TMA
+            )  # fmt: skip
+            do = _load(do_ptr, b, h, T * H * D, H * D, D, start_q, offs_q, offs_d, T, D, BLOCK_D, WHOLE, TMA)
+            lse = tl.load(lse_ptr + row_tile + start_q, mask=in_bounds, other=zero)
+            delta = tl.load(delta_ptr + row_tile + start_q, mask=in_bounds, other=zero)
+            s = tl.dot(k, q.to(DOT).T, input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
+            if (start_q < below) | (start_q >= clear) if MASKED else start_q < below:
                 rows = start_q + offs_q
-                in_bounds = None if PHASE == 1 else rows < T
-                zero = None if PHASE == 1 else 0.0
-                q = _load(q_tile + start_q * stride_qt, rows, offs_d, T, D, BLOCK_D, PHASE == 1)
-                do = _load(do_tile + start_q * H * D, rows, offs_d, T, D, BLOCK_D, PHASE == 1)
-                lse = tl.load(lse_ptr + row_tile + start_q, mask=in_bounds, other=zero)
-                delta = tl.load(delta_ptr + row_tile + start_q, mask=in_bounds, other=zero)
-                s = tl.dot(k, q.to(DOT).T, input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
-                if PHASE != 1:
-                    visible = (rows < T)[None, :] & (keys[:, None] <= rows[None, :])
-                    if MASKED:
-                        first = tl.load(first_ptr + b * T + rows, mask=rows < T, other=0)
-                        visible = visible & (keys[:, None] >= first[None, :])
-                    s = tl.where(visible, s, -1.0e30)
-                p = tl.exp2(s * scale_log2 - lse[None, :])
-                dv = tl.dot(p.to(q.dtype).to(DOT), do.to(DOT), dv, input_precision="ieee")
-                dp = tl.dot(v, do.to(DOT).T, input_precision="ieee")
-                ds = p * (dp - delta[None, :])
-                dk = tl.dot(ds.to(q.dtype).to(DOT), q.to(DOT), dk, input_precision="ieee")
+                visible = keys[:, None] <= rows[None, :]
+                if MASKED:
+                    first = tl.load(first_ptr + b * T + rows, mask=rows < T, other=0)
+                    visible = visible & (keys[:, None] >= first[None, :])
+                s = tl.where(visible, s, -1.0e30)
+            p = tl.exp2(s * scale_log2 - lse[None, :])
+            dv = tl.dot(p.to(q.dtype).to(DOT), do.to(DOT), dv, input_precision="ieee")
+            dp = tl.dot(v, do.to(DOT).T, input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype).to(DOT), q.to(DOT), dk, input_precision="ieee")
     in_tile = (keys < T)[:, None] & (offs_d < D)[None, :]
     tl.store(_tile(dk_ptr, b, h_kv, stride_dkb, stride_dkt, stride_dkh, keys, offs_d), dk * scale, mask=in_tile)
     tl.store(_tile(dv_ptr, b, h_kv, stride_dkb, stride_dkt, stride_dkh, keys, offs_d), dv, mask=in_tile)
 
 
 class Launch(NamedTuple):
-    """Launch configuration of a kernel: queries and keys per block, warps per program, stages of the pipeline."""
+    """Launch configuration of a kernel: queries and keys per block, warps per program, stages of the pipeline, and how
+    the loop loads its blocks: by pointers, or by TMA, Hopper's copy engine, through tensor descriptors. maxnreg: limit
+    of the registers per thread, so that more programs fit on a multiprocessor."""
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    maxnreg: int | None = None
+
+    def loaded(self, kernel: str) -> int:
+        """Rows of a block that the loop of the kernel loads."""
+        return self.block_q if kernel == "key_value_gradient" else self.block_k
+
+    def options(self) -> dict[str, int]:
+        """As Triton's compiler takes them."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
-# By architecture, bytes per number and padded head size: forward, query gradient, key and value gradient. "other" fits
-# 99 KB of shared memory (sm_86, sm_89, sm_120). By occupancy, without spills in 16 bits; none was timed on a GPU yet.
-LAUNCHES: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
-    ("sm_90", 2, 64): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 2)),
-    ("sm_90", 2, 128): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(32, 128, 8, 2)),
+Launches = tuple[Launch, Launch, Launch]  # forward, query gradient, key and value gradient
+
+# By architecture, bytes per number and padded head size. "other" fits 99 KB of shared memory (sm_86, sm_89, sm_120).
+# Chosen by the machine code and the model of bench/ahead_of_time.py; none was timed on a GPU yet.
+LAUNCHES: dict[tuple[str, int, int], Launches] = {
+    ("sm_90", 2, 64): (Launch(128, 64, 4, 2), Launch(128, 64, 8, 3), Launch(64, 64, 4, 2)),
+    ("sm_90", 2, 128): (Launch(128, 128, 8, 2), Launch(128, 64, 8, 2), Launch(32, 64, 4, 2)),
     ("other", 2, 64): (Launch(64, 64, 4, 3), Launch(128, 64, 8, 2), Launch(32, 64, 4, 2)),
     ("other", 2, 128): (Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(32, 64, 8, 2)),
     ("other", 4, 64): (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 2)),
     ("other", 4, 128): (Launch(32, 16, 8, 1), Launch(32, 16, 8, 1), Launch(16, 32, 8, 1)),
 }
+# The same for tensors that descriptors can describe, where their form of the loop is expected to be faster.
+TMA_LAUNCHES: dict[tuple[str, int, int], Launches] = {
+    ("sm_90", 2, 64): (Launch(128, 128, 4, 2, tma=True), Launch(128, 64, 8, 3), Launch(64, 64, 4, 2)),
+    ("sm_90", 2, 128): (Launch(128, 128, 8, 2, tma=True), Launch(128, 128, 8, 2, tma=True), Launch(32, 64, 4, 2)),
+}
 
 
-def launches_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Launch, Launch, Launch]:
-    """The row of LAUNCHES for a device, else that of "other". Raises ValueError for dtypes that the kernels lack."""
+def launches_for(q: Tensor, k: Tensor, v: Tensor) -> Launches:
+    """The launches for q (B, T, H, D), k and v (B, T, K, D), of TMA_LAUNCHES or LAUNCHES, there of "other" where the
+    GPU has no row. Raises ValueError for what the kernels do not take."""
+    dtype, D = q.dtype, q.shape[3]
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"the fused kernel takes float32, float16 and bfloat16, not {dtype}; use the sdpa path")
+    if D > MAX_FUSED_HEAD:
+        raise ValueError(f"the fused kernel takes head sizes up to {MAX_FUSED_HEAD}, not {D}; use the sdpa path")
     architecture = "other"
-    if device.type == "cuda" and torch.version.hip is None:
-        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    key = dtype.itemsize, 64 if head_size <= 64 else 128
-    return LAUNCHES.get((architecture, *key)) or LAUNCHES["other", *key]
+    if q.device.type == "cuda" and torch.version.hip is None:
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(q.device))
+    key = dtype.itemsize, 64 if D <= 64 else 128
+    by_pointer = LAUNCHES.get((architecture, *key)) or LAUNCHES["other", *key]
+    by_tma = TMA_LAUNCHES.get((architecture, *key), by_pointer)
+    read = (k, v), (k, v), (q,)  # by descriptors, beside do, which is contiguous
+    forward, by_query, by_key = (
+        fast if not fast.tma or all(fits_descriptor(x, fast.loaded(name)) for x in tensors) else plain
+        for name, fast, plain, tensors in zip(KERNELS, by_tma, by_pointer, read, strict=True)
+    )
+    return forward, by_query, by_key
+
+
+def fits_descriptor(x: Tensor, block: int) -> bool:
+    """Whether x (B, T, heads, D) is a matrix (B · T, heads · D) in memory that TMA can read, in whole blocks of rows: it
+    does not see where a sequence ends."""
+    (B, T, heads, D), (stride_b, stride_t, stride_h, _) = x.shape, x.stride()
+    is_matrix = (B == 1 or stride_b == T * stride_t) and (heads == 1 or stride_h == D)
+    aligned = stride_t * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+    return is_matrix and aligned and T % block == 0 and D == padded_head(D)
+
+
+def padded_head(D: int) -> int:
+    """The head size on chip: the next power of two, at least 16."""
+    return max(16, 1 << (D - 1).bit_length())
 
 
 KERNELS = {
     "forward": _forward_kernel, "query_gradient": _query_gradient_kernel,
     "key_value_gradient": _key_value_gradient_kernel,
 }  # fmt: skip
-_HELPERS = (_query_block, _key_bounds, _tile, _load, _mask_scores, _query_bounds)
+DESCRIBED = {
+    "forward": ("k_ptr", "v_ptr"), "query_gradient": ("k_ptr", "v_ptr"), "key_value_gradient": ("q_ptr", "do_ptr")
+}  # fmt: skip
+_HELPERS = (_query_block, _key_bounds, _tile, _load, _is_partial, _mask_scores, _query_bounds)
 
 
 def launch_kernel(name: str, launch: Launch, *tensors: Any) -> Any:
-    """Launches a kernel on its tensors, in the order of its parameters; first_visible may be None. Returns what Triton
-    compiled, with its registers and shared memory (None in the interpreter)."""
+    """Launches a kernel on its tensors, in the order of its parameters; first_visible (B, T) int32, contiguous, may be
+    None. Returns what Triton compiled, with its registers and shared memory (None in the interpreter)."""
     q, k, v = tensors[:3]
     strided = {"forward": (q, k, v), "query_gradient": (q, k, v, tensors[-1])}.get(name, (q, k, v, tensors[-2]))
     (B, T, H, D), K = q.shape, k.shape[2]
@@ -1124,14 +1190,25 @@ def launch_kernel(name: str, launch: Launch, *tensors: Any) -> Any:
     upcast = q.dtype == torch.bfloat16 and q.device.type == "cpu"  # products of bfloat16 are wrong in the interpreter
     scalars = {
         "T": T, "H": H, "scale_log2": math.log2(math.e) / math.sqrt(D), "scale": 1 / math.sqrt(D), "D": D,
-        "BLOCK_D": max(16, 1 << (D - 1).bit_length()), "BLOCK_Q": launch.block_q, "BLOCK_K": launch.block_k,
-        "GROUP": H // K, "DOT": getattr(tl, "float32" if upcast else str(q.dtype).removeprefix("torch.")),
-        "TAIL": T % launch.block_q != 0,
+        "BLOCK_D": padded_head(D), "BLOCK_Q": launch.block_q, "BLOCK_K": launch.block_k, "GROUP": H // K,
+        "DOT": getattr(tl, "float32" if upcast else str(q.dtype).removeprefix("torch.")), "WHOLE": T % launch.loaded(name) == 0,
+        "TMA": launch.tma,
     }  # fmt: skip
     strides = [stride for x in strided for stride in x.stride()[:3]]
     scalars = {parameter: value for parameter, value in scalars.items() if parameter in kernel.arg_names}
+    arguments = list(tensors)
+    for index in (kernel.arg_names.index(parameter) for parameter in DESCRIBED[name] if launch.tma):
+        arguments[index] = _descriptor(tensors[index], launch.loaded(name))
     with torch.cuda.device_of(q):
-        return kernel[blocks,](*tensors, *strides, **scalars, num_warps=launch.num_warps, num_stages=launch.num_stages)
+        return kernel[blocks,](*arguments, *strides, **scalars, **launch.options())
+
+
+def _descriptor(x: Tensor, block: int) -> Any:
+    """Of x (B, T, heads, D) as a matrix (B · T, heads · D), read in tiles (block, D)."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    B, T, heads, D = x.shape
+    return TensorDescriptor(x, [B * T, heads * D], [x.stride(1), 1], [block, D])
 
 
 @cache
@@ -1141,7 +1218,7 @@ def _jitted(kernel: Callable[..., None]) -> Any:
     import triton.language
 
     globals().update({helper.__name__: triton.jit(helper) for helper in _HELPERS}, tl=triton.language)
-    return triton.jit(kernel, do_not_specialize=["T"])
+    return triton.jit(kernel)
 
 
 # Two operators that are opaque to torch, with output shapes and derivative; torch.compile does not break at them.
@@ -1149,8 +1226,15 @@ def _jitted(kernel: Callable[..., None]) -> Any:
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None) -> tuple[Tensor, Tensor]:
     """Like `attention` → out (B, T, H, D), and lse (B, H, T) float32: log2 of each row's sum of exponentials."""
     out, lse = empty_outputs(q)
-    launch_kernel("forward", launches_for(q.device, q.dtype, q.shape[3])[0], q, k, v, first_visible, out, lse)
+    launch_kernel("forward", launches_for(q, k, v)[0], q, k, v, as_read(first_visible, q), out, lse)
     return out, lse
+
+
+def as_read(first_visible: Tensor | None, q: Tensor) -> Tensor | None:
+    """first_visible (B, T) as the kernels read it: int32, without strides of its own."""
+    if first_visible is not None and first_visible.shape != q.shape[:2]:
+        raise ValueError(f"first_visible has the shape {tuple(first_visible.shape)}, expected {tuple(q.shape[:2])}")
+    return None if first_visible is None else first_visible.to(torch.int32).contiguous()
 
 
 def empty_outputs(q: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -1163,11 +1247,11 @@ def fused_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, first_visible: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """do, the gradient of out → the gradients dq, dk, dv, contiguous."""
-    do, delta = do.contiguous(), torch.empty_like(lse)
+    do, delta, first = do.contiguous(), torch.empty_like(lse), as_read(first_visible, q)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    _, by_query, by_key = launches_for(q.device, q.dtype, q.shape[3])
-    launch_kernel("query_gradient", by_query, q, k, v, first_visible, out, lse, do, delta, dq)
-    launch_kernel("key_value_gradient", by_key, q, k, v, first_visible, lse, do, delta, dk, dv)
+    _, by_query, by_key = launches_for(q, k, v)
+    launch_kernel("query_gradient", by_query, q, k, v, first, out, lse, do, delta, dq)
+    launch_kernel("key_value_gradient", by_key, q, k, v, first, lse, do, delta, dk, dv)
     return dq, dk, dv
 
 

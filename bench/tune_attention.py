@@ -44,13 +44,16 @@ from model import KERNELS, Launch, fused_attention, launch_kernel, launches_for 
 
 LENGTHS, TOKENS, CHANNELS = {"bfloat16": (1024, 4096, 16384), "float32": (1024, 4096)}, 16384, 2048
 NEAR_BEST = 1.15  # launches within this factor of the best time are timed again, more often
+MAX_ACCUMULATORS = 192  # float32 numbers per thread, of 255 registers
 COMPILE_SHARE = 0.6  # of the time that is left may go into compiling
 Job = tuple[str, str, int, Launch]  # kernel, dtype, head size, launch
 Timings = dict[int, dict[Launch, float]]  # by T: seconds of each launch
 
 
-def candidates(kernel: str, dtype: str) -> list[Launch]:
-    """The launches to try. float32 uses no tensor cores: code grows with the block; large ones compile slowly."""
+def candidates(kernel: str, dtype: str, D: int) -> list[Launch]:
+    """The launches to try. In 16 bits: every warp has 16 rows of the scores or more, and a thread's accumulators leave
+    it registers (beyond MAX_ACCUMULATORS every launch spilled when compiled ahead of time). float32 uses no tensor
+    cores: code grows with the block; large ones compile slowly."""
     if dtype == "float32":
         return [
             Launch(q, k, warps, stages)
@@ -58,11 +61,27 @@ def candidates(kernel: str, dtype: str) -> list[Launch]:
             for warps in (4, 8)
             for stages in (1, 2)
         ]
-    sizes = ((32, 64, 128), (64, 128)) if kernel == "key_value_gradient" else ((64, 128), (32, 64, 128))
-    return [
+    by_key = kernel == "key_value_gradient"
+    found = [
         Launch(*choice)
-        for choice in itertools.product(*sizes, (4, 8), (1, 2, 3) if kernel == "key_value_gradient" else (2, 3, 4))
+        for choice in itertools.product(
+            (32, 64, 128) if by_key else (64, 128), (64, 128), (4, 8), (2, 3), (False, True)
+        )
     ]
+    return [
+        launch
+        for launch in found
+        if (launch.block_k if by_key else launch.block_q) >= 16 * launch.num_warps
+        and accumulators(kernel, launch, D) <= MAX_ACCUMULATORS
+    ]
+
+
+def accumulators(kernel: str, launch: Launch, D: int) -> int:
+    """float32 numbers that a thread holds: tiles of scores, and sums over the loop."""
+    q, k = launch.block_q, launch.block_k
+    scores = 1 if kernel == "forward" else 2
+    sums = 2 * k * D if kernel == "key_value_gradient" else q * D
+    return (scores * q * k + sums) // (32 * launch.num_warps)
 
 
 # ---- Compiling -------------------------------------------------------------------------------------------------------

@@ -881,8 +881,8 @@ def _decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | No
 # the keys, for a block of keys. No two programs add to the same number: no atomics, bitwise reproducible gradients.
 # The forward pass does T / 4 FLOP per byte in 16 bits. A Hopper GPU is compute-bound above 250, from T = 1024 on.
 # Only some blocks need a mask: those on the diagonal, and with documents or a window those that contain the boundary
-# given by first_visible; blocks beyond it are skipped. So every loop is split into three: PHASE 0, blocks on the
-# boundary; PHASE 1, fully visible blocks; PHASE 2, the diagonal. Masked scores are −1e30, not −inf: a row without a
+# given by first_visible; blocks beyond it are skipped. The mask is in a branch of the loop: three loops, one of them
+# without a mask, would each fill the pipeline of loads anew. Masked scores are −1e30, not −inf: a row without a
 # visible key so far sums garbage, which alpha = 0 removes at its first visible key, at the latest on the diagonal.
 # Head sizes that are not a power of two are padded to BLOCK_D on chip; numbers beyond D or T are read as 0 and never
 # written. DOT is the dtype of the operands of products: the inputs', but float32 for bfloat16 in the interpreter.
@@ -896,8 +896,8 @@ def _query_block(T, H, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def _key_bounds(first_ptr, b, start_q, rows, T, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a block of queries: each row's first visible key; the first key of the loop; the first and the last key between
-    which blocks need no mask; the end of the loop."""
+    """Of a block of queries: each row's first visible key; where the loop over keys begins; from where to where blocks
+    need no mask; where it ends."""
     diagonal = start_q // BLOCK_K * BLOCK_K
     first, begin, clear = rows, 0, 0
     if first_ptr is not None:
@@ -1016,8 +1016,8 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 def _query_bounds(first_ptr, b, start_k, T, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a block of keys: the first query of the loop; the first and the last query between which blocks need no mask;
-    the end of the loop. From `clear` on, blocks of queries see only some of the keys; from `end` on, none."""
+    """Of a block of keys: where the loop over queries begins; from where to where blocks need no mask; where it ends.
+    From `clear` on, blocks of queries see only some of the keys; from `end` on, none."""
     diagonal, last_block = start_k // BLOCK_Q * BLOCK_Q, (T + BLOCK_Q - 1) // BLOCK_Q
     below = tl.minimum((start_k + BLOCK_K + BLOCK_Q - 1) // BLOCK_Q, last_block) * BLOCK_Q
     clear, end = T, T
@@ -1154,12 +1154,12 @@ def launches_for(q: Tensor, k: Tensor, v: Tensor) -> Launches:
 
 
 def fits_descriptor(x: Tensor, block: int) -> bool:
-    """Whether x (B, T, heads, D) is a matrix (B · T, heads · D) in memory that TMA can read, in whole blocks of rows: it
-    does not see where a sequence ends."""
+    """Whether x (B, T, heads, D) is a matrix (B · T, heads · D) in memory that TMA can read, in whole blocks of rows:
+    it does not see where a sequence ends."""
     (B, T, heads, D), (stride_b, stride_t, stride_h, _) = x.shape, x.stride()
     is_matrix = (B == 1 or stride_b == T * stride_t) and (heads == 1 or stride_h == D)
     aligned = stride_t * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
-    return is_matrix and aligned and T % block == 0 and D == padded_head(D)
+    return is_matrix and aligned and T % block == 0 and padded_head(D) == D
 
 
 def padded_head(D: int) -> int:
@@ -1191,8 +1191,8 @@ def launch_kernel(name: str, launch: Launch, *tensors: Any) -> Any:
     scalars = {
         "T": T, "H": H, "scale_log2": math.log2(math.e) / math.sqrt(D), "scale": 1 / math.sqrt(D), "D": D,
         "BLOCK_D": padded_head(D), "BLOCK_Q": launch.block_q, "BLOCK_K": launch.block_k, "GROUP": H // K,
-        "DOT": getattr(tl, "float32" if upcast else str(q.dtype).removeprefix("torch.")), "WHOLE": T % launch.loaded(name) == 0,
-        "TMA": launch.tma,
+        "DOT": getattr(tl, "float32" if upcast else str(q.dtype).removeprefix("torch.")),
+        "WHOLE": T % launch.loaded(name) == 0, "TMA": launch.tma,
     }  # fmt: skip
     strides = [stride for x in strided for stride in x.stride()[:3]]
     scalars = {parameter: value for parameter, value in scalars.items() if parameter in kernel.arg_names}

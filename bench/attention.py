@@ -254,7 +254,7 @@ def packed_backward(do: Tensor, qk: Tensor, v: Tensor | None, out: Tensor, lse: 
     )
     d_v = None if v is None else torch.empty_like(d_qk)[:, :, :n_head]  # the kernel takes the strides of dk for dv
     (q, k, values), (dq, dk, dv) = heads(qk, v, n_head), heads(d_qk, d_v, n_head)
-    _, by_query, by_key = launches_for(q.device, q.dtype, q.shape[3])
+    _, by_query, by_key = launches_for(q, k, values)
     launch_kernel("query_gradient", by_query, q, k, values, None, out, lse, do, delta, dq)
     launch_kernel("key_value_gradient", by_key, q, k, values, None, lse, do, delta, dk, dv)
     return [d_qk] if d_v is None else [d_qk, d_v.contiguous()]

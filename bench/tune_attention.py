@@ -1,17 +1,20 @@
-"""Finds the fastest launches of the attention kernels on a CUDA GPU and prints the rows of LAUNCHES in model.py for it.
+"""Finds the fastest launches of the attention kernels on a CUDA GPU and prints the rows of the tables in model.py.
 
-    python bench/tune_attention.py --out=DIR      bfloat16 and float32, under 8 minutes: DIR/DATE-tune_attention.json
+    python bench/tune_attention.py --out=DIR      bfloat16, under 7 minutes: DIR/DATE-tune_attention.json
     python bench/tune_attention.py --out=DIR --dtypes=bfloat16 --head_sizes=64      a part of it
     python bench/tune_attention.py --interpret    tries this script out without a GPU: tiny, nothing is written
 
-A launch is queries and keys per block, warps per program and stages of the loading pipeline. First all launches are
-compiled by one process per core, each of which runs them once on little data; this process finds the results in
-Triton's cache on disk. Then every kernel is timed alone, on random numbers, 16k tokens, heads · head size = 2048: all
-launches a few times, those near the best one again, in turns. A launch does not depend on T; the one is chosen whose
-time relative to the best at each T has the smallest geometric mean. Launches that spill registers are timed and shown,
-but not chosen: tests require that the table's launches do not spill.
+A launch is queries and keys per block, warps per program, stages of the loading pipeline, and loads by pointers or by
+TMA. First all launches are compiled by one process per core, each of which runs them once on little data; this process
+finds the results in Triton's cache on disk. Then every kernel is timed alone, on random numbers, 16k tokens, heads ·
+head size = 2048: all launches a few times, those near the best one again, in turns. A launch does not depend on T; the
+one is chosen whose time relative to the best at each T has the smallest geometric mean. Launches that spill registers
+are timed and shown, but not chosen: tests require that the tables' launches do not spill. LAUNCHES gets the best one by
+pointers, TMA_LAUNCHES the best of all. The best few are then also compiled and run as they are with a mask, with
+grouped heads and with a T that is not divisible by the blocks; one that fails there is not chosen.
 
-After pasting a row, run the tests marked gpu and bench/attention.py, which compare results with attention in float64.
+After pasting the rows, run the tests marked gpu and bench/attention.py, which compare results with attention in
+float64. (float32 takes PyTorch's attention on a GPU unless the kernel is asked for, so it is not tuned by default.)
 
 Reading order: candidates, compile_all, kernels, time_kernel, choose, main.
 """
@@ -26,7 +29,7 @@ import queue
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -37,16 +40,22 @@ sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
 
 import torch  # noqa: E402
 
+import model  # noqa: E402
 from bench.gpu import Deadline, card, choose_device, in_turns, reasons  # noqa: E402
 from bench.hardware import commit_of, hardware, write_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
-from model import KERNELS, Launch, fused_attention, launch_kernel, launches_for  # noqa: E402
+from model import KERNELS, Launch, fused_attention, launch_kernel  # noqa: E402
 
 LENGTHS, TOKENS, CHANNELS = {"bfloat16": (1024, 4096, 16384), "float32": (1024, 4096)}, 16384, 2048
 NEAR_BEST = 1.15  # launches within this factor of the best time are timed again, more often
 MAX_ACCUMULATORS = 192  # float32 numbers per thread, of 255 registers
 COMPILE_SHARE = 0.6  # of the time that is left may go into compiling
-Job = tuple[str, str, int, Launch]  # kernel, dtype, head size, launch
+FINALISTS = 3  # of each kernel and form of the loads, compiled in every variant
+VARIANTS: dict[str, tuple[int, int, bool]] = {  # T, query heads per key/value head, masked
+    "plain": (1024, 1, False), "masked": (1024, 1, True), "grouped": (1024, 4, True), "tail": (1000, 1, True)
+}  # fmt: skip
+TABLES = {"LAUNCHES": False, "TMA_LAUNCHES": True}  # of model.py: whether TMA may be chosen
+Job = tuple[str, str, int, Launch, str]  # kernel, dtype, head size, launch, variant
 Timings = dict[int, dict[Launch, float]]  # by T: seconds of each launch
 
 
@@ -117,10 +126,12 @@ def compile_some(todo: Any, done: Any) -> None:
             job = todo.get(timeout=1)
         except queue.Empty:
             return
-        kernel, dtype, head_size, launch = job
+        kernel, dtype, head_size, launch, variant = job
+        T, group, masked = VARIANTS[variant]
         refused: dict[str, str] = {}
         with reasons(refused, "unavailable"):
-            compiled = kernels(1024, 1024, head_size, dtype, torch.device("cuda"), solved=False)[kernel](launch)
+            runs = kernels(T, T, head_size, dtype, torch.device("cuda"), group=group, masked=masked, solved=False)
+            compiled = runs[kernel](launch)
             torch.cuda.synchronize()
             done.put(
                 (job, {"registers": compiled.n_regs, "spills": compiled.n_spills, "shared": compiled.metadata.shared})
@@ -133,26 +144,34 @@ def compile_some(todo: Any, done: Any) -> None:
 
 
 def kernels(
-    T: int, tokens: int, head_size: int, dtype: str, device: torch.device, channels: int = CHANNELS, solved: bool = True
-) -> dict[str, Callable[[Launch], Any]]:
-    """Each kernel as a function of its launch, on random numbers. solved=False: out and lse are arbitrary numbers."""
+    T: int, tokens: int, head_size: int, dtype: str, device: torch.device, channels: int = CHANNELS, *, group: int = 1,
+    masked: bool = False, solved: bool = True,
+) -> dict[str, Callable[[Launch], Any]]:  # fmt: skip
+    """Each kernel as a function of its launch, on random numbers. group: query heads per key/value head. masked: with a
+    window of T / 2. solved=False: out and lse are arbitrary numbers."""
     B, H = tokens // T, channels // head_size
+    K = H // group
     packed, do = (
-        torch.randn(B, T, heads, head_size, device=device, dtype=getattr(torch, dtype)) for heads in (3 * H, H)
+        torch.randn(B, T, heads, head_size, device=device, dtype=getattr(torch, dtype)) for heads in (H + 2 * K, H)
     )
-    q, k, v = packed.split(H, dim=2)
-    out, lse = fused_attention(q, k, v, None) if solved else (do.clone(), torch.zeros(B, H, T, device=device))
-    dq, dk, dv = (torch.empty_like(do) for _ in range(3))
+    q, k, v = packed.split((H, K, K), dim=2)
+    steps = torch.arange(T, device=device, dtype=torch.int32)
+    first = (steps - T // 2).clamp(min=0).expand(B, T).contiguous() if masked else None
+    out, lse = fused_attention(q, k, v, first) if solved else (do.clone(), torch.zeros(B, H, T, device=device))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.zeros_like(lse)
-    return {
-        "forward": lambda launch: launch_kernel("forward", launch, q, k, v, None, out, lse),
-        "query_gradient": lambda launch: launch_kernel(
-            "query_gradient", launch, q, k, v, None, out, lse, do, delta, dq
-        ),
-        "key_value_gradient": lambda launch: launch_kernel(
-            "key_value_gradient", launch, q, k, v, None, lse, do, delta, dk, dv
-        ),
+    tensors: dict[str, tuple[Any, ...]] = {
+        "forward": (q, k, v, first, out, lse),
+        "query_gradient": (q, k, v, first, out, lse, do, delta, dq),
+        "key_value_gradient": (q, k, v, first, lse, do, delta, dk, dv),
     }
+    return {name: partial(_launch, name, tensors[name]) for name in KERNELS}
+
+
+def _launch(name: str, tensors: tuple[Any, ...], launch: Launch) -> Any:
+    """TMA reads whole blocks: where T is not divisible by them, the kernel would take pointers, as model.py does."""
+    T = tensors[0].shape[1]
+    return launch_kernel(name, launch if T % launch.loaded(name) == 0 else launch._replace(tma=False), *tensors)
 
 
 def time_kernel(
@@ -188,26 +207,34 @@ def rank(timings: Timings) -> list[tuple[Launch, float]]:
     everywhere = set.intersection(*(set(times) for times in timings.values()))
     best = {T: min(times.values()) for T, times in timings.items()}
     scores = {launch: statistics.geometric_mean(timings[T][launch] / best[T] for T in timings) for launch in everywhere}
-    return sorted(scores.items(), key=lambda item: (item[1], item[0]))
+    return sorted(scores.items(), key=lambda item: (item[1], item[0][:5]))
 
 
-def choose(timings: Timings, present: Launch, compiled: Mapping[Launch, dict[str, Any]]) -> dict[str, Any]:
-    """The best launch of a kernel that spills nothing, and how far behind it others are (0.02: 2 % slower)."""
+def choose(timings: Timings, present: Launch, refused: Collection[Launch]) -> dict[str, Any]:
+    """The best launch of a kernel that is not refused, and how far behind it others are (0.02: 2 % slower)."""
     ranked = rank(timings)
-    clean = [(launch, score) for launch, score in ranked if not compiled.get(launch, {}).get("spills")] or ranked
-    best, score = clean[0]
+    allowed = [(launch, score) for launch, score in ranked if launch not in refused] or ranked
+    best, score = allowed[0]
     behind = {launch: round(other / score - 1, 3) for launch, other in ranked}
     return {
         "best": best,
-        "second": clean[1][0] if len(clean) > 1 else None,
-        "second_behind": behind[clean[1][0]] if len(clean) > 1 else None,
+        "second": allowed[1][0] if len(allowed) > 1 else None,
+        "second_behind": behind[allowed[1][0]] if len(allowed) > 1 else None,
         "present": present,
         "present_behind": behind.get(present),
         "fastest_at": {
             T: (min(times, key=lambda launch: times[launch]), round(times[best] / min(times.values()) - 1, 3))
             for T, times in timings.items()
         },
-        "ahead_but_spills": [launch for launch, other in ranked if other < score],
+        "ahead_but_refused": [launch for launch, other in ranked if other < score],
+    }
+
+
+def by_form(timings: Timings, tma: bool) -> Timings:
+    """Without the launches by TMA, if not tma."""
+    return {
+        T: {launch: seconds for launch, seconds in times.items() if tma or not launch.tma}
+        for T, times in timings.items()
     }
 
 
@@ -221,62 +248,94 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(1337)
     deadline = Deadline(arguments.minutes)
     facts = {**hardware(), **card(device)}
-    jobs = [
-        (kernel, dtype, D, launch)
-        for dtype in arguments.dtypes
-        for D in ((16,) if tiny else arguments.head_sizes)
-        for place, kernel in enumerate(KERNELS)
-        for launch in with_present(
-            candidates(kernel, dtype)[: 2 if tiny else None], launches_for(device, getattr(torch, dtype), D)[place]
-        )
+    architecture = facts.get("architecture", "other")
+    problems = [(dtype, D) for dtype in arguments.dtypes for D in ((16,) if tiny else arguments.head_sizes)]
+    jobs: list[Job] = [
+        (kernel, dtype, D, launch, "plain")
+        for dtype, D in problems
+        for kernel in KERNELS
+        for launch in to_compile(kernel, dtype, D, architecture)[: 3 if tiny else None]
     ]
-    compiled: dict[Job, dict[str, Any]] = {job: {} for job in jobs}
-    if not tiny:
-        print(f"{len(jobs)} launches to compile on {os.cpu_count()} cores", flush=True)
-        compiled = compile_all(jobs, COMPILE_SHARE * deadline.left())
-        running = sum("unavailable" not in result for result in compiled.values())
-        print(f"{running} run here; {deadline.left():.0f} s are left to time them", flush=True)
-    rows, chosen = [], []
-    for dtype, D in dict.fromkeys((dtype, D) for _, dtype, D, _ in jobs):
-        row: list[Launch] = []
-        for place, kernel in enumerate(KERNELS):
-            own = {job[3]: compiled[job] for job in jobs if job[:3] == (kernel, dtype, D)}
-            timings = time_kernel(
-                kernel, dtype, D, [launch for launch in own if "unavailable" not in own[launch]], device, deadline
-            )
-            rows += [record(kernel, dtype, D, launch, timings, own[launch]) for launch in own]
-            if not timings or not rank(timings):
-                print(f"{kernel:18} {dtype:8} D={D:<3} nothing runs; the compiler said: {next(iter(own.values()))}")
+    compiled = compile_here(jobs, COMPILE_SHARE * deadline.left(), device)
+    print(f"{deadline.left():.0f} s are left to time them", flush=True)
+    timings = {}
+    for dtype, D in problems:
+        for kernel in KERNELS:
+            launches = [job[3] for job in jobs if job[:3] == (kernel, dtype, D) and "unavailable" not in compiled[job]]
+            timings[kernel, dtype, D] = time_kernel(kernel, dtype, D, launches, device, deadline)
+    compiled |= compile_here(finalists(timings), max(30.0, deadline.left()), device)
+    rows = [record(job, timings[job[:3]], compiled[job]) for job in jobs]
+    chosen, lines = [], []
+    for table in TABLES:
+        for dtype, D in problems:
+            choices = [choose_for(table, kernel, dtype, D, architecture, timings, compiled) for kernel in KERNELS]
+            if None in choices:
+                print(f"{table} {dtype} D={D}: no row, since nothing runs of one of the kernels")
                 continue
-            choice = choose(timings, launches_for(device, getattr(torch, dtype), D)[place], own)
-            chosen.append({"kernel": kernel, "dtype": dtype, "D": D, **choice})
-            row.append(choice["best"])
-            print(describe(chosen[-1]), flush=True)
-        if len(row) < len(KERNELS):
-            continue
-        key = (
-            f'"{facts.get("architecture", "interpreted")}", {getattr(torch, dtype).itemsize}, {64 if D <= 64 else 128}'
-        )
-        print(f"    ({key}): ({', '.join(map(show, row))}),", flush=True)
+            chosen += choices
+            row = ", ".join(show(choice["best"]) for choice in choices)
+            key = f'"{architecture}", {getattr(torch, dtype).itemsize}, {64 if D <= 64 else 128}'
+            lines.append(f"{table}: ({key}): ({row}),")
+    print(*map(describe, chosen), *lines, sep="\n", flush=True)
     if tiny:
         print("interpreted on the CPU: the script works; the timings mean nothing and nothing is written")
         return 0
-    figures = {
-        "bench": "tune_attention",
-        "commit": commit_of(ROOT),
-        "hardware": facts,
-        "chosen": chosen,
-        "launches": rows,
-    }
-    print(f"written: {write_results('tune_attention', figures, arguments.out)}")
+    figures = {"bench": "tune_attention", "commit": commit_of(ROOT), "hardware": facts, "chosen": chosen}
+    figures["variants"] = [record(job, {}, compiled[job]) for job in compiled if job[4] != "plain"]
+    print(f"written: {write_results('tune_attention', figures | {'launches': rows}, arguments.out)}")
     return 0
+
+
+def compile_here(jobs: list[Job], seconds: float, device: torch.device) -> dict[Job, dict[str, Any]]:
+    """compile_all on a GPU; nothing is known of launches in the interpreter."""
+    if device.type == "cpu" or not jobs:
+        return {job: {} for job in jobs}
+    print(f"{len(jobs)} launches to compile on {os.cpu_count()} cores", flush=True)
+    compiled = compile_all(jobs, seconds)
+    print(f"{sum('unavailable' not in result for result in compiled.values())} of them run here", flush=True)
+    return compiled
+
+
+def finalists(timings: Mapping[tuple[str, str, int], Timings]) -> list[Job]:
+    """The best few launches of each kernel and form, in every variant but the plain one."""
+    jobs: dict[Job, None] = {}
+    for (kernel, dtype, D), own in timings.items():
+        for tma in TABLES.values() if own else ():
+            for launch, _ in rank(by_form(own, tma))[:FINALISTS]:
+                jobs |= {(kernel, dtype, D, launch, variant): None for variant in VARIANTS if variant != "plain"}
+    return list(jobs)
+
+
+def choose_for(
+    table: str, kernel: str, dtype: str, D: int, architecture: str,
+    timings: Mapping[tuple[str, str, int], Timings], compiled: Mapping[Job, dict[str, Any]],
+) -> dict[str, Any] | None:  # fmt: skip
+    """choose, of launches that spill nothing and run in every variant that was compiled. None if nothing runs."""
+    own = by_form(timings[kernel, dtype, D], TABLES[table])
+    if not own or not rank(own):
+        return None
+    mine = {job: found for job, found in compiled.items() if job[:3] == (kernel, dtype, D)}
+    refused = {
+        job[3] for job, found in mine.items() if "unavailable" in found or (job[4] == "plain" and found.get("spills"))
+    }
+    choice = choose(own, present(architecture, dtype, D, kernel, table), refused)
+    variants = {job[4]: found for job, found in mine.items() if job[3] == choice["best"]}
+    return {"table": table, "kernel": kernel, "dtype": dtype, "D": D, **choice, "compiled": variants}
+
+
+def present(architecture: str, dtype: str, D: int, kernel: str, table: str = "LAUNCHES") -> Launch:
+    """The launch that model.py would take now."""
+    size = getattr(torch, dtype).itemsize, 64 if D <= 64 else 128
+    by_pointer = model.LAUNCHES.get((architecture, *size)) or model.LAUNCHES["other", *size]
+    row = model.TMA_LAUNCHES.get((architecture, *size), by_pointer) if TABLES[table] else by_pointer
+    return row[list(KERNELS).index(kernel)]
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     parser.add_argument(
-        "--dtypes", default="bfloat16,float32", help="bfloat16 (whose launches float16 shares), float32, or both"
+        "--dtypes", default="bfloat16", help="bfloat16 (whose launches float16 shares), float32, or both"
     )
     parser.add_argument("--head_sizes", default="64,128", help="64 (for all up to 64), 128, or both")
     parser.add_argument("--minutes", type=float, default=7.0, help="time for everything; then what is left is left out")
@@ -293,26 +352,30 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def with_present(launches: list[Launch], present: Launch) -> list[Launch]:
-    return launches if present in launches else [present, *launches]
+def to_compile(kernel: str, dtype: str, D: int, architecture: str) -> list[Launch]:
+    """The launches of the tables, then the candidates."""
+    now = [present(architecture, dtype, D, kernel, table) for table in TABLES]
+    return list(dict.fromkeys(now + candidates(kernel, dtype, D)))
 
 
-def record(
-    kernel: str, dtype: str, D: int, launch: Launch, timings: Timings, compiled: dict[str, Any]
-) -> dict[str, Any]:
+def record(job: Job, timings: Timings, compiled: dict[str, Any]) -> dict[str, Any]:
     """A launch's line in the JSON: microseconds by T, and what the compiler said."""
-    microseconds = {T: round(1e6 * times[launch], 1) for T, times in timings.items() if launch in times}
-    return {"kernel": kernel, "dtype": dtype, "D": D, "launch": launch, "microseconds": microseconds, **compiled}
+    kernel, dtype, D, launch, variant = job
+    found = {"kernel": kernel, "dtype": dtype, "D": D, "launch": launch, "variant": variant}
+    if timings:
+        found["microseconds"] = {T: round(1e6 * times[launch], 1) for T, times in timings.items() if launch in times}
+    return found | compiled
 
 
 def show(launch: Launch) -> str:
     """As it is written in model.py."""
-    return f"Launch({', '.join(map(str, launch))})"
+    further = ", tma=True" * launch.tma + (f", maxnreg={launch.maxnreg}" if launch.maxnreg is not None else "")
+    return f"Launch({', '.join(map(str, launch[:4]))}{further})"
 
 
 def describe(choice: dict[str, Any]) -> str:
     """One line a kernel, and one a T at which another launch is faster."""
-    line = f"{choice['kernel']:18} {choice['dtype']:8} D={choice['D']:<3} {show(choice['best'])}"
+    line = f"{choice['table']:12} {choice['kernel']:18} {choice['dtype']:8} D={choice['D']:<3} {show(choice['best'])}"
     if choice["second"] is not None:
         line += f", the second {show(choice['second'])} {choice['second_behind']:+.1%}"
     behind = choice["present_behind"]
@@ -320,8 +383,10 @@ def describe(choice: dict[str, Any]) -> str:
     for T, (fastest, margin) in choice["fastest_at"].items():
         if fastest != choice["best"]:
             line += f"\n    at T={T:,} {show(fastest)} is faster: {margin:.1%}"
-    if choice["ahead_but_spills"]:
-        line += "\n    faster, but with spills: " + ", ".join(map(show, choice["ahead_but_spills"]))
+    if choice["ahead_but_refused"]:
+        line += "\n    faster, but with spills or not in every variant: " + ", ".join(
+            map(show, choice["ahead_but_refused"])
+        )
     return line
 
 

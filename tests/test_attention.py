@@ -257,6 +257,101 @@ def test_views_of_the_projection_reach_the_kernel_without_a_copy(config, monkeyp
         assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize(
+    ("layout", "T", "is_read"),
+    [
+        ("packed", 64, True),
+        ("rotated", 64, True),
+        ("packed", 72, False),
+        ("heads apart", 64, False),
+        ("odd", 64, False),
+    ],
+)
+@pytest.mark.parametrize("hidden", ["nothing", "both"])
+def test_blocks_read_by_descriptors_give_the_same_bits(layout, T, is_read, hidden, monkeypatch):
+    """Where descriptors cannot describe the tensors, or blocks reach beyond T, the kernels take pointers."""
+    architecture, dtype, block, warps = "other", torch.float32, 32, 4
+    if DEVICE == "cuda":
+        if (capability := torch.cuda.get_device_capability()) < (9, 0):
+            pytest.skip("TMA came with Hopper")
+        architecture, dtype, block = "sm_{}{}".format(*capability), torch.float16, 64
+    generator = torch.Generator().manual_seed(6)
+    B, H, K, D, T = 2, 4, 2, 32, T * block // 32
+    packed, grad = (torch.randn(B, T, heads, D, generator=generator).to(DEVICE, dtype) for heads in (H + 2 * K, H))
+    q, k, v = packed.split((H, K, K), dim=2)
+    if layout == "rotated":
+        q, k = torch.cat((q, k), dim=2).split((H, K), dim=2)
+    elif layout == "heads apart":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif layout == "odd":
+        q, k, v = (torch.cat((x.flatten(2), x[:, :, 0, :1]), dim=2)[..., :-1].unflatten(2, (-1, D)) for x in (q, k, v))
+    first = first_visible(hidden, B, T)
+    first = None if first is None else first.to(DEVICE)
+    launches, launch_kernel = [], model_module.launch_kernel
+
+    def record(name, launch, *tensors):
+        launches.append(launch)
+        return launch_kernel(name, launch, *tensors)
+
+    monkeypatch.setattr(model_module, "launch_kernel", record)
+    key, results = (architecture, dtype.itemsize, 64), []
+    monkeypatch.setitem(model_module.LAUNCHES, key, (Launch(block, block, warps, 2),) * 3)
+    for tma in (False, True):
+        monkeypatch.setitem(model_module.TMA_LAUNCHES, key, (Launch(block, block, warps, 2, tma),) * 3)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = fused(*leaves, first)
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    assert [launch.tma for launch in launches] == [False] * 3 + [is_read] * 3
+    for plain, described in zip(*results, strict=True):
+        assert torch.equal(plain, described)
+
+
+@pytest.mark.parametrize("path", ["sdpa", "triton"])
+def test_a_window_on_transposed_ids(path):
+    """Ids are often made as (T, B) and transposed; what follows from them has such strides too."""
+    model = GPT(MODELS["modern"], attention=path).to(DEVICE)
+    ids = torch.randint(0, 39, (2, 70), generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids.t().contiguous().t()), model(ids))
+
+
+def test_first_visible_with_strides_of_its_own_or_a_wrong_shape():
+    B, T = 2, 70
+    q, k, v = torch.randn(B, T, 3, 16).to(DEVICE).split(1, dim=2)
+    one = first_visible("both", 1, T).to(DEVICE)
+    expected = fused(q, k, v, one.repeat(B, 1))
+    for same in (one.expand(B, T), one.repeat(B, 1).t().contiguous().t(), one.expand(B, T).long()):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = fused(*leaves, same)
+        assert torch.equal(out, expected)
+        gradients = torch.autograd.grad(out.sum(), leaves)
+        expected_leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        expected_gradients = torch.autograd.grad(fused(*expected_leaves, one.repeat(B, 1)).sum(), expected_leaves)
+        assert all(map(torch.equal, gradients, expected_gradients))
+    for wrong in (one, one.expand(B, T)[:, :-1]):
+        with pytest.raises(ValueError, match=r"first_visible has the shape \(.*\), expected \(2, 70\)"):
+            fused(q, k, v, wrong)
+
+
+def test_strides_of_heads_are_multiplied_in_64_bits():
+    """Heads 2³⁰ numbers apart: the third begins beyond 2³¹. Few of the pages are ever touched."""
+    T, D, apart = 5, 16, 2**30
+    if DEVICE == "cuda":
+        pytest.skip("it would take 13 GB of memory, all of it real there")
+    memory = torch.empty(2 * apart + 3 * T * D, dtype=torch.float16, device=DEVICE)
+    far = memory.as_strided((1, T, 3, D), (3 * T * D, D, apart, 1))
+    near = torch.randn(1, T, 3, D, generator=torch.Generator().manual_seed(8)).to(DEVICE, torch.float16)
+    far.copy_(near)
+    assert far.stride() == (3 * T * D, D, apart, 1)
+    results = []
+    for x in (near, far):
+        leaves = [x.detach().requires_grad_() for _ in range(3)]
+        out = fused(*leaves, None)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(near))])
+    for ours, its in zip(*results, strict=True):
+        assert torch.equal(ours, its)
+
+
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_operator_passes_opcheck(contiguous, masked):

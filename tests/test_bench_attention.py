@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import model
 from bench import attention, attention_report, gpu, train_speed, tune_attention
 from bench.attention import Problem
 from errors import UserError
@@ -187,7 +188,8 @@ def test_a_whole_run_in_tiny_sizes_writes_nothing(script, arguments, tmp_path, m
         )
         assert sum("form" in line and "unavailable" not in line for line in lines) == 8
     elif script == "tune_attention":
-        assert any(line.startswith('    ("interpreted", 2, 64): (Launch(') for line in lines)
+        assert any(line.startswith('LAUNCHES: ("other", 2, 64): (Launch(') for line in lines)
+        assert any(line.startswith('TMA_LAUNCHES: ("other", 2, 64): (Launch(') for line in lines)
     else:
         assert sum("tokens_per_second" in line for line in lines) == 2
 
@@ -200,28 +202,43 @@ A, B, C = Launch(64, 64, 4, 2), Launch(128, 64, 4, 3), Launch(128, 128, 8, 2)
 def test_the_launch_that_is_good_everywhere_is_chosen():
     timings = {1024: {A: 1.0, B: 1.1, C: 1.5}, 4096: {A: 14.0, B: 11.0, C: 10.0}}
     assert [launch for launch, _ in tune_attention.rank(timings)] == [B, A, C]
-    choice = tune_attention.choose(timings, present=C, compiled={})
+    choice = tune_attention.choose(timings, C, refused=())
     assert (choice["best"], choice["second"], choice["present"]) == (B, A, C)
     assert choice["second_behind"] == pytest.approx(math.sqrt(14 / 12.1) - 1, abs=1e-3)
     assert choice["fastest_at"] == {1024: (A, 0.1), 4096: (C, 0.1)}
-    text = tune_attention.describe({"kernel": "forward", "dtype": "bfloat16", "D": 64, **choice})
+    where = {"table": "LAUNCHES", "kernel": "forward", "dtype": "bfloat16", "D": 64}
+    text = tune_attention.describe(where | choice)
     assert "Launch(128, 64, 4, 3), the second Launch(64, 64, 4, 2) +7.6%" in text
     assert "at T=1,024 Launch(64, 64, 4, 2) is faster: 10.0%" in text
 
 
-def test_launches_that_spill_are_reported_but_not_chosen():
-    choice = tune_attention.choose(
-        {1024: {A: 1.0, B: 1.2}}, present=Launch(1, 1, 1, 1), compiled={A: {"spills": 8}, B: {"spills": 0}}
-    )
-    assert (choice["best"], choice["ahead_but_spills"], choice["present_behind"]) == (B, [A], None)
+def test_each_table_gets_the_best_launch_that_spills_nothing_and_runs_in_every_variant():
+    spills, fails, by_tma = Launch(128, 128, 4, 2), Launch(128, 64, 4, 2, True), Launch(64, 64, 4, 2, True)
+    problem = ("forward", "bfloat16", 64)
+    seconds = {spills: 1.0, fails: 1.1, by_tma: 1.2, A: 1.3, B: 1.4}
+    compiled = {(*problem, launch, "plain"): {"spills": 0} for launch in seconds}
+    compiled |= {(*problem, spills, "plain"): {"spills": 8}, (*problem, by_tma, "masked"): {"spills": 3}}
+    compiled |= {(*problem, fails, "grouped"): {"unavailable": "out of resources"}}
+    found = [
+        tune_attention.choose_for(table, *problem, "sm_90", {problem: {1024: seconds}}, compiled)
+        for table in ("LAUNCHES", "TMA_LAUNCHES")
+    ]
+    assert [choice["best"] for choice in found] == [A, by_tma]
+    assert found[1]["ahead_but_refused"] == [spills, fails]
+    assert found[1]["present"] == model.TMA_LAUNCHES["sm_90", 2, 64][0]
+    jobs = tune_attention.finalists({problem: {1024: seconds}})
+    assert {job[3] for job in jobs} == {spills, fails, by_tma, A, B}
+    assert {job[4] for job in jobs} == {"masked", "grouped", "tail"}
+    assert tune_attention.choose_for("LAUNCHES", *problem, "sm_90", {problem: {}}, compiled) is None
 
 
 def test_the_sweep_includes_the_launches_of_the_table():
-    forward, by_key = (tune_attention.candidates(kernel, "bfloat16") for kernel in ("forward", "key_value_gradient"))
-    assert {(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)} <= set(forward)
-    assert {(64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2)} <= set(by_key)
-    assert tune_attention.with_present([A, B], C) == [C, A, B]
-    assert tune_attention.with_present([A, B], B) == [A, B]
+    for kernel, first in (("forward", (128, 128, 8, 2)), ("key_value_gradient", (64, 128, 8, 2))):
+        found = tune_attention.candidates(kernel, "bfloat16", 64)
+        assert {Launch(*first), Launch(*first, True), Launch(64, 64, 4, 2)} <= set(found)
+        launches = tune_attention.to_compile(kernel, "bfloat16", 64, "other")
+        assert launches[0] == model.LAUNCHES["other", 2, 64][list(model.KERNELS).index(kernel)]
+        assert len(launches) == len(set(launches)) < 45
 
 
 # ---- train_speed.py --------------------------------------------------------------------------------------------------

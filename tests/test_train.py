@@ -602,26 +602,6 @@ def test_a_flag_for_the_length_wins_over_the_other_in_a_preset(small_text):
     assert "give one of them" in message_of(*TINY, f"--data={small_text}", "--budget_minutes=1")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_it_trains_and_resumes_on_a_gpu(small_text):
-    """bfloat16, torch.compile and deterministic algorithms, stopped and resumed to the same bits."""
-    args = [
-        "debug",
-        "--device=cuda",
-        "--deterministic=true",
-        f"--data={small_text}",
-        "--max_steps=20",
-        "--eval_interval=10",
-        "--eval_tokens=1000",
-    ]
-    assert train(*args, "--run=gpu") == 0
-    shutil.copytree("gpu", "cut")
-    shutil.rmtree("cut/checkpoints/step-00000020")
-    assert train("--resume=cut") == 0
-    assert tensors_of("cut", 20) == tensors_of("gpu", 20)
-
-
 def test_a_loss_scale_that_is_too_large_is_halved_and_no_update_counts_as_skipped(small_text, monkeypatch):
     """float16's scaler, here on the CPU: the first updates overflow, the scale comes down, and the model learns."""
     monkeypatch.setattr("training.setup.make_scaler", lambda _: torch.amp.GradScaler("cpu", init_scale=2.0**127))

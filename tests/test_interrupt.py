@@ -225,7 +225,7 @@ def test_a_stopping_run_that_cannot_save_says_so(folder):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 2, errors
-    assert "are not saved (the last checkpoint is that of step 0): free disk space, then" in errors
+    assert "are not saved (the last checkpoint is that of step 0): free disk space or memory, then" in errors
     assert "Traceback" not in errors
 
 

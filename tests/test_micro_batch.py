@@ -3,6 +3,7 @@ what has failed is gone before the next try, and the run ends as one that never 
 
 import json
 import math
+import sys
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -191,19 +192,16 @@ def test_an_optimizer_step_that_runs_out_goes_on_where_it_was(optimizer, kind, c
         assert options_of(f"runs/short-{call}")["micro_batch_size"] == 8
 
 
-@pytest.mark.parametrize(("optimizer", "function"), [
-    ("muon", "training.muon.orthogonalize"), ("adamw", "torch.Tensor.addcmul_"), ("sgd", "torch._foreach_add"),
+@pytest.mark.parametrize(("optimizer", "owner", "function", "call"), [
+    ("muon", sys.modules["training.muon"], "orthogonalize", 4),  # the second of three shapes, in the second step
+    ("adamw", torch.Tensor, "addcmul_", 1),  # of the rows of n-grams that have a gradient
+    ("sgd", torch, "_foreach_add", 1),
 ])  # fmt: skip
-def test_a_group_is_updated_as_a_whole(optimizer, function, runs, monkeypatch):
-    """A failure within an update function, before it writes: AdamW's on a table of n-grams, Muon's at its second
-    shape."""
+def test_a_group_is_updated_as_a_whole(optimizer, owner, function, call, runs, monkeypatch):
+    """A failure within an update function comes before it writes."""
     table = ("--max_ngram=2", "--ngram_rows=64", f"--optimizer={optimizer}")
     runs("whole", *table)
-    plain = {"training.muon.orthogonalize": optim.muon.__globals__["orthogonalize"]}.get(function)
-    if plain is None:
-        plain = torch.Tensor.addcmul_ if optimizer == "adamw" else torch._foreach_add
-    failing = Failing(plain, {1})
-    monkeypatch.setattr(function, failing)
+    monkeypatch.setattr(owner, function, failing := Failing(getattr(owner, function), {call}))
     runs("short", *table)
     assert failing.alive
     assert tensors_of("runs/short", 3) == tensors_of("runs/whole", 3)
@@ -389,6 +387,15 @@ def test_samples_that_do_not_fit_are_fewer(capsys):
     fitting = 0
     assert sample(1, 0) == []
     assert capsys.readouterr().out == "samples: out of memory; 1 → 0\n"
+
+
+def test_a_save_that_runs_out_of_memory_stops_no_training(runs, monkeypatch, capsys):
+    """It happens on the host, whose memory holds a copy of the weights."""
+    export = setup.TrainState.save.__globals__["export_weights"]
+    monkeypatch.setattr("training.state.export_weights", Failing(export, {0}))
+    runs("short")
+    assert f"step 0: not saved: out of memory ({OUT})" in capsys.readouterr().out
+    assert set(weights_of("runs/short"))
 
 
 def test_memory_that_runs_out_anywhere_else_is_one_clear_error(small_text, monkeypatch):

@@ -565,7 +565,10 @@ def test_a_full_disk_stops_no_training(small_text, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("training.state.save_checkpoint", full)
         message = message_of(*TINY, f"--data={small_text}", "--run=full")
-    assert "full has no checkpoint; free disk space, then start again: python train.py full/config.json" in message
+    assert (
+        "full has no checkpoint; free disk space or memory, then start again: python train.py full/config.json"
+        in message
+    )
     assert capsys.readouterr().out.count("not saved: no room") == 4  # at every evaluation and at the end
     assert read_events("full", "step")[-1]["step"] == 20
     assert "full has no checkpoint" in message_of("--resume=full")

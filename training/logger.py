@@ -154,10 +154,12 @@ def log_end(run: Path, state: TrainState, budget: Budget) -> int:
     again = f"python train.py {quote(str(config))}"
     if state.saved_step is None:
         command = again if config.exists() else "with the same command"
-        raise UserError(f"nothing is saved: {run} has no checkpoint; free disk space, then start again: {command}")
+        raise UserError(
+            f"nothing is saved: {run} has no checkpoint; free disk space or memory, then start again: {command}"
+        )
     if state.saved_step != step:
         kept = f"the last checkpoint is that of step {state.saved_step}"
-        raise UserError(f"the weights of step {step} are not saved ({kept}): free disk space, then {resume}")
+        raise UserError(f"the weights of step {step} are not saved ({kept}): free disk space or memory, then {resume}")
     if not state.is_finished:
         log(f"stopped; everything up to step {step} is saved; continue with: {resume}")
         return STOPPED

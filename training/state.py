@@ -20,6 +20,7 @@ import torch
 
 from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
 from common.hardware import Hardware
+from common.memory import OutOfMemory, attempt
 from common.weights import export_weights
 from errors import UserError
 from model import GPT
@@ -184,7 +185,8 @@ class TrainState:
             },
             "environment": environment(hardware, self.compiler),
         }
-        try:
+
+        def write() -> None:
             save_checkpoint(
                 run,
                 self.step,
@@ -194,9 +196,12 @@ class TrainState:
                 optimizer=optimizer_tensors(self.optimizer, self.model) if self.step > 0 else {},  # before: zeros
                 state={**state, **facts()},
             )
+
+        try:
+            attempt(write)
             self.saved_step = self.step
             prune_checkpoints(run)
-        except SaveFailed as error:
+        except (SaveFailed, OutOfMemory) as error:
             what = "not saved" if self.saved_step != self.step else "saved without its final records"
             log(f"step {self.step}: {what}: {error}")
 

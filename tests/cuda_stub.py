@@ -128,4 +128,5 @@ def install(monkeypatch):
     for module in ("transfer", "batch", "engine"):
         monkeypatch.setattr(f"generation.{module}.is_gpu", lambda device: True)
     monkeypatch.setattr("generation.sampling.is_host", lambda device: False)
+    monkeypatch.setattr("generation.direct_calls.MAX_COPIED", 0)  # on a GPU no matrix is copied
     return SimpleNamespace(log=log, in_flight=in_flight)

@@ -302,12 +302,15 @@ def test_autocast_records_its_casts(cuda):
                 patch.setattr(f"generation.{module}.is_gpu", lambda device: False)
             return run(model, prompts, GREEDY)
 
+    found = []
     for _ in range(2):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert run(model, prompts, GREEDY) == plain()
+            found.append(run(model, prompts, GREEDY))
+            assert found[-1] == plain()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(0.01 * parameter.flip(0))
+                parameter.copy_(parameter.flip(0))
+    assert found[0] != found[1]
     assert len(cuda.recorded) == 1
     assert run(model, prompts, GREEDY) == plain()
     assert len(cuda.recorded) == 2  # without autocast

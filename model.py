@@ -458,7 +458,7 @@ class GPT(nn.Module):
         self._hidden(ids, *self._sequence_context(ids, cache=cache, rows=index))
         if cache.ids is not None:
             cache.ids[index, : ids.shape[1]] = ids
-        if self.config.document_mask:
+        if cache.starts is not None:
             last = (cache.lengths[index] - 1).clamp(min=0)
             cache.starts[index] = self.document_starts(ids).gather(1, last[:, None])[:, 0]
 
@@ -472,10 +472,10 @@ class GPT(nn.Module):
         """The part of `decode` that a CUDA graph can replay. span: slots of the cache that are read, at least those of
         the longest row and its new token. equal_lengths: all rows have one length; the new slot is span − 1."""
         c = self.config
-        if c.document_mask:
+        if cache.starts is not None:
             cache.starts.copy_(torch.where(ids.eq(self.eos_id), cache.lengths, cache.starts))
         aligned = equal_lengths and not c.document_mask
-        positions = slice(span - 1, span) if aligned else (cache.lengths - cache.starts)[:, None]  # (R, 1)
+        positions = slice(span - 1, span) if aligned else cache.positions()  # (R, 1)
         sees_all = aligned and (c.sliding_window is None or c.sliding_window >= span)
         mask = None if sees_all else cache.mask(span, c.sliding_window)
         cache.prepare_append(span, equal_lengths)
@@ -632,8 +632,8 @@ class KVCache:
 
     memory (2 · n_layer, R, K, S, D): the keys of every layer, then the values of every layer; token t is in slot t.
     lengths (R,) int64: tokens in each row, on the device; host_lengths: the same as Python ints, known without waiting
-    for the device. growing (R,) int64 and host_growing: 1, or 0 for idle rows, whose length stays 0. starts (R,) int64:
-    where each row's document starts. ids (R, S) int64: with n-grams."""
+    for the device. growing (R,) int64 and host_growing: 1, or 0 for idle rows, whose length stays 0. starts (R,) int64,
+    with a document mask: where each row's document starts. ids (R, S) int64: with n-grams."""
 
     def __init__(
         self, config: GPTConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -642,9 +642,8 @@ class KVCache:
         shape = (2 * config.n_layer, rows, config.kv_heads, S, config.head_size)
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(rows, S, dtype=torch.int64, device=device) if config.max_ngram > 1 else None
-        self.lengths, self.starts, self.growing = (
-            torch.full((rows,), fill, dtype=torch.int64, device=device) for fill in (0, 0, 1)
-        )
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.starts, self.growing = torch.zeros_like(self.lengths) if config.document_mask else None, self.lengths + 1
         self.host_lengths, self.host_growing = [0] * rows, [1] * rows
         self.rows, self.slots = torch.arange(rows, device=device), torch.arange(S + -S % 16, device=device)
 
@@ -659,7 +658,9 @@ class KVCache:
     def restart(self, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Sets the lengths of rows that are about to be rewritten → the rows as a tensor, (len(rows),) int64."""
         index, new_lengths = (torch.tensor(x, dtype=torch.int64, device=self.memory.device) for x in (rows, lengths))
-        self.lengths[index], self.starts[index] = new_lengths, 0
+        self.lengths[index] = new_lengths
+        if self.starts is not None:
+            self.starts[index] = 0
         for row, length in zip(rows, lengths, strict=True):
             self.host_lengths[row] = length
         return index
@@ -691,14 +692,19 @@ class KVCache:
             values[self.rows, :, self.lengths] = v[:, 0].to(values.dtype)
         return keys, values
 
+    def positions(self) -> Tensor:
+        """(R, 1) int64: of the token about to be appended."""
+        return (self.lengths if self.starts is None else self.lengths - self.starts)[:, None]
+
     def mask(self, span: int, sliding_window: int | None) -> Tensor:
         """(R, 1, 1, span), to be added to scores: 0 where the token about to be appended attends to the slot, else −∞.
         For all layers at once, in the dtype and with the alignment (16 numbers) that spare PyTorch a copy per layer."""
-        first, last = self.starts, self.lengths
+        slots, last = self.slots[: span + -span % 16], self.lengths[:, None]
+        hidden = slots > last
         if sliding_window is not None:
-            first = torch.maximum(first, last - (sliding_window - 1))
-        slots = self.slots[: span + -span % 16]
-        hidden = (slots > last[:, None]) | (slots < first[:, None])
+            hidden |= slots <= last - sliding_window
+        if self.starts is not None:
+            hidden |= slots < self.starts[:, None]
         mask = self.memory.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         return mask[:, None, None, :span]
 
@@ -715,27 +721,32 @@ class KVCache:
             self.ids.scatter_(1, self.lengths[:, None], ids[:, None])
         self.lengths += self.growing
 
+    def counts(self) -> list[Tensor]:
+        """The tensors with a number per row."""
+        return [self.lengths, self.growing, *([] if self.starts is None else [self.starts])]
+
     def copy_row(self, source: int, target: int) -> None:
         """Makes row `target` equal to row `source`."""
         filled = self.memory[:, :, :, : self.host_lengths[source]]
         filled[:, target].copy_(filled[:, source])
-        for x in (self.lengths, self.starts, self.growing, *([] if self.ids is None else [self.ids])):
+        for x in self.counts():
             x[target].copy_(x[source])
+        if self.ids is not None:
+            self.ids[target].copy_(self.ids[source])
         for values in (self.host_lengths, self.host_growing):
             values[target] = values[source]
 
     def make_idle(self, row: int) -> None:
         """Empties a row for good: decode steps still compute it, but its length stays 0 and no result counts."""
-        for x in (self.lengths, self.starts, self.growing):
+        for x in self.counts():
             x[row].zero_()
         self.host_lengths[row] = self.host_growing[row] = 0
 
     def narrow(self, rows: int) -> None:
         """Leaves the first `rows` rows, as views of the same memory."""
         self.memory, self.ids = self.memory[:, :rows], None if self.ids is None else self.ids[:rows]
-        self.lengths, self.starts, self.growing, self.rows = (
-            x[:rows] for x in (self.lengths, self.starts, self.growing, self.rows)
-        )
+        self.lengths, self.growing, self.rows = self.lengths[:rows], self.growing[:rows], self.rows[:rows]
+        self.starts = None if self.starts is None else self.starts[:rows]
         self.host_lengths, self.host_growing = self.host_lengths[:rows], self.host_growing[:rows]
 
 

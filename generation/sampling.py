@@ -122,9 +122,10 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     if is_host(logits.device) and not (values[:, k - 1] == values[:, k]).any():
         return torch.full_like(logits, -torch.inf).scatter_(1, ids[:, :k], values[:, :k])
     threshold = values[:, k - 1 : k]
-    above, tied = ~(logits <= threshold), logits == threshold  # NaN counts as above, so that `draw` raises
-    ties_kept = k - above.sum(-1, keepdim=True)
-    return logits.masked_fill(~(above | (tied & (tied.cumsum(-1) <= ties_kept))), -torch.inf)
+    ties_kept = (values[:, :k] == threshold).sum(-1, keepdim=True)
+    tied = logits == threshold
+    removed = (logits < threshold) | (tied & (tied.cumsum(-1) > ties_kept))  # no NaN, so that `draw` fails
+    return logits.masked_fill(removed, -torch.inf)
 
 
 def keep_top_p(probs: Tensor, p: float) -> Tensor:

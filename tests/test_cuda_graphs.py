@@ -121,6 +121,25 @@ def test_recorded_steps_give_the_same_logits(request, monkeypatch, name):
         decoder.decode(newest, fixed)
 
 
+@pytest.mark.parametrize("name", ["learned", "documents", "ngrams"])
+def test_a_row_whose_sample_has_ended_never_fills(request, name):
+    """Three of four rows go on through several windows; the fourth stays idle."""
+    model = tiny_model(block_size=20, **MODELS[name])
+
+    def found():
+        stopped, seen = set(), []
+        for event in generate(model, PROMPTS[:4], replace(GREEDY, max_new_tokens=70), 3, stopped=stopped):
+            seen.append(event)
+            if len(seen) == 20:
+                stopped.add(1)
+        return seen
+
+    plain = found()
+    cuda = request.getfixturevalue("cuda")
+    assert found() == plain
+    assert {rows for _, rows, _ in cuda.recorded} == {4}
+
+
 def test_the_device_is_one_step_ahead_of_python(cuda):
     """Step t + 1 is queued before the ids of step t are waited for, and none after the last."""
     model = tiny_model(block_size=64)

@@ -110,10 +110,11 @@ def test_greedy_ids_with_and_without_the_cache_are_equal(name, keep_head):
     assert len({token for ids, _ in cached for token in ids}) > 5, "one repeated id would prove nothing"
 
 
+@pytest.mark.parametrize("name", ["learned", "documents"])
 @pytest.mark.parametrize(("block_size", "keep_head"), [(1, 0), (2, 0), (2, 1), (3, 1)])
-def test_tiny_windows(block_size, keep_head):
-    model = tiny_model(block_size=block_size)
-    prompts = [[1], [2, 3, 4, 5, 6], [7, 8]]
+def test_tiny_windows(block_size, keep_head, name):
+    model = tiny_model(block_size=block_size, **MODELS[name])
+    prompts = [[1], [2, 30, 4, 5, 30], [30, 8], [7, 30]]
     for prompt, (ids, _) in zip(prompts, run(model, prompts, replace(GREEDY, keep_head=keep_head)), strict=True):
         text = list(prompt)
         for token in ids:

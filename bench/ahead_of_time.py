@@ -5,7 +5,9 @@
     python bench/ahead_of_time.py --jobs='[…]'        jobs as JSON → one line of JSON each (for tests)
 
 A table's columns: registers a thread; programs that fit on one multiprocessor at once; bytes of shared memory; spills
-(instructions that move registers to memory); then, of the loop's blocks without a mask, instructions per score and the
+(instructions that move registers to memory); waits for matrix products in the loop, which are asynchronous on Hopper
+unless the assembler is short of registers: then it waits after each instruction (`serial`), and they take far longer
+than the model says; then, of the loop's blocks without a mask, instructions per score and the
 cycles of a block that a multiprocessor needs to issue them (four a cycle), for its matrix products (2,048 multiply-adds
 a cycle in 16 bits), for its exponentials (16 a cycle) and to load it from the L2 cache. `cycles` is the model's cost of
 8,192 scores: the largest of these four, and of what one program needs by itself divided by the programs. A program
@@ -101,13 +103,14 @@ def compile_job(job: Job) -> dict[str, Any]:
 
 
 def count(instructions: list[str]) -> dict[str, int]:
-    """Numbers of instructions: in all, spills, tensor-core products of both generations, exponentials."""
+    """Numbers of instructions: in all, spills, tensor-core products of both generations, waits for them, ex2."""
     names = [re.sub(r"^@!?U?P\w+ ", "", text).split()[0].split(".")[0:2] for text in instructions]
     return {
         "instructions": len(names),
         "spills": sum(name[0] in ("STL", "LDL") for name in names),
         "wgmma": sum(name[0] == "HGMMA" for name in names),
         "mma": sum(name[0] == "HMMA" for name in names),
+        "waits": sum(name == ["WARPGROUP", "DEPBAR"] for name in names),
         "ex2": sum(name == ["MUFU", "EX2"] for name in names),
     }
 
@@ -210,7 +213,8 @@ def show(found: dict[str, Any]) -> str:
         "loaded",
         "cycles",
     )
-    return f"{name:60}  " + "  ".join(f"{column} {found[column]}" for column in columns if column in found)
+    serial = "  serial" * (found["loop"]["waits"] > PRODUCTS[found["kernel"]])
+    return f"{name:60}{serial}  " + "  ".join(f"{column} {found[column]}" for column in columns if column in found)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 import model
-from bench.ahead_of_time import SHARED_MEMORY, Job, cost
+from bench.ahead_of_time import PRODUCTS, SHARED_MEMORY, Job, cost
 from bench.tune_attention import candidates
 from tests.conftest import ROOT
 
@@ -72,6 +72,7 @@ def check(jobs: list[Job]) -> None:
             continue
         assert found["loop"]["wgmma" if job.architecture == 90 else "mma"] > 0, job
         assert found["loop"]["ex2"] > 0, job
+        assert found["loop"]["waits"] <= PRODUCTS[job.kernel], job  # more: the assembler made the products synchronous
         if job.whole or job.kernel != "key_value_gradient":  # there masked loads cost more registers than there are
             assert found["loop"]["spills"] == 0, (job, found)
         if job.architecture == 90 and job.group == 1 and job.whole:

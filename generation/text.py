@@ -20,6 +20,7 @@ from common.option import section_from
 from common.tokenizer import Tokenizer, tokenizer_from_dict
 from common.weights import build_for_weights, import_weights
 from errors import UserError
+from generation.cuda_graphs import drop_kept
 from generation.engine import STOP, Event, end_programs, generate
 from generation.options import SamplingOptions
 from model import GPT, GPTConfig
@@ -168,7 +169,8 @@ def sample_texts(
     seed: int,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> list[tuple[str, str]]:
-    """Returns (prompt and text, reason for the end) per sample. Training mode and torch's RNG state are unchanged."""
+    """Returns (prompt and text, reason for the end) per sample. Training mode and torch's RNG state are unchanged, and
+    no recordings are kept: a training run needs their memory."""
     keep_head = min(1, model.config.block_size - 1)
     options = SamplingOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, keep_head=keep_head)
     ids = prompt_ids(tokenizer, prompt, options.prepend_eos)
@@ -182,4 +184,5 @@ def sample_texts(
                 reasons[piece.sample] = piece.reason or ""
     finally:
         model.train(was_training)
+        drop_kept()
     return list(zip(texts, reasons, strict=True))

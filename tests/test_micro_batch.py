@@ -32,7 +32,7 @@ from training.compilation import compile_model, expected_seconds
 from training.data import MicroBatch
 from training.evaluation import evaluate
 from training.micro_batch import fit_micro_batch, fit_to_memory, until_it_fits
-from training.options import EvalOptions, TrainOptions
+from training.options import TrainOptions
 
 AUTO = [flag for flag in TINY if not flag.startswith(("--micro_batch_size", "--dropout"))]
 SHORT = [*AUTO, *SHAPE, "--dropout=0", "--max_steps=3", "--eval_interval=3", "--log_interval=1", "--sample_tokens=0"]
@@ -373,20 +373,23 @@ def test_an_evaluation_goes_on_with_fewer_rows(small_text, monkeypatch, capsys):
         score(rows=2)
 
 
-def test_samples_that_do_not_fit_are_fewer(capsys):
-    fitting = 2
+@pytest.mark.parametrize(("rows", "samples", "line"), [
+    (1, 3, "out of memory with 3 samples at once: going on with 1"), (0, 0, "no samples: one sample needs more memory"),
+])  # fmt: skip
+def test_samples_that_do_not_fit_stop_no_training(rows, samples, line, small_text, monkeypatch, capsys):
+    init = model_module.KVCache.__init__
 
-    def sample_texts(*, num_samples, **settings):
-        if num_samples > fitting:
+    def short_of_memory(self, config, n_rows, *args, **kwargs):
+        if n_rows > rows:
             raise torch.OutOfMemoryError(OUT)
-        return [(f"text {number}", "length") for number in range(num_samples)]
+        init(self, config, n_rows, *args, **kwargs)
 
-    sample = setup.make_sampler(sample_texts, EvalOptions(), SimpleNamespace(autocast=nullcontext))
-    assert sample(5, 0) == [("text 0", "length"), ("text 1", "length")]
-    assert capsys.readouterr().out == "samples: out of memory; 5 → 2\n"
-    fitting = 0
-    assert sample(1, 0) == []
-    assert capsys.readouterr().out == "samples: out of memory; 1 → 0\n"
+    monkeypatch.setattr(model_module.KVCache, "__init__", short_of_memory)
+    flags = [*SHORT, f"--data={small_text}", "--sample_tokens=4", "--final_samples=3", "--run=runs/short"]
+    assert train(*flags) == 0
+    captured = capsys.readouterr()
+    assert line in captured.out + captured.err
+    assert Path("runs/short/samples.txt").read_text("utf-8").count("==== step 3 (sample ") == samples
 
 
 def test_a_save_that_runs_out_of_memory_stops_no_training(runs, monkeypatch, capsys):

@@ -7,7 +7,7 @@ in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -190,18 +190,18 @@ def make_sampler(
     sample_texts: Callable[..., list[tuple[str, str]]], evals: EvalOptions, hardware: Hardware
 ) -> Callable[[int, int], list[tuple[str, str]]]:
     """A function (number of samples, seed) → (text, reason of its end) of each, by the options; no samples where their
-    length is 0, fewer where memory runs out. sample_texts: generation.text's, with model, tokenizer and prompt bound.
-    """
+    length is 0, or where memory does not suffice for one. sample_texts: generation.text's, with model, tokenizer and
+    prompt bound."""
     settings: dict[str, Any] = {"max_new_tokens": evals.sample_tokens, "temperature": evals.sample_temperature}
     settings |= {"top_p": evals.sample_top_p, "autocast": hardware.autocast}
 
     def sample(count: int, seed: int) -> list[tuple[str, str]]:
         count = count if evals.sample_tokens > 0 else 0
-        while True:
-            with suppress(OutOfMemory):
-                return attempt(partial(sample_texts, num_samples=count, seed=seed, **settings))
-            log(f"samples: out of memory; {count} → {count // 2}")
-            count //= 2
+        try:
+            return attempt(partial(sample_texts, num_samples=count, seed=seed, **settings))
+        except OutOfMemory as error:
+            log(f"no samples: {error}")
+            return []
 
     return sample
 

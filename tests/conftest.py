@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     selected = config.option.markexpr
     if config.option.on_cpu or "gpu" not in selected or "not gpu" in selected:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; read at the first product
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # runs kernels in Python; read when Triton is first imported
 

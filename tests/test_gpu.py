@@ -77,7 +77,7 @@ def packed(device, dtype, B, T, H, K, D):
 def compare(inputs, grad, first, rows=slice(None)):
     """The kernels on all rows of the batch, against PyTorch and float64 on some."""
     ours = [x[rows] for x in out_and_gradients(fused, inputs, grad, first)]
-    few, first = [x[rows] for x in inputs], None if first is None else first[rows]
+    few, first = [x[rows].contiguous() for x in inputs], None if first is None else first[rows]
     plain = out_and_gradients(by_definition, few, grad[rows], first)
     exact = out_and_gradients(by_definition, few, grad[rows], first, torch.float64)
     assert_as_good(ours, plain, exact, inputs[0].dtype)

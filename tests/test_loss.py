@@ -1,6 +1,11 @@
 """The loss in chunks: equal to the plain one, without a tensor of all logits, and no break in a compiled model."""
 
 import functools
+import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_module
 from model import GPT, IGNORED_TARGET, GPTConfig
+from tests.conftest import ROOT
 
 V, ROWS, T = 1100, 3, 64
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=T, vocab_size=V, eos_id=None)
@@ -159,3 +165,33 @@ def test_a_model_with_the_fused_kernels_uses_that_of_the_loss(monkeypatch):
     fused, plain = (loss_of(GPT(CONFIG, attention=path), reduction="sum") for path in ("triton", "sdpa"))
     assert len(used) == -(-ROWS * T // 40)
     assert fused.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+COMPILE = """
+import json, sys, triton, model
+from bench.ahead_of_time import disassemble
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+kernel = model._jitted(model._loss_kernel)
+signature = dict(zip(kernel.arg_names, ("*bf16", "*i64", "*fp32", "i32", "i32", "fp32", "constexpr")))
+aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1, 2, 4)}  # 4: the row, a padded vocabulary
+source = ASTSource(fn=kernel, signature=signature, constexprs={"BLOCK": 4096}, attrs=aligned)
+compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 8})
+print(json.dumps(disassemble(compiled.asm["cubin"])))
+"""
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_the_kernel_of_the_loss_compiles_to_wide_loads_without_spills(architecture):
+    """Of rows that are aligned while the vocabulary is not. In a process that compiles: Triton interprets in this."""
+    pytest.importorskip("triton", reason="the kernel is Triton's")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, architecture]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    code, usage = json.loads(result.stdout)
+    loads, stores = (re.findall(rf"\b{name}\.E\S*", code) for name in ("LDG", "STG"))
+    assert sum(".128" in load for load in loads) == 4  # two of eight numbers a thread, in both passes
+    assert len(loads) == 6  # and the target and its logit
+    assert sum(".128" in store for store in stores) == 2
+    assert re.search(r"STACK:0\b", usage)
+    assert not re.search(r"\b(STL|LDL)\b", code)

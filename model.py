@@ -1145,7 +1145,10 @@ TMA_LAUNCHES: dict[tuple[str, int, int], Launches] = {
 def launches_for(q: Tensor, k: Tensor, v: Tensor) -> Launches:
     """The launches for q (B, T, H, D), k and v (B, T, K, D), of TMA_LAUNCHES or LAUNCHES, there of "other" where the
     GPU has no row. Raises ValueError for what the kernels do not take."""
-    dtype, D = q.dtype, q.shape[3]
+    (B, T, H, D), K, dtype = q.shape, k.shape[2], q.dtype
+    if not (k.shape == v.shape == (B, T, K, D) and K and H % K == 0 and dtype == k.dtype == v.dtype):
+        found = ", ".join(f"{tuple(x.shape)} in {x.dtype}" for x in (q, k, v))
+        raise ValueError(f"q (B, T, H, D), k and v (B, T, K, D) of one dtype are needed, K a divisor of H, not {found}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"the fused kernel takes float32, float16 and bfloat16, not {dtype}; use the sdpa path")
     if D > MAX_FUSED_HEAD:

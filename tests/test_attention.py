@@ -410,9 +410,24 @@ def test_the_kernel_is_chosen_by_what_the_machine_can(monkeypatch):
         choose_attention("triton", gpu, bfloat16, 64)
 
 
-def test_unsupported_dtypes_raise():
-    with pytest.raises(ValueError, match="float64"):
-        fused(*torch.randn(1, 4, 3, 16, dtype=torch.float64, device=DEVICE).split(1, dim=2), None)
+@pytest.mark.parametrize(
+    ("shapes", "dtypes", "message"),
+    [
+        (((1, 4, 2, 16),) * 3, (torch.float64,) * 3, "not torch.float64; use the sdpa path"),
+        (((1, 4, 2, 192),) * 3, (torch.float16,) * 3, "head sizes up to 128, not 192; use the sdpa path"),
+        (((1, 4, 2, 16),) * 3, (torch.float16, torch.float32, torch.float32), "of one dtype"),
+        (((1, 4, 4, 16), (1, 4, 3, 16), (1, 4, 3, 16)), (torch.float16,) * 3, "K a divisor of H"),
+        (((1, 4, 4, 16), (1, 4, 2, 16), (1, 4, 1, 16)), (torch.float16,) * 3, r"not .*\(1, 4, 2, 16\)"),
+        (((1, 4, 2, 16), (1, 3, 2, 16), (1, 3, 2, 16)), (torch.float16,) * 3, r"not .*\(1, 3, 2, 16\)"),
+        (((1, 4, 2, 16), (2, 4, 2, 16), (2, 4, 2, 16)), (torch.float16,) * 3, r"not .*\(2, 4, 2, 16\)"),
+        (((1, 4, 2, 16), (1, 4, 2, 8), (1, 4, 2, 8)), (torch.float16,) * 3, r"not .*\(1, 4, 2, 8\)"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused(shapes, dtypes, message):
+    """Not compiled, which would crash or read other memory."""
+    q, k, v = (torch.zeros(shape, dtype=dtype, device=DEVICE) for shape, dtype in zip(shapes, dtypes, strict=True))
+    with pytest.raises(ValueError, match=message):
+        fused(q, k, v, None)
 
 
 @pytest.mark.parametrize("missing", [False, True])

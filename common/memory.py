@@ -16,7 +16,7 @@ from errors import UserError
 T = TypeVar("T")
 # Errors that are no torch.OutOfMemoryError: of a driver, of Triton, of torch.compile, which wraps errors, of MPS; of
 # CUDA's libraries, for their workspaces; of PyTorch's CPU allocator. A C++ compiler's own are not meant.
-MESSAGE = re.compile(r"(CUDA|HIP|MPS).{0,20}out of memory|_STATUS_ALLOC_FAILED|DefaultCPUAllocator: ")
+MESSAGE = re.compile(r"(CUDA|HIP|MPS).{0,20}out of memory|_ALLOC(ATION)?_FAILED|DefaultCPUAllocator: ")
 ONE_ROW = "one row does not fit into the device's memory; use a smaller model or a smaller --block_size"
 
 
@@ -34,7 +34,8 @@ def attempt(action: Callable[[], T]) -> T:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if MESSAGE.search(line)), lines[0])
     release_memory()
     raise OutOfMemory(
         f"out of memory ({reason}); use a smaller model (--n_layer, --n_embd) or a smaller --block_size, or end other "

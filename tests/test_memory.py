@@ -25,6 +25,7 @@ def raising(error: BaseException):
     RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError(CPU_ERROR),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
 ])  # fmt: skip
 def test_every_lack_of_memory_is_one_error(error):
     with pytest.raises(OutOfMemory, match=r"^out of memory \(.+\); use a smaller model"):
@@ -84,7 +85,7 @@ def test_it_is_recognized_where_torch_compile_calls_or_wraps(monkeypatch):
     def compiler(graph, inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(OutOfMemory, match=r"^out of memory \(OutOfMemoryError: CUDA out of memory\); use"):
         attempt(lambda: torch.compile(torch.sin, backend=compiler)(torch.ones(3)))
 
     monkeypatch.setattr(model_module, "MIN_CHUNKED_LOGITS", 1)

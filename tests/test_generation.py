@@ -31,6 +31,8 @@ def tiny_model(dtype=torch.float64, scale=15.0, **changes):
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(scale)
+        if model.ngrams is not None:  # zeros at first
+            model.ngrams.weight.normal_(std=0.02 * scale, generator=torch.Generator().manual_seed(4))
     return model
 
 

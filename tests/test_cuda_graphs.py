@@ -140,6 +140,34 @@ def test_a_row_whose_sample_has_ended_never_fills(request, name):
     assert {rows for _, rows, _ in cuda.recorded} == {4}
 
 
+@pytest.mark.parametrize("count", [1, 8, 9, 10])
+def test_a_sample_that_the_caller_stops_has_no_later_event(cuda, count):
+    """Not even one of the step that was queued before."""
+    model, stopped, seen = tiny_model(block_size=32), set(), []
+    for event in generate(model, [[30, 1]], GREEDY, 0, stopped=stopped):
+        seen.append(event.token)
+        if len(seen) == count:
+            stopped.add(0)
+    assert seen == run(model, [[30, 1]], GREEDY)[0][0][:count]
+
+
+def test_memory_that_is_kept_is_freed_before_a_batch_is_halved(cuda, monkeypatch):
+    model, other = tiny_model(block_size=32), tiny_model(block_size=32)
+    expected = run(model, [[30, i] for i in range(4)], GREEDY)
+    run(other, [[1]], GREEDY)
+    prefill, kept = type(model).prefill, []
+
+    def fail_once(self, ids, *args):
+        kept.append(sum(map(len, cuda_graphs._kept.values())))
+        if len(kept) == 1:
+            raise torch.OutOfMemoryError("x")
+        return prefill(self, ids, *args)
+
+    monkeypatch.setattr(type(model), "prefill", fail_once)
+    assert run(model, [[30, i] for i in range(4)], GREEDY) == expected
+    assert kept == [1, 0, 0]  # the other model's; then none, and the first half's, which is lent again
+
+
 def test_the_device_is_one_step_ahead_of_python(cuda):
     """Step t + 1 is queued before the ids of step t are waited for, and none after the last."""
     model = tiny_model(block_size=64)

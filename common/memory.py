@@ -15,8 +15,10 @@ from errors import UserError
 
 T = TypeVar("T")
 # Errors that are no torch.OutOfMemoryError: of a driver, of Triton, of torch.compile, which wraps errors, of MPS; of
-# CUDA's libraries, for their workspaces; of PyTorch's CPU allocator. A C++ compiler's own are not meant.
-MESSAGE = re.compile(r"(CUDA|HIP|MPS).{0,20}out of memory|_ALLOC(ATION)?_FAILED|DefaultCPUAllocator: ")
+# CUDA's libraries, for their workspaces; of PyTorch's CPU allocator and its mapped files. A C++ compiler's own are not.
+MESSAGE = re.compile(
+    r"(CUDA|HIP|MPS).{0,20}out of memory|_ALLOC(ATION)?_FAILED|DefaultCPUAllocator: |mmap.*Cannot allocate memory"
+)
 ONE_ROW = "one row does not fit into the device's memory; use a smaller model or a smaller --block_size"
 
 

@@ -25,6 +25,7 @@ def raising(error: BaseException):
     RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError(CPU_ERROR),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"),
+    RuntimeError("unable to mmap 25980952 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
 ])  # fmt: skip
 def test_every_lack_of_memory_is_one_error(error):
@@ -35,6 +36,7 @@ def test_every_lack_of_memory_is_one_error(error):
 @pytest.mark.parametrize("error", [
     RuntimeError("shape mismatch"), ValueError("out of memory"), KeyboardInterrupt(),
     RuntimeError("C++ compile error\ncc1plus: out of memory allocating 65536 bytes"),
+    RuntimeError("C++ compile error\ng++: error: vfork: Cannot allocate memory"),
 ])  # fmt: skip
 def test_other_errors_pass(error):
     with pytest.raises(type(error)) as caught:

@@ -2,14 +2,17 @@
 
     python bench/attention.py --out=DIR                everything, under 8 minutes: DIR/DATE-attention.json and its .png
     python bench/attention.py --out=DIR --quick        two lengths, one head size, about a minute
-    python bench/attention.py --out=DIR --signatures   only: three gradients, which autograd concatenates, or one packed
+    python bench/attention.py --out=DIR --parts=speed --lengths=1024,4096 --contenders=triton,flash,cudnn
     python bench/attention.py --plot=DIR/RESULT.json   draws a result again, on any machine; needs matplotlib
-    python bench/attention.py --interpret              tries this script out without a GPU: tiny, nothing is written
+    python bench/attention.py --interpret              tries this script out without a GPU: tiny, written only to --out
+
+Parts: `errors`, `speed`, and `signatures`: three gradients, which autograd concatenates, or one packed.
 
 Timed: causal attention in bfloat16 on normal random numbers, 16k tokens, heads · head size = 2048; the forward pass as
 in training, and the backward pass alone, by torch.autograd.grad on a retained graph. Every contender gets q, k, v
 (B, T, H, D) in a layout that it takes without a copy: ours views of a packed (B, T, 3H, D) tensor, the others
-contiguous tensors. They take turns (bench/gpu.py); figures are medians. TFLOP/s count 4 · B · H · T² · D / 2 for the
+contiguous tensors. `flex` is FlexAttention's Triton kernel, `flex_flash` its FlashAttention (BACKEND: FLASH), where
+that is installed. They take turns (bench/gpu.py); figures are medians. TFLOP/s count 4 · B · H · T² · D / 2 for the
 forward pass and 2.5 times that for the backward pass, whatever a contender computes.
 
 `memory_mib` is the peak of a run beyond what was allocated before it: inputs, and before a backward pass all that was
@@ -49,9 +52,11 @@ from bench.gpu import (  # noqa: E402
     in_turns,
     peak_memory,
     reasons,
+    some,
     summary,
+    use_launches,
 )
-from bench.hardware import commit_of, hardware, write_results  # noqa: E402
+from bench.hardware import RESULTS, commit_of, hardware, new_result, save_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import (  # noqa: E402
     AttentionContext,
@@ -64,6 +69,7 @@ from model import (  # noqa: E402
     rotate,
 )
 
+PARTS = ("errors", "speed", "signatures")
 LENGTHS, HEAD_SIZES, TOKENS, CHANNELS = (512, 1024, 2048, 4096, 8192, 16384), (64, 128), 16384, 2048
 Attend = Callable[..., Tensor]  # the leaves → (B, T, H, D)
 
@@ -112,22 +118,26 @@ def sdpa(backend: str, problem: Problem) -> Attend:
     return attend
 
 
-def flex(problem: Problem) -> Attend:
+def flex(problem: Problem, backend: str | None = None) -> Attend:
+    """Compiled, as it is meant to be used; its table of visible blocks is made here, outside the timed runs."""
+    from torch.nn.attention import flex_attention as flex
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     first, T = problem.first, problem.T
+    if backend is not None and (problem.device.type != "cuda" or not hasattr(flex, "_Backend")):
+        raise NotImplementedError(f"BACKEND: {backend} needs a GPU and a torch that has this option")
+    options: Any = None if backend is None else {"BACKEND": backend}
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key if first is None else (query >= key) & (key >= first[b, query])
 
     mask = create_block_mask(visible, None if first is None else problem.B, None, T, T, device=problem.device.type)
-    torch.compiler.reset()  # beyond its limit of recompilations torch runs further shapes uncompiled, without an error
     functorch_config.donated_buffer = False  # the backward pass runs many times on one graph
     kernel = torch.compile(flex_attention, dynamic=False) if problem.device.type == "cuda" else flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return kernel(q, k, v, block_mask=mask).transpose(1, 2)
+        return kernel(q, k, v, block_mask=mask, kernel_options=options).transpose(1, 2)
 
     return attend
 
@@ -138,6 +148,7 @@ CONTENDERS: dict[str, Callable[[Problem], Attend]] = {
     "cudnn": partial(sdpa, "CUDNN_ATTENTION"),
     "efficient": partial(sdpa, "EFFICIENT_ATTENTION"),
     "flex": flex,
+    "flex_flash": partial(flex, backend="FLASH"),
     "math": partial(sdpa, "MATH"),  # last: it may fill the memory
 }
 
@@ -152,9 +163,10 @@ def leaves_of(problem: Problem) -> dict[str, list[Tensor]]:
 # ---- Speed and memory ------------------------------------------------------------------------------------------------
 
 
-def measure(problem: Problem, seconds: float) -> list[dict[str, Any]]:
+def measure(problem: Problem, contenders: list[str], seconds: float) -> list[dict[str, Any]]:
     """A row per direction and contender: time, TFLOP/s, memory, or why it did not run. `seconds`: of timed runs."""
-    names = [name for name in CONTENDERS if name != "math" or problem.first is None]
+    torch.compiler.reset()  # beyond its limit of recompilations torch runs further shapes uncompiled, without an error
+    names = [name for name in contenders if name != "math" or problem.first is None]
     inputs, grad = leaves_of(problem), problem.random(problem.H)
     forward: dict[str, Callable[[], Any]] = {}
 
@@ -207,7 +219,7 @@ def timed(runs: dict[str, Run], seconds: float, device: torch.device) -> dict[st
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
-def errors(problem: Problem) -> list[dict[str, Any]]:
+def errors(problem: Problem, contenders: list[str]) -> list[dict[str, Any]]:
     """A row per contender: errors of out, dq, dk, dv relative to float64, and their largest ratio to flash's."""
     inputs, grad = leaves_of(problem), problem.random(problem.H)
 
@@ -223,7 +235,7 @@ def errors(problem: Problem) -> list[dict[str, Any]]:
     exact = results([x.detach().double().requires_grad_() for x in inputs["math"]], by_definition)
     rows: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
-    for name in CONTENDERS:
+    for name in contenders:
         with reasons(refused, name):
             found = results(inputs[name], CONTENDERS[name](problem))
             pairs = zip(("out", "dq", "dk", "dv"), found, exact, strict=True)
@@ -344,15 +356,15 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.plot is not None:
         print(f"written: {plot(arguments.plot)}")
         return 0
-    device, quick = choose_device("bench/attention.py", "--interpret", arguments.interpret), arguments.quick
+    device = choose_device("bench/attention.py", "--interpret", arguments.interpret)
+    rows = use_launches(arguments.launches, device)
     torch.manual_seed(1337)
-    deadline = Deadline(arguments.minutes or (1.0 if quick else 7.0))
+    deadline = Deadline(arguments.minutes)
     figures: dict[str, Any] = {
         "bench": "attention",
         "commit": commit_of(ROOT),
         "hardware": {**hardware(), **card(device)},
-    }
-    figures |= {
+        "launches": rows,
         "dtype": "bfloat16",
         "ceilings": ceilings(device),
         "errors": [],
@@ -361,44 +373,63 @@ def main(argv: list[str] | None = None) -> int:
         "failed": {},
     }
     print({**figures["hardware"], **figures["ceilings"]})
-    work: list[tuple[str, Callable[[Problem], list[dict[str, Any]]], list[Problem]]] = [
-        ("errors", errors, error_problems(device, quick)),
-        ("speed", partial(measure, seconds=0.5 if quick else 2.0), speed_problems(device, quick)),
-        ("signatures", signatures, signature_problems(device, quick)),
-    ]
-    if arguments.signatures or (quick and device.type == "cuda"):
-        work = work[2:] if arguments.signatures else work[:2]
+    path = None if device.type == "cpu" and arguments.out is None else new_result("attention", arguments.out or RESULTS)
     try:
-        for part, function, problems in work:
+        for part, function, problems in plan(arguments, device):
             for problem in problems:
                 deadline.check()
                 with reasons(figures["failed"], f"{part} of {problem.name}, T={problem.T}, D={problem.D}"):
                     figures[part] += (rows := function(problem))
                     (show_speed if part == "speed" else show)(rows)
+                if path is not None:
+                    save_results(path, figures)
     except OutOfTime:
         figures["stopped"] = "out of time; what is missing was not measured"
         print(figures["stopped"])
+    finish(figures, path)
+    return 0
+
+
+def finish(figures: dict[str, Any], path: Path | None) -> None:
+    """Prints what did not run and the tables; writes the figures and their plot."""
     print(*obstacles(figures["speed"]), *(f"{what}: {reason}" for what, reason in figures["failed"].items()), sep="\n")
     for direction in ("forward", "backward"):
         for D in HEAD_SIZES:
             print(table(figures["speed"], direction, D), end="")
-    if device.type == "cpu":
+    if path is None:
         print("interpreted on the CPU: the script works; the timings mean nothing and nothing is written")
-        return 0
-    written = write_results("attention", figures, arguments.out)
-    print(f"written: {written}")
+        return
+    save_results(path, figures)
+    print(f"written: {path}")
     try:
-        print(f"written: {plot(written)}")
+        print(f"written: {plot(path)}")
     except UserError as error:
         print(error)
-    return 0
+
+
+def plan(
+    arguments: argparse.Namespace, device: torch.device
+) -> list[tuple[str, Callable[[Problem], list[dict[str, Any]]], list[Problem]]]:
+    """What to measure: part, its function, its problems."""
+    measure_these = partial(measure, contenders=arguments.contenders, seconds=0.5 if arguments.quick else 2.0)
+    lengths, sizes = arguments.lengths, arguments.head_sizes
+    work = {
+        "errors": (partial(errors, contenders=arguments.contenders), error_problems(device, sizes)),
+        "speed": (measure_these, speed_problems(device, lengths, sizes)),
+        "signatures": (signatures, signature_problems(device)),
+    }
+    return [(part, *work[part]) for part in arguments.parts]
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
-    parser.add_argument("--quick", action="store_true", help="two lengths and one head size")
-    parser.add_argument("--signatures", action="store_true", help="only the forms of the inputs")
+    parser.add_argument("--out", type=Path, help="folder for the figures (default: bench/results)")
+    parser.add_argument("--quick", action="store_true", help="errors and speed of two lengths and one head size")
+    parser.add_argument("--parts", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--lengths", help="values of T; documents and windows are measured where it holds 8192")
+    parser.add_argument("--head_sizes", help="some of 64,128")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="default: all of them")
+    parser.add_argument("--launches", type=Path, help="use the launches of this result of bench/tune_attention.py")
     parser.add_argument(
         "--minutes",
         type=float,
@@ -412,37 +443,47 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="try the script out on a CPU, in tiny sizes; also with TRITON_INTERPRET=1",
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    quick = arguments.quick
+    arguments.minutes = arguments.minutes or (1.0 if quick else 7.0)
+    arguments.parts = some(arguments.parts, PARTS[: 2 if quick else 3], PARTS, "parts")
+    arguments.contenders = some(arguments.contenders, (), tuple(CONTENDERS), "contenders")
+    sizes = some(arguments.head_sizes, ("64",) if quick else ("64", "128"), ("64", "128"), "head_sizes")
+    arguments.head_sizes = [int(size) for size in sizes]
+    lengths = [str(2**power) for power in range(6, 18)]
+    found = some(arguments.lengths, ("1024", "4096") if quick else tuple(map(str, LENGTHS)), lengths, "lengths")
+    arguments.lengths = [int(length) for length in found]
+    return arguments
 
 
-def error_problems(device: torch.device, quick: bool) -> list[Problem]:
+def error_problems(device: torch.device, sizes: list[int]) -> list[Problem]:
     if device.type == "cpu":
         return [Problem("errors", 1, 32, 2, 16, device)]
-    return [Problem("errors", 2, 1024, 256 // D, D, device) for D in HEAD_SIZES[: 1 if quick else 2]]
+    return [Problem("errors", 2, 1024, 256 // D, D, device) for D in sizes]
 
 
-def signature_problems(device: torch.device, quick: bool) -> list[Problem]:
+def signature_problems(device: torch.device) -> list[Problem]:
     """The attention of the 124M presets, and a long context."""
     if device.type == "cpu":
         return [Problem("signatures", 1, 32, 2, 16, device)]
-    return [
-        Problem("signatures", B, T, 12, 64, device) for B, T in ([(32, 1024)] if quick else [(32, 1024), (4, 8192)])
-    ]
+    return [Problem("signatures", B, T, 12, 64, device) for B, T in ((32, 1024), (4, 8192))]
 
 
-def speed_problems(device: torch.device, quick: bool) -> list[Problem]:
+def speed_problems(device: torch.device, lengths: list[int], sizes: list[int]) -> list[Problem]:
     """Plain causal attention, long contexts of the head size 64 first; then documents and a window at T = 8192."""
     if device.type == "cpu":
         return [
             Problem("causal", 1, 32, 2, 16, device),
             Problem("documents", 1, 32, 2, 16, device, documents(1, 32, 10, device)),
         ]
-    lengths, sizes = ((1024, 4096), (64,)) if quick else (LENGTHS, HEAD_SIZES)
-    found = [Problem("causal", TOKENS // T, T, CHANNELS // D, D, device) for D in sizes for T in lengths]
+    found = [Problem("causal", max(1, TOKENS // T), T, CHANNELS // D, D, device) for D in sizes for T in lengths]
     B, T = TOKENS // 8192, 8192
     masks = {"documents of about 1000": documents(B, T, 1000, device), "window of 1024": window(B, T, 1024, device)}
     return found + [
-        Problem(name, B, T, CHANNELS // D, D, device, first) for D in sizes for name, first in masks.items()
+        Problem(name, B, T, CHANNELS // D, D, device, first)
+        for D in sizes
+        for name, first in masks.items()
+        if T in lengths
     ]
 
 

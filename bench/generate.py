@@ -1,13 +1,16 @@
-"""Cached generation beside nanoGPT's GPT.generate and the memory bandwidth: temperature 0.8, top-k 200, random weights.
+"""Cached generation, against the memory's bandwidth and nanoGPT's GPT.generate. Random weights.
 
-    python bench/generate.py --peer=PATH_TO_NANOGPT [--shapes=small,124m] [--runs=N] [--tokens=N] [--threads=N]
-                             [--transformers]
+    python bench/generate.py [--peer=PATH_TO_NANOGPT] [--shapes=small,124m] [--runs=N] [--tokens=N] [--threads=N]
+                             [--transformers] [--out=DIR]
     python bench/generate.py --run=RUN                  val loss of a trained model with and without int8
 
-All sides run in this process in turns, so that a change of the machine's speed affects all; each starts with an
-uncounted run of a few tokens. Prints tokens/s (medians of the runs) and ratios. Over the first 32 tokens it also prints
-the share of the bandwidth bound: the bandwidth at which large matrices are multiplied by a vector, measured in the same
-run, divided by the bytes of the weights that a token reads. float32 on a CPU, bfloat16 on a GPU. Writes bench/results/.
+Temperature 0.8, top-k 200. All sides run in this process in turns, so that a change of the machine's speed affects all;
+each starts with a request that is timed apart (`first_request`): of a few tokens on a CPU, of the full length on a GPU,
+where it records CUDA graphs. Prints tokens/s (medians of the others) and ratios. float32 on a CPU, bfloat16 on a GPU.
+
+The bandwidth bound is the bandwidth over the bytes that a step must read: all weights once, and the keys and values of
+every row. On a GPU the bandwidth is that of a copy of 1 GiB, and each of our sides is compared with its bound. On a CPU
+it is that of large matrices multiplied by a vector, and compared with one sample of 32 tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ sys.path.insert(0, str(ROOT))  # for imports from the project
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from bench.hardware import Stopwatch, commit_of, hardware, write_results  # noqa: E402
+from bench.gpu import card, ceilings, use_launches  # noqa: E402
+from bench.hardware import RESULTS, Stopwatch, commit_of, hardware, new_result, save_results, write_results  # noqa: E402
 from bench.peer import import_model  # noqa: E402
 from common.weights import export_weights, import_weights  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
@@ -43,73 +47,68 @@ CONTEXT, ROWS = 32, 16
 SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {  # name: (shape, tokens of a run, runs of each side)
     "small": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65}, 500, 5),
     "124m": ({"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50_257}, 350, 2),
+    "tiny": ({"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 65}, 8, 2),  # to try this out
 }
+GPU_RUNS = 7  # default on a GPU, where a run takes a fraction of a second
 Run = Callable[[int], int]  # number of tokens per sample → number of tokens generated in all
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--run", type=Path, help="a trained run: only compare its val loss with and without int8")
-    parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--runs", type=int, help="runs of each side (default: 5 of small, 2 of 124m)")
+    parser.add_argument("--shapes", default="small,124m")
+    parser.add_argument("--runs", type=int, help="runs of each side (default: 5 of small, 2 of 124m; 7 on a GPU)")
     parser.add_argument("--tokens", type=int, help="tokens of a sample (default: 500 of small, 350 of 124m)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the figures")
+    parser.add_argument("--launches", type=Path, help="use the launches of this result of bench/tune_attention.py")
     parser.add_argument(
         "--transformers", action="store_true", help="also measure Hugging Face's GPT-2 with our weights"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     names = options.shapes.split(",")
     if unknown := [name for name in names if name not in SHAPES]:
         raise UserError(f"--shapes={options.shapes}: unknown {unknown[0]!r}; expected {', '.join(SHAPES)}")
-    if (options.peer is None) == (options.run is None):
-        raise UserError(
-            "give one of --peer=PATH_TO_NANOGPT (to measure speed) and --run=RUN (to measure the val loss with int8)"
-        )
+    if options.peer is not None and options.run is not None:
+        raise UserError("--peer measures speed, --run the val loss with int8: give one of them")
     torch.set_num_threads(options.threads)
     if options.run is not None:
         figures = {**hardware(), "run": options.run.name, **losses_of_int8(options.run)}
-        print(f"written: {write_results('generate-int8', figures)}")
+        print(f"written: {write_results('generate-int8', figures, options.out)}")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    peer = import_model(options.peer)
-    settings = {
+    figures = {
+        "bench": "generate",
+        **hardware(),
+        "commit": commit_of(ROOT),
+        "launches": use_launches(options.launches, device),
+    }
+    if options.peer is not None:
+        figures["peer"] = commit_of(options.peer)
+    figures |= {
         "temperature": TEMPERATURE,
         "top_k": TOP_K,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
     }
-    figures = {**hardware(), "peer": commit_of(options.peer), **settings}
     if device.type == "cuda":
-        figures["gpu"] = torch.cuda.get_device_name(device)
+        figures |= {**card(device), "ceilings": ceilings(device)}
+    path = new_result("generate", options.out)
     for name in names:
-        shape, tokens, runs = SHAPES[name]
-        figures[name] = measure(
-            name,
-            peer,
-            shape,
-            options.tokens or tokens,
-            options.runs or runs,
-            device=device,
-            dtype=dtype,
-            transformers=options.transformers,
-        )
-    print(f"written: {write_results('generate', figures)}")
+        figures[name] = measure(name, options, device, dtype, figures.get("ceilings"))
+        save_results(path, figures)
+    print(f"written: {path}")
 
 
 def measure(
-    name: str,
-    peer: ModuleType,
-    shape: dict[str, Any],
-    tokens: int,
-    runs: int,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    transformers: bool,
+    name: str, options: argparse.Namespace, device: torch.device, dtype: torch.dtype, peaks: dict[str, float] | None
 ) -> dict[str, Any]:
-    """Runs all sides in turns. Returns shape, ratios, medians, all runs and the bandwidth bound."""
+    """Runs all sides in turns. Returns shape, ratios, medians, all runs and the bandwidth bound. peaks: those of
+    bench/gpu.py, on a GPU."""
+    shape, tokens, runs = SHAPES[name]
+    tokens, runs = options.tokens or tokens, options.runs or (runs if peaks is None else GPU_RUNS)
     model = GPT(GPTConfig(**shape, eos_id=None)).eval()
     sides = {
         "sprout": sprout(converted(model, device, dtype)),
@@ -117,32 +116,46 @@ def measure(
     }
     if device.type == "cpu":
         sides["sprout int8"] = sprout(quantize(GPT(model.config).eval()))
-    sides["nanogpt"] = nanogpt(peer, shape, device, dtype)
-    if transformers:
+    if options.peer is not None:
+        sides["nanogpt"] = nanogpt(import_model(options.peer), shape, device, dtype)
+    if options.transformers:
         sides["transformers"] = huggingface(model, device, dtype)
     measured: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for run in sides.values():
-        run(WARM_UP_TOKENS)
+    first = {side: timed(run, WARM_UP_TOKENS if device.type == "cpu" else tokens) for side, run in sides.items()}
     for _ in range(runs):
         for side, run in sides.items():
-            with Stopwatch() as watch:
-                drawn = run(tokens)
-            measured[side].append({"tokens_per_second": round(drawn / watch.measured["seconds"], 2), **watch.measured})
+            measured[side].append(timed(run, tokens))
             print(f"{name:6} {side:12} {measured[side][-1]}", flush=True)
     medians = {side: statistics.median(figures["tokens_per_second"] for figures in measured[side]) for side in sides}
-    ratios = {side: round(speed / medians["nanogpt"], 2) for side, speed in medians.items() if side != "nanogpt"}
-    print(f"{name:6} {tokens} tokens a sample: nanoGPT {medians['nanogpt']:.1f} tokens/s")
-    for side, ratio in ratios.items():
-        print(f"{name:6} {side:12} {medians[side]:.1f} tokens/s, {ratio:.2f} times nanoGPT's speed")
-    bound = against_bandwidth(name, model, device, dtype)
+    for side, speed in medians.items():
+        ratio = f", {speed / medians['nanogpt']:.2f} times nanoGPT's speed" if "nanogpt" in medians else ""
+        print(f"{name:6} {side:12} {speed:.1f} tokens/s, {tokens} tokens a sample{ratio}")
+    if peaks is None:
+        bound: dict[str, Any] = against_bandwidth(name, model, device, dtype)
+    else:
+        bound = {
+            side: against_copy(name, side, model, rows, tokens, medians[side], peaks["copy_tb_per_second"])
+            for side, rows in (("sprout", 1), (f"sprout x{ROWS}", ROWS))
+        }
     return {
         **shape,
         "tokens": tokens,
-        "ratios": ratios,
+        "ratios": {
+            side: round(speed / medians["nanogpt"], 2)
+            for side, speed in medians.items()
+            if side != "nanogpt" and "nanogpt" in medians
+        },
         "median_tokens_per_second": medians,
+        "first_request": first,
         "bound": bound,
         "runs": measured,
     }
+
+
+def timed(run: Run, tokens: int) -> dict[str, float]:
+    with Stopwatch() as watch:
+        drawn = run(tokens)
+    return {"tokens_per_second": round(drawn / watch.measured["seconds"], 2), **watch.measured}
 
 
 def converted(model: GPT, device: torch.device, dtype: torch.dtype) -> GPT:
@@ -244,17 +257,31 @@ def huggingface(model: GPT, device: torch.device, dtype: torch.dtype) -> Run:
     return run
 
 
+def weight_count(model: GPT) -> int:
+    """Numbers that a decode step reads: the embedding as output head; one row of the positions is not counted."""
+    read = [*model.blocks.parameters(), *model.final_norm.parameters(), model.embed.weight]
+    return sum(parameter.numel() for parameter in read)
+
+
+def against_copy(
+    name: str, side: str, model: GPT, rows: int, tokens: int, speed: float, copy_tb_per_second: float
+) -> dict[str, float]:
+    """Tokens/s relative to the bound of reading in bfloat16, for each step, all weights and the keys and values of the
+    rows, half as many as there are tokens in the end."""
+    c = model.config
+    cached = rows * min(tokens, c.block_size) / 2 * 2 * c.n_layer * c.kv_heads * c.head_size
+    size = torch.bfloat16.itemsize * (weight_count(model) + cached)
+    bound = rows * 1e12 * copy_tb_per_second / size
+    print(f"{name:6} {side:12} {speed / bound:.0%} of the bound {bound:.0f} tokens/s ({size / 1e6:.0f} MB a step)")
+    return {"tokens_per_second": round(bound, 1), "bytes_of_a_step": round(size), "share": round(speed / bound, 3)}
+
+
 def against_bandwidth(name: str, model: GPT, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Speed over the first CONTEXT tokens relative to the bound of reading all weights per token; medians of five."""
-    read = [
-        *model.blocks.parameters(),
-        *model.final_norm.parameters(),
-        model.embed.weight,
-    ]  # the embedding as output head; a decode step reads one row of the positions, which is not counted
-    weights = sum(parameter.numel() for parameter in read) * dtype.itemsize
+    weights = weight_count(model) * dtype.itemsize
     run = sprout(converted(model, device, dtype))
     reads, speeds = [], []
-    matrices = [torch.randn(3072, 768, device=device, dtype=dtype) for _ in range(60 if device.type == "cpu" else 400)]
+    matrices = [torch.randn(3072, 768, device=device, dtype=dtype) for _ in range(60)]
     vector = torch.randn(1, 768, device=device, dtype=dtype)
     run(CONTEXT)
     for _ in range(5):
@@ -262,8 +289,6 @@ def against_bandwidth(name: str, model: GPT, device: torch.device, dtype: torch.
             began = time.perf_counter()
             for matrix in matrices:
                 F.linear(vector, matrix)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
             reads.append(sum(matrix.numel() for matrix in matrices) * dtype.itemsize / (time.perf_counter() - began))
         began = time.perf_counter()
         run(CONTEXT)

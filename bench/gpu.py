@@ -1,26 +1,31 @@
-"""Shared by the GPU benches: timing on the device, runs in turns, the GPU's matmul and copy speed, its name.
+"""Shared by the GPU benches: timing on the device, runs in turns, the GPU's matmul and copy speed, its name, and the
+launches that were tuned for it.
 
-Knows no model. Everything also runs on a CPU, so that a bench can be tested without a GPU; such timings mean nothing.
+Knows of the model only its table of launches. Everything also runs on a CPU, so that a bench can be tested without a
+GPU; such timings mean nothing.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import model
 from errors import UserError
 
-FLUSH_BYTES = (
-    2**31
-)  # written before every timed run: it evicts the caches, and takes longer than Python needs to queue that run
+# Written before every timed run: it evicts the caches, and takes longer than Python needs to queue that run.
+FLUSH_BYTES = 2**31
+WAKE_SECONDS = 0.1  # a GPU that idled, during a compilation for instance, needs some of it to raise its clocks
 Run = Callable[[], object]
 
 
@@ -55,6 +60,14 @@ def choose_device(script: str, trial: str, interpret: bool) -> torch.device:
     return torch.device("cuda")
 
 
+def some(given: str | None, default: Sequence[str], known: Sequence[str], option: str) -> list[str]:
+    """A list option's values, separated by commas. Raises UserError for unknown ones."""
+    names = list(default) if given is None else given.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--{option}={given}: unknown {unknown[0]!r}; expected some of {','.join(known)}")
+    return names
+
+
 def card(device: torch.device) -> dict[str, Any]:
     """The GPU and the versions of the libraries that drive it, ready for JSON."""
     if device.type != "cuda":
@@ -73,8 +86,42 @@ def card(device: torch.device) -> dict[str, Any]:
     }
 
 
+def read_launches(path: Path) -> tuple[str, dict[tuple[str, int, int], tuple[model.Launch, ...]]]:
+    """The architecture that bench/tune_attention.py chose launches for, and the rows for model.LAUNCHES. path: its
+    result, or one of bench/gpu_session.py. Raises UserError for other files."""
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        if figures["bench"] == "gpu_session":
+            figures = figures["parts"]["tune"]["result"]
+        architecture = figures["hardware"].get("architecture", "other")  # tried out on a CPU: "other"
+        found: dict[tuple[str, int, int], dict[str, model.Launch]] = {}
+        for choice in figures["chosen"]:
+            key = architecture, getattr(torch, choice["dtype"]).itemsize, 64 if choice["D"] <= 64 else 128
+            found.setdefault(key, {})[choice["kernel"]] = model.Launch(*choice["best"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--launches={path}: {type(error).__name__}: {error}; expected a result of bench/tune_attention.py, or of"
+            " bench/gpu_session.py with its part `tune`"
+        ) from None
+    complete = {key: row for key, row in found.items() if set(row) == {*model.KERNELS}}
+    return architecture, {key: tuple(row[kernel] for kernel in model.KERNELS) for key, row in complete.items()}
+
+
+def use_launches(path: Path | None, device: torch.device) -> list[str]:
+    """Puts the rows of read_launches into model.LAUNCHES, for this process alone, and returns them as text. None:
+    nothing changes. Raises UserError for launches of another GPU."""
+    if path is None:
+        return []
+    (architecture, rows), here = read_launches(path), card(device).get("architecture", "other")
+    if here != architecture:
+        raise UserError(f"--launches={path}: tuned for {architecture}, this GPU is {here}; tune here, or leave it out")
+    model.LAUNCHES.update(rows)
+    return [f"{key}: {row}" for key, row in rows.items()]
+
+
 def ceilings(device: torch.device) -> dict[str, float]:
-    """Measured: TFLOP/s of a square bfloat16 product of random numbers, TB/s of a copy (bytes read plus written)."""
+    """Measured: TFLOP/s of a square bfloat16 product of random numbers, TB/s of a copy of 1 GiB, which no cache holds
+    (bytes read plus written)."""
     size, rounds = (8192, 20) if device.type == "cuda" else (64, 1)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     out, source = torch.empty_like(a), torch.empty(size * size * 16, dtype=torch.uint8, device=device)
@@ -92,6 +139,7 @@ def in_turns(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict
     """Seconds of every run, `rounds` of each. They take turns, in reverse order every other round, so that a GPU that
     warms up and clocks down slows all alike. Call each once before: the first call may compile."""
     flush = _flush_buffer(device)
+    wake(device)
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
     for number in range(rounds):
         for name in list(runs)[:: -1 if number % 2 else 1]:
@@ -103,6 +151,14 @@ def in_turns(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict
         torch.cuda.synchronize(device)
         return {name: [begin.elapsed_time(end) / 1e3 for begin, end in pairs] for name, pairs in marks.items()}
     return {name: [end - begin for begin, end in pairs] for name, pairs in marks.items()}
+
+
+def wake(device: torch.device, seconds: float = WAKE_SECONDS) -> None:
+    """Keeps a GPU busy for that long."""
+    end = time.monotonic() + seconds
+    while device.type == "cuda" and time.monotonic() < end:
+        _flush_buffer(device).zero_()
+        torch.cuda.synchronize(device)
 
 
 @cache
@@ -152,6 +208,12 @@ def refusals() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
+def first_line(text: str) -> str:
+    """The first line of a message, and the second where the first announces it: "backend='inductor' raised:"."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
+
+
 @contextmanager
 def reasons(rows: dict[str, str], name: str) -> Iterator[None]:
     """Catches errors of `refusals` and stores them in rows[name] as one line, with PyTorch's warnings."""
@@ -161,7 +223,7 @@ def reasons(rows: dict[str, str], name: str) -> Iterator[None]:
             yield
             return
         except refusals() as error:
-            lines = [str(error).strip() or type(error).__name__, *(str(warning.message).strip() for warning in caught)]
-        rows[name] = "; ".join(line.splitlines()[0][:160] for line in lines[:4])
+            texts = [str(error).strip() or type(error).__name__, *(str(warning.message).strip() for warning in caught)]
+        rows[name] = "; ".join(first_line(text) for text in texts[:4])
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -20,6 +20,7 @@ import torch
 from files import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "sve", "bf16", "i8mm")
 
 
@@ -101,13 +102,24 @@ def commit_of(checkout: Path) -> str:
     return head + ("+changes" if changes.strip() else "")
 
 
-def write_results(name: str, figures: dict[str, Any], folder: Path = ROOT / "bench" / "results") -> Path:
+def write_results(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Writes FOLDER/DATE-NAME.json, or DATE-NAME-2.json … if that exists: figures are never overwritten."""
+    path = new_result(name, folder)
+    save_results(path, figures)
+    return path
+
+
+def new_result(name: str, folder: Path = RESULTS) -> Path:
+    """The path that write_results would write to; the folder is made. For results that grow, see save_results."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{datetime.date.today().isoformat()}-{name}"
     path, number = folder / f"{stem}.json", 1
     while path.exists():
         number += 1
         path = folder / f"{stem}-{number}.json"
-    replace_file(path, (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode())
     return path
+
+
+def save_results(path: Path, figures: dict[str, Any]) -> None:
+    """Replaces the file atomically: a bench that is killed leaves the figures that it had at its last save."""
+    replace_file(path, (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode())

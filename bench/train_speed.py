@@ -1,20 +1,23 @@
 """Whole training steps of the 124M presets on a GPU, in tokens/s: fused kernel and SDPA, nanoGPT and llm.c's PyTorch.
 
-    python bench/train_speed.py --out=DIR                   both presets and attention paths: DIR/DATE-train_speed.json
+    python bench/train_speed.py --out=DIR                   both presets, attention paths and modes
     python bench/train_speed.py --out=DIR --peer-nanogpt=PATH --peer-llmc=PATH    their GPTs too; PATH: a checkout
-    python bench/train_speed.py --out=DIR --presets=gpt2_124m --attention=triton  one side alone
-    python bench/train_speed.py --smoke                     tests this script on a CPU with tiny sizes; writes nothing
+    python bench/train_speed.py --out=DIR --presets=gpt2_124m --attention=triton --modes=compiled    one side alone
+    python bench/train_speed.py --smoke                     tests this script on a CPU, tiny, written only to --out
 
 A step is train.py's with one micro-batch (--rows, 32 of 1,024 tokens): forward and backward under bfloat16 autocast,
-gradient clipping, AdamW; the model compiled with torch.compile. The peers' models get the same step, optimizer and
-data, so only the models differ. nanoGPT pads its vocabulary to 50,304 as its train.py does; llm.c's attention is SDPA
-as with its --flash=1. The sides take turns in blocks of steps, in reverse order in every other round. A side that runs
-out of memory is reported with the reason.
+gradient clipping, one wait for the device, the preset's optimizer (modern_124m: Muon). `eager` or `compiled`: the model
+as it is, or by torch.compile. The peers' models get the same step, AdamW and data, so only the models differ. nanoGPT
+pads its vocabulary to 50,304 as its train.py does; llm.c's attention is SDPA as with its --flash=1. The sides take
+turns in blocks of steps, in reverse order in every other round. A side that runs out of memory is reported with the
+reason. DIR/DATE-train_speed.json is written after each side and each round.
 
 FLOP of a token: 6 · N + 12 · n_layer · T · C, where N counts all parameters except the table of positions. `of_matmul`
 is the rate relative to a large square bfloat16 product measured in the same run, `mfu` relative to the vendor's figure.
+`memory_gib` is the peak from building the side to its sixth step, weights and optimizer included.
 
-Needs torch, triton and numpy. Compiling takes about a minute a side; after --minutes no further side is started.
+Compiling takes about a minute a side, on one core for the most part. So before anything is measured, a process for each
+compiled side compiles it, without running it, into PyTorch's cache on disk. Needs torch, triton and numpy.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ import argparse
 import contextlib
 import io
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,13 +41,13 @@ sys.path.insert(0, str(ROOT))  # for imports from the project
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from bench.gpu import Deadline, card, ceilings, choose_device, peak_memory, reasons  # noqa: E402
-from bench.hardware import commit_of, hardware, write_results  # noqa: E402
+from bench.gpu import Deadline, card, ceilings, choose_device, peak_memory, reasons, some, use_launches  # noqa: E402
+from bench.hardware import RESULTS, commit_of, hardware, new_result, save_results  # noqa: E402
 from bench.peer import import_model  # noqa: E402
 from common.hardware import vendor_flops  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, AttentionPath, GPTConfig  # noqa: E402
-from training.optim import make_optimizer  # noqa: E402
+from training.optim import clip_gradients, make_optimizer  # noqa: E402
 from training.options import OptimizerOptions  # noqa: E402
 
 MODERN: dict[str, Any] = {
@@ -54,7 +58,12 @@ MODERN: dict[str, Any] = {
     "qk_norm": True,
     "bias": False,
 }
-PRESETS = {"gpt2_124m": GPTConfig(), "modern_124m": GPTConfig(**MODERN)}  # as in config/, which needs more packages
+# As in config/, which needs more packages.
+PRESETS = {"gpt2_124m": GPTConfig(), "modern_124m": GPTConfig(**MODERN)}
+OPTIMIZERS = {"modern_124m": OptimizerOptions(optimizer="muon")}  # others: AdamW
+MODES = ("eager", "compiled")
+COMPILE_SHARE = 0.4  # of the time at most goes into compiling ahead
+START_SHARE = 0.75  # of the time: after it no further side is started, so that those that are warm get their rounds
 PEER_VOCABULARY = {"nanogpt": 50_304, "llmc": 50_257}
 TINY: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32}
 
@@ -66,30 +75,40 @@ class Side:
     model: nn.Module
     loss: Callable[[Callable[..., Any], Tensor, Tensor], Tensor]
     shape: GPTConfig  # depth, width and context, by which FLOP are counted
+    compiled: bool
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
 
 
 def make_sides(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
     """Name → a function that builds the side. Each is built in its turn: one that runs out of memory stops no other."""
     sides: dict[str, Callable[[], Side]] = {}
-    for preset in arguments.presets:
-        shape = PRESETS[preset]
-        if arguments.smoke:
-            shape = replace(shape, **TINY, n_hidden=64)
-        sides |= {f"{preset}, {path}": partial(make_ours, shape, path) for path in arguments.attention}
-    for name, checkout, file in (
-        ("nanogpt", arguments.peer_nanogpt, "model.py"),
-        ("llmc", arguments.peer_llmc, "train_gpt2.py"),
-    ):
-        if checkout is not None:
-            sides[name] = partial(make_peer, name, import_model(checkout, file, name), arguments.smoke)
+    for mode in arguments.modes:
+        for preset in arguments.presets:
+            for path in arguments.attention:
+                build = partial(make_ours, preset, path, mode == "compiled", arguments.smoke)
+                sides[f"{preset}, {path}, {mode}"] = build
+        for name, checkout, file in (
+            ("nanogpt", arguments.peer_nanogpt, "model.py"),
+            ("llmc", arguments.peer_llmc, "train_gpt2.py"),
+        ):
+            if checkout is not None:
+                module = import_model(checkout, file, name)
+                sides[f"{name}, {mode}"] = partial(make_peer, name, module, mode == "compiled", arguments.smoke)
     return sides
 
 
-def make_ours(shape: GPTConfig, attention: AttentionPath) -> Side:
-    return Side(GPT(shape, attention=attention), lambda model, x, y: model(x, y), shape)
+def make_ours(preset: str, attention: AttentionPath, compiled: bool, tiny: bool) -> Side:
+    shape = replace(PRESETS[preset], **TINY, n_hidden=64) if tiny else PRESETS[preset]
+    optimizer = OPTIMIZERS.get(preset, OptimizerOptions())
+
+    def loss(model: Callable[..., Any], x: Tensor, y: Tensor) -> Tensor:
+        total: Tensor = model(x, y, reduction="sum")
+        return total / y.numel()
+
+    return Side(GPT(shape, attention=attention), loss, shape, compiled, optimizer)
 
 
-def make_peer(name: str, module: Any, tiny: bool) -> Side:
+def make_peer(name: str, module: Any, compiled: bool, tiny: bool) -> Side:
     """nanoGPT's or llm.c's GPT; both return (logits, loss)."""
     shape = GPTConfig(**TINY) if tiny else GPTConfig()
     sizes = {key: getattr(shape, key) for key in TINY} | {"vocab_size": PEER_VOCABULARY[name]}
@@ -97,28 +116,76 @@ def make_peer(name: str, module: Any, tiny: bool) -> Side:
         module.FLASH = 1
     with contextlib.redirect_stdout(io.StringIO()):  # they print their size
         model = module.GPT(module.GPTConfig(**sizes, **({"bias": True, "dropout": 0.0} if name == "nanogpt" else {})))
-    return Side(model, lambda model, x, y: model(x, y)[1], shape)
+    return Side(model, lambda model, x, y: model(x, y)[1], shape, compiled)
 
 
-def make_step(side: Side, x: Tensor, y: Tensor, compiled: bool) -> Callable[[], Tensor]:
-    """A function that does one training step and returns its loss, without waiting for the device."""
-    options = OptimizerOptions()
+def make_step(side: Side, x: Tensor, y: Tensor, backend: Any = None) -> Callable[[], float]:
+    """A function that does one training step, as train.update does it, and returns its loss. backend: of torch.compile;
+    None: the one of the device."""
     side.model.to(x.device).train()
-    optimizer = make_optimizer(side.model, options)
-    model: Callable[..., Any] = torch.compile(side.model) if compiled else side.model
-    parameters, clip = list(side.model.parameters()), options.grad_clip
-    assert clip is not None
+    optimizer: Any = make_optimizer(side.model, side.optimizer)
+    model: Callable[..., Any] = side.model
+    if side.compiled:  # dynamic=False: other sides' sizes would make it compile for any size
+        backend = backend or ("inductor" if x.device.type == "cuda" else "aot_eager")
+        model = torch.compile(side.model, dynamic=False, backend=backend)
 
-    def step() -> Tensor:
+    def step() -> float:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             loss = side.loss(model, x, y)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        norm = clip_gradients(side.model.parameters(), side.optimizer.grad_clip)
+        mean, _ = torch.stack((loss.detach(), norm.to(loss.dtype))).tolist()  # waits for the device, as train.py does
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return float(mean)
 
     return step
+
+
+# ---- Compiling ahead -------------------------------------------------------------------------------------------------
+
+
+class Compiled(Exception):
+    """The model is compiled; it is not run."""
+
+
+def compile_and_stop(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
+    """A backend of torch.compile that fills PyTorch's cache, with the backward pass too, and runs nothing."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor.compile_fx import compile_fx
+
+    if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
+        functorch_config.force_non_lazy_backward_lowering = True  # else it is compiled when it first runs
+    compile_fx(graph, inputs, **options)
+    raise Compiled
+
+
+def compile_only(side: Side, x: Tensor, y: Tensor) -> None:
+    """What a process of compile_ahead does. What cannot be compiled is reported when the side is measured."""
+    with contextlib.suppress(RuntimeError):  # torch wraps Compiled in one
+        make_step(side, x, y, compile_and_stop)()
+
+
+def compile_ahead(arguments: argparse.Namespace, seconds: float) -> None:
+    """Compiles our sides side by side, each in a process; those that take longer than `seconds` are ended."""
+    pairs = [(preset, path) for preset in arguments.presets for path in arguments.attention]
+    command = [sys.executable, str(Path(__file__).resolve()), "--compile_only", f"--rows={arguments.rows}"]
+    command += ["--smoke"] * arguments.smoke
+    begin = time.monotonic()
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    processes = [
+        subprocess.Popen([*command, f"--presets={preset}", f"--attention={path}"], **quiet) for preset, path in pairs
+    ]
+    for process in processes:
+        try:
+            process.wait(max(0.0, begin + seconds - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    print(f"{len(pairs)} sides compiled ahead in {time.monotonic() - begin:.0f} s", flush=True)
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
 def flops_per_token(side: Side) -> int:
@@ -128,14 +195,14 @@ def flops_per_token(side: Side) -> int:
     return 6 * counted + 12 * side.shape.n_layer * side.shape.block_size * side.shape.n_embd
 
 
-def block(step: Callable[[], Tensor], steps: int, device: torch.device) -> tuple[float, float]:
+def block(step: Callable[[], float], steps: int, device: torch.device) -> tuple[float, float]:
     """Returns seconds per step and the last loss. Synchronizes the device before the first and after the last step."""
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(steps):
         loss = step()
     synchronize(device)
-    return (time.perf_counter() - begin) / steps, float(loss)
+    return (time.perf_counter() - begin) / steps, loss
 
 
 def synchronize(device: torch.device) -> None:
@@ -143,81 +210,110 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@dataclass
+class Measured:
+    """Step functions of the sides that run, what was measured of each, and why others do not run."""
+
+    steps: dict[str, Callable[[], float]]
+    figures: dict[str, dict[str, Any]]
+    refused: dict[str, str]
+
+    def add(self, name: str, seconds: float, loss: float) -> None:
+        self.figures[name]["seconds"].append(round(seconds, 6))
+        self.figures[name]["losses"].append(loss)
+
+
 def prepare(
-    sides: dict[str, Callable[[], Side]], x: Tensor, y: Tensor, deadline: Deadline
-) -> tuple[dict[str, Callable[[], Tensor]], dict[str, dict[str, Any]], dict[str, str]]:
-    """Builds, compiles and warms up the sides. Returns step functions, figures so far, and reasons for failed sides."""
-    steps: dict[str, Callable[[], Tensor]] = {}
-    figures: dict[str, dict[str, Any]] = {}
-    refused: dict[str, str] = {}
+    sides: dict[str, Callable[[], Side]], x: Tensor, y: Tensor, deadline: Deadline, steps: int
+) -> Iterator[Measured]:
+    """Builds, compiles, warms up and measures the sides once, and yields after each. After START_SHARE of the time no
+    further side is started."""
+    measured, latest = Measured({}, {}, {}), (1 - START_SHARE) * deadline.left()
+    device = x.device
 
     def begin(name: str) -> None:
         side, started = sides[name](), time.perf_counter()
-        step = make_step(side, x, y, compiled=x.device.type == "cuda")
-        losses = [block(step, steps, x.device)[1] for steps in (1, 5 if x.device.type == "cuda" else 1)]
-        steps[name], figures[name] = step, {"flops_per_token": flops_per_token(side), "losses": losses, "seconds": []}
-        print(f"{name}: compiled and warm after {time.perf_counter() - started:.0f} s, losses {losses}", flush=True)
+        step = make_step(side, x, y)
+        losses = [block(step, steps, device)[1] for steps in (1, 5 if device.type == "cuda" else 1)]
+        measured.steps[name] = step
+        measured.figures[name] = {"flops_per_token": flops_per_token(side), "losses": losses, "seconds": []}
+        print(f"{name}: warm after {time.perf_counter() - started:.0f} s, losses {losses}", flush=True)
 
     for name in sides:
-        if deadline.left() < 0:
-            refused[name] = "out of time"
-            continue
-        with reasons(refused, name):
-            memory = peak_memory(partial(begin, name), x.device)
-            figures[name]["memory_gib"] = round(memory / 2**30, 2)
-    return steps, figures, refused
+        if deadline.left() < latest:
+            measured.refused[name] = "out of time"
+        else:
+            with reasons(measured.refused, name):
+                memory = peak_memory(partial(begin, name), device)
+                measured.figures[name]["memory_gib"] = round(memory / 2**30, 2)
+                measured.add(name, *block(measured.steps[name], steps, device))
+        yield measured
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = read_arguments(argv)
     device = choose_device("bench/train_speed.py", "--smoke", arguments.smoke)
+    rows = use_launches(arguments.launches, device)
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision("high")
     deadline = Deadline(arguments.minutes)
-    facts, peaks = {**hardware(), **card(device)}, ceilings(device)
     arguments.smoke = device.type == "cpu"
-    rows, T = (2, TINY["block_size"]) if arguments.smoke else (arguments.rows, GPTConfig().block_size)
-    print({**facts, **peaks})
-    ids = torch.randint(GPTConfig().vocab_size - 1, (rows, T + 1)).to(
-        device
-    )  # without the last id, which ends documents
+    B, T = (2, TINY["block_size"]) if arguments.smoke else (arguments.rows, GPTConfig().block_size)
+    ids = torch.randint(GPTConfig().vocab_size - 1, (B, T + 1)).to(device)  # without the last id, which ends documents
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    steps, figures, refused = prepare(make_sides(arguments), x, y, deadline)
-    rounds, steps_a_block = (1, 1) if device.type == "cpu" else (arguments.rounds, arguments.steps)
-    for number in range(rounds):
-        for name in list(steps)[:: -1 if number % 2 else 1]:
-            seconds, loss = block(steps[name], steps_a_block, device)
-            figures[name]["seconds"].append(round(seconds, 6))
-            figures[name]["losses"].append(loss)
-    for name, row in figures.items():
-        row |= rates(row, rows * T, peaks["matmul_tflops"], vendor_flops(facts["gpu"]))
-        print(
-            "  ".join(
-                [f"{name:22}", *(f"{key} {row[key]}" for key in ("tokens_per_second", "spread", "of_matmul", "mfu"))]
-            )
-        )
-    for name, reason in refused.items():
-        print(f"{name:22}  not measured: {reason}")
-    if device.type == "cpu":
-        print("smoke test on the CPU passed; its timings mean nothing, so nothing is written")
+    if arguments.compile_only:
+        compile_only(make_ours(arguments.presets[0], arguments.attention[0], True, arguments.smoke), x, y)
         return 0
-    peers = {
-        name: commit_of(checkout) for name in ("peer_nanogpt", "peer_llmc") if (checkout := getattr(arguments, name))
-    }
-    settings = {"rows": rows, "T": T, "dtype": "bfloat16 autocast", "steps_a_block": arguments.steps}
-    result = {
+    facts, peaks = {**hardware(), **card(device)}, ceilings(device)
+    print({**facts, **peaks})
+    result: dict[str, Any] = {
         "bench": "train_speed",
         "commit": commit_of(ROOT),
-        **peers,
         "hardware": facts,
         "ceilings": peaks,
-        **settings,
+        "launches": rows,
+        "rows": B,
+        "T": T,
+        "dtype": "bfloat16 autocast",
+        "steps_a_block": arguments.steps,
     }
-    print(
-        f"written: {write_results('train_speed', {**result, 'sides': figures, 'unavailable': refused}, arguments.out)}"
-    )
+    for name in ("peer_nanogpt", "peer_llmc"):
+        if checkout := getattr(arguments, name):
+            result[name] = commit_of(checkout)
+    path = None if arguments.smoke and arguments.out is None else new_result("train_speed", arguments.out or RESULTS)
+
+    def save(measured: Measured) -> None:
+        for row in measured.figures.values():
+            if row["seconds"]:
+                row |= rates(row, B * T, peaks["matmul_tflops"], vendor_flops(facts["gpu"]))
+        if path is not None:
+            save_results(path, {**result, "sides": measured.figures, "unavailable": measured.refused})
+
+    if "compiled" in arguments.modes and not arguments.smoke:
+        compile_ahead(arguments, COMPILE_SHARE * deadline.left())
+    steps = 1 if arguments.smoke else arguments.steps
+    for measured in prepare(make_sides(arguments), x, y, deadline, steps):
+        save(measured)
+    for number in range(1, 1 if arguments.smoke else arguments.rounds):
+        for name in list(measured.steps)[:: -1 if number % 2 else 1]:
+            measured.add(name, *block(measured.steps[name], steps, device))
+        save(measured)
+        if deadline.left() < 0:
+            break
+    show(measured)
+    if arguments.smoke:
+        print("smoke test on the CPU passed; its timings mean nothing")
+    print("nothing is written" if path is None else f"written: {path}")
     return 0
+
+
+def show(measured: Measured) -> None:
+    for name, row in measured.figures.items():
+        if row["seconds"]:
+            keys = ("tokens_per_second", "spread", "of_matmul", "mfu", "memory_gib")
+            print("  ".join([f"{name:32}", *(f"{key} {row.get(key)}" for key in keys)]))
+    for name, reason in measured.refused.items():
+        print(f"{name:32}  not measured: {reason}")
 
 
 def rates(row: dict[str, Any], tokens: int, matmul_tflops: float, vendor_flops: float | None) -> dict[str, Any]:
@@ -234,24 +330,24 @@ def rates(row: dict[str, Any], tokens: int, matmul_tflops: float, vendor_flops: 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
+    parser.add_argument("--out", type=Path, help="folder for the figures (default: bench/results)")
     parser.add_argument("--presets", default=",".join(PRESETS), help="presets of Sprout, separated by commas")
     parser.add_argument("--attention", default="triton,sdpa", help="triton, sdpa, or both")
+    parser.add_argument("--modes", default=",".join(MODES), help="eager, compiled, or both")
+    parser.add_argument("--launches", type=Path, help="use the launches of this result of bench/tune_attention.py")
     parser.add_argument("--peer-nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--peer-llmc", type=Path, help="a checkout of llm.c")
     parser.add_argument("--rows", type=int, default=32, help="sequences of 1,024 tokens in a step")
     parser.add_argument("--steps", type=int, default=10, help="steps of a block")
     parser.add_argument("--rounds", type=int, default=7, help="blocks of each side")
-    parser.add_argument("--minutes", type=float, default=6.5, help="time limit after which no further side is started")
+    parser.add_argument("--minutes", type=float, default=6.5, help="no further side or round is started after them")
+    parser.add_argument("--compile_only", action="store_true", help="only fill PyTorch's cache with one compiled side")
     parser.add_argument(
         "--smoke", action="store_true", help="test the script on a CPU with tiny sizes; also with TRITON_INTERPRET=1"
     )
     arguments = parser.parse_args(argv)
-    arguments.presets, arguments.attention = arguments.presets.split(","), arguments.attention.split(",")
-    if unknown := [preset for preset in arguments.presets if preset not in PRESETS]:
-        raise UserError(f"--presets: unknown {unknown[0]!r}; expected {', '.join(PRESETS)}")
-    if not set(arguments.attention) <= {"triton", "sdpa"}:
-        raise UserError(f"--attention={','.join(arguments.attention)}: expected triton, sdpa, or triton,sdpa")
+    for name, known in (("presets", PRESETS), ("attention", ("triton", "sdpa")), ("modes", MODES)):
+        setattr(arguments, name, some(getattr(arguments, name), (), list(known), name))
     if min(arguments.rows, arguments.steps, arguments.rounds) < 1:
         raise UserError("--rows, --steps and --rounds must be at least 1")
     return arguments

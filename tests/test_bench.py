@@ -33,6 +33,7 @@ from bench.peer import (
 from errors import UserError
 from model import GPTConfig
 from tests.conftest import ROOT
+from training.options import OptimizerOptions
 
 
 @pytest.mark.parametrize("length", [2, 9, 16, 17, 18, 40])
@@ -179,18 +180,22 @@ def test_the_gpu_benches_need_nothing_but_torch_triton_and_numpy():
     packages = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     missing = sorted({name.replace("-", "_") for name in packages} - {"torch", "triton", "numpy"})
     assert {"tiktoken", "safetensors", "annotated_types"} <= {*missing}
-    benches = ", ".join(f"bench.{name}" for name in ("generate", "train_speed", "attention", "tune_attention"))
+    names = ("generate", "train_speed", "attention", "tune_attention", "gpu_facts", "gpu_session", "short_run")
+    benches = ", ".join(f"bench.{name}" for name in names)
     code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import {benches}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("preset", train_speed.PRESETS)
-def test_train_speed_measures_the_shapes_of_the_presets(preset):
-    assert train_speed.PRESETS[preset] == config.load("train.py", [preset]).section(GPTConfig)
+def test_train_speed_measures_the_shapes_and_optimizers_of_the_presets(preset):
+    options = config.load("train.py", [preset])
+    assert train_speed.PRESETS[preset] == options.section(GPTConfig)
+    ours, theirs = train_speed.OPTIMIZERS.get(preset, OptimizerOptions()), options.section(OptimizerOptions)
+    assert (ours.optimizer, ours.muon_steps, ours.grad_clip) == (theirs.optimizer, theirs.muon_steps, theirs.grad_clip)
 
 
 def test_a_preset_that_train_speed_does_not_know_is_refused():
-    with pytest.raises(UserError, match="unknown 'debug'; expected gpt2_124m, modern_124m"):
+    with pytest.raises(UserError, match="unknown 'debug'; expected some of gpt2_124m,modern_124m"):
         train_speed.read_arguments(["--presets=debug"])
 
 

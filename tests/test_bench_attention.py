@@ -12,6 +12,7 @@ from bench import attention, attention_report, gpu, train_speed, tune_attention
 from bench.attention import Problem
 from errors import UserError
 from model import GPT, GPTConfig, Launch
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 SCRIPTS = {"attention": attention, "tune_attention": tune_attention, "train_speed": train_speed}
@@ -163,20 +164,18 @@ def test_without_a_gpu_one_line_says_so(script, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        ("attention", ["--interpret"]),
+        ("attention", ["--interpret", "--contenders=triton,flash,cudnn,math"]),
         ("tune_attention", ["--interpret", "--dtypes=bfloat16"]),
         ("train_speed", ["--smoke", "--presets=gpt2_124m"]),
     ],
 )
 def test_a_whole_run_in_tiny_sizes_writes_nothing(script, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    if script == "attention":  # its compiled forms, and SDPA's backends that a CPU lacks, are left to a run by hand
+    if script == "attention":  # its compiled forms are left to a run by hand
         monkeypatch.setattr(torch, "compile", lambda form, **options: form)
-        monkeypatch.setattr(
-            attention, "CONTENDERS", {name: attention.CONTENDERS[name] for name in ("triton", "flash", "cudnn", "math")}
-        )
-    assert SCRIPTS[script].main([*arguments, f"--out={tmp_path}"]) == 0
-    assert not list(tmp_path.iterdir())
+    elsewhere = set((ROOT / "bench" / "results").iterdir())
+    assert SCRIPTS[script].main(arguments) == 0
+    assert set((ROOT / "bench" / "results").iterdir()) == elsewhere
     lines = capsys.readouterr().out.splitlines()
     assert "nothing is written" in lines[-1]
     if script == "attention":
@@ -191,7 +190,75 @@ def test_a_whole_run_in_tiny_sizes_writes_nothing(script, arguments, tmp_path, m
         assert any(line.startswith('LAUNCHES: ("other", 2, 64): (Launch(') for line in lines)
         assert any(line.startswith('TMA_LAUNCHES: ("other", 2, 64): (Launch(') for line in lines)
     else:
-        assert sum("tokens_per_second" in line for line in lines) == 2
+        assert sum("tokens_per_second" in line for line in lines) == 4  # two attention paths, eager and compiled
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("script", "arguments", "rows"),
+    [
+        ("attention", ["--interpret", "--parts=speed", "--contenders=triton,cudnn"], "speed"),
+        ("train_speed", ["--smoke", "--presets=gpt2_124m", "--attention=sdpa", "--modes=eager"], "sides"),
+    ],
+)
+def test_a_trial_is_written_where_out_names_a_folder(script, arguments, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert SCRIPTS[script].main([*arguments, f"--out={tmp_path}"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    figures = json.loads(path.read_text())
+    assert figures["hardware"]["gpu"].startswith("none")
+    assert figures[rows]
+
+
+def test_figures_are_written_after_each_problem(tmp_path, monkeypatch):
+    """So a run that is killed leaves what it had measured."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    seen = []
+
+    def measure(problem, contenders, seconds):
+        seen.append([json.loads(path.read_text())["speed"] for path in tmp_path.glob("*.json")])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return [{"problem": problem.name, "contender": "triton", "direction": "forward", "T": 32, "D": 16, "tflops": 1}]
+
+    monkeypatch.setattr(attention, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        attention.main(["--interpret", "--parts=speed", f"--out={tmp_path}"])
+    assert seen[0] == []
+    assert [row["problem"] for row in seen[1][0]] == ["causal"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--parts=speeds", "--parts=speeds: unknown 'speeds'; expected some of errors,speed,signatures"),
+        ("--contenders=triton,fa3", "--contenders=triton,fa3: unknown 'fa3'; expected some of triton,flash"),
+        ("--lengths=1000", "--lengths=1000: unknown '1000'; expected some of 64,128"),
+        ("--head_sizes=96", "--head_sizes=96: unknown '96'; expected some of 64,128"),
+    ],
+)
+def test_unknown_parts_of_the_attention_bench_are_named(option, message):
+    with pytest.raises(UserError) as raised:
+        attention.main(["--interpret", option])
+    assert str(raised.value).startswith(message)
+
+
+def test_the_masks_are_measured_at_their_length_alone():
+    problems = attention.speed_problems(torch.device("meta"), [1024, 8192], [64])
+    assert [(problem.name, problem.T) for problem in problems] == [
+        ("causal", 1024),
+        ("causal", 8192),
+        ("documents of about 1000", 8192),
+        ("window of 1024", 8192),
+    ]
+    assert len(attention.speed_problems(torch.device("meta"), [1024, 4096, 16384], [64, 128])) == 6
+
+
+def test_reasons_keep_the_line_that_says_why():
+    assert gpu.first_line("backend='inductor' raised:\nLoweringException: no flash\n\nmore") == (
+        "backend='inductor' raised: LoweringException: no flash"
+    )
+    assert gpu.first_line("CUDA out of memory.\nTried to") == "CUDA out of memory."
 
 
 # ---- tune_attention.py -----------------------------------------------------------------------------------------------
@@ -257,5 +324,5 @@ def test_rates_of_a_training_step():
 
 
 def test_flops_of_a_token_of_the_124m_model():
-    side = train_speed.Side(GPT(GPTConfig(), seed=None), lambda model, x, y: x, GPTConfig())
+    side = train_speed.Side(GPT(GPTConfig(), seed=None), lambda model, x, y: x, GPTConfig(), compiled=False)
     assert train_speed.flops_per_token(side) == pytest.approx(855e6, rel=1e-3)

@@ -35,14 +35,12 @@ class GPT(torch.nn.Module):
 
 def test_both_sides_are_measured_and_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "model.py").write_text(PEER)
-    written = []
-    monkeypatch.setattr(bench, "write_results", lambda name, figures: written.append(json.dumps(figures)))
     monkeypatch.setattr(
         bench, "SHAPES", {"tiny": ({"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 4, "vocab_size": 5}, 50, 3)}
     )
-    monkeypatch.setattr("sys.argv", ["generate.py", f"--peer={tmp_path}", "--threads=1"])
-    bench.main()
-    figures = json.loads(written[0])
+    bench.main([f"--peer={tmp_path}", "--shapes=tiny", "--threads=1", f"--out={tmp_path / 'results'}"])
+    (path,) = (tmp_path / "results").glob("*-generate.json")
+    figures = json.loads(path.read_text(encoding="utf-8"))
     sides = {"sprout", "sprout x16", "sprout int8"}
     assert {side: len(runs) for side, runs in figures["tiny"]["runs"].items()} == dict.fromkeys([*sides, "nanogpt"], 3)
     assert figures["tiny"]["tokens"] == 50
@@ -56,16 +54,23 @@ def test_both_sides_are_measured_and_written(tmp_path, monkeypatch, capsys):
     assert "context 32: " in out
 
 
-def test_unknown_shapes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["generate.py", f"--peer={tmp_path}", "--shapes=small,huge"])
+def test_no_peer_is_needed(tmp_path, capsys):
+    bench.main(["--shapes=tiny", "--threads=1", f"--out={tmp_path}"])
+    (path,) = tmp_path.glob("*-generate.json")
+    figures = json.loads(path.read_text(encoding="utf-8"))["tiny"]
+    assert set(figures["runs"]) == set(figures["first_request"]) == {"sprout", "sprout x16", "sprout int8"}
+    assert figures["ratios"] == {}
+    assert "nanoGPT" not in capsys.readouterr().out
+
+
+def test_unknown_shapes_are_refused(tmp_path):
     with pytest.raises(UserError, match="unknown 'huge'; expected small, 124m"):
-        bench.main()
+        bench.main([f"--peer={tmp_path}", "--shapes=small,huge"])
 
 
-def test_peer_and_run_exclude_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["generate.py"])
-    with pytest.raises(UserError, match="give one of --peer"):
-        bench.main()
+def test_peer_and_run_exclude_each_other(tmp_path):
+    with pytest.raises(UserError, match="give one of them"):
+        bench.main([f"--peer={tmp_path}", f"--run={tmp_path}"])
 
 
 def test_the_loss_of_a_run_with_and_without_int8(tmp_path, capsys):

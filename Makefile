@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench bench-gpu clean
 
 demo: .venv/.ready  ## prepare a corpus, train for about three minutes, print samples
 	$(BIN)/python train.py $(ARGS)
@@ -30,6 +30,10 @@ bench: .venv/.ready  ## compare with a checkout of nanoGPT
 	$(BIN)/python bench/shakespeare_char_cpu.py --peer "$(PEER)" --text "$(TEXT)"
 	$(BIN)/python bench/generate.py --peer "$(PEER)"
 	$(BIN)/python bench/time_to_loss.py --peer "$(PEER)" --text "$(TEXT)"
+
+MINUTES ?= 13
+bench-gpu: .venv/.ready-dev  ## measure, tune and test on a GPU, within so many MINUTES; PEER and TEXT as above, optional
+	$(BIN)/python bench/gpu_session.py --minutes=$(MINUTES) $(if $(PEER),--peer="$(PEER)") $(if $(TEXT),--text="$(TEXT)") $(ARGS)
 
 .venv/.ready: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

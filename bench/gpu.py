@@ -86,37 +86,46 @@ def card(device: torch.device) -> dict[str, Any]:
     }
 
 
-def read_launches(path: Path) -> tuple[str, dict[tuple[str, int, int], tuple[model.Launch, ...]]]:
-    """The architecture that bench/tune_attention.py chose launches for, and the rows for model.LAUNCHES. path: its
+Tables = dict[str, dict[tuple[str, int, int], tuple[model.Launch, ...]]]  # by their names in model.py
+
+
+def read_launches(path: Path) -> tuple[str, Tables]:
+    """The architecture that bench/tune_attention.py chose launches for, and the rows for model.py's tables. path: its
     result, or one of bench/gpu_session.py. Raises UserError for other files."""
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))
         if figures["bench"] == "gpu_session":
             figures = figures["parts"]["tune"]["result"]
         architecture = figures["hardware"].get("architecture", "other")  # tried out on a CPU: "other"
-        found: dict[tuple[str, int, int], dict[str, model.Launch]] = {}
+        found: dict[tuple[str, tuple[str, int, int]], dict[str, model.Launch]] = {}
         for choice in figures["chosen"]:
             key = architecture, getattr(torch, choice["dtype"]).itemsize, 64 if choice["D"] <= 64 else 128
-            found.setdefault(key, {})[choice["kernel"]] = model.Launch(*choice["best"])
+            found.setdefault((choice["table"], key), {})[choice["kernel"]] = model.Launch(*choice["best"])
+        tables: Tables = {}
+        for (table, key), row in found.items():
+            if set(row) == {*model.KERNELS}:
+                tables.setdefault(table, {})[key] = tuple(row[kernel] for kernel in model.KERNELS)
+        for table in tables:
+            getattr(model, table)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"--launches={path}: {type(error).__name__}: {error}; expected a result of bench/tune_attention.py, or of"
             " bench/gpu_session.py with its part `tune`"
         ) from None
-    complete = {key: row for key, row in found.items() if set(row) == {*model.KERNELS}}
-    return architecture, {key: tuple(row[kernel] for kernel in model.KERNELS) for key, row in complete.items()}
+    return architecture, tables
 
 
 def use_launches(path: Path | None, device: torch.device) -> list[str]:
-    """Puts the rows of read_launches into model.LAUNCHES, for this process alone, and returns them as text. None:
-    nothing changes. Raises UserError for launches of another GPU."""
+    """Puts the rows of read_launches into the tables of model.py, for this process alone, and returns them as text.
+    None: nothing changes. Raises UserError for launches of another GPU."""
     if path is None:
         return []
-    (architecture, rows), here = read_launches(path), card(device).get("architecture", "other")
+    (architecture, tables), here = read_launches(path), card(device).get("architecture", "other")
     if here != architecture:
         raise UserError(f"--launches={path}: tuned for {architecture}, this GPU is {here}; tune here, or leave it out")
-    model.LAUNCHES.update(rows)
-    return [f"{key}: {row}" for key, row in rows.items()]
+    for table, rows in tables.items():
+        getattr(model, table).update(rows)
+    return [f"{table} {key}: {row}" for table, rows in tables.items() for key, row in rows.items()]
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
     python bench/tune_attention.py --out=DIR      bfloat16, under 7 minutes: DIR/DATE-tune_attention.json
     python bench/tune_attention.py --out=DIR --dtypes=bfloat16 --head_sizes=64      a part of it
-    python bench/tune_attention.py --interpret    tries this script out without a GPU: tiny, nothing is written
+    python bench/tune_attention.py --interpret    tries this script out without a GPU: tiny, written only to --out
 
 A launch is queries and keys per block, warps per program, stages of the loading pipeline, and loads by pointers or by
 TMA. First all launches are compiled by one process per core, each of which runs them once on little data; this process
@@ -42,7 +42,7 @@ import torch  # noqa: E402
 
 import model  # noqa: E402
 from bench.gpu import Deadline, card, choose_device, in_turns, reasons  # noqa: E402
-from bench.hardware import commit_of, hardware, write_results  # noqa: E402
+from bench.hardware import RESULTS, commit_of, hardware, new_result, save_results  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import KERNELS, Launch, fused_attention, launch_kernel  # noqa: E402
 
@@ -107,15 +107,22 @@ def compile_all(jobs: list[Job], seconds: float) -> dict[Job, dict[str, Any]]:
     todo, done = context.Queue(), context.Queue()
     for job in jobs:
         todo.put(job)
-    workers = [context.Process(target=compile_some, args=(todo, done), daemon=True) for _ in range(os.cpu_count() or 1)]
-    for worker in workers:
+
+    def start_worker() -> Any:
+        worker = context.Process(target=compile_some, args=(todo, done), daemon=True)
         worker.start()
+        return worker
+
+    workers = [start_worker() for _ in range(os.cpu_count() or 1)]
     found: dict[Job, dict[str, Any]] = {}
-    end = time.monotonic() + seconds
+    crashes, end = 0, time.monotonic() + seconds
     while len(found) < len(jobs) and time.monotonic() < end and any(worker.is_alive() for worker in workers):
         with suppress(queue.Empty):
             job, result = done.get(timeout=1)
             found[job] = result
+        for place, worker in enumerate(workers):
+            if worker.exitcode and crashes < len(jobs):  # an illegal access, for one, leaves a process without its GPU
+                crashes, workers[place] = crashes + 1, start_worker()
     for worker in workers:
         worker.terminate()
     return {job: found.get(job, {"unavailable": "not compiled in time, or the compiler crashed"}) for job in jobs}
@@ -265,27 +272,42 @@ def main(argv: list[str] | None = None) -> int:
         for kernel in KERNELS:
             launches = [job[3] for job in jobs if job[:3] == (kernel, dtype, D) and "unavailable" not in compiled[job]]
             timings[kernel, dtype, D] = time_kernel(kernel, dtype, D, launches, device, deadline)
+    path = None if tiny and arguments.out is None else new_result("tune_attention", arguments.out or RESULTS)
+    figures = {"bench": "tune_attention", "commit": commit_of(ROOT), "hardware": facts}
+    figures["launches"] = [record(job, timings[job[:3]], compiled[job]) for job in jobs]
+    figures["chosen"], _ = choose_rows(problems, architecture, timings, compiled)
+    if path is not None:
+        save_results(path, figures)  # the variants may crash, or take longer than there is time
     compiled |= compile_here(finalists(timings), max(30.0, deadline.left()), device)
-    rows = [record(job, timings[job[:3]], compiled[job]) for job in jobs]
-    chosen, lines = [], []
+    figures["chosen"], lines = choose_rows(problems, architecture, timings, compiled)
+    figures["variants"] = [record(job, {}, compiled[job]) for job in compiled if job[4] != "plain"]
+    print(*map(describe, figures["chosen"]), *lines, sep="\n", flush=True)
+    if tiny:
+        print("interpreted on the CPU: the script works; the timings mean nothing")
+    if path is not None:
+        save_results(path, figures)
+    print("nothing is written" if path is None else f"written: {path}")
+    return 0
+
+
+def choose_rows(
+    problems: list[tuple[str, int]], architecture: str, timings: Mapping[tuple[str, str, int], Timings],
+    compiled: Mapping[Job, dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
+    """The choice for each table and kernel, and the rows as they are written in model.py."""
+    chosen: list[dict[str, Any]] = []
+    lines = []
     for table in TABLES:
         for dtype, D in problems:
             choices = [choose_for(table, kernel, dtype, D, architecture, timings, compiled) for kernel in KERNELS]
             if None in choices:
-                print(f"{table} {dtype} D={D}: no row, since nothing runs of one of the kernels")
+                lines.append(f"{table} {dtype} D={D}: no row, since nothing runs of one of the kernels")
                 continue
             chosen += choices
             row = ", ".join(show(choice["best"]) for choice in choices)
             key = f'"{architecture}", {getattr(torch, dtype).itemsize}, {64 if D <= 64 else 128}'
             lines.append(f"{table}: ({key}): ({row}),")
-    print(*map(describe, chosen), *lines, sep="\n", flush=True)
-    if tiny:
-        print("interpreted on the CPU: the script works; the timings mean nothing and nothing is written")
-        return 0
-    figures = {"bench": "tune_attention", "commit": commit_of(ROOT), "hardware": facts, "chosen": chosen}
-    figures["variants"] = [record(job, {}, compiled[job]) for job in compiled if job[4] != "plain"]
-    print(f"written: {write_results('tune_attention', figures | {'launches': rows}, arguments.out)}")
-    return 0
+    return chosen, lines
 
 
 def compile_here(jobs: list[Job], seconds: float, device: torch.device) -> dict[Job, dict[str, Any]]:
@@ -335,7 +357,7 @@ def present(architecture: str, dtype: str, D: int, kernel: str, table: str = "LA
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
+    parser.add_argument("--out", type=Path, help="folder for the figures (default: bench/results)")
     parser.add_argument(
         "--dtypes", default="bfloat16", help="bfloat16 (whose launches float16 shares), float32, or both"
     )

@@ -1,0 +1,153 @@
+"""The final table of bench/gpu_session.py: what was reached, beside the marks that were set. Needs no GPU and no torch.
+
+Everything is taken from the result, which may lack any part, or hold half of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+RIVALS = ("cudnn", "flash")
+FORWARD_OF_CUDNN, BACKWARD_OF_FLASH = 1.0, 1.1  # at head size 64, and at every head size
+TRAIN_TOKENS, DECODE_TOKENS = 600_000, 3_500  # a second, of gpt2_124m: training, and decoding one sample
+GOAL, GOAL_SECONDS = "seconds_to_1.47", 60
+
+
+def report(result: dict[str, Any]) -> str:
+    parts = result.get("parts", {})
+    lines = [*facts(part(parts, "facts")), *statuses(parts), *tests(parts.get("tests", {}))]
+    for name, title in (("attention", "as shipped"), ("attention_tuned", "tuned")):
+        lines += attention(part(parts, name).get("speed", []), title)
+    lines += [*train(part(parts, "train")), *generate(part(parts, "generate")), *short_run(part(parts, "short_run"))]
+    if result.get("smoke"):
+        lines += ["", "tried out on a CPU: no figure means anything"]
+    else:
+        lines += ["", "marks:", *marks(parts)]
+    return "\n".join(lines) + "\n"
+
+
+def part(parts: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = parts.get(name, {}).get("result", {})
+    return found
+
+
+def facts(figures: dict[str, Any]) -> list[str]:
+    if not figures:
+        return []
+    hardware, peaks = figures["hardware"], figures["ceilings"]
+    rates = f"{peaks['matmul_tflops']} TFLOP/s of bfloat16 products, {peaks['copy_tb_per_second']} TB/s of a copy"
+    return [f"{hardware['gpu']}, torch {hardware['torch']}, triton {hardware.get('triton')}: {rates}"]
+
+
+def statuses(parts: dict[str, Any]) -> Iterable[str]:
+    for name, row in parts.items():
+        why = f": {row['why']}" if "why" in row else ""
+        yield f"{name:16} {row['status']}, {row.get('seconds', 0):.0f} of {row.get('limit_seconds', 0)} s{why}"
+
+
+def tests(row: dict[str, Any]) -> list[str]:
+    outcomes = row.get("tests", {})
+    if not outcomes:
+        return []
+    counts = ", ".join(f"{len(names)} {outcome}" for outcome, names in outcomes.items())
+    broken = [name for outcome in ("failed", "error") for name in outcomes.get(outcome, ())]
+    return ["", f"gpu tests: {counts}", *(f"  {name}" for name in broken)]
+
+
+def attention(rows: list[dict[str, Any]], title: str) -> list[str]:
+    """TFLOP/s, a line for each direction, head size and length; ours relative to cuDNN and flash."""
+    lines: list[str] = []
+    for (direction, D, T), speeds in by_shape(rows).items():
+        if not lines:
+            names = list(speeds)
+            head = " ".join(f"{name:>10}" for name in [*names, *(f"/ {rival}" for rival in RIVALS)])
+            lines = ["", f"attention {title}, TFLOP/s of causal attention in bfloat16", f"{'':24} {head}"]
+        ratios = [ratio(speeds, rival) for rival in RIVALS]
+        cells = [show(speeds.get(name), ".0f") for name in names] + [show(value, ".2f") for value in ratios]
+        lines.append(f"{direction:8} D {D:<4} T {T:<6,} " + " ".join(f"{cell:>10}" for cell in cells))
+    return lines
+
+
+def by_shape(rows: list[dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, float | None]]:
+    """Direction, head size and T → TFLOP/s of each contender, None where it does not run; forward first."""
+    found: dict[tuple[str, int, int], dict[str, float | None]] = {}
+    for row in rows:
+        if row["problem"] == "causal":
+            shape = row["direction"], row["D"], row["T"]
+            found.setdefault(shape, {})[row["contender"]] = row.get("tflops")
+    return dict(sorted(found.items(), key=lambda item: (item[0][0] != "forward", *item[0][1:])))
+
+
+def ratio(speeds: dict[str, float | None], rival: str) -> float | None:
+    mine, other = speeds.get("triton"), speeds.get(rival)
+    return mine / other if mine and other else None
+
+
+def show(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def train(figures: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{name:32} {row['tokens_per_second']:>10,} {show(row.get('mfu'), '.1%'):>8} {row.get('memory_gib', 0):>8} GiB"
+        for name, row in figures.get("sides", {}).items()
+        if "tokens_per_second" in row
+    ]
+    lines += [f"{name:32} not measured: {reason}" for name, reason in figures.get("unavailable", {}).items()]
+    return ["", f"{'training steps':32} {'tokens/s':>10} {'MFU':>8} {'peak':>8}", *lines] if lines else []
+
+
+def generate(figures: dict[str, Any]) -> list[str]:
+    lines = []
+    for shape in figures.values():
+        if not isinstance(shape, dict) or "median_tokens_per_second" not in shape:
+            continue
+        for side, speed in shape["median_tokens_per_second"].items():
+            line = f"{side:16} {speed:>10,.0f} tokens/s"
+            if isinstance(bound := shape["bound"].get(side), dict):  # on a GPU there is one for each of our sides
+                line += f", {bound['share']:.0%} of the bandwidth bound {bound['tokens_per_second']:,.0f}"
+            lines.append(f"{line}; first request {shape['first_request'][side]['seconds']:.2f} s")
+    return ["", "generation", *lines] if lines else []
+
+
+def short_run(figures: dict[str, Any]) -> list[str]:
+    if not figures:
+        return []
+    reached = [f"{row['val_loss']:.4f} after {row['seconds']:.0f} s" for row in figures["evaluations"]]
+    picked = reached[:: max(1, len(reached) // 6)]
+    command = " ".join(figures["command"][:2])
+    return ["", f"{command}: val loss {', '.join(picked)}; best {figures['best_val_loss']}"]
+
+
+def marks(parts: dict[str, Any]) -> Iterable[str]:
+    """A line for each mark: reached, missed, or not measured."""
+    speeds = by_shape((part(parts, "attention_tuned") or part(parts, "attention")).get("speed", []))
+    forward = {shape: ratio(row, "cudnn") for shape, row in speeds.items() if shape[0] == "forward" and shape[1] == 64}
+    backward = {shape: ratio(row, "flash") for shape, row in speeds.items() if shape[0] == "backward"}
+    yield mark(f"forward ≥ {FORWARD_OF_CUDNN} × cuDNN, D 64", forward.values(), FORWARD_OF_CUDNN)
+    yield mark(f"backward ≥ {BACKWARD_OF_FLASH} × FlashAttention-2", backward.values(), BACKWARD_OF_FLASH)
+    sides = part(parts, "train").get("sides", {})
+    best = max(
+        (row.get("tokens_per_second", 0) for name, row in sides.items() if name.startswith("gpt2_124m")), default=None
+    )
+    yield mark(f"training gpt2_124m ≥ {TRAIN_TOKENS:,} tokens/s", [best], TRAIN_TOKENS)
+    shape = part(parts, "generate").get("124m", {})
+    decoding = shape.get("median_tokens_per_second", {}).get("sprout")
+    yield mark(f"decoding 124M, one sample ≥ {DECODE_TOKENS:,} tokens/s", [decoding], DECODE_TOKENS)
+    run = part(parts, "short_run")
+    title = f"shakespeare_char to 1.47 in under {GOAL_SECONDS} s"
+    if GOAL not in run:
+        yield mark(title, [], 0)
+    else:
+        seconds = run[GOAL]
+        is_reached = seconds is not None and seconds < GOAL_SECONDS
+        yield f"  {'reached' if is_reached else 'missed':12} {title} ({'never' if seconds is None else seconds})"
+
+
+def mark(title: str, values: Iterable[float | None], least: float) -> str:
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return f"  {'not measured':12} {title}"
+    shown = ", ".join(f"{value:,.2f}" if value < 100 else f"{value:,.0f}" for value in measured)
+    return f"  {'reached' if min(measured) >= least else 'missed':12} {title} ({shown})"

@@ -42,9 +42,10 @@ class Output(threading.Thread):
             line = data.decode(errors="replace").rstrip()
             if line.startswith(LEFT_OUT):
                 self.left_out = line.removeprefix(LEFT_OUT)
-            elif (found := TEST.match(line)) and (outcome := found["before"] or found["after"]):
-                self.tests.setdefault(outcome.lower(), []).append(found["test"])
-                if outcome in ("PASSED", "SKIPPED"):
+            elif found := TEST.match(line):  # without an outcome: the test begins
+                if outcome := found["before"] or found["after"]:
+                    self.tests.setdefault(outcome.lower(), []).append(found["test"])
+                if outcome not in ("FAILED", "ERROR"):
                     continue
             self.shown += 1
             if self.shown <= LINES and line:

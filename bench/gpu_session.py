@@ -82,12 +82,12 @@ def make_parts(options: argparse.Namespace) -> dict[str, Part]:
         "facts": Part(bench("gpu_facts", *smoke), 25, 0),
         "tests": Part(tests_command(), 75, 2),
         "attention": Part(bench("attention", *speed, all_but_math, *interpret), 60, 2.5),
-        "tune": Part(bench("tune_attention", "--dtypes=bfloat16", "--minutes=MINUTES", *interpret), 120, 4, margin=45),
+        "tune": Part(bench("tune_attention", "--dtypes=bfloat16", "--minutes=MINUTES", *interpret), 100, 3, margin=45),
         "attention_tuned": Part(
             bench("attention", *speed, "--contenders=triton,flash,cudnn", *interpret), 30, 0.5, tuned=True
         ),
         "train": Part(
-            bench("train_speed", "--steps=8", "--rounds=5", "--minutes=MINUTES", *nanogpt, *smoke), 75, 3, tuned=True
+            bench("train_speed", "--steps=8", "--rounds=5", "--minutes=MINUTES", *nanogpt, *smoke), 90, 3.5, tuned=True
         ),
         "generate": Part(bench("generate", shape, *peer), 25, 0.5, tuned=True),
         "short_run": Part(bench("short_run", "--minutes=MINUTES", *text, *smoke), 75, 1, tuned=True),
@@ -206,8 +206,10 @@ class Session:
         except UserError as error:
             print(error)
             rows = {}
-        print(f"in force from here on: {rows or 'the launches of model.py'}")
-        if rows:
+        if not rows:
+            print("nothing was tuned: the launches stay as they were")
+        else:
+            print(f"in force from here on: the tuned rows of {', '.join(rows)}")
             self.launches = paths[-1]
 
 

@@ -4,10 +4,11 @@
     python bench/short_run.py                      quickstart on Python's standard library, which needs no download
     python bench/short_run.py --smoke              tries this script out with the debug preset
 
-Without --text the run's time budget is --minutes, less what comes before and after it; with --text it has the preset's
-length, and a signal stops it when the time is up. `seconds` of an evaluation are those from the start of train.py, with
-imports, compiling, evaluations and samples; `train_seconds` are train.py's own, without the last two. Data and run are
-written to a temporary folder. Needs the packages of train.py (PACKAGES): where one is missing, a line says so.
+Without --text the run has a time budget: what --minutes leaves, at most MAX_BUDGET seconds. With --text it has the
+preset's length, and a signal stops it when the time is up. `seconds` of an evaluation are those from the start of
+train.py, with imports, compiling, evaluations and samples; `train_seconds` are train.py's own, without the last two.
+Data and run are written to a temporary folder. Needs the packages of train.py (PACKAGES): where one is missing, a line
+says so.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from errors import UserError, run_script  # noqa: E402
 
 PACKAGES = ("annotated_types", "platformdirs", "safetensors", "filelock", "tiktoken", "tqdm")
 GOAL = 1.47  # nats a character on tinyshakespeare: nanoGPT's best, by its README
-BEFORE, AFTER = 25.0, 15.0  # seconds of a budget run for preparation and start, and for its last evaluation and samples
+AFTER, MAX_BUDGET = (
+    20.0,
+    120.0,
+)  # seconds after a time budget, for the last evaluation and the samples; of a time budget
 EVALUATION = re.compile(r"step (\d+): (?:whole val split: )?val loss ([\d.]+)")
 SAMPLE_BYTES = 4000  # of the end of samples.txt go into the result
 
@@ -132,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         command = [*prepare(arguments.text, folder, arguments.smoke), f"--run={folder / 'run'}"]
         left = end - time.monotonic()
         if arguments.text is None and not arguments.smoke:
-            command.append(f"--budget_minutes={max(15.0, left - BEFORE - AFTER) / 60:.2f}")
+            command.append(f"--budget_minutes={min(MAX_BUDGET, max(15.0, left - AFTER)) / 60:.2f}")
         launches = [] if arguments.launches is None else [f"--launches={arguments.launches.resolve()}"]
         process = [sys.executable, str(Path(__file__).resolve()), *launches, "--train", *command]
         result = train(process, max(5.0, left - 5.0))

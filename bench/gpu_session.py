@@ -79,17 +79,17 @@ def make_parts(options: argparse.Namespace) -> dict[str, Part]:
     text = [] if options.text is None else [f"--text={options.text}"]
     all_but_math = "--contenders=triton,flash,cudnn,efficient,flex,flex_flash"
     return {
-        "facts": Part(bench("gpu_facts", *smoke), 25, 0),
+        "facts": Part(bench("gpu_facts", *smoke), 45, 0),
         "tests": Part(tests_command(), 75, 2),
         "attention": Part(bench("attention", *speed, all_but_math, *interpret), 60, 2.5),
         "tune": Part(bench("tune_attention", "--dtypes=bfloat16", "--minutes=MINUTES", *interpret), 100, 3, margin=45),
         "attention_tuned": Part(
-            bench("attention", *speed, "--contenders=triton,flash,cudnn", *interpret), 30, 0.5, tuned=True
+            bench("attention", *speed, "--contenders=triton,flash,cudnn", *interpret), 45, 0.5, tuned=True
         ),
         "train": Part(
             bench("train_speed", "--steps=8", "--rounds=5", "--minutes=MINUTES", *nanogpt, *smoke), 90, 3.5, tuned=True
         ),
-        "generate": Part(bench("generate", shape, *peer), 25, 0.5, tuned=True),
+        "generate": Part(bench("generate", shape, *peer), 45, 0.5, tuned=True),
         "short_run": Part(bench("short_run", "--minutes=MINUTES", *text, *smoke), 75, 1, tuned=True),
     }
 

@@ -22,6 +22,7 @@ from common.hardware import Hardware, choose_hardware
 from common.options import HardwareOptions
 from generation.engine import generate, next_logits
 from generation.options import SamplingOptions
+from generation.sampling import draw, uniform
 from model import GPT, IGNORED_TARGET, ChunkedCrossEntropy, GPTConfig, widened
 from tests.conftest import ROOT
 from tests.test_attention import by_definition, first_visible, fused
@@ -250,6 +251,8 @@ def decoding_model(device, dtype, attention="sdpa", **changes):
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8.0)
+        if model.ngrams is not None:  # they start at 0
+            model.ngrams.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
     return model.to(device, dtype)
 
 
@@ -292,6 +295,23 @@ def test_greedy_ids_are_those_without_cache_and_graphs(name, device, replays):
             assert logprob == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-6)
     n = options.max_new_tokens
     assert [len(tokens) for tokens in drawn] == [n, 9, n, n, 4]
+    assert len({token for tokens in drawn for token, _ in tokens}) > 5, "one repeated id would prove nothing"
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9}])
+def test_recorded_draws_are_those_of_the_host(filters, device, replays):
+    """In float64: from the logits without a cache, drawn on the CPU."""
+    model = decoding_model(device, torch.float64)
+    options = SamplingOptions(max_new_tokens=20, temperature=1.5, stop_at_eos=False, **filters)
+    drawn = continued(model, PROMPTS[:3], options)
+    assert len(replays) >= 19 * (device.type == "cuda")
+    for sample, (prompt, tokens) in enumerate(zip(PROMPTS[:3], drawn, strict=True)):
+        text = list(prompt)
+        for token, _ in tokens:
+            logits = next_logits(model, text, keep_head=options.keep_head)[None].cpu()
+            point = torch.tensor([uniform(7, sample, len(text))], dtype=torch.float64)
+            text.append(int(draw(logits, point, options)[0]))
+            assert text[-1] == token, f"at {len(text)} ids"
     assert len({token for tokens in drawn for token, _ in tokens}) > 5, "one repeated id would prove nothing"
 
 

@@ -103,3 +103,19 @@ def test_the_tuner_tries_the_rows_of_the_table(kernel):
         for D in (64, 128):
             launch = table["sm_90", 2, D][list(model.KERNELS).index(kernel)]
             assert launch in candidates(kernel, "bfloat16", D)
+
+
+@pytest.mark.slow
+def test_launches_reach_the_driver():
+    """Through Triton's own launch path, by pointers and, where the table says so, by TMA with a limit of registers."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.launch_without_gpu"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    launched = [json.loads(line) for line in result.stdout.splitlines()]
+    assert all(row["passed"] == len(row["descriptors"]) for row in launched)
+    for D in (64, 128):
+        for name, launch in zip(model.KERNELS, model.TMA_LAUNCHES["sm_90", 2, D], strict=True):
+            box = [f"tensordesc<fp16[{launch.loaded(name)}, {D}]>"] * (2 if launch.tma else 0)
+            row = {"kernel": model.KERNELS[name].__name__, "warps": launch.num_warps, "maxnreg": launch.maxnreg}
+            assert row | {"descriptors": box, "passed": len(box)} in launched

@@ -1,7 +1,7 @@
 """Compiles the attention kernels without a GPU and reads their machine code, to compare launches before a GPU does.
 
     python bench/ahead_of_time.py                     a table of LAUNCHES in model.py, and of the tuner's candidates
-    python bench/ahead_of_time.py --kernel=forward --head_size=64 --seconds    one kernel
+    python bench/ahead_of_time.py --kernel=forward --head_size=64 --variants   one kernel
     python bench/ahead_of_time.py --jobs='[…]'        jobs as JSON → one line of JSON each (for tests)
 
 A table's columns: registers a thread; programs that fit on one multiprocessor at once; bytes of shared memory; spills

@@ -5,24 +5,26 @@
     python bench/tune_attention.py --interpret    tries this script out without a GPU: tiny, written only to --out
 
 A launch is queries and keys per block, warps per program, stages of the loading pipeline, and loads by pointers or by
-TMA. First all launches are compiled by one process per core, each of which runs them once on little data; this process
-finds the results in Triton's cache on disk. Then every kernel is timed alone, on random numbers, 16k tokens, heads ·
-head size = 2048: all launches a few times, those near the best one again, in turns. A launch does not depend on T; the
-one is chosen whose time relative to the best at each T has the smallest geometric mean. Launches that spill registers
-are timed and shown, but not chosen: tests require that the tables' launches do not spill. LAUNCHES gets the best one by
-pointers, TMA_LAUNCHES the best of all. The best few are then also compiled and run as they are with a mask, with
-grouped heads and with a T that is not divisible by the blocks; one that fails there is not chosen.
+TMA. First all launches are compiled by one process per core, each of which runs them once on little data and compares
+what they write with float64 (bench/launch_check.py); this process finds the compiled code in Triton's cache on disk.
+Then every kernel is timed alone, on random numbers, 16k tokens, heads · head size = 2048: all launches a few times,
+those near the best one again, in turns. A launch does not depend on T; the one is chosen whose time relative to the
+best at each T has the smallest geometric mean. Launches that spill registers are timed and shown, but not chosen: tests
+require that the tables' launches do not spill. One that computes something else is neither timed nor chosen. LAUNCHES
+gets the best one by pointers, TMA_LAUNCHES the best of all. The best few are then also compiled, run and compared with
+a mask, with grouped heads and with a T that is not divisible by the blocks; one that fails there is not chosen. Where
+the time ends before, a row's line names what was not checked. The result is written after each step.
 
-After pasting the rows, run the tests marked gpu and bench/attention.py, which compare results with attention in
-float64. (float32 takes PyTorch's attention on a GPU unless the kernel is asked for, so it is not tuned by default.)
+float32 takes PyTorch's attention on a GPU unless the kernel is asked for, so it is not tuned by default.
 
-Reading order: candidates, compile_all, kernels, time_kernel, choose, main.
+Reading order: candidates, compile_all, time_kernel, choose, main.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import os
 import queue
@@ -31,7 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,12 @@ import torch  # noqa: E402
 import model  # noqa: E402
 from bench.gpu import Deadline, card, choose_device, in_turns, reasons  # noqa: E402
 from bench.hardware import RESULTS, commit_of, hardware, new_result, save_results  # noqa: E402
+from bench.launch_check import Case, CheckedCase  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
-from model import KERNELS, Launch, fused_attention, launch_kernel  # noqa: E402
+from model import KERNELS, Launch  # noqa: E402
 
 LENGTHS, TOKENS, CHANNELS = {"bfloat16": (1024, 4096, 16384), "float32": (1024, 4096)}, 16384, 2048
+CHECKED_ROWS = 2  # sequences that a launch is checked on: enough programs for all multiprocessors
 NEAR_BEST = 1.15  # launches within this factor of the best time are timed again, more often
 MAX_ACCUMULATORS = 192  # float32 numbers per thread, of 255 registers
 COMPILE_SHARE = 0.6  # of the time that is left may go into compiling
@@ -57,6 +61,7 @@ VARIANTS: dict[str, tuple[int, int, bool]] = {  # T, query heads per key/value h
 TABLES = {"LAUNCHES": False, "TMA_LAUNCHES": True}  # of model.py: whether TMA may be chosen
 Job = tuple[str, str, int, Launch, str]  # kernel, dtype, head size, launch, variant
 Timings = dict[int, dict[Launch, float]]  # by T: seconds of each launch
+Problem = tuple[str, str, int]  # kernel, dtype, head size
 
 
 def candidates(kernel: str, dtype: str, D: int) -> list[Launch]:
@@ -125,62 +130,45 @@ def compile_all(jobs: list[Job], seconds: float) -> dict[Job, dict[str, Any]]:
                 crashes, workers[place] = crashes + 1, start_worker()
     for worker in workers:
         worker.terminate()
-    return {job: found.get(job, {"unavailable": "not compiled in time, or the compiler crashed"}) for job in jobs}
+    return {job: found.get(job, {"unchecked": "no time was left, or the compiler crashed"}) for job in jobs}
 
 
 def compile_some(todo: Any, done: Any) -> None:
-    """A worker: takes jobs until the queue is empty and runs each once on little data."""
+    """A worker: takes jobs until the queue is empty."""
     while True:
         try:
             job = todo.get(timeout=1)
         except queue.Empty:
             return
-        kernel, dtype, head_size, launch, variant = job
-        T, group, masked = VARIANTS[variant]
-        refused: dict[str, str] = {}
-        with reasons(refused, "unavailable"):
-            runs = kernels(T, T, head_size, dtype, torch.device("cuda"), group=group, masked=masked, solved=False)
-            compiled = runs[kernel](launch)
-            torch.cuda.synchronize()
-            done.put(
-                (job, {"registers": compiled.n_regs, "spills": compiled.n_spills, "shared": compiled.metadata.shared})
-            )
-        if refused:
-            done.put((job, refused))
+        done.put((job, compile_and_check(job, torch.device("cuda"))))
+        torch.cuda.synchronize()  # after an illegal access it raises: this process has lost its GPU, and ends
+
+
+def compile_and_check(job: Job, device: torch.device) -> dict[str, Any]:
+    """Runs a launch once → registers, spills, shared memory and its error relative to the allowed one; `unavailable`
+    and why, if it does not run or computes something else."""
+    kernel, dtype, head_size, launch, variant = job
+    found: dict[str, Any] = {}
+    with reasons(found, "unavailable"):
+        compiled, error = checked_case(dtype, head_size, variant, device).check(kernel, launch)
+        found["error"] = round(error, 3) if math.isfinite(error) else None
+        if not error <= 1:
+            found["unavailable"] = f"wrong results: {error:.3g} times the error that is allowed"
+        if compiled is not None:  # in the interpreter nothing is
+            found |= {"registers": compiled.n_regs, "spills": compiled.n_spills, "shared": compiled.metadata.shared}
+    return found
+
+
+@lru_cache(maxsize=2)  # each holds some of the memory
+def checked_case(dtype: str, head_size: int, variant: str, device: torch.device) -> CheckedCase:
+    T, group, masked = VARIANTS[variant]
+    rows, channels = CHECKED_ROWS, CHANNELS
+    if device.type == "cpu":
+        T, rows, channels = T // 16, 1, 2 * group * head_size
+    return CheckedCase(T, rows * T, head_size, dtype, device, channels, group=group, masked=masked)
 
 
 # ---- Timing ----------------------------------------------------------------------------------------------------------
-
-
-def kernels(
-    T: int, tokens: int, head_size: int, dtype: str, device: torch.device, channels: int = CHANNELS, *, group: int = 1,
-    masked: bool = False, solved: bool = True,
-) -> dict[str, Callable[[Launch], Any]]:  # fmt: skip
-    """Each kernel as a function of its launch, on random numbers. group: query heads per key/value head. masked: with a
-    window of T / 2. solved=False: out and lse are arbitrary numbers."""
-    B, H = tokens // T, channels // head_size
-    K = H // group
-    packed, do = (
-        torch.randn(B, T, heads, head_size, device=device, dtype=getattr(torch, dtype)) for heads in (H + 2 * K, H)
-    )
-    q, k, v = packed.split((H, K, K), dim=2)
-    steps = torch.arange(T, device=device, dtype=torch.int32)
-    first = (steps - T // 2).clamp(min=0).expand(B, T).contiguous() if masked else None
-    out, lse = fused_attention(q, k, v, first) if solved else (do.clone(), torch.zeros(B, H, T, device=device))
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    delta = torch.zeros_like(lse)
-    tensors: dict[str, tuple[Any, ...]] = {
-        "forward": (q, k, v, first, out, lse),
-        "query_gradient": (q, k, v, first, out, lse, do, delta, dq),
-        "key_value_gradient": (q, k, v, first, lse, do, delta, dk, dv),
-    }
-    return {name: partial(_launch, name, tensors[name]) for name in KERNELS}
-
-
-def _launch(name: str, tensors: tuple[Any, ...], launch: Launch) -> Any:
-    """TMA reads whole blocks: where T is not divisible by them, the kernel would take pointers, as model.py does."""
-    T = tensors[0].shape[1]
-    return launch_kernel(name, launch if T % launch.loaded(name) == 0 else launch._replace(tma=False), *tensors)
 
 
 def time_kernel(
@@ -191,7 +179,8 @@ def time_kernel(
     timings: Timings = {}
     for T in lengths if deadline.left() > 0 else lengths[:1]:
         with reasons({}, "not here"):
-            timings[T] = sweep(kernels(T, tokens, D, dtype, device, channels)[kernel], launches, device)
+            case = Case(T, tokens, D, dtype, device, channels)
+            timings[T] = sweep(partial(case.launch, kernel), launches, device)
     return {T: times for T, times in timings.items() if times}
 
 
@@ -213,22 +202,23 @@ def sweep(run: Callable[[Launch], Any], launches: list[Launch], device: torch.de
 
 def rank(timings: Timings) -> list[tuple[Launch, float]]:
     """The launches that run at every T, best first, with the geometric mean over T of time relative to the best."""
+    if not timings:
+        return []
     everywhere = set.intersection(*(set(times) for times in timings.values()))
     best = {T: min(times.values()) for T, times in timings.items()}
     scores = {launch: statistics.geometric_mean(timings[T][launch] / best[T] for T in timings) for launch in everywhere}
     return sorted(scores.items(), key=lambda item: (item[1], item[0][:5]))
 
 
-def choose(timings: Timings, present: Launch, refused: Collection[Launch]) -> dict[str, Any]:
-    """The best launch of a kernel that is not refused, and how far behind it others are (0.02: 2 % slower)."""
+def choose(timings: Timings, present: Launch, allowed: Collection[Launch]) -> dict[str, Any]:
+    """The best of the launches that are allowed, and how far behind it others are (0.02: 2 % slower)."""
     ranked = rank(timings)
-    allowed = [(launch, score) for launch, score in ranked if launch not in refused] or ranked
-    best, score = allowed[0]
+    (best, score), *others = [(launch, score) for launch, score in ranked if launch in allowed]
     behind = {launch: round(other / score - 1, 3) for launch, other in ranked}
     return {
         "best": best,
-        "second": allowed[1][0] if len(allowed) > 1 else None,
-        "second_behind": behind[allowed[1][0]] if len(allowed) > 1 else None,
+        "second": others[0][0] if others else None,
+        "second_behind": behind[others[0][0]] if others else None,
         "present": present,
         "present_behind": behind.get(present),
         "fastest_at": {
@@ -240,11 +230,9 @@ def choose(timings: Timings, present: Launch, refused: Collection[Launch]) -> di
 
 
 def by_form(timings: Timings, tma: bool) -> Timings:
-    """Without the launches by TMA, if not tma."""
-    return {
-        T: {launch: seconds for launch, seconds in times.items() if tma or not launch.tma}
-        for T, times in timings.items()
-    }
+    """Without the launches by TMA, if not tma; a T at which nothing is left is left out."""
+    kept = {T: {launch: times[launch] for launch in times if tma or not launch.tma} for T, times in timings.items()}
+    return {T: times for T, times in kept.items() if times}
 
 
 # ---- The whole run ---------------------------------------------------------------------------------------------------
@@ -257,41 +245,53 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(1337)
     deadline = Deadline(arguments.minutes)
     facts = {**hardware(), **card(device)}
-    architecture = facts.get("architecture", "other")
     problems = [(dtype, D) for dtype in arguments.dtypes for D in ((16,) if tiny else arguments.head_sizes)]
-    jobs: list[Job] = [
-        (kernel, dtype, D, launch, "plain")
-        for dtype, D in problems
-        for kernel in KERNELS
-        for launch in to_compile(kernel, dtype, D, architecture)[: 3 if tiny else None]
-    ]
-    compiled = compile_here(jobs, COMPILE_SHARE * deadline.left(), device)
-    print(f"{deadline.left():.0f} s are left to time them", flush=True)
-    timings = {}
-    for dtype, D in problems:
-        for kernel in KERNELS:
-            launches = [job[3] for job in jobs if job[:3] == (kernel, dtype, D) and "unavailable" not in compiled[job]]
-            timings[kernel, dtype, D] = time_kernel(kernel, dtype, D, launches, device, deadline)
     path = None if tiny and arguments.out is None else new_result("tune_attention", arguments.out or RESULTS)
-    figures = {"bench": "tune_attention", "commit": commit_of(ROOT), "hardware": facts}
-    figures["launches"] = [record(job, timings[job[:3]], compiled[job]) for job in jobs]
-    figures["chosen"], _ = choose_rows(problems, architecture, timings, compiled)
-    if path is not None:
-        save_results(path, figures)  # the variants may crash, or take longer than there is time
+    jobs = to_compile(problems, facts.get("architecture", "other"), 3 if tiny else None)
+    compiled = compile_here(jobs, COMPILE_SHARE * deadline.left(), device)
+    timings: dict[Problem, Timings] = {job[:3]: {} for job in jobs}
+
+    def save() -> dict[str, Any]:
+        figures = figures_of(problems, facts, timings, compiled)
+        if path is not None:
+            save_results(path, figures)
+        return figures
+
+    save()
+    print(f"{deadline.left():.0f} s are left to time them", flush=True)
+    for problem in timings:
+        launches = [job[3] for job in jobs if job[:3] == problem and runs(compiled[job])]
+        timings[problem] = time_kernel(*problem, launches, device, deadline)
+        save()  # what follows may crash, or take longer than there is time
     compiled |= compile_here(finalists(timings), max(30.0, deadline.left()), device)
-    figures["chosen"], lines = choose_rows(problems, architecture, timings, compiled)
-    figures["variants"] = [record(job, {}, compiled[job]) for job in compiled if job[4] != "plain"]
-    print(*map(describe, figures["chosen"]), *lines, sep="\n", flush=True)
+    figures = save()
+    print(*map(describe, figures["chosen"]), *figures["rows"], sep="\n", flush=True)
     if tiny:
         print("interpreted on the CPU: the script works; the timings mean nothing")
-    if path is not None:
-        save_results(path, figures)
     print("nothing is written" if path is None else f"written: {path}")
     return 0
 
 
+def figures_of(
+    problems: list[tuple[str, int]], facts: dict[str, Any], timings: Mapping[Problem, Timings],
+    compiled: Mapping[Job, dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """The result so far, ready for JSON."""
+    chosen, rows = choose_rows(problems, facts.get("architecture", "other"), timings, compiled)
+    plain = [record(job, timings[job[:3]], found) for job, found in compiled.items() if job[4] == "plain"]
+    return {
+        "bench": "tune_attention",
+        "commit": commit_of(ROOT),
+        "hardware": facts,
+        "launches": plain,
+        "chosen": chosen,
+        "rows": rows,
+        "variants": [record(job, {}, found) for job, found in compiled.items() if job[4] != "plain"],
+    }
+
+
 def choose_rows(
-    problems: list[tuple[str, int]], architecture: str, timings: Mapping[tuple[str, str, int], Timings],
+    problems: list[tuple[str, int]], architecture: str, timings: Mapping[Problem, Timings],
     compiled: Mapping[Job, dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
     """The choice for each table and kernel, and the rows as they are written in model.py."""
@@ -301,50 +301,66 @@ def choose_rows(
         for dtype, D in problems:
             choices = [choose_for(table, kernel, dtype, D, architecture, timings, compiled) for kernel in KERNELS]
             if None in choices:
-                lines.append(f"{table} {dtype} D={D}: no row, since nothing runs of one of the kernels")
+                lines.append(f"{table} {dtype} D={D}: no row: of a kernel nothing was timed, or everything refused")
                 continue
             chosen += choices
             row = ", ".join(show(choice["best"]) for choice in choices)
             key = f'"{architecture}", {getattr(torch, dtype).itemsize}, {64 if D <= 64 else 128}'
-            lines.append(f"{table}: ({key}): ({row}),")
+            open_ones = dict.fromkeys(variant for choice in choices for variant in choice["unchecked"])
+            lines.append(f"{table}: ({key}): ({row})," + f"  # not checked: {', '.join(open_ones)}" * bool(open_ones))
     return chosen, lines
 
 
 def compile_here(jobs: list[Job], seconds: float, device: torch.device) -> dict[Job, dict[str, Any]]:
-    """compile_all on a GPU; nothing is known of launches in the interpreter."""
+    """compile_all on a GPU; in the interpreter one after the other."""
     if device.type == "cpu" or not jobs:
-        return {job: {} for job in jobs}
+        return {job: compile_and_check(job, device) for job in jobs}
     print(f"{len(jobs)} launches to compile on {os.cpu_count()} cores", flush=True)
     compiled = compile_all(jobs, seconds)
-    print(f"{sum('unavailable' not in result for result in compiled.values())} of them run here", flush=True)
+    print(f"{sum(map(runs, compiled.values()))} of them run here, with right results", flush=True)
+    wrong = [describe_job(job) for job, found in compiled.items() if "unavailable" in found and "error" in found]
+    print(*(f"wrong results: {job}" for job in wrong), sep="\n", end="\n" * bool(wrong), flush=True)
     return compiled
 
 
-def finalists(timings: Mapping[tuple[str, str, int], Timings]) -> list[Job]:
-    """The best few launches of each kernel and form, in every variant but the plain one."""
-    jobs: dict[Job, None] = {}
-    for (kernel, dtype, D), own in timings.items():
-        for tma in TABLES.values() if own else ():
-            for launch, _ in rank(by_form(own, tma))[:FINALISTS]:
-                jobs |= {(kernel, dtype, D, launch, variant): None for variant in VARIANTS if variant != "plain"}
-    return list(jobs)
+def runs(found: dict[str, Any]) -> bool:
+    """Whether a launch was run, with right results."""
+    return "unavailable" not in found and "unchecked" not in found
+
+
+def finalists(timings: Mapping[Problem, Timings]) -> list[Job]:
+    """The best few launches of each kernel and form, in every variant but the plain one; the best of all first."""
+    jobs: list[Job] = []
+    for place in range(FINALISTS):
+        for problem, own in timings.items():
+            for tma in TABLES.values():
+                for launch, _ in rank(by_form(own, tma))[place : place + 1]:
+                    jobs += [(*problem, launch, variant) for variant in VARIANTS if variant != "plain"]
+    return list(dict.fromkeys(jobs))
 
 
 def choose_for(
     table: str, kernel: str, dtype: str, D: int, architecture: str,
-    timings: Mapping[tuple[str, str, int], Timings], compiled: Mapping[Job, dict[str, Any]],
+    timings: Mapping[Problem, Timings], compiled: Mapping[Job, dict[str, Any]],
 ) -> dict[str, Any] | None:  # fmt: skip
-    """choose, of launches that spill nothing and run in every variant that was compiled. None if nothing runs."""
-    own = by_form(timings[kernel, dtype, D], TABLES[table])
-    if not own or not rank(own):
+    """choose, of the launches that are right in every variant, else of those that are not known to be wrong anywhere.
+    One that spills is never chosen. None if nothing is left."""
+    problem = kernel, dtype, D
+    own = by_form(timings[problem], TABLES[table])
+    ranked = [launch for launch, _ in rank(own)]
+    found = {launch: {v: compiled.get((*problem, launch, v), {"unchecked": ""}) for v in VARIANTS} for launch in ranked}
+    fine = [
+        launch
+        for launch, results in found.items()
+        if not any("unavailable" in result for result in results.values()) and not results["plain"].get("spills")
+    ]
+    checked = [launch for launch in fine if all(map(runs, found[launch].values()))]
+    if not fine:
         return None
-    mine = {job: found for job, found in compiled.items() if job[:3] == (kernel, dtype, D)}
-    refused = {
-        job[3] for job, found in mine.items() if "unavailable" in found or (job[4] == "plain" and found.get("spills"))
-    }
-    choice = choose(own, present(architecture, dtype, D, kernel, table), refused)
-    variants = {job[4]: found for job, found in mine.items() if job[3] == choice["best"]}
-    return {"table": table, "kernel": kernel, "dtype": dtype, "D": D, **choice, "compiled": variants}
+    choice = choose(own, present(architecture, dtype, D, kernel, table), checked or fine)
+    results = found[choice["best"]]
+    choice["unchecked"] = [variant for variant, result in results.items() if not runs(result)]
+    return {"table": table, "kernel": kernel, "dtype": dtype, "D": D, **choice, "compiled": results}
 
 
 def present(architecture: str, dtype: str, D: int, kernel: str, table: str = "LAUNCHES") -> Launch:
@@ -376,10 +392,16 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def to_compile(kernel: str, dtype: str, D: int, architecture: str) -> list[Launch]:
-    """The launches of the tables, then the candidates."""
-    now = [present(architecture, dtype, D, kernel, table) for table in TABLES]
-    return list(dict.fromkeys(now + candidates(kernel, dtype, D)))
+def to_compile(problems: list[tuple[str, int]], architecture: str, most: int | None) -> list[Job]:
+    """The launches of the tables and the candidates, at most so many of each kernel. The kernels take turns, so that
+    each has some where the time ends before all are compiled."""
+    lists = []
+    for dtype, D in problems:
+        for kernel in KERNELS:
+            now = [present(architecture, dtype, D, kernel, table) for table in TABLES]
+            launches = list(dict.fromkeys(now + candidates(kernel, dtype, D)))[:most]
+            lists.append([(kernel, dtype, D, launch, "plain") for launch in launches])
+    return [job for turn in itertools.zip_longest(*lists) for job in turn if job is not None]
 
 
 def record(job: Job, timings: Timings, compiled: dict[str, Any]) -> dict[str, Any]:
@@ -389,6 +411,11 @@ def record(job: Job, timings: Timings, compiled: dict[str, Any]) -> dict[str, An
     if timings:
         found["microseconds"] = {T: round(1e6 * times[launch], 1) for T, times in timings.items() if launch in times}
     return found | compiled
+
+
+def describe_job(job: Job) -> str:
+    kernel, dtype, D, launch, variant = job
+    return f"{kernel} {dtype} D={D} {show(launch)} {variant}"
 
 
 def show(launch: Launch) -> str:

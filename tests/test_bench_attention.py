@@ -3,13 +3,15 @@
 import itertools
 import json
 import math
+import queue
 
 import pytest
 import torch
 
 import model
-from bench import attention, attention_report, gpu, train_speed, tune_attention
+from bench import attention, attention_report, gpu, launch_check, train_speed, tune_attention
 from bench.attention import Problem
+from bench.launch_check import CheckedCase
 from errors import UserError
 from model import GPT, GPTConfig, Launch
 from tests.conftest import ROOT
@@ -269,7 +271,7 @@ A, B, C = Launch(64, 64, 4, 2), Launch(128, 64, 4, 3), Launch(128, 128, 8, 2)
 def test_the_launch_that_is_good_everywhere_is_chosen():
     timings = {1024: {A: 1.0, B: 1.1, C: 1.5}, 4096: {A: 14.0, B: 11.0, C: 10.0}}
     assert [launch for launch, _ in tune_attention.rank(timings)] == [B, A, C]
-    choice = tune_attention.choose(timings, C, refused=())
+    choice = tune_attention.choose(timings, C, allowed=(A, B, C))
     assert (choice["best"], choice["second"], choice["present"]) == (B, A, C)
     assert choice["second_behind"] == pytest.approx(math.sqrt(14 / 12.1) - 1, abs=1e-3)
     assert choice["fastest_at"] == {1024: (A, 0.1), 4096: (C, 0.1)}
@@ -279,31 +281,166 @@ def test_the_launch_that_is_good_everywhere_is_chosen():
     assert "at T=1,024 Launch(64, 64, 4, 2) is faster: 10.0%" in text
 
 
-def test_each_table_gets_the_best_launch_that_spills_nothing_and_runs_in_every_variant():
+PROBLEM = ("forward", "bfloat16", 64)
+ALL = {variant: {"error": 0.5} for variant in tune_attention.VARIANTS}
+
+
+def chosen(table, seconds, **changes):
+    """changes: by launch, what differs from a launch that is right in every variant."""
+    compiled = {(*PROBLEM, launch, variant): found for launch in seconds for variant, found in ALL.items()}
+    for launch, variant, found in changes.get("changes", ()):
+        compiled[*PROBLEM, launch, variant] = found
+    return tune_attention.choose_for(table, *PROBLEM, "sm_90", {PROBLEM: {1024: seconds}}, compiled)
+
+
+def test_each_table_gets_the_best_launch_that_spills_nothing_and_is_right_in_every_variant():
     spills, fails, by_tma = Launch(128, 128, 4, 2), Launch(128, 64, 4, 2, True), Launch(64, 64, 4, 2, True)
-    problem = ("forward", "bfloat16", 64)
     seconds = {spills: 1.0, fails: 1.1, by_tma: 1.2, A: 1.3, B: 1.4}
-    compiled = {(*problem, launch, "plain"): {"spills": 0} for launch in seconds}
-    compiled |= {(*problem, spills, "plain"): {"spills": 8}, (*problem, by_tma, "masked"): {"spills": 3}}
-    compiled |= {(*problem, fails, "grouped"): {"unavailable": "out of resources"}}
-    found = [
-        tune_attention.choose_for(table, *problem, "sm_90", {problem: {1024: seconds}}, compiled)
-        for table in ("LAUNCHES", "TMA_LAUNCHES")
-    ]
+    changes = [(spills, "plain", {"spills": 8, "error": 0.5}), (by_tma, "masked", {"spills": 3, "error": 0.5})]
+    changes += [(fails, "grouped", {"unavailable": "out of resources"})]
+    found = [chosen(table, seconds, changes=changes) for table in ("LAUNCHES", "TMA_LAUNCHES")]
     assert [choice["best"] for choice in found] == [A, by_tma]
     assert found[1]["ahead_but_refused"] == [spills, fails]
     assert found[1]["present"] == model.TMA_LAUNCHES["sm_90", 2, 64][0]
-    jobs = tune_attention.finalists({problem: {1024: seconds}})
+    assert found[1]["unchecked"] == []
+    jobs = tune_attention.finalists({PROBLEM: {1024: seconds}})
     assert {job[3] for job in jobs} == {spills, fails, by_tma, A, B}
     assert {job[4] for job in jobs} == {"masked", "grouped", "tail"}
-    assert tune_attention.choose_for("LAUNCHES", *problem, "sm_90", {problem: {}}, compiled) is None
+    assert {job[3] for job in jobs[:6]} == {A, spills}, "the best of each form first"
+
+
+def test_a_launch_that_was_not_checked_comes_after_those_that_were():
+    """Not checked: the time was over, or the compiler crashed."""
+    open_ones = [(A, variant, {"unchecked": "no time was left"}) for variant in ("masked", "tail")]
+    assert chosen("LAUNCHES", {A: 1.0, B: 1.1}, changes=open_ones)["best"] == B
+    choice = chosen("LAUNCHES", {A: 1.0}, changes=open_ones)
+    assert (choice["best"], choice["unchecked"]) == (A, ["masked", "tail"])
+
+
+def test_nothing_is_chosen_where_everything_is_refused():
+    assert chosen("LAUNCHES", {A: 1.0}, changes=[(A, "plain", {"spills": 8, "error": 0.1})]) is None
+    assert chosen("LAUNCHES", {A: 1.0}, changes=[(A, "tail", {"unavailable": "wrong results", "error": 9.0})]) is None
+    assert chosen("LAUNCHES", {}) is None
+
+
+def test_where_the_time_ends_while_launches_compile_each_kernel_has_some():
+    jobs = tune_attention.to_compile([("bfloat16", 64), ("bfloat16", 128)], "sm_90", None)
+    assert len({job[:3] for job in jobs[:6]}) == 6
+    assert [job[3] for job in jobs[:3]] == list(model.LAUNCHES["sm_90", 2, 64])
+    assert len(jobs) == len(set(jobs))
+
+
+@needs_interpreter
+def test_figures_are_written_while_the_tuner_times(tmp_path, monkeypatch):
+    """With rows of the tables as soon as all kernels of a head size were timed."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    seen, time_kernel = [], tune_attention.time_kernel
+
+    def look(*arguments):
+        (path,) = tmp_path.glob("*.json")
+        seen.append(json.loads(path.read_text()))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return time_kernel(*arguments)
+
+    monkeypatch.setattr(tune_attention, "time_kernel", look)
+    with pytest.raises(KeyboardInterrupt):
+        tune_attention.main(["--interpret", f"--out={tmp_path}"])
+    assert [sum("microseconds" in row for row in figures["launches"]) for figures in seen] == [0, 3, 6]
+    assert {row["kernel"] for row in seen[2]["launches"] if "microseconds" in row} == {"forward", "query_gradient"}
+
+
+# ---- launch_check.py -------------------------------------------------------------------------------------------------
+
+
+def checked(T=32, dtype="bfloat16", **changes):
+    torch.manual_seed(3)
+    return CheckedCase(T, T, 16, dtype, CPU, 64, **changes)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "changes", [{}, {"dtype": "float16", "masked": True, "group": 4}, {"dtype": "float32", "T": 37, "masked": True}]
+)
+def test_right_launches_are_accepted(changes, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = checked(**changes)
+    for kernel in model.KERNELS:
+        assert case.check(kernel, Launch(32, 16, 4, 1, tma="masked" not in changes))[1] <= 1, kernel
+
+
+@pytest.mark.parametrize("output", ["out", "lse", "delta", "dq", "dk", "dv"])
+@pytest.mark.parametrize("mistake", ["unwritten", "a token is off", "a token is zero"])
+def test_wrong_launches_are_not(output, mistake, monkeypatch):
+    """The launch writes what is right, but for one token."""
+    case = checked()
+    kernel = next(kernel for kernel, written in launch_check.WRITTEN.items() if output in written)
+
+    def launch(kernel, launch):
+        for name in launch_check.WRITTEN[kernel]:
+            getattr(case, name).copy_(case.exact[name])
+        written = getattr(case, output)
+        row = written[-1, :, 16] if output in ("lse", "delta") else written[-1, 16]
+        row.mul_(1.1) if mistake == "a token is off" else row.fill_(math.nan if mistake == "unwritten" else 0.0)
+
+    monkeypatch.setattr(case, "launch", launch)
+    assert not case.check(kernel, A)[1] <= 1
+
+
+def test_a_worker_that_lost_its_gpu_reports_and_ends(monkeypatch):
+    """torch.cuda is a stub: after the second launch every call fails."""
+    results = iter([{"error": 0.5}, {"unavailable": "an illegal memory access was encountered"}, {"error": 0.5}])
+    last = {}
+
+    def run(job, device):
+        last.clear()
+        last.update(next(results))
+        return dict(last)
+
+    def synchronize():
+        if "unavailable" in last:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune_attention, "compile_and_check", run)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    todo, done = queue.Queue(), queue.Queue()
+    for job in ("one", "two", "three"):
+        todo.put(job)
+    with pytest.raises(RuntimeError):
+        tune_attention.compile_some(todo, done)
+    assert [done.get() for _ in range(done.qsize())] == [
+        ("one", {"error": 0.5}),
+        ("two", {"unavailable": "an illegal memory access was encountered"}),
+    ]
+    assert todo.get() == "three"
+
+
+@needs_interpreter
+def test_a_launch_with_wrong_results_is_neither_timed_nor_chosen(tmp_path, monkeypatch, capsys):
+    """The kernel is right, but its launches with blocks of 64 queries lose a part of the sum."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    right = launch_check.launch_kernel
+
+    def launch_kernel(name, launch, *tensors):
+        right(name, launch, *tensors)
+        if name == "forward" and launch.block_q == 64:
+            tensors[4][:, -1] *= 0.9
+
+    monkeypatch.setattr(launch_check, "launch_kernel", launch_kernel)
+    assert tune_attention.main(["--interpret", f"--out={tmp_path}"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    figures = json.loads(path.read_text())
+    wrong = [row for row in figures["launches"] if row["kernel"] == "forward" and row["launch"][0] == 64]
+    assert wrong
+    assert all("microseconds" not in row and row["unavailable"].startswith("wrong results") for row in wrong)
+    assert "LAUNCHES bfloat16 D=16: no row" in capsys.readouterr().out
 
 
 def test_the_sweep_includes_the_launches_of_the_table():
     for kernel, first in (("forward", (128, 128, 8, 2)), ("key_value_gradient", (64, 128, 8, 2))):
         found = tune_attention.candidates(kernel, "bfloat16", 64)
         assert {Launch(*first), Launch(*first, True), Launch(64, 64, 4, 2)} <= set(found)
-        launches = tune_attention.to_compile(kernel, "bfloat16", 64, "other")
+        launches = [job[3] for job in tune_attention.to_compile([("bfloat16", 64)], "other", None) if job[0] == kernel]
         assert launches[0] == model.LAUNCHES["other", 2, 64][list(model.KERNELS).index(kernel)]
         assert len(launches) == len(set(launches)) < 45
 

@@ -128,7 +128,8 @@ class Batch:
         return Step(dict(self.rows), Readback(results, self.device), self.config.vocab_size)
 
     def uniforms_at(self, step: int) -> Tensor:
-        """(R,) float64. They depend on no drawn id, so those of several steps are sent at once."""
+        """(R,) float64, where the draws are computed. They depend on no drawn id, so those of several steps are sent at
+        once."""
         at = step - self.first_step
         if at == len(self.uniforms):
             at, self.first_step = 0, step
@@ -137,7 +138,8 @@ class Batch:
             chunk = [
                 [self.uniform_of(samples[row], t) if row in samples else 0.0 for row in range(self.size)] for t in steps
             ]
-            self.uniforms = to_device(chunk, torch.float64, self.device)
+            device = torch.device("cpu") if draws_on_host(self.device) else self.device
+            self.uniforms = to_device(chunk, torch.float64, device)
         return self.uniforms[at]
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import generation.batch as batch
 import generation.engine as engine
 from errors import UserError
 from generation.direct_calls import with_direct_calls
@@ -240,6 +241,24 @@ def test_a_batch_of_unequal_prompts_is_each_alone(name):
             ids = [(token, reason) for _, token, reason, *_ in generate(model, [prompt], options, 0, draws=[sample])]
             assert [token for token, _ in ids if token is not None] == together[sample][0]
             assert ids[-1][1] == together[sample][1]
+
+
+def test_no_float64_is_sent_to_mps(monkeypatch):
+    """It has none, not even for a copy. With a cache on the CPU as a stub."""
+    sent, to_device = [], batch.to_device
+
+    def send(values, dtype, device):
+        sent.append((device.type, dtype))
+        return to_device(values, dtype, torch.device("cpu"))
+
+    monkeypatch.setattr(batch, "to_device", send)
+    model = tiny_model(dtype=torch.float32)
+    decoder = batch.PlainDecoder(model, torch.device("mps"), torch.float32)
+    monkeypatch.setattr(decoder, "new_cache", lambda samples: KVCache(model.config, samples))
+    new = batch.Batch(decoder, {0: [1, 2], 1: [3]}, 0, SAMPLED, seed=0, draws=[0, 1])
+    assert new.uniforms_at(0).tolist() == [new.uniform_of(0, 0), new.uniform_of(1, 0)]
+    assert ("mps", torch.int64) in sent
+    assert ("mps", torch.float64) not in sent
 
 
 def test_draws_selects_the_random_numbers_of_samples():

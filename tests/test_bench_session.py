@@ -194,11 +194,11 @@ def test_a_kill_in_the_middle_leaves_valid_json(number, tmp_path):
             printed += line
             if line == "begun\n":
                 time.sleep(1)
+                child = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
                 process.send_signal(number)
                 break
         if number == signal.SIGKILL:
-            group = int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout)
-            os.killpg(group, signal.SIGKILL)  # it holds the pipe; on a lent machine it goes with the machine
+            os.killpg(int(child), signal.SIGKILL)  # it holds the pipe; on a lent machine it goes with the machine
         printed += process.stdout.read()
     (path,) = tmp_path.glob("*.json")
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"]

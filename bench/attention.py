@@ -24,6 +24,7 @@ Reading order: Problem, the contenders, measure, errors, signatures, main; then 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import statistics
 import sys
@@ -126,6 +127,8 @@ def flex(problem: Problem, backend: str | None = None) -> Attend:
     first, T = problem.first, problem.T
     if backend is not None and (problem.device.type != "cuda" or not hasattr(flex, "_Backend")):
         raise NotImplementedError(f"BACKEND: {backend} needs a GPU and a torch that has this option")
+    if backend == "FLASH" and not has_cute():
+        raise NotImplementedError("BACKEND: FLASH needs the package flash-attn with flash_attn.cute")
     options: Any = None if backend is None else {"BACKEND": backend}
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -140,6 +143,14 @@ def flex(problem: Problem, backend: str | None = None) -> Attend:
         return kernel(q, k, v, block_mask=mask, kernel_options=options).transpose(1, 2)
 
     return attend
+
+
+def has_cute() -> bool:
+    """Asked before, since torch finds out after seconds of compiling, for every problem anew."""
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
 
 
 CONTENDERS: dict[str, Callable[[Problem], Attend]] = {
@@ -459,7 +470,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 def error_problems(device: torch.device, sizes: list[int]) -> list[Problem]:
     if device.type == "cpu":
         return [Problem("errors", 1, 32, 2, 16, device)]
-    return [Problem("errors", 2, 1024, 256 // D, D, device) for D in sizes]
+    return [Problem("errors", 1, 1024, CHANNELS // D, D, device) for D in sizes]
 
 
 def signature_problems(device: torch.device) -> list[Problem]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 RIVALS = ("cudnn", "flash")
+OUTPUTS = ("out", "dq", "dk", "dv")
 FORWARD_OF_CUDNN, BACKWARD_OF_FLASH = 1.0, 1.1  # at head size 64, and at every head size
 TRAIN_TOKENS, DECODE_TOKENS = 600_000, 3_500  # a second, of gpt2_124m: training, and decoding one sample
 GOAL, GOAL_SECONDS = "seconds_to_1.47", 60
@@ -16,9 +17,10 @@ GOAL, GOAL_SECONDS = "seconds_to_1.47", 60
 
 def report(result: dict[str, Any]) -> str:
     parts = result.get("parts", {})
-    lines = [*facts(part(parts, "facts")), *statuses(parts), *tests(parts.get("tests", {}))]
+    lines = [*heading(result), *statuses(parts), *tests(parts.get("tests", {}))]
     for name, title in (("attention", "as shipped"), ("attention_tuned", "tuned")):
         lines += attention(part(parts, name).get("speed", []), title)
+    lines += [*errors(part(parts, "attention_tuned").get("errors", [])), *tuned(part(parts, "tune"))]
     lines += [*train(part(parts, "train")), *generate(part(parts, "generate")), *short_run(part(parts, "short_run"))]
     if result.get("smoke"):
         lines += ["", "tried out on a CPU: no figure means anything"]
@@ -32,12 +34,18 @@ def part(parts: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def facts(figures: dict[str, Any]) -> list[str]:
-    if not figures:
-        return []
-    hardware, peaks = figures["hardware"], figures["ceilings"]
-    rates = f"{peaks['matmul_tflops']} TFLOP/s of bfloat16 products, {peaks['copy_tb_per_second']} TB/s of a copy"
-    return [f"{hardware['gpu']}, torch {hardware['torch']}, triton {hardware.get('triton')}: {rates}"]
+def heading(result: dict[str, Any]) -> list[str]:
+    """Date and commit; the card, as any part names it, and its speed."""
+    lines = [f"{result['date']}, commit {result.get('commit')}"] if "date" in result else []
+    for row in result.get("parts", {}).values():
+        figures = row.get("result", {})
+        hardware, peaks = figures.get("hardware", figures), figures.get("ceilings", {})
+        if "gpu" in hardware:
+            rates = f": {peaks.get('matmul_tflops')} TFLOP/s of bfloat16 products, "
+            rates += f"{peaks.get('copy_tb_per_second')} TB/s of a copy"
+            card = f"{hardware['gpu']}, torch {hardware['torch']}, triton {hardware.get('triton')}"
+            return [*lines, card + rates * bool(peaks)]
+    return lines
 
 
 def statuses(parts: dict[str, Any]) -> Iterable[str]:
@@ -67,6 +75,32 @@ def attention(rows: list[dict[str, Any]], title: str) -> list[str]:
         cells = [show(speeds.get(name), ".0f") for name in names] + [show(value, ".2f") for value in ratios]
         lines.append(f"{direction:8} D {D:<4} T {T:<6,} " + " ".join(f"{cell:>10}" for cell in cells))
     return lines
+
+
+def errors(rows: list[dict[str, Any]]) -> list[str]:
+    """Of out and the gradients, the largest, and that relative to flash's."""
+    lines = [
+        f"{row['contender']:8} D {row['D']:<4} T {row['T']:<6,} {max(row[name] for name in OUTPUTS):.2e}"
+        + (f", {row['of_flash']:.2f} × flash" if "of_flash" in row else "")
+        for row in rows
+        if "out" in row
+    ]
+    return ["", "errors relative to float64, the largest of out, dq, dk and dv", *lines] if lines else []
+
+
+def tuned(figures: dict[str, Any]) -> list[str]:
+    """Rows for model.py, and how much slower its present launches are."""
+    rows = figures.get("rows", [])
+    behind = [
+        f"{choice['table']} {choice['kernel']} D {choice['D']}: the present one {choice['present_behind']:+.1%}"
+        for choice in figures.get("chosen", [])
+        if choice.get("present_behind")
+    ]
+    wrong = sum(
+        "unavailable" in row and "error" in row for key in ("launches", "variants") for row in figures.get(key, [])
+    )
+    count = [f"{wrong} launches have wrong results: see their `error` in the result"] if wrong else []
+    return ["", "tuned rows for model.py", *rows, *behind, *count] if rows else []
 
 
 def by_shape(rows: list[dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, float | None]]:
@@ -122,7 +156,8 @@ def short_run(figures: dict[str, Any]) -> list[str]:
 
 def marks(parts: dict[str, Any]) -> Iterable[str]:
     """A line for each mark: reached, missed, or not measured."""
-    speeds = by_shape((part(parts, "attention_tuned") or part(parts, "attention")).get("speed", []))
+    as_shipped, as_tuned = (by_shape(part(parts, name).get("speed", [])) for name in ("attention", "attention_tuned"))
+    speeds = as_shipped | as_tuned
     forward = {shape: ratio(row, "cudnn") for shape, row in speeds.items() if shape[0] == "forward" and shape[1] == 64}
     backward = {shape: ratio(row, "flash") for shape, row in speeds.items() if shape[0] == "backward"}
     yield mark(f"forward ≥ {FORWARD_OF_CUDNN} × cuDNN, D 64", forward.values(), FORWARD_OF_CUDNN)
@@ -139,6 +174,8 @@ def marks(parts: dict[str, Any]) -> Iterable[str]:
     title = f"shakespeare_char to 1.47 in under {GOAL_SECONDS} s"
     if GOAL not in run:
         yield mark(title, [], 0)
+    elif run[GOAL] is None and run["seconds"] < GOAL_SECONDS:
+        yield mark(f"{title}: ended after {run['seconds']:.0f} s", [], 0)
     else:
         seconds = run[GOAL]
         is_reached = seconds is not None and seconds < GOAL_SECONDS

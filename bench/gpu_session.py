@@ -3,7 +3,7 @@
     python bench/gpu_session.py [--minutes=13] [--peer=PATH] [--text=FILE] [--out=DIR]
     python bench/gpu_session.py --parts=facts,tests                only these
     python bench/gpu_session.py --launches=RESULT.json --parts=train,generate     with launches tuned before
-    python bench/gpu_session.py --report=RESULT.json               prints the final table of a result again
+    python bench/gpu_session.py --report RESULT.json …             prints one final table of the parts in the results
     python bench/gpu_session.py --smoke                            tries everything out on a CPU, tiny
 
 Needs torch, triton, numpy and a CUDA GPU; a part that needs more says so and is left out. peer: a checkout of nanoGPT;
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import os
 import re
 import signal
 import sys
@@ -72,7 +73,7 @@ def make_parts(options: argparse.Namespace) -> dict[str, Part]:
         return [sys.executable, str(ROOT / "bench" / f"{script}.py"), "--out=OUT", *arguments]
 
     smoke, interpret = ["--smoke"] * options.smoke, ["--interpret"] * options.smoke
-    speed = ["--parts=speed", "--quick", "--lengths=1024,4096,16384", "--head_sizes=64,128", "--minutes=MINUTES"]
+    speed = ["--quick", "--lengths=1024,4096,16384", "--head_sizes=64,128", "--minutes=MINUTES"]
     shape = "--shapes=tiny" if options.smoke else "--shapes=124m"
     peer = [] if options.peer is None else [f"--peer={options.peer}"]
     nanogpt = [argument.replace("--peer", "--peer-nanogpt") for argument in peer]
@@ -81,16 +82,19 @@ def make_parts(options: argparse.Namespace) -> dict[str, Part]:
     return {
         "facts": Part(bench("gpu_facts", *smoke), 45, 0),
         "tests": Part(tests_command(), 75, 2),
-        "attention": Part(bench("attention", *speed, all_but_math, *interpret), 60, 2.5),
+        "attention": Part(bench("attention", "--parts=speed", *speed, all_but_math, *interpret), 60, 2.5),
         "tune": Part(bench("tune_attention", "--dtypes=bfloat16", "--minutes=MINUTES", *interpret), 100, 3, margin=45),
         "attention_tuned": Part(
-            bench("attention", *speed, "--contenders=triton,flash,cudnn", *interpret), 45, 0.5, tuned=True
+            bench("attention", "--parts=errors,speed", *speed, "--contenders=triton,flash,cudnn", *interpret),
+            45,
+            0.5,
+            tuned=True,
         ),
         "train": Part(
-            bench("train_speed", "--steps=8", "--rounds=5", "--minutes=MINUTES", *nanogpt, *smoke), 90, 3.5, tuned=True
+            bench("train_speed", "--steps=8", "--rounds=5", "--minutes=MINUTES", *nanogpt, *smoke), 140, 3.5, tuned=True
         ),
         "generate": Part(bench("generate", shape, *peer), 45, 0.5, tuned=True),
-        "short_run": Part(bench("short_run", "--minutes=MINUTES", *text, *smoke), 75, 1, tuned=True),
+        "short_run": Part(bench("short_run", "--minutes=MINUTES", *text, *smoke), 100, 1, tuned=True),
     }
 
 
@@ -98,12 +102,13 @@ PARTS = ("facts", "tests", "attention", "tune", "attention_tuned", "train", "gen
 
 
 def tests_command() -> list[str]:
-    """Only the files that have such tests: others may need packages that are missing here. -vv: a line a test. Side by
-    side, since compiling takes most of their time."""
+    """Only the files that have such tests: others may need packages that are missing here. -vv: a line a test. -rs: why
+    some were skipped. Side by side, since compiling takes most of their time."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
     found = [str(path) for path in files if re.search(r"mark\.gpu\b", path.read_text(encoding="utf-8"))]
-    options = "-m gpu -vv --continue-on-collection-errors --tb=short -p no:cacheprovider -o faulthandler_timeout=60"
-    side_by_side = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    options = "-m gpu -vv -rs --continue-on-collection-errors --tb=short -p no:cacheprovider -o faulthandler_timeout=60"
+    workers = min(8, max(2, (os.cpu_count() or 2) // 2))  # each also has processes that compile
+    side_by_side = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
     return [sys.executable, "-m", "pytest", *options.split(), *side_by_side, *found]
 
 
@@ -216,7 +221,8 @@ class Session:
 def main(argv: list[str] | None = None) -> int:
     options = read_options(argv)
     if options.report is not None:
-        print(report(read_json(options.report)), end="")
+        found = [read_json(path) for path in options.report]
+        print(report(found[0] | {"parts": {name: row for one in found for name, row in one["parts"].items()}}), end="")
         return 0
     choose_device("bench/gpu_session.py", "--smoke", options.smoke)
     end = BEGIN + 60 * options.minutes
@@ -242,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
             code = 128 + stopped.number
         session.save()
         print("\n" + report(session.result) + f"\nwritten: {session.path}", flush=True)
+        if not options.smoke:
+            print("what to do with it: bench/NOTES.md, When a GPU is at hand", flush=True)
     return code
 
 
@@ -254,7 +262,9 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="tinyshakespeare as a text file, for the short run")
     parser.add_argument("--launches", type=Path, help="a result with tuned launches, for the parts after `tune`")
     parser.add_argument("--commit", help="what is measured, where there is no git")
-    parser.add_argument("--report", type=Path, metavar="RESULT", help="print a result's table, and measure nothing")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="RESULT", help="print the table of results, and measure nothing"
+    )
     parser.add_argument("--smoke", action="store_true", help="try everything out on a CPU, tiny")
     options = parser.parse_args(argv)
     chosen = some(options.parts, PARTS, PARTS, "parts")

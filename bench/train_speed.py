@@ -61,8 +61,8 @@ MODERN: dict[str, Any] = {
 # As in config/, which needs more packages.
 PRESETS = {"gpt2_124m": GPTConfig(), "modern_124m": GPTConfig(**MODERN)}
 OPTIMIZERS = {"modern_124m": OptimizerOptions(optimizer="muon")}  # others: AdamW
-MODES = ("eager", "compiled")
-COMPILE_SHARE = 0.4  # of the time at most goes into compiling ahead
+MODES = ("compiled", "eager")  # in this order: a run uses compiled steps
+COMPILE_SHARE = 0.6  # of the time at most goes into compiling ahead; what is not complete then is lost
 START_SHARE = 0.75  # of the time: after it no further side is started, so that those that are warm get their rounds
 PEER_VOCABULARY = {"nanogpt": 50_304, "llmc": 50_257}
 TINY: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32}

@@ -244,13 +244,19 @@ def recorded():
     evaluations = [{"step": 0, "val_loss": 4.2, "seconds": 9.0}, {"step": 250, "val_loss": 1.46, "seconds": 48.2}]
     run = {"evaluations": evaluations, "best_val_loss": 1.46, "command": ["train.py", "shakespeare_char"]}
     hardware = {"gpu": "a GPU", "torch": "2.11.0", "triton": "3.6.0"}
+    choice = {"table": "LAUNCHES", "kernel": "forward", "D": 64, "present_behind": 0.052}
+    wrong = [{"error": 9.0, "unavailable": "wrong results"}, {"error": 0.5}, {"unavailable": "no memory"}]
+    tuning = {"rows": ["LAUNCHES: (a row),"], "chosen": [choice], "launches": wrong, "variants": []}
+    error = {"contender": "triton", "T": 1024, "D": 64, "out": 0.002, "dq": 0.004, "dk": 0.003, "dv": 0.001}
+    errors = [{**error, "of_flash": 1.02}, {"contender": "cudnn", "T": 1024, "D": 64, "unavailable": "not here"}]
     return {
         "bench": "gpu_session",
         "parts": {
             "facts": done({"hardware": hardware, "ceilings": {"matmul_tflops": 780.0, "copy_tb_per_second": 4.3}}),
             "tests": {"status": "failed", "why": "exit code 1: 1 failed", "tests": {"passed": ["a"], "failed": ["b"]}},
             "attention": done({"speed": rows("backward", 110.0, 100.0, 140.0) + rows("forward", 300.0, 200.0, 320.0)}),
-            "tune": {"status": "out of time", "seconds": 20.0, "limit_seconds": 20},
+            "tune": {"status": "out of time", "seconds": 20.0, "limit_seconds": 20, "result": tuning},
+            "attention_tuned": done({"speed": [], "errors": errors}),
             "train": done({"sides": sides, "unavailable": {"modern_124m, sdpa, compiled": "out of time"}}),
             "generate": done({"bench": "generate", "124m": shape}),
             "short_run": done({**run, "seconds_to_1.47": 48.2}),
@@ -259,16 +265,26 @@ def recorded():
 
 
 def test_the_table_of_a_recorded_result(tmp_path, capsys):
-    (tmp_path / "result.json").write_text(json.dumps(recorded()))
-    assert gpu_session.main([f"--report={tmp_path / 'result.json'}"]) == 0
+    """Of a session in two commands: the parts of both are in one table."""
+    first = recorded()
+    later = {name: first["parts"].pop(name) for name in ("train", "generate", "short_run")}
+    (tmp_path / "first.json").write_text(json.dumps({**first, "date": "2026-12-01", "commit": "abc"}))
+    (tmp_path / "second.json").write_text(json.dumps({**first, "parts": later}))
+    assert gpu_session.main(["--report", str(tmp_path / "first.json"), str(tmp_path / "second.json")]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for line in (
+        "2026-12-01, commit abc",
         "a GPU, torch 2.11.0, triton 3.6.0: 780.0 TFLOP/s of bfloat16 products, 4.3 TB/s of a copy",
         "tune out of time, 20 of 20 s",
         "gpu tests: 1 passed, 1 failed",
         "triton flash cudnn flex_flash / cudnn / flash",
         "forward D 64 T 1,024 300 200 320 - 0.94 1.50",
         "backward D 64 T 1,024 110 100 140 - 0.79 1.10",
+        "triton D 64 T 1,024 4.00e-03, 1.02 × flash",
+        "tuned rows for model.py",
+        "LAUNCHES: (a row),",
+        "LAUNCHES forward D 64: the present one +5.2%",
+        "1 launches have wrong results: see their `error` in the result",
         "gpt2_124m, triton, compiled 612,345 52.3% 20.5 GiB",
         "modern_124m, sdpa, compiled not measured: out of time",
         "sprout 4,200 tokens/s, 25% of the bandwidth bound 17,000; first request 1.50 s",
@@ -290,6 +306,23 @@ def test_a_part_that_is_missing_is_not_measured(missing):
     marks = {"attention": 2, "train": 1, "generate": 1, "short_run": 1}
     assert shown.count("not measured") - shown.count("not measured: ") == marks.get(missing, 0)
     assert report({"parts": {}}).count("not measured") == 5
+
+
+def test_a_short_run_that_was_ended_early_missed_nothing():
+    result = recorded()
+    run = result["parts"]["short_run"]["result"]
+    run |= {"seconds_to_1.47": None, "seconds": 41.0}
+    assert "not measured shakespeare_char to 1.47 in under 60 s: ended after 41 s" in report(result)
+    run["seconds"] = 75.0
+    assert "missed       shakespeare_char to 1.47 in under 60 s (never)" in report(result)
+
+
+def test_each_part_names_the_card():
+    hardware = {"gpu": "a GPU", "torch": "2.11.0", "triton": "3.6.0"}
+    for result in ({"hardware": hardware}, hardware):
+        assert report(
+            {"parts": {"train": {"status": "running"}, "generate": {"status": "done", "result": result}}}
+        ).startswith("a GPU, torch 2.11.0, triton 3.6.0\n")
 
 
 # ---- Launches in force -----------------------------------------------------------------------------------------------
@@ -444,12 +477,12 @@ def test_sides_are_measured_as_they_get_ready_until_the_time_is_up(capsys):
     arguments = train_speed.read_arguments(["--smoke", "--presets=gpt2_124m", "--attention=sdpa"])
     arguments.presets, arguments.smoke = ["gpt2_124m", "modern_124m"], True
     sides = train_speed.make_sides(arguments)
-    assert list(sides) == [f"{preset}, sdpa, {mode}" for mode in ("eager", "compiled") for preset in arguments.presets]
+    assert list(sides) == [f"{preset}, sdpa, {mode}" for mode in ("compiled", "eager") for preset in arguments.presets]
     x = torch.zeros(2, 32, dtype=torch.int64)
     deadline = gpu.Deadline(10.0)
     steps = train_speed.prepare(sides, x, x, deadline, 1)
     measured = next(steps)
-    assert len(measured.figures["gpt2_124m, sdpa, eager"]["seconds"]) == 1
+    assert len(measured.figures["gpt2_124m, sdpa, compiled"]["seconds"]) == 1
     deadline._end = time.monotonic() - 1
     assert [len(found.refused) for found in steps] == [1, 2, 3]
     assert set(measured.refused.values()) == {"out of time"}

@@ -104,7 +104,7 @@ def generate(
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     size = batch_size or max(1, CACHE_BYTES // cuda_graphs.row_bytes(config, dtype))
-    direct, draws = with_direct_calls(model), range(len(prompts)) if draws is None else draws
+    draws = range(len(prompts)) if draws is None else draws
     waiting = [_Group(dict(enumerate(map(list, prompts))))]
     while waiting:
         group = waiting.pop()
@@ -113,7 +113,7 @@ def generate(
             continue
         fits = False
         with _suppressed_out_of_memory():
-            with _decoder_for(model, direct, len(group.texts), size, dtype) as decoder:
+            with _decoder_for(model, len(group.texts), size, dtype) as decoder:
                 yield from _decode_loop(decoder, group, options, seed, draws, stopped)
             fits = True
         if not fits:
@@ -163,10 +163,10 @@ def end_programs(device: torch.device) -> str:
 
 @contextmanager
 def _decoder_for(
-    model: GPT, direct: GPT, samples: int, max_samples: int, dtype: torch.dtype
+    model: GPT, samples: int, max_samples: int, dtype: torch.dtype
 ) -> Iterator[cuda_graphs.GraphDecoder | PlainDecoder]:
     """Steps recorded as CUDA graphs on a GPU, unless the model has hooks, which a recording would not call."""
-    device = model.embed.weight.device
+    device, direct = model.embed.weight.device, with_direct_calls(model)
     if is_gpu(device) and direct is not model:
         with cuda_graphs.lent(model, direct, samples, max_samples, device, dtype) as decoder:
             yield decoder

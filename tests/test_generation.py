@@ -452,13 +452,14 @@ def test_out_of_memory_halves_the_batch_and_changes_no_sample(monkeypatch, capsy
     assert not any(alive)
 
 
-def test_one_sample_that_does_not_fit_is_one_clear_error(monkeypatch):
+@pytest.mark.parametrize(("owner", "name"), [(GPT, "prefill"), (engine, "with_direct_calls")])
+def test_one_sample_that_does_not_fit_is_one_clear_error(monkeypatch, owner, name):
     def fail(*args):
         raise torch.OutOfMemoryError("x")
 
-    monkeypatch.setattr(GPT, "prefill", fail)
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(UserError, match="one sample needs more memory than is free; end other programs"):
         run(tiny_model(), [[1], [2], [3]], GREEDY)
-    monkeypatch.setattr(GPT, "prefill", lambda *args: (_ for _ in ()).throw(RuntimeError("another error")))
+    monkeypatch.setattr(owner, name, lambda *args: (_ for _ in ()).throw(RuntimeError("another error")))
     with pytest.raises(RuntimeError, match="another error"):
         run(tiny_model(), [[1], [2], [3]], GREEDY)

@@ -149,13 +149,19 @@ class Compiled(Exception):
     """The model is compiled; it is not run."""
 
 
-def compile_and_stop(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
-    """A backend of torch.compile that fills PyTorch's cache, with the backward pass too, and runs nothing."""
+def lower_both_passes() -> None:
+    """Else the backward pass is compiled when it first runs. A part of the cache's key, so the measured sides need it."""
     from torch._functorch import config as functorch_config
-    from torch._inductor.compile_fx import compile_fx
 
     if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
-        functorch_config.force_non_lazy_backward_lowering = True  # else it is compiled when it first runs
+        functorch_config.force_non_lazy_backward_lowering = True
+
+
+def compile_and_stop(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
+    """A backend of torch.compile that fills PyTorch's cache, with the backward pass too, and runs nothing."""
+    from torch._inductor.compile_fx import compile_fx
+
+    lower_both_passes()
     compile_fx(graph, inputs, **options)
     raise Compiled
 
@@ -291,6 +297,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if "compiled" in arguments.modes and not arguments.smoke:
         compile_ahead(arguments, COMPILE_SHARE * deadline.left())
+        lower_both_passes()
     steps = 1 if arguments.smoke else arguments.steps
     for measured in prepare(make_sides(arguments), x, y, deadline, steps):
         save(measured)

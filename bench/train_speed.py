@@ -150,7 +150,7 @@ class Compiled(Exception):
 
 
 def lower_both_passes() -> None:
-    """Else the backward pass is compiled when it first runs. A part of the cache's key, so the measured sides need it."""
+    """Else the backward pass is compiled when it first runs. A part of the cache's key: measured sides need it, too."""
     from torch._functorch import config as functorch_config
 
     if hasattr(functorch_config, "force_non_lazy_backward_lowering"):

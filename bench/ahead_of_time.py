@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
 
 import model  # noqa: E402
-from model import KERNELS, Launch  # noqa: E402
+from model import KERNELS, Launch, padded_head  # noqa: E402
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that a program may use
@@ -66,7 +66,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     jitted, launch = model._jitted(KERNELS[job.kernel]), job.launch
-    element, padded = TYPES[job.dtype], max(16, 1 << (job.head_size - 1).bit_length())
+    element, padded = TYPES[job.dtype], padded_head(job.head_size)
     constants = {
         "D": job.head_size, "BLOCK_D": padded, "BLOCK_Q": launch.block_q, "BLOCK_K": launch.block_k,
         "GROUP": job.group, "DOT": getattr(model.tl, job.dtype), "WHOLE": job.whole, "TMA": launch.tma,
@@ -158,7 +158,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 def cost(job: Job, found: dict[str, Any]) -> dict[str, float]:
     """The columns of the table, for an architecture with Hopper's rates."""
     launch, loop = job.launch, found["loop"]
-    scores, padded = launch.block_q * launch.block_k, max(16, 1 << (job.head_size - 1).bit_length())
+    scores, padded = launch.block_q * launch.block_k, padded_head(job.head_size)
     registers = -(-found["registers"] // 8) * 8 * 32 * launch.num_warps
     programs = min(
         SM_REGISTERS // registers, SM_SHARED // (found["shared"] + PROGRAM_SHARED), SM_WARPS // launch.num_warps

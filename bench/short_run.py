@@ -38,10 +38,8 @@ from errors import UserError, run_script  # noqa: E402
 
 PACKAGES = ("annotated_types", "platformdirs", "safetensors", "filelock", "tiktoken", "tqdm")
 GOAL = 1.47  # nats a character on tinyshakespeare: nanoGPT's best, by its README
-AFTER, MAX_BUDGET = (
-    20.0,
-    120.0,
-)  # seconds after a time budget, for the last evaluation and the samples; of a time budget
+AFTER = 20.0  # seconds after a time budget, for the last evaluation and the samples
+MAX_BUDGET = 120.0  # seconds
 EVALUATION = re.compile(r"step (\d+): (?:whole val split: )?val loss ([\d.]+)")
 SAMPLE_BYTES = 4000  # of the end of samples.txt go into the result
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.clusters import Clusters
 from model import GPT, GPTConfig
-from training.evaluation import Clusters, ClusterSums, Evaluation, evaluate, overfitting_warning
+from training.evaluation import ClusterSums, Evaluation, evaluate, overfitting_warning
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=30, eos_id=29, dropout=0.3)
 TOKEN_BYTES = [b"x" * (1 + i % 4) for i in range(29)] + [b""]
@@ -235,3 +236,22 @@ def test_a_rise_from_the_loss_of_pretrained_weights_is_reported():
     later = [entry | {"step": entry["step"] + 10} for entry in history((2.2, 2.0), (2.45, 1.5))]
     assert overfitting_warning([pretrained, later[0]]) is None
     assert "(step 0)" in str(overfitting_warning([pretrained, *later]))
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_a_stride_gives_each_target_more_context(stride):
+    """Against single predictions, with the clusters of the same targets."""
+    model, split = make()
+    result = evaluate(model, split, TOKEN_BYTES, autocast=nullcontext, stride=stride)
+    plain = evaluate(model, split, TOKEN_BYTES, autocast=nullcontext)
+    model.eval()
+    nats = []
+    for target in range(1, 61):
+        start = 0 if target <= 8 else -(-(target - 8) // stride) * stride
+        ids = torch.from_numpy(split.ids[start : target + 1])
+        nats.append(model(ids[None, :-1], ids[None, 1:], reduction="none")[0, -1].item())
+    assert result.loss == pytest.approx(sum(nats) / 60, rel=1e-5)
+    assert result.targets == plain.targets == 60
+    assert [kind.counts for kind in result.clusters] == [kind.counts for kind in plain.clusters]
+    if stride == 8:
+        assert result == plain

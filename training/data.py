@@ -175,9 +175,3 @@ class TrainBatches:
             seed = keyed_integer(self.windows.seed, "dropout", first, bits=32) if self.dropout else None
             batches.append(MicroBatch(x, y, seed))
         return batches
-
-
-def val_starts(n_tokens: int, block_size: int, max_tokens: int | None = None) -> np.ndarray:
-    """First tokens of the fixed val grid 0, T, 2T …: every target is scored once, those of the short last window
-    too."""
-    return np.arange(0, min(n_tokens, max_tokens or n_tokens) - 1, block_size)

@@ -1,62 +1,29 @@
 """The loss on the val split: fixed windows that score every target once. Restores the model's mode.
 
 Also what the loss claims: its standard error as an estimate for the text from which the split was drawn, and whether it
-has clearly risen since an earlier evaluation. Losses of one document, or of neighboring windows, are alike, so that a
-standard error over windows or tokens is too small. Errors are therefore taken over clusters, the sums of whole
-documents or of blocks of the text (figures in bench/NOTES.md). Knows no files and no schedule; the caller acts on the
-result.
+has clearly risen since an earlier evaluation, both over clusters (common/clusters.py). Knows no files and no schedule;
+the caller acts on the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import torch
 
-from common.memory import ONE_ROW, OutOfMemory, attempt
+from common.clusters import DOCUMENT_CLUSTERS, MIN_PARTS, ROUGH, Clusters, block_count
+from common.scoring import cut_windows, score_windows
 from errors import UserError
 from model import GPT, IGNORED_TARGET
-from training.data import TokenSource, read_windows, val_starts
+from training.data import TokenSource
 from training.metrics import log
 
-DOCUMENT_CLUSTERS = 64  # documents that begin in the same 64th of the split are one cluster
-MIN_PARTS, MAX_BLOCKS = 8, 16  # numbers of blocks of the text
-ROUGH = 10  # with fewer clusters of equal size an error is itself uncertain by a quarter and more
-CONFIDENCE = 0.9975  # of a rise, one-sided: about 5 % false alarms in 20 evaluations
+CHUNK = 1 << 16  # tokens that are read at a time
 LARGE_RISE = 0.03  # of the best loss: beyond the usual ups and downs between evaluations
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """Parts of the split that are taken as independent: sums of nats and numbers of targets > 0, (K,) each, K > 1."""
-
-    nats: list[float]
-    counts: list[int]
-
-    @property
-    def effective(self) -> float:
-        """The number of clusters of equal size that tell as much (Kish 1965)."""
-        counts = np.array(self.counts, dtype=float)
-        return float(counts.sum() ** 2 / np.square(counts).sum())
-
-    def standard_error(self) -> float:
-        """Of the mean nats per target, by the delete-one jackknife."""
-        nats, counts = np.array(self.nats), np.array(self.counts, dtype=float)
-        shares = counts / counts.sum()
-        deviations = (nats / counts - nats.sum() / counts.sum()) * shares / (1 - shares)
-        return math.sqrt(float(np.square(deviations).sum()) * (len(counts) - 1) / len(counts))
-
-    def clear_rise(self, before: Clusters) -> float:
-        """The difference of the losses of two evaluations beyond which it is hardly chance, by the differences within
-        each cluster: they vary far less than the losses."""
-        changes = Clusters(np.subtract(self.nats, before.nats).tolist(), self.counts)
-        return changes.standard_error() * student_quantile(CONFIDENCE, max(1.0, self.effective - 1))
 
 
 class ClusterSums:
@@ -65,14 +32,12 @@ class ClusterSums:
     def __init__(self, n_tokens: int, block_size: int, eos_id: int) -> None:
         self.n_tokens, self.block_size, self.eos_id = n_tokens, block_size, eos_id
         self.n_windows = -(-(n_tokens - 1) // block_size)
-        # sqrt(n) is the usual compromise between long and many blocks (Flegal and Jones 2010); beyond about 16
-        # little is gained (Schmeiser 1982), and with very few the estimate itself is noise
-        n_blocks = min(self.n_windows, MAX_BLOCKS, max(MIN_PARTS, math.isqrt(self.n_windows)))
-        self.documents, self.blocks, self.parts = (np.zeros((2, n)) for n in (DOCUMENT_CLUSTERS, n_blocks, MIN_PARTS))
+        sizes = DOCUMENT_CLUSTERS, block_count(self.n_windows), MIN_PARTS
+        self.documents, self.blocks, self.parts = (np.zeros((2, size)) for size in sizes)
         self.document = 0  # first token of the document that goes on
 
     def add(self, first: int, x: np.ndarray, losses: np.ndarray, counted: np.ndarray) -> None:
-        """first: the position of the first token. x, losses (0 where not counted), counted: (B, T)."""
+        """first: the position of the first token. x, losses (0 where not counted), counted: (n,) or (B, T)."""
         positions = np.minimum(np.arange(first, first + x.size), self.n_tokens - 2)  # beyond the end nothing counts
         starts = np.maximum.accumulate(np.where(x.ravel() == self.eos_id, positions, self.document))
         self.document = int(starts[-1])
@@ -138,14 +103,6 @@ class Evaluation:
         )
 
 
-def student_quantile(probability: float, degrees: float) -> float:
-    """Quantile of Student's t by the expansion in 1/degrees (Abramowitz and Stegun 26.7.5), from about 5 degrees on."""
-    z = NormalDist().inv_cdf(probability)
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / degrees ** (i + 1) for i, term in enumerate(terms))
-
-
-@torch.no_grad()
 def evaluate(
     model: GPT,
     split: TokenSource,
@@ -154,46 +111,31 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[object]],
     max_tokens: int | None = None,
     rows: int = 16,
+    stride: int | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Scores the val split, at least two tokens, or its first max_tokens tokens, in batches of `rows` windows, or of
-    fewer where memory runs out. Returns None once `stop()` is true. token_bytes: the bytes of every token id. Raises
-    UserError where no target counts, or one row does not fit."""
-    T = model.config.block_size
-    device = next(model.parameters()).device
-    byte_count = torch.tensor([len(piece) for piece in token_bytes])
-    starts = val_starts(len(split), T, max_tokens)
-    sums = ClusterSums(min(max_tokens or len(split), len(split)), T, model.eos_id)
-    nats, counts, n_bytes, first = [], [], 0, 0
-
-    def score() -> torch.Tensor:
-        with autocast():
-            return model(x.to(device), y.to(device), reduction="none").cpu().double()  # MPS has no float64
-
+    fewer where memory runs out. Returns None once `stop()` is true. token_bytes: the bytes of every token id. stride:
+    of the windows, as in common/scoring.py; block_size by default. Raises UserError where no target counts, or one row
+    does not fit."""
+    T, n_tokens = model.config.block_size, min(max_tokens or len(split), len(split))
+    lengths = np.array([len(piece) for piece in token_bytes])
+    windows = cut_windows(_chunks(split, n_tokens), T, stride)
+    batches = score_windows(model, windows, autocast=autocast, rows=rows, log=log)
+    sums, total, n_targets, n_bytes, first = ClusterSums(n_tokens, T, model.eos_id), 0.0, 0, 0, 0
     was_training = model.training
     model.eval()
     try:
-        while first < len(starts):
-            if stop():
-                return None
-            x, y = read_windows(split, starts[first : first + rows], T)
-            if max_tokens is not None:
-                _cut_targets(y, starts[first : first + rows], min(max_tokens, len(split)))
-            try:
-                losses = attempt(score)
-            except OutOfMemory:
-                rows = _fewer_rows(len(x))
-                continue
+        while not (stopped := stop()) and (batch := next(batches, None)) is not None:
+            x, y, nats = (np.concatenate(part) for part in zip(*batch, strict=True))
             counted = y != IGNORED_TARGET
-            nats.append(losses.sum(dim=1))
-            sums.add(int(starts[first]), x.numpy(), losses.numpy(), counted.numpy())
-            counts.append(counted.sum(dim=1))
-            n_bytes += int(byte_count[y[counted]].sum())
-            first += len(x)
+            sums.add(first, x, nats, counted)
+            total, n_targets, first = total + float(nats.sum()), n_targets + int(counted.sum()), first + len(x)
+            n_bytes += int(lengths[y[counted]].sum())
     finally:
         model.train(was_training)
-    nats_of, count_of = torch.cat(nats).numpy(), torch.cat(counts).numpy()
-    total, n_targets = float(nats_of.sum()), int(count_of.sum())
+    if stopped:
+        return None
     if n_targets == 0:
         raise UserError(
             "no token of the val split counts as a target: its loss mask covers all of it; correct the mask"
@@ -202,18 +144,12 @@ def evaluate(
     return Evaluation(total / n_targets, bits_per_byte, n_targets, *sums.clusters())
 
 
-def _fewer_rows(rows: int) -> int:
-    """Half of them, after an out-of-memory error. Logs a line. Raises UserError where there was one."""
-    if rows == 1:
-        raise UserError(ONE_ROW)
-    log(f"evaluation: out of memory; {rows} rows at a time → {rows // 2}")
-    return rows // 2
-
-
-def _cut_targets(y: torch.Tensor, starts: np.ndarray, max_tokens: int) -> None:
-    """Masks the targets beyond the first max_tokens tokens of the split, in place."""
-    columns = torch.arange(y.shape[1])
-    y[columns >= (max_tokens - 1 - torch.from_numpy(starts))[:, None]] = IGNORED_TARGET
+def _chunks(split: TokenSource, n_tokens: int) -> Iterator[np.ndarray]:
+    """The first n_tokens tokens, as cut_windows takes them."""
+    for start in range(0, n_tokens, CHUNK):
+        count = min(CHUNK, n_tokens - start)
+        ids, counted = split.read(start, count).astype(np.int64), split.mask(start, count)
+        yield np.stack((ids, ids if counted is None else np.where(counted, ids, IGNORED_TARGET)))
 
 
 def overfitting_warning(history: Sequence[Mapping[str, Any]]) -> str | None:

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
+from common.clusters import Clusters
 from common.hardware import Hardware
 from common.memory import OutOfMemory, attempt
 from common.weights import export_weights
 from errors import UserError
 from model import GPT
 from prepare_data.shards import Dataset
-from training.evaluation import Clusters, Evaluation
+from training.evaluation import Evaluation
 from training.metrics import log
 from training.optim import Optimizer, load_optimizer_tensors, optimizer_tensors
 from training.prompt import example_prompt

@@ -80,7 +80,7 @@ def train_model(argv: Sequence[str]) -> int:
         setup.check_size(dataset, train, block_size, start.argv)
         prompt = choose_prompt(dataset, evals)
         rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
-        batches = TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, model_config.dropout > 0)
+        batches = setup.make_batches(dataset, train, model_config, seed, hardware)
         # ---- model
         path, device = values["attention"], hardware.device
         model = setup.build_model(model_config, dataset.tokenizer, path, seed, start.source).to(device).train()

@@ -10,6 +10,7 @@ prepare_data; knows neither the model nor the optimizer.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -98,6 +99,24 @@ class TrainWindows:
         return starts
 
 
+def add_noise(
+    x: Tensor, numbers: Iterable[int], split: TokenSource, share: float, seed: int, eos_id: int | None
+) -> None:
+    """Replaces about this share of the ids x (B, T), in place, by ids of the split, each as likely as it is frequent
+    there (unigram noise: Xie et al. 2017): by those of a window anywhere in the split, at the same column. Which ones
+    depends on the seed and on the row's sample number alone. An EOS is neither replaced nor inserted."""
+    T = x.shape[1]
+    columns = np.arange(T, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's steps
+    limit = np.uint64(min(int(share * 2**64), 2**64 - 1))
+    for row, number in zip(x.numpy(), numbers, strict=True):
+        source = keyed_integer(seed, "noise source", number) % (len(split) - T + 1)
+        replaced = _mix(columns + np.uint64(keyed_integer(seed, "noise", number))) < limit
+        ids = split.read(source, T)
+        if eos_id is not None:
+            replaced &= (row != eos_id) & (ids != eos_id)
+        row[replaced] = ids[replaced]
+
+
 def read_windows(split: TokenSource, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
     """x, y of shape (len(starts), T) int64: y is x one token later, IGNORED_TARGET where a loss mask excludes the
     target or the split has ended."""
@@ -129,7 +148,7 @@ class MicroBatch(NamedTuple):
 
 class TrainBatches:
     """The micro-batches of each step: `batches(step)`. Each has `size` rows of the step's `rows`; size may be changed
-    to another divisor.
+    to another divisor. noise: the share of the inputs that add_noise replaces.
 
     On a GPU the batches are in pinned memory, and those of the next step are read on a thread while the device
     computes.
@@ -144,9 +163,11 @@ class TrainBatches:
         seed: int,
         device: torch.device,
         dropout: bool,
+        noise: float = 0.0,
+        eos_id: int | None = None,
     ) -> None:
         self.split, self.windows = split, TrainWindows(len(split), block_size, seed)
-        self.rows, self.size, self.dropout = rows, size, dropout
+        self.rows, self.size, self.dropout, self.noise, self.eos_id = rows, size, dropout, noise, eos_id
         self.pinned = device.type == "cuda"
         self.reader = None if device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="batches")
         # (step, size) and its batches: those returned last, and the following ones
@@ -170,6 +191,8 @@ class TrainBatches:
         batches = []
         for first in range(step * self.rows, (step + 1) * self.rows, size):
             x, y = read_windows(self.split, self.windows.starts(first, size), self.windows.block_size)
+            if self.noise:
+                add_noise(x, range(first, first + size), self.split, self.noise, self.windows.seed, self.eos_id)
             if self.pinned:
                 x, y = x.pin_memory(), y.pin_memory()
             seed = keyed_integer(self.windows.seed, "dropout", first, bits=32) if self.dropout else None

@@ -27,6 +27,7 @@ from prepare_data import PrepareOptions
 from prepare_data.resolve import log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
 from training.compilation import compiler_name
+from training.data import TrainBatches
 from training.evaluation import Evaluation
 from training.metrics import log
 from training.micro_batch import choose_micro_batch
@@ -103,6 +104,17 @@ def check_size(dataset: Dataset, train: TrainOptions, block_size: int, argv: Seq
         )
     command = " ".join(["python train.py", *map(quote, argv), f"--block_size={usable[-1]}"])
     raise UserError(f"{small}, for a context of {block_size}. Give more text, or shorten the context: {command}")
+
+
+def make_batches(
+    dataset: Dataset, train: TrainOptions, model_config: GPTConfig, seed: int, hardware: Hardware
+) -> TrainBatches:
+    """The micro-batches of the steps. Needs a number for micro_batch_size. Raises UserError where the train split is
+    shorter than a window."""
+    block_size, dropout = model_config.block_size, model_config.dropout > 0
+    rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
+    noise, eos_id = train.token_noise, dataset.tokenizer.eos_id
+    return TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, dropout, noise, eos_id)
 
 
 def build_model(

@@ -116,9 +116,9 @@ def train_model(argv: Sequence[str]) -> int:
         recorded.change(micro_batch_size=batches.size, compile=state.compiler != "none", **budget.as_options())
         # ---- training
         loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
-        is_shorter = (evals.eval_tokens or len(dataset.val)) < len(dataset.val)
-        score_all = partial(score, rows=batches.size, stop=stop) if is_shorter else None
-        finish(state, budget, logger, evals, score_all, sample, save, stop)
+        score_all = partial(score, rows=batches.size, stop=stop) if evals.leaves_out(len(dataset.val)) else None
+        with state.averaged():
+            finish(state, budget, logger, evals, score_all, sample, save, stop)
         return log_end(run, state, budget)
 
 
@@ -135,7 +135,7 @@ def loop(
         # ---- evaluate, sample, save
         done = state.step >= budget.plan.max_steps or budget.is_spent(time.perf_counter())
         due = (done or state.step % evals.eval_interval == 0) and state.progress.evaluated_step != state.step
-        with logger.clock.pause():
+        with logger.clock.pause(), state.averaged():
             result = score(max_tokens=evals.eval_tokens, rows=batches.size) if due else None  # None after a signal
             if result is not None:
                 logger.evaluation(state, budget.plan, result, state.record_evaluation(result))

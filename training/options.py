@@ -68,6 +68,9 @@ class OptimizerOptions:
     """AdamW: EMA decay of the second moment (β2)."""
     adam_eps: Annotated[float, Gt(0)] = 1e-8
     """AdamW: added to the denominator (ε)."""
+    ema_half_life: Annotated[float, Interval(gt=0, le=1)] | None = fixed(None)
+    """Evaluate, save and sample an exponential moving average of the weights; its half-life as a share of the steps
+    done (0.1: about the last tenth); none: the weights themselves."""
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """SGD: momentum."""
     grad_clip: Annotated[float, Gt(0)] | None = 1.0
@@ -112,6 +115,10 @@ class EvalOptions:
     """Seed of these samples."""
     final_samples: Annotated[int, Ge(0)] = 3
     """Number of samples at the end of training."""
+
+    def leaves_out(self, n_val: int) -> bool:
+        """Whether evaluations during training score less than the whole val split of n_val tokens."""
+        return self.eval_tokens is not None and self.eval_tokens < n_val
 
 
 @dataclass(frozen=True)

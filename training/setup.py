@@ -26,6 +26,7 @@ from model import GPT, AttentionPath, GPTConfig
 from prepare_data import PrepareOptions
 from prepare_data.resolve import log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
+from training.average import WeightAverage
 from training.compilation import compiler_name
 from training.data import TrainBatches
 from training.evaluation import Evaluation
@@ -191,7 +192,8 @@ def make_state(
     """The state of a new run, or the one that is resumed. rows: windows per step. Raises UserError."""
     optimizer, scaler = make_optimizer(model, options, hardware.dtype), make_scaler(hardware)
     compiler = compiler_name(hardware) if compiles else "none"
-    state = TrainState(model, optimizer, scaler, rows, recovery(run, options), initial is not None, compiler)
+    average = None if options.ema_half_life is None else WeightAverage(model, options.ema_half_life)
+    state = TrainState(model, optimizer, scaler, rows, recovery(run, options), initial is not None, compiler, average)
     if resumed is not None:
         state.restore(resumed, hardware)
     optimizer.allocate()

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from common.weights import export_weights
 from errors import UserError
 from model import GPT
 from prepare_data.shards import Dataset
+from training.average import WeightAverage
 from training.evaluation import Evaluation
 from training.metrics import log
 from training.optim import Optimizer, load_optimizer_tensors, optimizer_tensors
@@ -55,6 +57,7 @@ class Progress:
 class TrainState:
     """The state of a run between two steps. rows: windows per step. recovery: the command named in the errors of
     a diverged run. pretrained: the run starts from weights of another run. compiler: of the training step, or "none".
+    average: of the weights, which takes their place within `averaged`, or None.
     """
 
     def __init__(
@@ -66,9 +69,11 @@ class TrainState:
         recovery: str,
         pretrained: bool = False,
         compiler: str = "none",
+        average: WeightAverage | None = None,
     ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.rows, self.recovery, self.pretrained, self.compiler = rows, recovery, pretrained, compiler
+        self.average = average
         self.progress = Progress()
         self.val_loss: float | None = None  # of the current step
         self.is_best = False  # whether the current step has the lowest val loss so far
@@ -98,10 +103,24 @@ class TrainState:
             return ""
         return "the best so far" if best["step"] == self.step else f"the best is step {best['step']:.0f}"
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model holds the average of the weights, where there is one: to evaluate, to sample and to save."""
+        if self.average is None or self.step == 0:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
+
     def advance(self, loss: float, grad_norm: float) -> bool:
         """Counts an update. Returns False where it was skipped because loss or gradient norm is not finite."""
         progress = self.progress
         progress.step += 1
+        if self.average is not None:
+            self.average.update(progress.step)
         self.val_loss, self.is_best = None, False
         if math.isfinite(loss) and math.isfinite(grad_norm):
             progress.skipped = 0
@@ -167,7 +186,7 @@ class TrainState:
 
     def save(self, run: Path, dataset: Dataset, hardware: Hardware, facts: Callable[[], dict[str, Any]]) -> None:
         """Writes a checkpoint of the current step, with what `facts()` returns in its state.json, and prunes older
-        ones.
+        ones. Called within `averaged`.
 
         A failed save is logged and does not stop the training: the checkpoint before it remains.
         """
@@ -194,7 +213,7 @@ class TrainState:
                 model=export_weights(self.model),
                 config=self.model.config.to_dict(),
                 tokenizer=dataset.tokenizer.to_dict(),
-                optimizer=optimizer_tensors(self.optimizer, self.model) if self.step > 0 else {},  # before: zeros
+                optimizer=self._moments(),
                 state={**state, **facts()},
             )
 
@@ -206,11 +225,22 @@ class TrainState:
             what = "not saved" if self.saved_step != self.step else "saved without its final records"
             log(f"step {self.step}: {what}: {error}")
 
+    def _moments(self) -> dict[str, torch.Tensor]:
+        """What continues training besides the model's folder: the optimizer's moments, and the weights where the model
+        holds their average. Empty before the first step, when all of it follows from the options."""
+        if self.step == 0:
+            return {}
+        weights = {} if self.average is None else self.average.stored()
+        return optimizer_tensors(self.optimizer, self.model) | weights
+
     def restore(self, saved: Checkpoint, hardware: Hardware) -> None:
         """Loads a checkpoint's state except the weights, which the model has already. Raises UserError where it
         does not fit."""
         try:
-            load_optimizer_tensors(self.optimizer, self.model, saved.optimizer_tensors())
+            tensors = saved.optimizer_tensors()
+            if self.average is not None and saved.step > 0:
+                self.average.restore(tensors)
+            load_optimizer_tensors(self.optimizer, self.model, tensors)
             self.progress = Progress(**saved.state["progress"])
             self.val_loss, before = saved.state["val_loss"], {"compiler": "none", **saved.state["environment"]}
         except (KeyError, TypeError, ValueError) as error:

@@ -40,7 +40,7 @@ from generation.text import sample_texts
 from model import GPTConfig
 from prepare_data import PrepareOptions
 from training import setup
-from training.budget import Budget, log_resumed_rate, make_budget
+from training.budget import Budget, make_budget
 from training.compilation import choose_compile, compile_model
 from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation, evaluate
@@ -108,11 +108,10 @@ def train_model(argv: Sequence[str]) -> int:
         compiled = fits(lambda: compile_model(model, state, batches(state.step)[0], hardware))
         update_once = partial(update, compiled, state, hardware, train.label_smoothing, optim.grad_clip)
         step = partial(fits, lambda: update_once(batches(state.step)))
-        budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started)
+        stored = None if start.resumed is None else start.resumed.state["options"]
+        budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, stored)
         if budget.seconds is not None:
             logger.plan(state.step, budget)
-        if start.resumed is not None:
-            log_resumed_rate(state.step, start.resumed.state["options"], budget)
         recorded.change(micro_batch_size=batches.size, compile=state.compiler != "none", **budget.as_options())
         # ---- training
         loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
@@ -128,17 +127,21 @@ def loop(
     score: Callable[..., Evaluation | None], sample: Callable[[int, int], list[tuple[str, str]]],
     save: Callable[[], None], stop: Callable[[], bool],
 ) -> None:  # fmt: skip
-    """Trains until the last step, the end of the time budget, or a stop signal; the last step is saved, and
-    evaluated unless a signal ended the run."""
+    """Trains until the last step, the end of the time budget, the end of patience, or a stop signal; the last step is
+    saved, and evaluated unless a signal ended the run."""
     logger.start(state.step)
     while True:
         # ---- evaluate, sample, save
-        done = state.step >= budget.plan.max_steps or budget.is_spent(time.perf_counter())
+        done = budget.is_over(state, time.perf_counter())
         due = (done or state.step % evals.eval_interval == 0) and state.progress.evaluated_step != state.step
         with logger.clock.pause(), state.averaged():
             result = score(max_tokens=evals.eval_tokens, rows=batches.size) if due else None  # None after a signal
             if result is not None:
                 logger.evaluation(state, budget.plan, result, state.record_evaluation(result))
+                if (verdict := budget.judge(state, result)) is not None:
+                    logger.patience(state.step, budget.plan, verdict)
+                    recorded.change(**budget.as_options())
+                    done = budget.is_over(state, time.perf_counter())
                 logger.samples(state, sample(1 if state.is_trained else 0, evals.sample_seed))
             is_new = result is not None or state.saved_step != state.step
             if is_new and (done or stop() or state.save_is_due(evals.save_interval)):

@@ -47,11 +47,14 @@ class Clusters:
         deviations = (nats / counts - nats.sum() / counts.sum()) * shares / (1 - shares)
         return math.sqrt(float(np.square(deviations).sum()) * (len(counts) - 1) / len(counts))
 
+    def change_error(self, before: Clusters) -> float:
+        """Standard error of the difference of the losses of two evaluations, by the differences within each cluster,
+        which vary far less than the losses."""
+        return Clusters(np.subtract(self.nats, before.nats).tolist(), self.counts).standard_error()
+
     def clear_rise(self, before: Clusters) -> float:
-        """The difference of the losses of two evaluations beyond which it is hardly chance, by the differences within
-        each cluster: they vary far less than the losses."""
-        changes = Clusters(np.subtract(self.nats, before.nats).tolist(), self.counts)
-        return changes.standard_error() * student_quantile(CONFIDENCE, max(1.0, self.effective - 1))
+        """The difference of the losses of two evaluations beyond which it is hardly chance."""
+        return self.change_error(before) * student_quantile(CONFIDENCE, max(1.0, self.effective - 1))
 
 
 def student_quantile(probability: float, degrees: float) -> float:

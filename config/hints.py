@@ -66,6 +66,10 @@ _HINTS = {
             "device_batch_size per_device_train_batch_size per_gpu_train_batch_size per_device_batch_size "
             "mini_batch_size microbatch_size micro_batch"
         ),
+        "--patience=": "early_stopping_patience early_stop_patience es_patience stopping_patience patience_epochs",
+        "--patience=N: evaluations without a better val loss that end the run": (
+            "early_stopping early_stop earlystopping early_stopping_rounds early_stopping_threshold stop_early"
+        ),
         # ---- evaluation
         "--eval_tokens=N, with N = eval_iters × batch_size × block_size; none: the whole val split": (
             "eval_iters eval_max_iters val_max_steps val_batches eval_batches val_max_batches max_eval_samples "

@@ -20,11 +20,12 @@ from common.options import RunOptions
 from common.run_directory import RunLock, refuse_used_run
 from config.hints import INIT_FROM
 from config.resume import note_unused_flags, resumed_options, with_model_options
-from errors import UserError
+from errors import UserError, quote
 from files import write_json
 from prepare_data.shards import Dataset
+from training.budget import LENGTHENED
 from training.metrics import log
-from training.options import EvalOptions, TrainOptions
+from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     if train.resume is not None and train.init_from is not None:
         raise UserError("--resume continues a run, --init_from starts a new one: give one of them")
     options = resolve_length(options)
+    if train.resume is None and not eval_only:
+        check_length(options, argv)
     if train.resume is not None:
         run = resolve_run(Path(train.resume))
         options = replace(options, values=options.values | {"resume": str(run)})
@@ -88,7 +91,9 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         resumed = open_latest(run)
         options = note_unused_flags(resumed_options(options, resumed.state["options"]))
         max_steps = options.section(TrainOptions).max_steps
-        if max_steps < resumed.step:
+        if not eval_only:
+            check_length(options, argv)
+        if max_steps is not None and max_steps < resumed.step:
             raise UserError(f"--max_steps={max_steps}: {run} is already at step {resumed.step}; give a larger number")
         stored = resumed.state["auto"]
         reasons = {name: reason for name, reason in stored.items() if options.origin.get(name, "flag") != "flag"}
@@ -106,12 +111,41 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
 
 
 def resolve_length(options: config.Options) -> config.Options:
-    """--max_steps and --budget_minutes both set the length: a flag overrides a preset, two flags are an error."""
-    if options.section(TrainOptions).budget_minutes is None or options.origin["max_steps"] != "flag":
+    """--max_steps and --budget_minutes both set the length: a flag overrides a preset, two flags are an error; but
+    --max_steps=none leaves it to the other flag."""
+    train = options.section(TrainOptions)
+    if train.budget_minutes is None or options.origin["max_steps"] != "flag":
         return options
-    if options.origin["budget_minutes"] == "flag":
+    if options.origin["budget_minutes"] != "flag":
+        return config.replace(options, budget_minutes=None)
+    if train.max_steps is not None:
         raise UserError("--max_steps and --budget_minutes both set the length of the run: give one of them")
-    return config.replace(options, budget_minutes=None)
+    return options
+
+
+def check_length(options: config.Options, argv: Sequence[str]) -> None:
+    """Raises UserError on a length that never ends, and on a --patience that cannot end the run, with the command of
+    `argv` changed so that it works."""
+    train, schedule = options.section(TrainOptions), options.section(OptimizerOptions).schedule
+    interval, patience, end = options.section(EvalOptions).eval_interval, train.patience, train.max_steps
+    command = " ".join(["python train.py", *map(quote, argv)])
+    if train.budget_minutes is not None:
+        return
+    if end is None:
+        missing = [] if patience is not None else ["--patience=5"]
+        missing += [] if schedule in LENGTHENED else ["--schedule=wsd"]
+        rules = {
+            "--patience=5": "--max_steps=none has no end without --patience=N",
+            "--schedule=wsd": f"--max_steps=none and --schedule={schedule}: its learning rate falls until a known step",
+        }
+        if missing:
+            reasons = "; ".join(rules[flag] for flag in missing)
+            raise UserError(f"{reasons}. Give --max_steps a number, or: {' '.join([command, *missing])}")
+    elif patience is not None and options.origin["patience"] == "flag" and patience * interval >= end:
+        took = f"--patience={patience} takes {patience * interval:,} steps at least (--eval_interval={interval})"
+        usable = (end - 1) // patience
+        advice = f"evaluate more often: {command} --eval_interval={usable // 2 or 1}" if usable else "leave it out"
+        raise UserError(f"{took}, and the run has {end:,}: it has no effect; {advice}")
 
 
 class RunConfig:

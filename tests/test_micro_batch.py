@@ -32,7 +32,7 @@ from training.compilation import compile_model, expected_seconds
 from training.data import MicroBatch
 from training.evaluation import evaluate
 from training.micro_batch import fit_micro_batch, fit_to_memory, until_it_fits
-from training.options import TrainOptions
+from training.options import EvalOptions, TrainOptions
 
 AUTO = [flag for flag in TINY if not flag.startswith(("--micro_batch_size", "--dropout"))]
 SHORT = [*AUTO, *SHAPE, "--dropout=0", "--max_steps=3", "--eval_interval=3", "--log_interval=1", "--sample_tokens=0"]
@@ -334,7 +334,7 @@ def test_compiling_takes_fewer_rows_and_keeps_the_cache(monkeypatch, tmp_path):
     # the choice of whether to compile measures as well: it then takes its estimate
     asked.clear()
     options = TrainOptions(max_steps=10**9)
-    assert expected_seconds(options, model, [batch], hardware) > 1e3
+    assert expected_seconds(options, EvalOptions(), model, [batch], hardware) > 1e3
     assert asked == [8]
 
 

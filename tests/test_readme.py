@@ -21,7 +21,14 @@ COMMANDS = [command for line in LINES if (command := line.split("  #")[0].strip(
 PYTHON_COMMANDS = [command for command in COMMANDS if command.startswith("python ")]  # others set up the environment
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
 SMALL += ["--tokens_per_step=64", "--budget_minutes=none", "--warmup_steps=1"]
-QUICK = ["--max_steps=2", "--eval_tokens=300", "--sample_tokens=3", "--final_samples=1", "--threads=1"]
+QUICK = [
+    "--max_steps=2",
+    "--patience=none",
+    "--eval_tokens=300",
+    "--sample_tokens=3",
+    "--final_samples=1",
+    "--threads=1",
+]
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
-"""How long a run is: its plan of steps, and with --budget_minutes how the plan follows from the speed of the machine.
+"""How long a run is: its plan of steps, with --budget_minutes how the plan follows from the speed of the machine, and
+with --patience from the val loss (the rule is in training/patience.py).
 
 The first plan comes from a few discarded steps (`measure_step_seconds`). With the warm-up–stable–decay schedule the
 learning rate before the decay does not depend on max_steps, so until the decay begins the plan is adjusted to the
 measured speed, and the final max_steps and decay_steps still repeat the run. Other schedules keep the first plan.
-Training stops at 125 % of the budget.
+Training stops at 125 % of the budget. With --patience a val loss that no longer falls begins the decay of wsd; under
+other schedules, and within the decay, it ends the run.
 
 Knows no data and no files; the caller passes in the step as a function. The clock is time.perf_counter.
 """
@@ -19,13 +21,16 @@ from typing import Any
 import torch
 
 from common.hardware import Hardware
-from training.metrics import log
+from training.evaluation import Evaluation
+from training.metrics import format_duration, log
 from training.optim import Plan, learning_rate, make_plan
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
+from training.patience import advise, count_anew, count_evaluation, describe_stall
 from training.state import TrainState
 
 MAX_OVERRUN = 1.25  # of the budget
 LENGTHENED = ("constant", "inverse_sqrt", "wsd")  # schedules with which a longer run may continue a finished one
+FEW_TOKENS = 2048  # of the val split, below which the standard error of a difference is large
 MIN_CHANGE = 0.03  # relative change of max_steps below which a plan is kept
 MEASURED_STEPS, MEASURED_SECONDS = 8, 10.0  # measuring ends at whichever comes first, after at least two steps
 
@@ -43,6 +48,8 @@ class Budget:
     step_seconds: float = 0.0  # smoothed over about the last fifty steps
     pause_seconds: float = 0.0  # of the last evaluation, with its sample and checkpoint
     final_eval_seconds: float = 0.0  # reserved for the evaluation of the whole val split after the last step
+    patience: int | None = None
+    is_early: bool = False  # whether patience has set the plan
 
     def limit(
         self, seconds: float, started: float, step_seconds: float, now: float, eval_steps: float,
@@ -64,23 +71,56 @@ class Budget:
             return False
         weight = 1.0 - 0.98**steps
         self.step_seconds += weight * (seconds / steps - self.step_seconds)
-        if self.options.schedule != "wsd" or step >= plan.max_steps - plan.decay_steps:
+        if self.options.schedule != "wsd" or step >= plan.decay_start:
             return False
         left = self._steps_left(now)
         new = make_plan(step + left, self.options)
-        if abs(new.max_steps - plan.max_steps) <= MIN_CHANGE * plan.max_steps:
+        if abs(new.end - plan.end) <= MIN_CHANGE * plan.end:
             return False
         self.plan = Plan(new.max_steps, min(left, new.decay_steps))  # an overdue decay begins now
         return True
+
+    def judge(self, state: TrainState, result: Evaluation) -> str | None:
+        """Counts an evaluation of the current step for --patience. Where it was the last one that patience allowed,
+        changes the plan, or lets `is_over` be true, and returns what to tell the user."""
+        progress, plan, step = state.progress, self.plan, state.step
+        if self.patience is None:
+            return None
+        count_evaluation(progress, result, plan, self.options)
+        if progress.stale < self.patience or step >= plan.end:
+            return None
+        cause, advice = describe_stall(progress, result), advise(progress)
+        if self.options.schedule == "wsd" and step < plan.decay_start:
+            decay = self.options.decay_steps or max(1, step // 5)
+            self.plan, self.is_early = Plan(step + decay, decay), True
+            count_evaluation(progress, result, self.plan, self.options)
+            progress.early_decay = step
+            effect = f"the learning rate decays from here on, and the run ends at step {step + decay}"
+        else:
+            decay, best = 0, min(progress.history, key=lambda entry: entry["val_loss"])
+            of = "" if plan.max_steps is None else f" of {plan.max_steps}"
+            effect = f"the run ends here, at step {step}{of}; sample.py takes the checkpoint of step {best['step']}"
+        if self.seconds is not None:
+            left = self.seconds - (time.perf_counter() - self.start) - decay * self.step_seconds
+            effect += f"; about {format_duration(left)} of the {format_duration(self.seconds)} stay unused"
+        return f"{cause}: {effect}\n  {advice}"
+
+    def is_over(self, state: TrainState, now: float) -> bool:
+        """Whether the current step is the last one."""
+        return state.step >= self.plan.end or self.is_spent(now) or self.is_exhausted(state)
+
+    def is_exhausted(self, state: TrainState) -> bool:
+        """Whether patience has ended the run."""
+        return self.patience is not None and state.progress.stale >= self.patience
 
     def is_spent(self, now: float) -> bool:
         """Whether MAX_OVERRUN times the budget has passed."""
         return self.seconds is not None and now - self.start > MAX_OVERRUN * self.seconds
 
     def as_options(self) -> dict[str, Any]:
-        """The plan of a time budget as options: a run with them repeats this one without measuring. Empty without
-        one."""
-        if self.seconds is None:
+        """The plan that followed from time or val loss as options: a run with them repeats this one without measuring.
+        Empty where it is the user's own."""
+        if self.seconds is None and not self.is_early:
             return {}
         decay_steps = self.plan.decay_steps if self.options.schedule == "wsd" else self.options.decay_steps
         return {"max_steps": self.plan.max_steps, "decay_steps": decay_steps, "budget_minutes": None}
@@ -100,24 +140,45 @@ def make_budget(
     update: Callable[[], object],
     hardware: Hardware,
     started: float,
+    stored: Mapping[str, Any] | None,
 ) -> Budget:
     """The plan of a run. With a time budget, at step 0, it follows from the measured time of `update`, one step; the
-    budget counts from `started`, before the step was compiled."""
-    budget = Budget(make_plan(train.max_steps, optim), optim, evals.eval_interval)
+    budget counts from `started`, before the step was compiled. stored: the options of a resumed checkpoint, by name."""
+    budget = Budget(make_plan(train.max_steps, optim), optim, evals.eval_interval, patience=train.patience)
+    if stored is not None and stored["max_steps"] != train.max_steps:
+        count_anew(state.progress)
     if train.budget_minutes is not None and state.step == 0:
         step_seconds = measure_step_seconds(update, state, hardware)
         eval_steps = min(evals.eval_tokens or val_tokens, val_tokens) / train.tokens_per_step
         final_eval_steps = val_tokens / train.tokens_per_step
         seconds = 60.0 * train.budget_minutes
         budget.limit(seconds, started, step_seconds, time.perf_counter(), eval_steps, final_eval_steps)
-    elif state.step >= budget.plan.max_steps and state.progress.evaluated_step == state.step:
-        log(f"the run is complete at step {state.step}")
-    if state.step < budget.plan.max_steps <= optim.warmup_steps:
+    elif budget.is_over(state, started) and state.progress.evaluated_step == state.step:
+        ended = ": its val loss had stopped falling" if budget.is_exhausted(state) else ""
+        log(f"the run is complete at step {state.step}{ended}")
+    if state.step < budget.plan.end <= optim.warmup_steps:
         log(
             f"note: the learning rate rises until the end of this run of {budget.plan.max_steps} steps "
             f"(warmup_steps={optim.warmup_steps})"
         )
+    if train.patience is not None and not budget.is_over(state, started):
+        note_patience(budget, evals, val_tokens)
+    if stored is not None:
+        log_resumed_rate(state.step, stored, budget)
     return budget
+
+
+def note_patience(budget: Budget, evals: EvalOptions, val_tokens: int) -> None:
+    """Logs a note where --patience can have no effect, or judges by little text."""
+    assert budget.patience is not None
+    least = budget.patience * evals.eval_interval
+    if least >= budget.plan.end:
+        takes = f"it takes {least:,} steps at least (eval_interval={evals.eval_interval})"
+        log(f"note: patience={budget.patience} has no effect: {takes}, and the run has {budget.plan.max_steps:,}")
+    tokens = min(evals.eval_tokens or val_tokens, val_tokens)
+    if tokens < FEW_TOKENS:
+        more = "" if tokens == val_tokens else "; --eval_tokens=none takes all of it"
+        log(f"note: patience judges by {tokens:,} tokens of the val split, which show only large changes{more}")
 
 
 def log_resumed_rate(step: int, stored: Mapping[str, Any], budget: Budget) -> None:
@@ -126,12 +187,13 @@ def log_resumed_rate(step: int, stored: Mapping[str, Any], budget: Budget) -> No
     names = {field.name for field in fields(OptimizerOptions)} & stored.keys()
     options = OptimizerOptions(**{name: stored[name] for name in names})
     plan, new = make_plan(stored["max_steps"], options), budget.plan
-    if (plan, options) == (new, budget.options) or not 0 < step < new.max_steps:
+    if (plan, options) == (new, budget.options) or not 0 < step < new.end:
         return
-    before = learning_rate(step - 1, plan, options)
-    after, last = (learning_rate(number, new, budget.options) for number in (step, new.max_steps - 1))
-    schedule = budget.options.schedule
-    log(f"learning rate: {before:.2e} so far, {after:.2e} from here, {last:.2e} at step {new.max_steps} ({schedule})")
+    before, after = learning_rate(step - 1, plan, options), learning_rate(step, new, budget.options)
+    schedule, last = budget.options.schedule, ""
+    if new.max_steps is not None:
+        last = f", {learning_rate(new.max_steps - 1, new, budget.options):.2e} at step {new.max_steps}"
+    log(f"learning rate: {before:.2e} so far, {after:.2e} from here{last} ({schedule})")
     if schedule not in LENGTHENED and after > 2 * before:
         log(f"  it had decayed: a new run of {new.max_steps} steps ends at a lower loss (bench/NOTES.md)")
 

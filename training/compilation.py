@@ -60,7 +60,7 @@ def choose_compile(
         saves = cpu_saves(model.config, hardware.dtype)
     else:
         takes, saves = GPU_SECONDS, GPU_SAVES
-    saved = saves * expected_seconds(train, model, batches, hardware)
+    saved = saves * expected_seconds(train, evals, model, batches, hardware)
     return Choice(saved > takes, {"compile": f"about {saved:,.0f} s saved against {takes:.0f} s of compiling"})
 
 
@@ -79,12 +79,18 @@ def cpu_obstacle() -> str | None:
     return None
 
 
-def expected_seconds(train: TrainOptions, model: GPT, batches: Sequence[MicroBatch], hardware: Hardware) -> float:
+def expected_seconds(
+    train: TrainOptions, evals: EvalOptions, model: GPT, batches: Sequence[MicroBatch], hardware: Hardware
+) -> float:
     """Rough duration of the run without torch.compile: the time budget; on a CPU the second of two measured
-    micro-batches times their number, unless the run is short on any CPU."""
+    micro-batches times their number, unless the run is short on any CPU. A run whose length is not known is taken to
+    last ten times as long as its patience."""
     if train.budget_minutes is not None:
         return 60.0 * train.budget_minutes
-    flops = flops_per_token(model) * train.tokens_per_step * train.max_steps
+    steps = train.max_steps
+    if steps is None:
+        steps = 10 * (train.patience or 1) * evals.eval_interval
+    flops = flops_per_token(model) * train.tokens_per_step * steps
     if hardware.device.type != "cpu":
         return flops / GPU_EAGER_FLOPS
     at_most = flops / SLOW_CPU_FLOPS
@@ -98,7 +104,7 @@ def expected_seconds(train: TrainOptions, model: GPT, batches: Sequence[MicroBat
     except OutOfMemory:  # the first step will find a micro-batch that fits
         model.zero_grad()
         return at_most
-    return seconds * len(batches) * train.max_steps
+    return seconds * len(batches) * steps
 
 
 def compile_model(model: GPT, state: TrainState, batch: MicroBatch, hardware: Hardware) -> Callable[..., Tensor]:

@@ -88,9 +88,14 @@ class Evaluation:
 
     def clear_rise(self, before: list[Clusters]) -> float | None:
         """As in Clusters, over an earlier evaluation with its `compared`. None where it was of another text."""
-        if not before or [kind.counts for kind in self.compared] != [kind.counts for kind in before]:
-            return None
-        return max(now.clear_rise(then) for now, then in zip(self.compared, before, strict=True))
+        return max(map(Clusters.clear_rise, self.compared, before)) if self._is_comparable(before) else None
+
+    def change_error(self, before: list[Clusters]) -> float | None:
+        """The same for the standard error of the difference."""
+        return max(map(Clusters.change_error, self.compared, before)) if self._is_comparable(before) else None
+
+    def _is_comparable(self, before: list[Clusters]) -> bool:
+        return bool(before) and [kind.counts for kind in self.compared] == [kind.counts for kind in before]
 
     def describe(self) -> str:
         spread = " (one window: no error estimate)"

@@ -7,6 +7,7 @@ throughput and does not influence the training.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from checkpoint import find_checkpoint
 from common.hardware import Hardware
 from common.weights import flops_per_token
 from errors import UserError, quote
@@ -94,7 +96,7 @@ class RunLogger:
         }
         self.files.metrics("step", step, timing=timing, **fields)
         self.wandb.log({f"train/{name}": value for name, value in fields.items()} | timing, step)
-        left = (plan.max_steps - step) * seconds / steps
+        left = None if plan.max_steps is None else (plan.max_steps - step) * seconds / steps
         shown_mfu = "" if self.hardware.device.type == "cpu" else "unknown" if mfu is None else f"{mfu:.1%}"
         numbers = (loss, learning_rate, grad_norm, tokens_per_second, left, memory)
         log(console_line(step, plan.max_steps, *numbers, shown_mfu))
@@ -145,11 +147,16 @@ class RunLogger:
             f"max_steps={plan.max_steps}, decay_steps={plan.decay_steps}"
         )
 
+    def patience(self, step: int, plan: Plan, verdict: str) -> None:
+        """Records that the val loss has stopped falling, and the plan that follows."""
+        self.files.metrics("patience", step, **asdict(plan))
+        log(f"step {step}: {verdict}")
+
 
 def log_end(run: Path, state: TrainState, budget: Budget) -> int:
     """Logs how the run ended and the next commands. Returns the exit code. Raises UserError where its last step is not
     saved."""
-    name, step, max_steps = quote(str(run)), state.step, budget.plan.max_steps
+    name, step, end = quote(str(run)), state.step, budget.plan.end
     resume, config = f"python train.py --resume={name}", run / "config.json"
     again = f"python train.py {quote(str(config))}"
     if state.saved_step is None:
@@ -163,13 +170,22 @@ def log_end(run: Path, state: TrainState, budget: Budget) -> int:
     if not state.is_finished:
         log(f"stopped; everything up to step {step} is saved; continue with: {resume}")
         return STOPPED
-    if step < max_steps:
-        log(f"the time budget was spent at step {step} of {max_steps}: the machine got slower in the decay")
+    is_exhausted = budget.is_exhausted(state)
+    if step < end and not is_exhausted:
+        log(f"the time budget was spent at step {step} of {end}: the machine got slower in the decay")
+    if is_exhausted or state.progress.early_decay is not None:
+        log(f"sample.py takes {find_checkpoint(run, 'best').name}, the best of the run by val loss")
     log(f"\nnext: python sample.py --run={name} --num_samples=3 --top_p=0.95")
     log(f"      python sample.py --run={name} --serve   (a page to try prompts)")
     log(f"      python -m training.report {name}")
-    if step < max_steps:
+    if is_exhausted and step < end < math.inf:
+        log(f"      {resume} --patience=none   (trains on to step {end})")
+    elif is_exhausted:
+        log(f"      {resume} --max_steps={2 * step}   (trains on)")
+    elif step < end:
         log(f"      {resume}   (the rest of its decay)")
+    elif state.progress.early_decay is not None:
+        return 0  # a longer run would not end at a lower loss
     elif step > 0 and budget.options.schedule in LENGTHENED:
         log(f"      {resume} --max_steps={2 * step}")
     elif step > 0:

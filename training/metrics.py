@@ -188,20 +188,22 @@ class WandbLog:
 
 def console_line(
     step: int,
-    max_steps: int,
+    max_steps: int | None,
     loss: float,
     lr: float,
     grad_norm: float,
     tok_s: float,
-    left: float,
+    left: float | None,
     memory: int,
     mfu: str = "",
 ) -> str:
-    """A logged step in fixed columns: `left` in seconds, `memory` in bytes, `mfu` the model FLOP utilization or ""."""
-    width = len(str(max_steps))
+    """A logged step in fixed columns: `left` in seconds, `memory` in bytes, `mfu` the model FLOP utilization or "".
+    max_steps, left: None in a run whose length is not known yet."""
+    place = f"{step:>6}" if max_steps is None else f"{step:>{len(str(max_steps))}}/{max_steps}"
+    shown_left = "unknown" if left is None else format_duration(left)
     return (
-        f"step {step:>{width}}/{max_steps}  loss {loss:7.4f}  lr {lr:.2e}  grad {grad_norm:7.3f}  "
-        f"{tok_s:>9,.0f} tok/s  left {format_duration(left):>7}  mem {memory / 2**30:5.2f} GiB"
+        f"step {place}  loss {loss:7.4f}  lr {lr:.2e}  grad {grad_norm:7.3f}  "
+        f"{tok_s:>9,.0f} tok/s  left {shown_left:>7}  mem {memory / 2**30:5.2f} GiB"
         + (f"  mfu {mfu:>7}" if mfu else "")
     )
 

@@ -26,14 +26,27 @@ from training.options import OptimizerOptions
 
 @dataclass(frozen=True)
 class Plan:
-    """Length of a run in steps, and the number of final steps in which wsd decays."""
+    """Length of a run in steps, and the number of final steps in which wsd decays. max_steps: None while the length is
+    not known, before which nothing decays."""
 
-    max_steps: int
+    max_steps: int | None
     decay_steps: int
 
+    @property
+    def end(self) -> float:
+        """max_steps, or infinity."""
+        return math.inf if self.max_steps is None else self.max_steps
 
-def make_plan(max_steps: int, options: OptimizerOptions) -> Plan:
+    @property
+    def decay_start(self) -> float:
+        """The first step of wsd's decay."""
+        return self.end - self.decay_steps
+
+
+def make_plan(max_steps: int | None, options: OptimizerOptions) -> Plan:
     """The plan for a number of steps; decay and warm-up do not overlap."""
+    if max_steps is None:
+        return Plan(None, options.decay_steps or 1)
     decay = options.decay_steps if options.decay_steps is not None else max_steps // 5
     return Plan(max_steps, max(1, min(decay, max_steps - options.warmup_steps)))
 
@@ -52,8 +65,8 @@ def learning_rate(step: int, plan: Plan, options: OptimizerOptions) -> float:
     if options.schedule == "inverse_sqrt":
         return peak * math.sqrt(max(1, warmup) / (step + 1))
     if options.schedule == "wsd":
-        return low + (peak - low) * min(1.0, max(0, plan.max_steps - step) / plan.decay_steps)
-    done = min(1.0, (step - warmup) / max(1, plan.max_steps - warmup))
+        return low + (peak - low) * min(1.0, max(0, plan.end - step) / plan.decay_steps)
+    done = min(1.0, (step - warmup) / max(1, plan.end - warmup))
     if options.schedule == "linear":
         return peak + (low - peak) * done
     return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2

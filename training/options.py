@@ -19,10 +19,13 @@ class TrainOptions:
     """Run directory to resume from its last checkpoint (bitwise exact on a CPU)."""
     init_from: str | None = fixed(None, path=True)
     """Run, checkpoint or model folder with the initial weights and the tokenizer of a new run."""
-    max_steps: Annotated[int, Ge(0)] = 2000
-    """Number of optimizer steps."""
+    max_steps: Annotated[int, Ge(0)] | None = 2000
+    """Number of optimizer steps; none: as many as --patience allows (schedule wsd, constant or inverse_sqrt)."""
     budget_minutes: Annotated[float, Interval(gt=0, le=1_000_000)] | None = None
     """Train for about this long: sets max_steps from the measured speed (stored in config.json)."""
+    patience: Annotated[int, Ge(1)] | None = None
+    """Evaluations in a row without a clearly better val loss that end the run; with wsd they begin its decay, after
+    which it ends. Better: by more than the standard error of the difference. none: the val loss ends no run."""
     tokens_per_step: Annotated[int, Ge(1)] = fixed(8192)
     """Tokens per optimizer step; a multiple of block_size."""
     micro_batch_size: Annotated[int, Ge(1)] | Literal["auto"] = "auto"

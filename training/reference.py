@@ -38,7 +38,7 @@ from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
 CURVES = Path(__file__).with_name("reference_curves.json")
 FORMAT, VERSION = "sprout-reference", 1
-IGNORED = {"data", "resume", "budget_minutes", "micro_batch_size", "compile", "deterministic"}  # options
+IGNORED = {"data", "resume", "budget_minutes", "patience", "micro_batch_size", "compile", "deterministic"}  # options
 IN_PLAN = {"max_steps", "decay_steps"}  # options that are compared as a Plan
 MIN_RUNS = 3  # that make a band
 T_975 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantiles of Student's t for 3 … 10 runs
@@ -96,7 +96,7 @@ class Reference:
         """Whether two plans gave every update before `step` the same learning rate."""
         if one == other or self.schedule in ("constant", "inverse_sqrt"):
             return True
-        return self.schedule == "wsd" and step <= min(plan.max_steps - plan.decay_steps for plan in (one, other))
+        return self.schedule == "wsd" and step <= min(one.decay_start, other.decay_start)
 
     def describe(self, step: int, val_loss: float, plan: Plan) -> str | None:
         """A line on where val_loss lies relative to the band; None without a band."""
@@ -169,10 +169,14 @@ def read_run(run: Path) -> Run:
         with suppress(ValueError, RecursionError):  # a line that a killed process left incomplete
             events.append(json.loads(line))
     losses = {event["step"]: event["val_loss"] for event in events if event["event"] == "eval"}
-    if plan.max_steps not in losses:
+    last = plan.max_steps
+    if options.get("patience") is not None:  # which may have ended it earlier
+        last = read_json(list_checkpoints(run)[-1] / STATE)["progress"]["finished_step"]
+    if last not in losses:
         raise UserError(
-            f"{run}: not finished: no evaluation at its last step {plan.max_steps};"
-            f" first run: python train.py --resume={run}"
+            f"{run}: not finished: no evaluation at its last step"
+            + ("" if last is None else f" {last}")
+            + f"; first run: python train.py --resume={run}"
         )
     if options.get("init_from") is not None:
         raise UserError(
@@ -183,7 +187,7 @@ def read_run(run: Path) -> Run:
         "dataset": fingerprint,
         "options": {name: options[name] for name in _compared_options() if name in options},
         "seed": options["seed"],
-        "max_steps": plan.max_steps,
+        "max_steps": plan.max_steps or last,  # without a fixed length nothing decays
         "decay_steps": plan.decay_steps,
         "steps": list(losses),
         "val_loss": [round(loss, 5) for loss in losses.values()],

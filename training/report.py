@@ -54,7 +54,8 @@ ROWS = {  # title: template over read_facts; a row is omitted if a fact that it 
     "Whole val split": SCORE.replace("X", "final"),
     "Is this normal?": "{reference}",
     "Train loss": "{last[loss]:.4f} (step {last[step]:,})",
-    "Steps": "{step:,} of {max_steps:,}, skipped updates: {skipped:,}",
+    "Steps": "{length}, skipped updates: {skipped:,}",
+    "Patience": "val loss had stopped falling at step {patience_event[step]:,} (patience {patience})",
     "Tokens": "{tokens:,}, {tokens_per_step:,} per step",
     "Time": "{time}, evaluations included; {speed:,.0f} tokens per second (median)",
     "Time budget": "plan corrected {plans:,}×, last to {plan[max_steps]:,} steps (at step {plan[step]:,})",
@@ -66,7 +67,7 @@ ROWS = {  # title: template over read_facts; a row is omitted if a fact that it 
     " weight decay {weight_decay:g}",
     "Device": "{device}, {dtype}, micro-batch {micro_batch_size}",
 }
-SUMMARY = {"data": "{dataset}", "size": "{n_params:,} parameters", "state": "step {step:,} of {max_steps:,}"}
+SUMMARY = {"data": "{dataset}", "size": "{n_params:,} parameters", "state": "step {length}"}
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -98,7 +99,7 @@ def read_metrics(run: Path) -> Lines:
         problem = f"not a run directory: it has no {METRICS}" if run.is_dir() else "no such directory"
         hint = run_hint(run) or "; give one such as runs/quickstart-1, or train first: python train.py"
         raise UserError(f"{run}: {problem}{hint}")
-    lines: Lines = {event: [] for event in ("eval", "step", "plan", "skip", "final")}
+    lines: Lines = {event: [] for event in ("eval", "step", "plan", "patience", "skip", "final")}
     for text in (run / METRICS).read_bytes().split(b"\n"):
         with suppress(ValueError, RecursionError):  # an incomplete line: still being written, or the run was killed
             line = json.loads(text)
@@ -115,15 +116,17 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
     """The values that ROWS and SUMMARY refer to, by name; unknown ones are missing."""
     options = read_json(run / CONFIG).get("options", {}) if (run / CONFIG).is_file() else {}
     step = max(line["step"] for event_lines in lines.values() for line in event_lines)
+    max_steps = options.get("max_steps")
     facts = {
         "dataset": options.get("data"),
         **options,
         "step": step,
+        "length": f"{step:,}" + (f" of {max_steps:,}" if isinstance(max_steps, int) else ", no fixed length"),
         "tokens": step * options.get("tokens_per_step", 0),
         "skipped": len(lines["skip"]),
         "plans": len(lines["plan"]),
     }
-    for name, event in (("last", "step"), ("final", "final"), ("plan", "plan")):
+    for name, event in (("last", "step"), ("final", "final"), ("plan", "plan"), ("patience_event", "patience")):
         if lines[event]:
             facts[name] = lines[event][-1]
     # random weights are the best only while there are no others

@@ -51,6 +51,11 @@ class Progress:
     # of each evaluation: step, val_loss, standard_error, train_loss, clear_rise (see overfitting_warning)
     history: list[dict[str, Any]] = field(default_factory=list)
     best: list[dict[str, Any]] = field(default_factory=list)  # Evaluation.compared of the best one in the history
+    # of --patience (training/patience.py): the evaluation that others must clearly beat, as {step, val_loss, compared};
+    # evaluations in a row that did not; the step at which this began the decay
+    bar: dict[str, Any] | None = None
+    stale: int = 0
+    early_decay: int | None = None
     grad_scaler: dict[str, Any] = field(default_factory=dict)
 
 

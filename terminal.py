@@ -7,8 +7,10 @@ errors.py makes the output of every script pass here. Files and pipes get it unc
 from __future__ import annotations
 
 import io
+import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -74,10 +76,33 @@ class Unchanged:
         return getattr(self._stream, name)
 
 
-def progress_bar(description: str, total: int | None = None, *, leave: bool = True) -> Any:
-    """tqdm's bar of bytes on standard error, if that is a terminal."""
+def progress_bar(description: str, total: int | None = None, *, leave: bool = True, unit: str = "B") -> Any:
+    """tqdm's bar of bytes, or of another unit, on standard error, if that is a terminal."""
     from tqdm import tqdm
 
     description = visible(description, sys.stderr.encoding or "utf-8")
-    bar = partial(tqdm, unit="B", unit_scale=True, file=Unchanged(sys.stderr), disable=not sys.stderr.isatty())
+    bar = partial(tqdm, unit=unit, unit_scale=True, file=Unchanged(sys.stderr), disable=not sys.stderr.isatty())
     return bar(desc=description, total=total, leave=leave)
+
+
+def print_marked(text: str, spans: Iterable[tuple[int, int]]) -> None:
+    """Prints a text to standard output, a terminal, with its characters in `spans` (start, end) underlined; in double
+    brackets where the terminal has no styles. The spans are in order and may overlap."""
+    stream, at = sys.stdout, 0
+    mark, end = _styles()
+    stream.flush()
+    out = Unchanged(stream)
+    for start, stop in [*spans, (len(text), len(text))]:
+        out.write(visible(text[at : max(at, start)], stream.encoding))
+        for line in re.split(r"(\n+)", text[max(at, start) : stop]):
+            shown = visible(line, stream.encoding)
+            out.write(f"{mark}{shown}{end}" if line.strip("\n") else shown)
+        at = max(at, stop)
+    stream.flush()
+
+
+def _styles() -> tuple[str, str]:
+    """What begins and ends a mark on this terminal."""
+    if os.environ.get("TERM") == "dumb" or (os.name == "nt" and "WT_SESSION" not in os.environ):
+        return "[[", "]]"  # older consoles of Windows show the codes
+    return "\x1b[4m" if os.environ.get("NO_COLOR") else "\x1b[4;36m", "\x1b[0m"  # underlined, and cyan

@@ -74,10 +74,10 @@ def train_model(argv: Sequence[str]) -> int:
         options = config.replace(start.options, **values)
         train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
         # ---- data
-        prepare, seed = options.section(PrepareOptions), options.section(RunOptions).seed
-        dataset = setup.open_data(train.data, prepare, start.resumed, start.initial, start.flags)
-        block_size = model_config.block_size
-        setup.check_size(dataset, train, block_size, start.argv)
+        prepare, run_options = options.section(PrepareOptions), options.section(RunOptions)
+        dataset = setup.open_data(run_options.data, prepare, start.resumed, start.initial, start.flags)
+        block_size, seed = model_config.block_size, run_options.seed
+        setup.check_size(dataset, run_options.data, train, block_size, start.argv)
         prompt = choose_prompt(dataset, evals)
         rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
         batches = setup.make_batches(dataset, train, model_config, seed, hardware)
@@ -92,7 +92,7 @@ def train_model(argv: Sequence[str]) -> int:
             return setup.print_evaluation(start.source, score(rows=size))
         # ---- optimizer, and the rest of what a checkpoint holds
         stop = stack.enter_context(StopRequest())
-        run = setup.open_run(options.section(RunOptions).run, start.default_name(dataset), start.source, stack)
+        run = setup.open_run(run_options.run, start.default_name(dataset), start.source, stack)
         state = setup.make_state(model, optim, rows, run, start.resumed, start.initial, compiles.value, hardware)
         # ---- records of the run: config.json, logs, checkpoints, samples
         recorded = RunConfig(run, options, reasons)

@@ -1,4 +1,4 @@
-"""The options that train.py and sample.py share: the run, the seed, the hardware."""
+"""The options that train.py and sample.py share: the run, its text, the seed, the hardware."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ class RunOptions:
     run: str | None = path(None)
     """train.py: directory to write (default: runs/NAME-N, NAME after the text or preset). sample.py: run, checkpoint or
     model folder (default: the newest run)."""
+    data: str = path("python_stdlib")
+    """Dataset name or folder, text file or folder (prepared first), or a corpus: python_stdlib, shakespeare. sample.py
+    --novelty: what to compare with instead of the run's own text."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = fixed(1337)
     """Random seed. train.py: initial weights, data order, dropout. sample.py: sampled tokens."""
 
     def problems(self) -> list[str]:
-        return ["--run= is empty"] if self.run == "" else []
+        return [f"--{name}= is empty" for name in ("run", "data") if getattr(self, name) == ""]
 
 
 @dataclass(frozen=True)

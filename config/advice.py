@@ -79,7 +79,7 @@ def word_problem(script: str, arg: str, rest: list[str], own: Mapping[str, Optio
     if any(mark in text for mark in "“”„«»"):
         return f'{where}: a shell does not take “ and ” as quotes; type straight ones, as in --name="…"'
     if os.path.exists(text):
-        flags = ("resume", "run") if is_run(text) else ("data", "input", "prompt_file")
+        flags = ("resume", "run") if is_run(text) else ("prompt_file", "data", "input")
         flags = ("init_from", "run") if is_model_folder(text) else flags
         return f"{where}: not a preset" + next((f"; write --{flag}={quote(text)}" for flag in flags if flag in own), "")
     near = did_you_mean(Path(text).stem, presets)

@@ -169,9 +169,7 @@ _HINTS = {
         "--repetition_penalty=": "repeat_penalty rep_penalty",
         "--seed=": "random_seed manual_seed sample_seed",
         "--interactive": "chat repl cli",
-        "--score=": "perplexity ppl eval eval_file eval_data evaluate score_file bits_per_byte bpb",
-        "--eval_stride=": "stride ppl_stride window_stride",
-        "--output=jsonl or csv": "format output_format json csv",
+        "--novelty": "memorization memorisation copied plagiarism overlap",
         "--serve": "server web ui gradio api",
     },
     "prepare_data": {

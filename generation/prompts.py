@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,14 +124,21 @@ def print_texts(pieces: Iterable[Piece], prompts: list[str]) -> int:
 
 
 def print_jsonl(
-    pieces: Iterable[Piece], prompts: list[Prompt], num_samples: int, tokenizer: Tokenizer, *, logprobs: bool
+    pieces: Iterable[Piece],
+    prompts: list[Prompt],
+    num_samples: int,
+    tokenizer: Tokenizer,
+    *,
+    logprobs: bool,
+    more: Callable[[str, str], dict[str, Any]] = lambda prompt, text: {},
 ) -> int:
     """Prints each sample as a JSON line once it and all before it have ended, and returns the number of tokens.
 
     Sample i belongs to prompts[i // num_samples]. ids, logprobs and top_logprobs are of tokens that start in the text.
+    more: (prompt, text) → further fields.
     """
     tokens = 0
-    for sample, (text, drawn, reason) in enumerate(_complete_samples(pieces)):
+    for sample, (text, drawn, reason) in enumerate(complete_samples(pieces)):
         prompt = prompts[sample // num_samples]
         line = {"id": prompt.id} if prompt.id is not None else {}
         line |= {"prompt": prompt.text, "sample": sample % num_samples, "text": text, "finish_reason": reason}
@@ -139,6 +146,7 @@ def print_jsonl(
         if logprobs:
             line["logprobs"] = [token.logprob for token in drawn]
             line["top_logprobs"] = [[_top_logprob(tokenizer, *pair) for pair in token.top] for token in drawn]
+        line |= more(prompt.text, text)
         print(json.dumps(line, ensure_ascii=False), flush=True)
         tokens += len(drawn)
     return tokens
@@ -148,7 +156,7 @@ def _top_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, 
     return {"id": token, "text": tokenizer.decode([token]), "logprob": logprob}
 
 
-def _complete_samples(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[Token], str]]:
+def complete_samples(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[Token], str]]:
     """Yields text, tokens and reason of each sample, in the order of samples."""
     texts, tokens, reasons = dict[int, str](), dict[int, list[Token]](), dict[int, str]()
     current = 0

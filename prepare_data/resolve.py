@@ -1,7 +1,8 @@
 """--data: which dataset a name or a path means, prepared first where it is text.
 
 A path that exists as given comes before a dataset of that name in data_dir, and before a source of that name. Where
-both exist, one line says which is taken and why. Entry point: `resolve_data`, for train.py.
+both exist, one line says which is taken and why. Entry points: `resolve_data` for train.py, `training_text` for
+what compares a text with that of a run.
 """
 
 import difflib
@@ -9,9 +10,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from common.option import section_from, show
 from common.tokenizer import Tokenizer
@@ -38,6 +40,43 @@ def resolve_data(
         return _resolve(data, options, tokenizer, flags)
     except OSError as error:  # a folder without permission to read it
         raise UserError(f"--data={data}: {error.filename or data} cannot be read ({error.strerror or error})") from None
+
+
+def training_text(
+    data: str | None, recorded: Mapping[str, Any], tokenizer_file: Path, data_dir: str = PrepareOptions.data_dir
+) -> Dataset:
+    """The dataset that a model was trained on, or the one that `data` names, prepared first where that is text.
+
+    recorded: "dataset" of the run's state.json, {} for a model without a run. tokenizer_file: the model's, for shards
+    of other programs and for text. Raises UserError, which names the option --data.
+    """
+    if data is not None:
+        options = PrepareOptions(tokenizer=str(tokenizer_file), data_dir=data_dir)
+        path, named = Path(data), Path(data_dir) / data
+        folder = next((folder for folder in (path, named) if folder.is_dir() and is_dataset(folder)), None)
+        dataset = open_dataset(folder, options.tokenizer) if folder else resolve_data(data, options)
+        if recorded and dataset.fingerprint != recorded.get("fingerprint"):
+            print(f"note: {dataset.folder} is not the dataset that this model was trained on")
+        return dataset
+    if not recorded.get("path"):
+        raise UserError(
+            "it is not known which text this model was trained on: name it with --data=PATH, a dataset or the text"
+        )
+    places = [Path(recorded["path"]), Path(data_dir) / str(recorded.get("name"))]
+    found = [open_dataset(place, str(tokenizer_file)) for place in places if place.is_dir() and is_dataset(place)]
+    for dataset in found:
+        if dataset.fingerprint == recorded.get("fingerprint"):
+            return dataset
+    if found:
+        folder, now, then = found[0].folder, found[0].fingerprint, str(recorded.get("fingerprint"))
+        raise UserError(
+            f"{folder} is no longer the text that this model was trained on (fingerprint {now[:12]}, the run has"
+            f" {then[:12]}); to compare with it as it is now, add --data={quote(str(folder))}"
+        )
+    raise UserError(
+        f"the dataset that this model was trained on, {places[0]}, is gone: name its text, or a dataset made of it,"
+        " with --data=PATH"
+    )
 
 
 def _resolve(data: str, options: PrepareOptions, tokenizer: Tokenizer | None, flags: Collection[str]) -> Dataset:

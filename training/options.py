@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    data: str = path("python_stdlib")
-    """Dataset name or folder, text file or folder (prepared first), or a corpus: python_stdlib, shakespeare."""
     resume: str | None = path(None)
     """Run directory to resume from its last checkpoint (bitwise exact on a CPU)."""
     init_from: str | None = fixed(None, path=True)
@@ -40,7 +38,7 @@ class TrainOptions:
     """Bitwise reproducible training on a GPU, slower; a CPU always is."""
 
     def problems(self) -> list[str]:
-        return [f"--{name}= is empty" for name in ("data", "resume", "init_from") if getattr(self, name) == ""]
+        return [f"--{name}= is empty" for name in ("resume", "init_from") if getattr(self, name) == ""]
 
 
 @dataclass(frozen=True)

@@ -91,12 +91,12 @@ def open_data(
     return dataset
 
 
-def check_size(dataset: Dataset, train: TrainOptions, block_size: int, argv: Sequence[str]) -> None:
+def check_size(dataset: Dataset, data: str, train: TrainOptions, block_size: int, argv: Sequence[str]) -> None:
     """Raises UserError where a split is too small, with the command of `argv` changed so that it works."""
     n_train, n_val = len(dataset.train), len(dataset.val)
     if n_train > block_size and n_val >= 2:
         return
-    small = f"{train.data} is too small: {n_train:,} tokens to train on and {n_val:,} to evaluate on"
+    small = f"{data} is too small: {n_train:,} tokens to train on and {n_val:,} to evaluate on"
     usable = [size for size in range(MIN_CONTEXT, min(block_size, n_train)) if train.tokens_per_step % size == 0]
     if n_val < 2 or not usable:
         raise UserError(

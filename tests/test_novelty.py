@@ -1,0 +1,213 @@
+"""sample.py --novelty: marks, lists and fields; which dataset is compared with; errors that name the next command."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+
+import sample
+from checkpoint import save_checkpoint
+from common.tokenizer import char_tokenizer
+from common.weights import export_weights
+from errors import UserError
+from generation import novelty as output
+from generation.text import Piece
+from model import GPT, GPTConfig
+from prepare_data import PrepareOptions
+from prepare_data.novelty import Novelty
+from prepare_data.passage_index import INDEX
+from prepare_data.pipeline import make_corpus, prepare
+from terminal import print_marked
+
+SENTENCE = "Anna sees a cat 3 times today. "
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, small_text):
+    """A folder with data/notes, made of small_text, and runs/notes, a model of random weights trained on it."""
+    monkeypatch.chdir(tmp_path)
+    dataset = prepare(make_corpus("text", str(small_text), PrepareOptions()), PrepareOptions(vocab_size=300), "notes")
+    tokenizer = dataset.tokenizer
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
+    config = replace(config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    facts = {"name": dataset.name, "path": str(dataset.folder.resolve()), "fingerprint": dataset.fingerprint}
+    content = {"model": export_weights(GPT(config)), "config": config.to_dict(), "tokenizer": tokenizer.to_dict()}
+    save_checkpoint(tmp_path / "runs" / "notes", 5, **content, optimizer={}, state={"dataset": facts})
+    return tmp_path
+
+
+def start(capsys, *flags):
+    """The output of sample.py on the run's model."""
+    capsys.readouterr()
+    assert sample.main(["--run=runs/notes", "--max_new_tokens=20", "--novelty", "--threads=1", *flags]) == 0
+    return capsys.readouterr()
+
+
+def says(monkeypatch, *texts):
+    """Makes the model write these samples."""
+    pieces = [Piece(i, part, (), None) for i, text in enumerate(texts) for part in re.findall(r"..?", text, re.DOTALL)]
+    pieces += [Piece(i, "", (), "length") for i in range(len(texts))]
+    monkeypatch.setattr(sample, "stream_texts", lambda *_, **__: iter(pieces))
+
+
+COPIED = "Ben takes two trees 5.\nCleo"  # stands in small_text, 6 words
+
+
+def test_a_pipe_gets_the_samples_alone(home, capsys, monkeypatch, small_text):
+    says(monkeypatch, f" xx {COPIED} yy", "nothing of that")
+    out, err = start(capsys, "--num_samples=2", "--prompt=Anna")
+    assert out == f"Anna xx {COPIED} yy\n---\nAnnanothing of that\n"
+    share = len(COPIED) / len(f" xx {COPIED} yy")
+    assert f"sample 1: {share:.1%} of {len(COPIED) + 7} characters copied\n  6 words: " in err
+    assert '"Ben takes two trees 5.⏎Cleo"' in err
+    assert "sample 2: 0.0% of 15 characters copied\n" in err
+    overall = len(COPIED) / (len(COPIED) + 7 + 15)
+    assert f"in passages of 6 words or more: {overall:.1%}; of the val split " in err
+    assert re.search(r"the longest passage has 6 words .*sätze 1\.txt, line \d+:\n  ….*\[\[Ben takes", err)
+    [line] = re.findall(r"sätze 1\.txt, line (\d+):", err)
+    lines = small_text.read_text("utf-8").split("\n")
+    assert lines[int(line) - 1] == COPIED.split("\n")[0]
+
+
+def test_shorter_passages_count_where_that_is_asked_for(home, capsys, monkeypatch):
+    says(monkeypatch, "zz two trees zz")
+    assert "0.0% of 15 characters copied" in start(capsys).err
+    assert f"{9 / 15:.1%} of 15 characters copied" in start(capsys, "--novelty_words=2").err
+
+
+def test_the_prompt_is_not_counted(home, capsys, monkeypatch):
+    says(monkeypatch, " takes zz")
+    err = start(capsys, "--prompt=Anna sees the moon 4.\nBen", "--novelty_words=1").err
+    assert f"{5 / 9:.1%} of 9 characters copied" in err
+
+
+def test_json_lines_have_the_share_and_the_passages(home, capsys, monkeypatch):
+    says(monkeypatch, f"xx {COPIED} yy", "none")
+    lines = [json.loads(line) for line in start(capsys, "--num_samples=2", "--output=jsonl").out.splitlines()]
+    assert [line["copied"] for line in lines] == [round(len(COPIED) / (len(COPIED) + 6), 4), 0]
+    [passage] = lines[0]["passages"]
+    assert lines[0]["text"][passage["start"] : passage["end"]] == COPIED
+    assert passage["words"] == 6
+    assert "sätze 1.txt, line" in passage["source"]
+    assert lines[1]["passages"] == []
+
+
+def test_a_terminal_shows_them_underlined(home, capsys, monkeypatch):
+    says(monkeypatch, f"xx {COPIED} yy\x1b[31m")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    out = start(capsys, "--prompt=Anna").out
+    first, second = COPIED.split("\n")
+    assert out == f"Annaxx \x1b[4;36m{first}\x1b[0m\n\x1b[4;36m{second}\x1b[0m yy␛[31m\n"
+
+
+@pytest.mark.parametrize(("variable", "mark"), [("TERM", "[[b]]"), ("NO_COLOR", "\x1b[4mb\x1b[0m")])
+def test_marks_without_colors(capsys, monkeypatch, variable, mark):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(variable, "dumb")
+    print_marked("abcd", [(1, 2), (1, 2)])
+    assert capsys.readouterr().out == f"a{mark}cd"
+
+
+def test_the_listed_passages_are_the_longest(home, capsys, monkeypatch):
+    says(monkeypatch, " zz ".join(["two trees"] * 7 + [COPIED]))
+    err = start(capsys, "--novelty_words=2").err
+    assert err.count("\n  2 words:") == output.MAX_LISTED - 1
+    assert "\n  6 words:" in err
+    assert "\n  and 3 shorter passages" in err
+
+
+# ---- which dataset
+
+
+def bad(capsys, *flags):
+    capsys.readouterr()
+    with pytest.raises(UserError) as error:
+        sample.main(["--run=runs/notes", "--novelty", "--threads=1", "--max_new_tokens=5", *flags])
+    assert capsys.readouterr().out == "", "the error comes before any text"
+    return str(error.value)
+
+
+def flag_of(message):
+    return next(word for word in shlex.split(message) if word.startswith("--data=")).rstrip(",.;)")
+
+
+def test_a_dataset_that_was_moved_with_the_project_is_found(home, capsys, monkeypatch):
+    shutil.move(home / "data", home / "elsewhere")
+    monkeypatch.chdir(home / "elsewhere")
+    shutil.move(home / "elsewhere/notes", home / "elsewhere/data/notes")
+    shutil.move(home / "runs", home / "elsewhere/runs")
+    assert "copied" in start(capsys).err
+
+
+def test_a_dataset_that_is_gone(home, capsys):
+    shutil.move(home / "data/notes", home / "moved")
+    message = bad(capsys)
+    assert re.search(r"--novelty: the dataset .*notes, is gone: .*--data=PATH", message)
+    assert "copied" in start(capsys, "--data=moved").err
+
+
+def test_a_dataset_that_has_changed(home, capsys, small_text):
+    shutil.rmtree(home / "data/notes")
+    (home / "other.txt").write_text(small_text.read_text("utf-8")[:20_000], encoding="utf-8")
+    prepare(make_corpus("text", "other.txt", PrepareOptions()), PrepareOptions(tokenizer="char"), "notes")
+    message = bad(capsys)
+    assert "no longer the text that this model was trained on" in message
+    err = start(capsys, flag_of(message)).err
+    assert "is not the dataset that this model was trained on" in err
+    assert "copied" in err
+
+
+def test_a_model_folder_alone_needs_to_be_told(home, capsys, small_text):
+    model = home / "exported"
+    shutil.move(home / "runs/notes/checkpoints/step-00000005/model", model)
+    assert "--data=PATH" in bad(capsys, f"--run={model}")
+    assert "copied" in start(capsys, f"--run={model}", "--data=notes").err
+    out, err = start(capsys, f"--run={model}", f"--data={small_text}")  # the text itself is prepared
+    assert "prepared data" in err
+    assert "prepared" not in out
+
+
+def test_a_text_that_does_not_exist(home, capsys):
+    assert re.search("--data=nowhere: no dataset, file or folder", bad(capsys, "--data=nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data=notes", "--novelty=false"], "--data=notes has no effect with novelty=false: add --novelty=true"),
+        (["--novelty_words=3", "--novelty=false"], "--novelty_words=3 has no effect with novelty=false"),
+        (["--inspect=out.html"], "remove --prompts, --interactive, --num_samples, --output and --novelty"),
+        (["--novelty_words=0"], "whole number >= 1"),
+    ],
+)
+def test_flags_that_contradict_each_other(home, capsys, flags, message):
+    assert message in bad(capsys, *flags)
+
+
+def test_the_yardstick_is_cut_into_pieces_as_long_as_the_samples(home):
+    from prepare_data.shards import open_dataset
+
+    novelty = Novelty(open_dataset("data/notes"), 3)
+    short, long = novelty.yardstick(200), novelty.yardstick(1000)
+    assert short.pieces > long.pieces > 1
+    assert 0.7 * 200 < short.characters / short.pieces < 1.3 * 200
+    assert 0.7 * 1000 < long.characters / long.pieces < 1.3 * 1000
+    assert long.share > 0.5  # sentences of the same few words
+    assert novelty.yardstick(10**9).pieces == 1
+    assert (home / "data/notes" / INDEX).is_file()
+
+
+def test_characters_that_the_tokenizer_lacks_do_not_matter(home):
+    """Text is compared, not ids."""
+    from prepare_data.shards import open_dataset
+
+    novelty = Novelty(open_dataset("data/notes"), 3)
+    [copied] = novelty.check([("", "世 Anna sees a cat 世\ufffd")])
+    assert [found.text for found in copied.passages] == ["Anna sees a cat"]
+    assert char_tokenizer("a").vocab_size == 2

@@ -7,10 +7,11 @@
     python sample.py --novelty                             marks what is copied from the training text
     python sample.py --interactive                         an interactive session, line by line
     python sample.py --inspect=out.html --prompt="Once"    a page of the prompt's attention maps and probabilities
+    python sample.py --score=letters/                      bits per byte of texts, instead of samples
     python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
     python sample.py --help                                every option
 
-Reading order: main, then print_samples, the default of its four modes. The text goes to standard output while it is
+Reading order: main, then print_samples, the default of its five modes. The text goes to standard output while it is
 generated, everything else to standard error.
 """
 
@@ -30,9 +31,12 @@ import io
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from checkpoint import STATE, resolve_model_folder
-from common.hardware import choose_attention, choose_hardware
+from common.hardware import Hardware, choose_attention, choose_hardware
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import newest_run
 from common.tokenizer import Tokenizer
@@ -43,6 +47,7 @@ from generation.prompts import Prompt, encode_prompts, has_trailing_space, print
 from generation.quantize import quantize
 from generation.text import load_model, stream_texts
 from model import GPT
+from prepare_data import TextOptions
 from prepare_data.novelty import Copied, Novelty
 from server.options import ServerOptions
 
@@ -66,24 +71,25 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(run) if run is not None else newest_run(Path("runs"))
     folder = resolve_model_folder(path, script.checkpoint)
     prompts = read_prompts(script)
-    hardware_options = options.section(HardwareOptions)
-    hardware = choose_hardware(hardware_options, generating=True)
-    model, tokenizer = load_model(folder, hardware.device, hardware.dtype)
-    option, head_size = hardware_options.attention, model.config.head_size
-    model.attention = choose_attention(option, hardware.device, hardware.dtype, head_size).value
-    if script.quantize is not None:
-        quantize(model)
+    model, tokenizer, hardware = load_run(folder, script, options.section(HardwareOptions))
     run_options = options.section(RunOptions)
     text = run_options.data if options.origin["data"] == "flag" else None
     novelty = open_novelty(folder, text, script.novelty_words) if script.novelty else None
     title = describe_checkpoint(path, folder, script.checkpoint)
     print(f"{title}; {hardware.describe()}", file=sys.stderr)
-    if prompts == [Prompt("")] and not (server.serve or script.interactive) and (advice := prompt_note(folder)):
+    draws = not (server.serve or script.interactive or script.score)
+    if draws and prompts == [Prompt("")] and (advice := prompt_note(folder)):
         print(advice, file=sys.stderr)
 
-    # ---- one of four modes; each imports its own modules
+    # ---- one of five modes; each imports its own modules
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # Windows writes files in another encoding
+    if script.score:
+        from generation.score import print_scores
+
+        return print_scores(
+            model, tokenizer, script, options.section(TextOptions), hardware.autocast, read_state(folder)
+        )
     if server.serve:
         from server.app import serve
 
@@ -107,6 +113,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrote {script.inspect} (open it in a browser)")
         return 0
     return print_samples(model, tokenizer, prompts, sampling, script, seed, novelty)
+
+
+def load_run(folder: Path, script: SampleScriptOptions, options: HardwareOptions) -> tuple[GPT, Tokenizer, Hardware]:
+    """The model, ready to generate, or to score as training evaluates: float32 weights under autocast."""
+    as_trained = bool(script.score) and script.quantize is None
+    hardware = choose_hardware(options, generating=not as_trained)
+    model, tokenizer = load_model(folder, hardware.device, torch.float32 if as_trained else hardware.dtype)
+    head_size = model.config.head_size
+    model.attention = choose_attention(options.attention, hardware.device, hardware.dtype, head_size).value
+    if script.quantize is not None:
+        quantize(model)
+    return model, tokenizer, hardware
 
 
 def print_samples(
@@ -153,13 +171,17 @@ def read_sampling(options: config.Options) -> tuple[SamplingOptions, int]:
 
 def prompt_note(folder: Path) -> str | None:
     """One line where the model has seen few document beginnings, so that a new document begins in mid-sentence."""
-    state = read_json(folder.parent / STATE) if (folder.parent / STATE).is_file() else {}
-    dataset = state.get("dataset")
+    dataset = read_state(folder).get("dataset")
     prompt = dataset.get("example_prompt") if isinstance(dataset, dict) else None
     if not isinstance(prompt, str):
         return None
     example = quote(prompt)
     return f"note: this model has seen few document beginnings, so a prompt reads better: --prompt={example}"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state.json of the checkpoint that a model folder belongs to; empty without one."""
+    return read_json(folder.parent / STATE) if (folder.parent / STATE).is_file() else {}
 
 
 def run_name(model_folder: Path) -> str:
@@ -170,9 +192,9 @@ def run_name(model_folder: Path) -> str:
 
 def describe_checkpoint(path: Path, folder: Path, which: str) -> str:
     """One line: the checkpoint's path, step and val loss, and whether it is the best or the latest one of a run."""
-    if folder.name != "model" or not (folder.parent / STATE).is_file():
+    state = read_state(folder)
+    if folder.name != "model" or not state:
         return f"model folder {folder}"
-    state = read_json(folder.parent / STATE)
     step, loss = state.get("step"), state.get("val_loss")
     facts = [f"step {step}"]
     is_inside = folder.parent.resolve() in (path.resolve(), *path.resolve().parents)

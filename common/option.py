@@ -95,7 +95,7 @@ class Option:
         """Parses and checks the text of a flag. Raises ValueError with what was expected."""
         word = text.lower()
         if self.repeatable:
-            return () if word == "none" else (unescape(text) if self.escaped else text,)
+            return () if word == "none" else (unescape(text) if self.escaped else self._expanded(text),)
         if text in self.choices:
             return text
         if self.none and word == "none":
@@ -121,7 +121,7 @@ class Option:
         if self.repeatable and isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
             return tuple(value)
         if isinstance(value, str) and (value in self.choices or str in self.kinds):
-            return expand_home(value) if self.path else value
+            return self._expanded(value)
         if isinstance(value, bool) and bool in self.kinds:
             return value
         if isinstance(value, int | float) and not isinstance(value, bool) and self._in_range(value):
@@ -130,6 +130,9 @@ class Option:
             if float in self.kinds and abs(value) <= sys.float_info.max:
                 return float(value)
         return self._refuse(value)
+
+    def _expanded(self, text: str) -> str:
+        return expand_home(text) if self.path else text
 
     def _refuse(self, value: object) -> NoReturn:
         kinds = {int: f"a whole number {self.limits()}", float: f"a number {self.limits()}", str: "text"}
@@ -169,7 +172,8 @@ class Option:
 
 
 def options_of(section: type, derived: bool = False) -> Iterator[Option]:
-    """The options that a section declares, in order. Derived fields are not options; `derived` includes them.
+    """The options of a section, in order; those of a section that it inherits from keep that one as their section.
+    Derived fields are not options; `derived` includes them.
 
     Raises AssertionError on an incomplete declaration.
     """
@@ -194,7 +198,7 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
         )
         option = Option(
             field.name,
-            section,
+            next(owner for owner in section.__mro__ if field.name in inspect.get_annotations(owner)),
             field.default,
             kinds=frozenset(kinds),
             choices=tuple(choices),

@@ -122,6 +122,10 @@ class Tokenizer:
             ) from None
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
+    def unknown(self, text: str) -> set[str]:
+        """The characters of a text that have no ids: none here, where bytes have ids."""
+        return set()
+
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[np.ndarray]:
         """`encode` of each text, on several threads (tiktoken releases the GIL)."""
         threads = num_threads or os.cpu_count() or 1
@@ -179,6 +183,9 @@ class CharTokenizer(Tokenizer):
             advice = "leave them out, or train a new model with --tokenizer=bpe or bytes, which know every character"
             raise UserError(f"the char tokenizer knows {len(self.chars)} characters, but not {shown}; {advice}")
         return ids
+
+    def unknown(self, text: str) -> set[str]:
+        return set(text).difference(self.chars)
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, "name": "char", "eos_id": self.eos_id, "chars": self.chars}

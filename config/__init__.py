@@ -13,12 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common.option import show
+from common.option import option_names, show
 from common.options import HardwareOptions, RunOptions
 from config.loader import HELP, Loader, Options, dump, replace
 from errors import UserError, run_script
 from generation.options import SampleScriptOptions, SamplingOptions
-from prepare_data import PrepareOptions, SourceOptions
+from prepare_data import PrepareOptions, SourceOptions, TextOptions
 from server.options import ServerOptions
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 
@@ -57,6 +57,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelOptions,
     "optimizer and schedule": OptimizerOptions,
     "evaluation and saving": EvalOptions,
+    "reading text": TextOptions,
     "data preparation": PrepareOptions,
     "hardware": HardwareOptions,
     "logging": LoggingOptions,
@@ -69,12 +70,13 @@ SCRIPTS: dict[str, tuple[type, ...]] = {
         ModelOptions,
         OptimizerOptions,
         EvalOptions,
+        TextOptions,
         PrepareOptions,
         HardwareOptions,
         LoggingOptions,
     ),
-    "sample.py": (RunOptions, SampleScriptOptions, SamplingOptions, ServerOptions, HardwareOptions),
-    "prepare_data": (SourceOptions, PrepareOptions),
+    "sample.py": (RunOptions, SampleScriptOptions, SamplingOptions, ServerOptions, TextOptions, HardwareOptions),
+    "prepare_data": (SourceOptions, TextOptions, PrepareOptions),
 }
 
 NEEDS: dict[str, tuple[str, Any]] = {
@@ -88,6 +90,10 @@ NEEDS: dict[str, tuple[str, Any]] = {
     "api_token": ("serve", True),
 }
 """Options that have an effect only with a certain value of another one, in the scripts that have that."""
+
+FOR_SCORES = {"score_eos", "eval_stride", *option_names(TextOptions)}
+"""Options of sample.py that concern --score alone."""
+WITH_SCORE = {"run", "checkpoint", "quantize", "output", "score", *FOR_SCORES, *option_names(HardwareOptions)}
 
 USAGE = {
     "train.py": """
@@ -114,6 +120,7 @@ Samples text from a trained model. Arguments are read from left to right; the la
   python sample.py --novelty                             mark what is copied from the training text
   python sample.py --interactive                         an interactive session, line by line
   python sample.py --inspect=out.html --prompt="Once"    show attention maps, scores, next-token probabilities
+  python sample.py --score=letters/                      bits per byte of each file: how well the model predicts it
   python sample.py --serve                               a page to try prompts, and OpenAI's API, on this machine
 
 Filters apply in this order: repetition penalty, presence and frequency penalties, temperature (0: greedy, later
@@ -151,8 +158,23 @@ def refuse_unused(options: Options) -> None:
         if is_flag and other in values and values[other] != needed:
             flag, without = f"--{name}={show(values[name])}", f"{other}={show(values[other])}"
             found.append(f"{flag} has no effect with {without}: add --{other}={show(needed)}, or leave --{name} out")
+    if options.script == "sample.py":
+        found += unused_with_score(options)
     if found:
         raise UserError("\n".join(found))
+
+
+def unused_with_score(options: Options) -> list[str]:
+    """The flags that have no effect with --score, or without it, as one problem."""
+    scores = bool(options.values["score"])
+    flags = [name for name, origin in options.origin.items() if origin == "flag"]
+    unused = [f"--{name}" for name in flags if (name not in WITH_SCORE if scores else name in FOR_SCORES)]
+    if not unused:
+        return []
+    names = " and ".join([", ".join(unused[:-1]), unused[-1]] if len(unused) > 1 else unused)
+    if scores:
+        return [f"--score scores texts and draws no samples: remove {names}, or remove --score"]
+    return [f"{names} concerns the texts of --score: add --score=FILE, or remove {names}"]
 
 
 def check_command_line(script: str) -> None:

@@ -170,6 +170,9 @@ _HINTS = {
         "--seed=": "random_seed manual_seed sample_seed",
         "--interactive": "chat repl cli",
         "--novelty": "memorization memorisation copied plagiarism overlap",
+        "--score=": "perplexity ppl eval eval_file eval_data evaluate score_file bits_per_byte bpb",
+        "--eval_stride=": "stride ppl_stride window_stride",
+        "--output=jsonl or csv": "format output_format json csv",
         "--serve": "server web ui gradio api",
     },
     "prepare_data": {

@@ -80,6 +80,8 @@ class Loader:
         self.options: dict[str, Option] = {}
         for section in sections.values():
             for option in options_of(section):
+                if option.section is not section:  # inherited from another section of the list
+                    continue
                 assert option.name not in self.options, (
                     f"{option.name} is declared twice, the second time in {section.__name__}"
                 )

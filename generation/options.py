@@ -26,8 +26,9 @@ class SampleScriptOptions:
     """int8: 8-bit weights, on CPUs only; a 124M model generates 1.9 times as fast on two cores, small ones slower."""
     num_samples: Annotated[int, Ge(1)] = 1
     """Samples per prompt, generated in one batch."""
-    output: Literal["text", "jsonl"] = "text"
-    """Print samples as text, or as one JSON object per line with token ids, log-probabilities and finish reason."""
+    output: Literal["text", "jsonl", "csv"] = "text"
+    """Print samples as text, or as one JSON object per line with token ids, log-probabilities and finish reason. With
+    --score: a table, a JSON object per token with its nats, or the table as csv."""
     interactive: bool = False
     """Interactive session: the model continues each line that you type; /help lists its commands."""
     novelty: bool = False
@@ -36,6 +37,14 @@ class SampleScriptOptions:
     """Shortest passage that --novelty marks, in words."""
     inspect: str | None = path(None)
     """Write an HTML page with the attention maps, scores and next-token probabilities of the prompt; no samples."""
+    score: tuple[str, ...] = path(())
+    """Score texts instead of sampling: bits per byte and nats a token of a file, of each file of a folder or a quoted
+    glob, or of standard input (-); with --separator of each document. May be given several times."""
+    score_eos: bool = True
+    """Count the end-of-sequence token after each scored document, as the val loss does; false suits excerpts."""
+    eval_stride: Annotated[int, Ge(1)] | None = None
+    """How many tokens the window of --score moves on, at most block_size (none: that, as in the val loss). A smaller
+    stride sees each token with at least block_size - stride tokens of context; its time is block_size / stride fold."""
 
     def problems(self) -> list[str]:
         found = []
@@ -57,6 +66,10 @@ class SampleScriptOptions:
                 "--inspect shows one prompt and draws no samples: use --prompt or --prompt_file, and remove --prompts, "
                 "--interactive, --num_samples, --output and --novelty"
             )
+        if "" in self.score:
+            found.append("--score= is empty; give a file, a folder, a glob in quotes, or - for standard input")
+        if self.output == "csv" and not self.score:
+            found.append("--output=csv is the table of --score: add --score=FILE, or use --output=jsonl for samples")
         return found
 
 

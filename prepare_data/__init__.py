@@ -19,7 +19,25 @@ SOURCES = ("text", "shakespeare", "python_stdlib")
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
+class TextOptions:
+    """How text files are read: by preparation, and by sample.py for a text that it scores."""
+
+    encoding: str = "utf-8"
+    """Encoding of the text files: utf-8, cp1252, gb18030, utf-16, … or auto: decided for each file, with a note of what
+    was found. A byte order mark is removed."""
+    exclude: tuple[str, ...] = ()
+    """Leaves out files and folders of the text folder: a name, a path or a pattern, such as drafts/ or '*.log'. May be
+    repeated. Images, archives, documents that are not plain text and hidden files are left out anyway."""
+    separator: str | None = escaped(None)
+    r"""Ends a document within a file; \n, \t and \\ are escapes: '\n' is one document per line. none: one per file."""
+
+    def problems(self) -> list[str]:
+        empty = self.separator == ""
+        return ["--separator must not be empty; use none for one document per file"] if empty else []
+
+
+@dataclass(frozen=True)
+class PrepareOptions(TextOptions):
     """How text becomes tokens. train.py has the same options, for a text that it prepares itself."""
 
     tokenizer: str = path("bpe")
@@ -29,14 +47,6 @@ class PrepareOptions:
     their own."""
     split_pattern: Literal["gpt4o", "gpt2"] = "gpt4o"
     """Regular expression that splits text before byte pairs are merged: GPT-4o's or GPT-2's."""
-    encoding: str = "utf-8"
-    """Encoding of the text files: utf-8, cp1252, gb18030, utf-16, … or auto: decided for each file, with a note of what
-    was found. A byte order mark is removed."""
-    exclude: tuple[str, ...] = ()
-    """Leaves out files and folders of the text folder: a name, a path or a pattern, such as drafts/ or '*.log'. May be
-    repeated. Images, archives, documents that are not plain text and hidden files are left out anyway."""
-    separator: str | None = escaped(None)
-    r"""Ends a document within a file; \n, \t and \\ are escapes: '\n' is one document per line. none: one per file."""
     split: Literal["auto", "documents", "tail"] = "auto"
     """Validation split: whole documents, chosen by hash, or the tail of the text. auto: documents where they come near
     val_fraction, with 20 or more of them."""
@@ -48,12 +58,9 @@ class PrepareOptions:
     """Folder for datasets and downloads."""
 
     def problems(self) -> list[str]:
-        found = []
-        if self.separator == "":
-            found.append("--separator must not be empty; use none for one document per file")
         if self.tokenizer == "bpe" and self.vocab_size < 257:
-            found.append(f"--vocab_size={self.vocab_size}: bpe needs at least 257, for 256 bytes and end-of-sequence")
-        return found
+            return [f"--vocab_size={self.vocab_size}: bpe needs at least 257, for 256 bytes and end-of-sequence"]
+        return []
 
 
 @dataclass(frozen=True)

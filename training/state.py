@@ -81,6 +81,7 @@ class TrainState:
         self.average = average
         self.progress = Progress()
         self.val_loss: float | None = None  # of the current step
+        self.val_bits_per_byte: float | None = None
         self.is_best = False  # whether the current step has the lowest val loss so far
         self.saved_step: int | None = None
 
@@ -126,7 +127,7 @@ class TrainState:
         progress.step += 1
         if self.average is not None:
             self.average.update(progress.step)
-        self.val_loss, self.is_best = None, False
+        self.val_loss, self.val_bits_per_byte, self.is_best = None, None, False
         if math.isfinite(loss) and math.isfinite(grad_norm):
             progress.skipped = 0
             progress.log_loss, progress.log_count = progress.log_loss + loss, progress.log_count + 1
@@ -179,7 +180,8 @@ class TrainState:
             progress.history.append(entry)
             if self.is_best:
                 progress.best = [asdict(kind) for kind in result.compared]
-        progress.evaluated_step, self.val_loss = self.step, result.loss
+        progress.evaluated_step = self.step
+        self.val_loss, self.val_bits_per_byte = result.loss, result.bits_per_byte
         return train_loss
 
     def save_is_due(self, interval: int | None) -> bool:
@@ -200,6 +202,7 @@ class TrainState:
         state = {
             "progress": asdict(self.progress),
             "val_loss": self.val_loss if self.is_trained else None,  # random weights are never the best ones
+            "val_bits_per_byte": self.val_bits_per_byte if self.is_trained else None,
             "samples": samples,
             "tokens": samples * self.model.config.block_size,
             "dataset": {
@@ -248,6 +251,7 @@ class TrainState:
             load_optimizer_tensors(self.optimizer, self.model, tensors)
             self.progress = Progress(**saved.state["progress"])
             self.val_loss, before = saved.state["val_loss"], {"compiler": "none", **saved.state["environment"]}
+            self.val_bits_per_byte = saved.state.get("val_bits_per_byte")  # later than the first checkpoints
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{saved.path}: its state is not in this version's format ({error}); "

@@ -24,8 +24,16 @@ from prepare_data.sources.text_file import TextFile
 
 def corpus(source: str, encoding: str = "utf-8", separator: str | None = None, exclude: Sequence[str] = ()) -> Corpus:
     """The text of a path, a glob, or - for standard input. Raises UserError, also while its pieces are read."""
+    text = open_text(source, encoding, separator, exclude)
+    return Corpus(name_of(source) or "text", name_of_pipe(source) or readable(source), text.pieces, text.notes)
+
+
+def open_text(
+    source: str, encoding: str = "utf-8", separator: str | None = None, exclude: Sequence[str] = ()
+) -> "TextFiles":
+    """The files of a path, a glob, or - for standard input. Raises UserError, also while their pieces are read."""
     check_encoding(encoding)
-    name, skipped = name_of(source) or "text", []
+    skipped = list[str]()
     if pipe := name_of_pipe(source):
         files = [TextFile(pipe, None, spooled(source))]
     else:
@@ -38,8 +46,7 @@ def corpus(source: str, encoding: str = "utf-8", separator: str | None = None, e
             TextFile(readable(path), None if single else path.relative_to(listing.base).as_posix(), path)
             for path in listing.files
         ]
-    text = _Text(files, encoding, separator, skipped)
-    return Corpus(name, pipe or readable(source), text.pieces, text.notes)
+    return TextFiles(files, encoding, separator, skipped)
 
 
 def exists(source: str) -> bool:
@@ -86,8 +93,8 @@ def _nothing(source: str, skipped: list[str]) -> str:
 
 
 @dataclass
-class _Text:
-    """The files of a corpus, and what was found about them when they were read."""
+class TextFiles:
+    """The files of a source, and what was found about them when they were read: notes, filled in by a whole pass."""
 
     files: list[TextFile]
     encoding: str
@@ -98,10 +105,14 @@ class _Text:
     """What a file was found to be in, by its name; with --encoding=auto, what it is read in."""
 
     def pieces(self) -> Iterator[Piece]:
+        return ((piece, ends) for _, piece, ends in self.pieces_by_file())
+
+    def pieces_by_file(self) -> Iterator[tuple[int, str, bool]]:
+        """The pieces, each after the number of its file. Can be called repeatedly with the same result."""
         auto = self.encoding == "auto"
         odd: dict[str, dict[str, None]] = {}  # what is unusual, with the files where it is
         blank: list[str] = []
-        for file in self.files:
+        for number, file in enumerate(self.files):
             with file.opened() as data:
                 if kind_of(data.read(HEAD)):
                     raise UserError(refusal(self.files, self.encoding))
@@ -115,9 +126,9 @@ class _Text:
                 texts = self._checked(decode(data, encoding, lenient=auto), file, odd)
                 is_blank = True
                 try:
-                    for piece in documents(texts, self.separator):
+                    for piece, ends in documents(texts, self.separator):
                         is_blank = False
-                        yield piece
+                        yield number, piece, ends
                 except NotDecodable:
                     raise UserError(refusal(self.files, self.encoding)) from None
                 if is_blank:

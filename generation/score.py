@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,16 +51,16 @@ class Row:
     def __init__(self, file: str, document: int | None, beginning: str) -> None:
         self.file, self.document, self.beginning = file, document, beginning
         self.nats, self.tokens, self.bytes, self.eos_nats = 0.0, 0, 0, 0.0
-        self.windows = array("d"), array("q")  # nats and bytes
+        self.window_nats, self.window_bytes = array("d"), array("q")
 
-    def add(self, nats: float, tokens: int, n_bytes: int) -> None:
+    def add(self, nats: float, tokens: int, n_bytes: int, eos_nats: float) -> None:
+        """Adds a window. eos_nats: the part of `nats` that is the EOS at the end of the document, which says nothing
+        about the spread within it."""
         self.nats, self.tokens, self.bytes = self.nats + nats, self.tokens + tokens, self.bytes + n_bytes
-        window_nats, window_bytes = self.windows
-        if n_bytes == 0 and window_nats:  # a window that holds the last EOS alone
-            window_nats[-1] += nats
-        else:
-            window_nats.append(nats)
-            window_bytes.append(n_bytes)
+        self.eos_nats += eos_nats
+        if n_bytes:
+            self.window_nats.append(nats - eos_nats)
+            self.window_bytes.append(n_bytes)
 
     @property
     def bits_per_byte(self) -> float:
@@ -71,7 +72,7 @@ class Row:
 
     def standard_error(self) -> float | None:
         """Of bits per byte, as an estimate for more text of the kind, over blocks of windows. None for one window."""
-        return error_of([blocks(*self.windows)])
+        return error_of([blocks(self)])
 
 
 def bits(nats: float, n_bytes: int) -> float:
@@ -79,10 +80,11 @@ def bits(nats: float, n_bytes: int) -> float:
     return nats / math.log(2) / n_bytes if n_bytes else math.nan
 
 
-def blocks(nats: Sequence[float], n_bytes: Sequence[int]) -> Clusters:
-    """Windows in blocks of about equal numbers."""
-    size = block_count(len(nats))
-    return clusters(nats, n_bytes, np.arange(len(nats)) * size // max(1, len(nats)), size)
+def blocks(row: Row) -> Clusters:
+    """Its windows in blocks of about equal numbers."""
+    count = len(row.window_nats)
+    size = block_count(count)
+    return clusters(row.window_nats, row.window_bytes, np.arange(count) * size // max(1, count), size)
 
 
 def clusters(nats: Sequence[float], n_bytes: Sequence[int], places: np.ndarray, size: int) -> Clusters:
@@ -100,14 +102,18 @@ def total_of(rows: Sequence[Row]) -> tuple[Row, float | None]:
     """All rows as one, and its standard error: over documents or blocks of windows, the larger one."""
     total = Row("all", None, "")
     for row in rows:
-        for nats, n_bytes in zip(*row.windows, strict=True):
-            total.add(nats, 0, n_bytes)
-        total.tokens += row.tokens
+        total.nats, total.tokens, total.bytes = (
+            total.nats + row.nats,
+            total.tokens + row.tokens,
+            total.bytes + row.bytes,
+        )
+        total.window_nats += row.window_nats
+        total.window_bytes += row.window_bytes
     ends = np.cumsum([row.bytes for row in rows])
     places = (ends - [row.bytes for row in rows]) * DOCUMENT_CLUSTERS // max(1, total.bytes)
     documents = clusters([row.nats for row in rows], [row.bytes for row in rows], places, DOCUMENT_CLUSTERS)
     whole = [documents] if len(documents.counts) > 1 and documents.effective >= 2 else []
-    return total, error_of([*whole, blocks(*total.windows)])
+    return total, error_of([*whole, blocks(total)])
 
 
 class Scorer:
@@ -142,8 +148,8 @@ class Scorer:
                         raise UserError(NOT_FINITE)
                     if each is not None:
                         each(row, scored)
-                    row.add(nats, len(scored.nats), n_bytes)
-                    row.eos_nats = float(scored.nats[-1]) if scored.targets[-1] == self.tokenizer.eos_id else 0.0
+                    eos_nats = float(scored.nats[scored.targets == self.tokenizer.eos_id].sum())
+                    row.add(nats, len(scored.nats), n_bytes, eos_nats)
                     bar.update(n_bytes)
         self._add_notes()
 
@@ -272,20 +278,20 @@ def print_csv(rows: Sequence[Row]) -> None:
 def print_table(rows: Sequence[Row], state: Mapping[str, Any]) -> None:
     """Prints the rows, their total if there are several, and the val loss in `state`, in columns. On a terminal, names
     are cut to its width."""
-    several_files = len({row.file for row in rows}) > 1
     cells = [cells_of(row, row.standard_error()) for row in rows]
-    names = [name_of(row, several_files) for row in rows]
+    names = names_of(rows)
     if len(rows) > 1:
         cells.append(cells_of(*total_of(rows)))
         names.append("all")
     if state.get("val_loss") is not None:
         cells.append([_number(state.get("val_bits_per_byte")), "", _number(state["val_loss"]), "", ""])
-        names.append(f"for comparison: the run's val loss, step {state.get('step')}")
+        names.append(f"val split, step {state.get('step')}")
     widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+    by_file = rows[0].document is None
     left = shutil.get_terminal_size().columns - sum(widths) - 2 * len(widths) - 1 if sys.stdout.isatty() else None
     for row_cells, name in zip([COLUMNS, *cells], ["text", *names], strict=True):
         shown = "  ".join(cell.rjust(width) for cell, width in zip(row_cells, widths, strict=True))
-        print(f"{shown}  {name if left is None else shortened(name, max(left, 12))}")
+        print(f"{shown}  {name if left is None else shortened(name, max(left, 12), by_file)}")
 
 
 def cells_of(row: Row, error: float | None) -> list[str]:
@@ -297,14 +303,21 @@ def _number(x: float | None) -> str:
     return "" if x is None else "-" if math.isnan(x) else f"{x:.4f}"
 
 
-def name_of(row: Row, with_file: bool) -> str:
-    if row.document is None:
-        return row.file
-    return f"{row.file}:{row.document} {row.beginning}" if with_file else f"{row.document}: {row.beginning}"
+def names_of(rows: Sequence[Row]) -> list[str]:
+    """Of files without the folders that all share; of documents their numbers and first words."""
+    files = {row.file for row in rows}
+    folders = [Path(file).parts[:-1] for file in files]
+    depths = (depth for depth, level in enumerate(zip(*folders, strict=False)) if len(set(level)) > 1)
+    shared = next(depths, min(map(len, folders))) if len(files) > 1 else 0
+    names = []
+    for row in rows:
+        file, document = str(Path(*Path(row.file).parts[shared:])), f"{row.document}: {row.beginning}"
+        names.append(file if row.document is None else f"{file}:{document}" if len(files) > 1 else document)
+    return names
 
 
-def shortened(name: str, width: int) -> str:
-    """The end of a path, or the beginning of a document."""
+def shortened(name: str, width: int, end: bool) -> str:
+    """At most `width` characters: the end of a path, or the beginning of another name."""
     if len(name) <= width:
         return name
-    return name[: width - 1] + "…" if " " in name else "…" + name[1 - width :]
+    return "…" + name[1 - width :] if end else name[: width - 1] + "…"

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from common.options import HardwareOptions
 from common.tokenizer import bytes_tokenizer, char_tokenizer
 from errors import UserError
 from generation.options import SampleScriptOptions
-from generation.score import Scorer
+from generation.score import Row, Scorer, names_of, print_scores, total_of
 from generation.text import load_model
 from model import GPT
 from prepare_data import PrepareOptions, TextOptions
@@ -126,35 +127,57 @@ def test_files_larger_than_a_piece_are_scored_whole(runs, capsys, tmp_path, monk
     assert {**pieces, "beginning": ""} == {**whole, "beginning": ""}
 
 
-def test_it_agrees_with_the_val_loss(tmp_path):
-    """Where windows agree: a split of one document, and a model that does not see the document before, in documents
-    that end with a window."""
-    runs = tmp_path / "runs"
-    save(runs / "one", 1, bytes_tokenizer(), seed=1)
-    save(runs / "masked", 1, bytes_tokenizer(), seed=2, document_mask=True)
-    (tmp_path / "one.txt").write_text(TEXT * 9, encoding="utf-8")
-    (tmp_path / "many.txt").write_text("\n".join(f"line {i:10}" for i in range(10, 70)), encoding="utf-8")
-    for run, name, separator in (("one", "one", None), ("masked", "many", "\n")):
-        prepare = PrepareOptions(tokenizer="bytes", separator=separator, data_dir=str(tmp_path / "data"))
-        dataset = resolve_data(str(tmp_path / f"{name}.txt"), prepare)
-        model, tokenizer = load_model(next((runs / run).glob("checkpoints/*/model")), CPU)
-        hardware = choose_hardware(HardwareOptions(dtype="float32"))
-        val = evaluate(model, dataset.val, tokenizer.token_bytes, autocast=hardware.autocast)
-        ids = dataset.val.read(0, len(dataset.val))
-        text = tokenizer.decode(ids.tolist())
-        if separator:  # 15 bytes and EOS: each document is a window
-            text = "\n".join(text[i : i + 15] for i in range(0, len(text), 15))
-        (tmp_path / "val.txt").write_text(text, encoding="utf-8", newline="")
-        script = SampleScriptOptions(score=(str(tmp_path / "val.txt"),))
-        scorer = Scorer(model, tokenizer, script, TextOptions(separator=separator))
-        scorer.run(hardware.autocast)
-        nats, n_bytes = sum(row.nats for row in scorer.rows), sum(row.bytes for row in scorer.rows)
-        if separator:
-            assert val.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
-            assert val.targets == sum(row.tokens for row in scorer.rows)
-        else:  # the tail of a text begins without EOS, so that its windows are shifted by one token
-            assert val.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=0.02)
-            assert val.targets + 1 == sum(row.tokens for row in scorer.rows)
+class Tokens:
+    def __init__(self, ids):
+        self.ids = np.asarray(ids)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def read(self, start, count):
+        return self.ids[start : start + count]
+
+    def mask(self, start, count):
+        return None
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_the_score_of_a_document_is_the_val_loss_of_a_split_of_it(runs, tmp_path, stride):
+    (tmp_path / "a.txt").write_bytes((TEXT * 20).encode())
+    model, tokenizer = load_model(next((runs / "bytes").glob("checkpoints/*/model")), CPU)
+    autocast = choose_hardware(HardwareOptions(dtype="float32")).autocast
+    split = Tokens([tokenizer.eos_id, *tokenizer.encode(TEXT * 20), tokenizer.eos_id])
+    val = evaluate(model, split, tokenizer.token_bytes, autocast=autocast, stride=stride)
+    script = SampleScriptOptions(score=(str(tmp_path / "a.txt"),), eval_stride=stride)
+    scorer = Scorer(model, tokenizer, script, TextOptions())
+    scorer.run(autocast)
+    [row] = scorer.rows
+    assert (row.bits_per_byte, row.nats_per_token) == pytest.approx((val.bits_per_byte, val.loss), rel=1e-12)
+    assert row.tokens == val.targets
+    if stride is None:  # blocks of windows are blocks of the text; a token is a byte
+        assert row.standard_error() == pytest.approx(val.standard_error / math.log(2), rel=0.02)
+
+
+def test_the_scores_of_documents_are_the_val_loss_of_a_prepared_split(tmp_path):
+    """Where windows agree: documents that end with a window, and a model that does not see the document before."""
+    save(tmp_path / "run", 1, bytes_tokenizer(), seed=2, document_mask=True)
+    (tmp_path / "all.txt").write_text("\n".join(f"line {i:10}" for i in range(10, 70)), encoding="utf-8")
+    prepare = PrepareOptions(tokenizer="bytes", separator="\n", data_dir=str(tmp_path / "data"))
+    dataset = resolve_data(str(tmp_path / "all.txt"), prepare)
+    model, tokenizer = load_model(next((tmp_path / "run").glob("checkpoints/*/model")), CPU)
+    autocast = choose_hardware(HardwareOptions(dtype="float32")).autocast
+    val = evaluate(model, dataset.val, tokenizer.token_bytes, autocast=autocast)
+    text = tokenizer.decode(dataset.val.read(0, len(dataset.val)).tolist())
+    documents = [text[i : i + T - 1] for i in range(0, len(text), T - 1)]  # with its EOS each is a window
+    (tmp_path / "val.txt").write_text("\n".join(documents), encoding="utf-8")
+    scorer = Scorer(
+        model, tokenizer, SampleScriptOptions(score=(str(tmp_path / "val.txt"),)), TextOptions(separator="\n")
+    )
+    scorer.run(autocast)
+    total, error = total_of(scorer.rows)
+    assert (total.bits_per_byte, total.nats_per_token) == pytest.approx((val.bits_per_byte, val.loss), rel=1e-6)
+    assert total.tokens == val.targets
+    assert error > 0
 
 
 # ---- what is read
@@ -220,6 +243,8 @@ def test_characters_that_the_tokenizer_lacks_are_left_out_and_counted(runs, caps
     assert {**one, "file": "", "beginning": ""} == {**other, "file": "", "beginning": ""}
     assert (empty["bits_per_byte"], empty["bytes"], empty["tokens"]) == ("nan", "0", "1")
     assert "a.txt: left out 4 characters that the char tokenizer does not know ('Z' '1')" in output.err
+    bare = rows_of(start(capsys, f"--run={runs / 'char'}", f"--score={tmp_path}", "--output=csv", "--score_eos=false"))
+    assert (bare[-1]["bits_per_byte"], bare[-1]["nats_per_token"], bare[-1]["tokens"]) == ("nan", "nan", "0")
     table = start(capsys, f"--run={runs / 'char'}", f"--score={tmp_path}").out
     assert table.splitlines()[3].split()[0] == "-", "a text without a score comes last"
 
@@ -259,7 +284,50 @@ def test_the_table_is_sorted_and_ends_with_the_total_and_the_val_loss(runs, caps
         np.average(scores, weights=[int(line.split()[4].replace(",", "")) for line in lines]), abs=1e-4
     )
     assert "1.2500" in val
-    assert val.endswith("for comparison: the run's val loss, step 10")
+    assert val.endswith("val split, step 10")
+    assert [line.split()[-1] for line in lines] == [f"{i}.txt" for i in (4, 3, 2, 1, 0)]
+
+
+def test_names_lack_the_folders_that_all_share():
+    def names(*files, document=None):
+        return names_of([Row(str(Path(*file.split("/"))), document, "Once upon") for file in files])
+
+    assert names("a/b/c.txt") == [str(Path("a/b/c.txt"))]
+    assert names("a/b/c.txt", "a/b/d.txt") == ["c.txt", "d.txt"]
+    assert names("a/b/c.txt", "a/d.txt") == [str(Path("b/c.txt")), "d.txt"]
+    assert names("a/b.txt", "standard input", "ab/c.txt") == [
+        str(Path("a/b.txt")),
+        "standard input",
+        str(Path("ab/c.txt")),
+    ]
+    assert names("a/b.txt", "a/b.txt", document=7) == ["7: Once upon"] * 2
+    assert names("a/b.txt", "a/c.txt", document=7) == ["b.txt:7: Once upon", "c.txt:7: Once upon"]
+
+
+def test_on_a_terminal_lines_fit(runs, capsys, tmp_path, monkeypatch):
+    folder = tmp_path / ("a long name of a folder " * 4)
+    folder.mkdir()
+    (folder / "one.txt").write_text("abc\n" + "a document that begins with many words " * 9)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    run, path = f"--run={runs / 'bytes'}", f"--score={folder / 'one.txt'}"
+    files = start(capsys, run, path).out
+    documents = start(capsys, run, path, r"--separator=\n").out
+    for output in (files, documents):
+        assert max(map(len, output.splitlines())) <= 80
+    assert re.search(r"  ….*one\.txt\n", files)
+    assert re.search(r"  2: a document .*…\n", documents)
+
+
+def test_a_separator_of_the_training_text_is_pointed_out(runs, capsys, tmp_path):
+    model, tokenizer = load_model(next((runs / "bytes").glob("checkpoints/*/model")), CPU)
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    script, state = SampleScriptOptions(score=(str(tmp_path / "a.txt"),)), {"options": {"separator": "\n"}}
+    autocast = choose_hardware(HardwareOptions(dtype="float32")).autocast
+    print_scores(model, tokenizer, script, TextOptions(), autocast, state)
+    assert r"prepared with --separator='\n'; add it" in capsys.readouterr().err
+    print_scores(model, tokenizer, script, TextOptions(separator="\n"), autocast, state)
+    assert "separator" not in capsys.readouterr().err
 
 
 def test_the_error_is_that_of_blocks_of_windows(runs, tmp_path):

@@ -152,29 +152,29 @@ def load(script: str, argv: Sequence[str]) -> Options:
 
 def refuse_unused(options: Options) -> None:
     """Raises UserError on flags that have no effect because of the value of another option."""
+    if options.script == "sample.py" and (problem := unused_with_score(options)):
+        raise UserError(problem)
     values, found = options.values, []
     for name, (other, needed) in NEEDS.items():
         is_flag = options.origin.get(name) == "flag" and values[name] is not None
         if is_flag and other in values and values[other] != needed:
             flag, without = f"--{name}={show(values[name])}", f"{other}={show(values[other])}"
             found.append(f"{flag} has no effect with {without}: add --{other}={show(needed)}, or leave --{name} out")
-    if options.script == "sample.py":
-        found += unused_with_score(options)
     if found:
         raise UserError("\n".join(found))
 
 
-def unused_with_score(options: Options) -> list[str]:
-    """The flags that have no effect with --score, or without it, as one problem."""
+def unused_with_score(options: Options) -> str | None:
+    """The problem of flags that have no effect with --score, or without it."""
     scores = bool(options.values["score"])
     flags = [name for name, origin in options.origin.items() if origin == "flag"]
     unused = [f"--{name}" for name in flags if (name not in WITH_SCORE if scores else name in FOR_SCORES)]
     if not unused:
-        return []
+        return None
     names = " and ".join([", ".join(unused[:-1]), unused[-1]] if len(unused) > 1 else unused)
     if scores:
-        return [f"--score scores texts and draws no samples: remove {names}, or remove --score"]
-    return [f"{names} concerns the texts of --score: add --score=FILE, or remove {names}"]
+        return f"--score scores texts and draws no samples: remove {names}, or remove --score"
+    return f"{names} {'concern' if len(unused) > 1 else 'concerns'} --score alone: add --score=FILE, or remove {names}"
 
 
 def check_command_line(script: str) -> None:

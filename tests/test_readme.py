@@ -71,7 +71,8 @@ def run_command(command: str) -> int:
         return run_train(args)
     if script == "sample.py":
         args += ["--port=0"] if "--serve" in args else []
-        return sample_script.main([*args, "--max_new_tokens=5", "--threads=1"])
+        args += [] if any(arg.startswith("--score") for arg in args) else ["--max_new_tokens=5"]
+        return sample_script.main([*args, "--threads=1"])
     module, *args = args
     assert script == "-m", command
     return {"prepare_data": prepare_main, "training.report": report_main}[module](args) or 0

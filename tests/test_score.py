@@ -360,6 +360,8 @@ def test_options_that_contradict_each_other(runs, capsys):
         "--temperature=1",
         "--inspect=x.html",
         "--seed=3",
+        "--novelty",
+        "--logprobs=3",
     ):
         message = bad(capsys, run, "--score=README.md", flag)
         assert "--score scores texts and draws no samples: remove " + flag.partition("=")[0] in message
@@ -367,7 +369,7 @@ def test_options_that_contradict_each_other(runs, capsys):
     assert "remove --prompt and --top_k" in both
     assert len(both.splitlines()) == 1
     for flag in ("--score_eos=false", "--eval_stride=3", "--separator=x", "--encoding=auto", "--exclude=x"):
-        assert f"{flag.partition('=')[0]} concerns the texts of --score: add --score=FILE" in bad(capsys, run, flag)
+        assert f"{flag.partition('=')[0]} concerns --score alone: add --score=FILE" in bad(capsys, run, flag)
     assert "--score= is empty" in bad(capsys, run, "--score=")
     assert "--output=csv is the table of --score" in bad(capsys, run, "--output=csv")
     assert "--eval_stride=17 is more than the model's context" in bad(

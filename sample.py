@@ -67,12 +67,11 @@ def main(argv: list[str] | None = None) -> int:
         print(note, file=sys.stderr)
 
     # ---- checkpoint, prompts, model
-    run = options.section(RunOptions).run
-    path = Path(run) if run is not None else newest_run(Path("runs"))
+    run_options = options.section(RunOptions)
+    path = Path(run_options.run) if run_options.run is not None else newest_run(Path("runs"))
     folder = resolve_model_folder(path, script.checkpoint)
     prompts = read_prompts(script)
     model, tokenizer, hardware = load_run(folder, script, options.section(HardwareOptions))
-    run_options = options.section(RunOptions)
     text = run_options.data if options.origin["data"] == "flag" else None
     novelty = open_novelty(folder, text, script.novelty_words) if script.novelty else None
     title = describe_checkpoint(path, folder, script.checkpoint)
@@ -87,9 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     if script.score:
         from generation.score import print_scores
 
-        return print_scores(
-            model, tokenizer, script, options.section(TextOptions), hardware.autocast, read_state(folder)
-        )
+        reading = options.section(TextOptions)
+        return print_scores(model, tokenizer, script, reading, hardware.autocast, read_state(folder))
     if server.serve:
         from server.app import serve
 

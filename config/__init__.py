@@ -91,7 +91,7 @@ NEEDS: dict[str, tuple[str, Any]] = {
 }
 """Options that have an effect only with a certain value of another one, in the scripts that have that."""
 
-FOR_SCORES = {"score_eos", "eval_stride", *option_names(TextOptions)}
+FOR_SCORES = {"score_end", "eval_stride", *option_names(TextOptions)}
 """Options of sample.py that concern --score alone."""
 WITH_SCORE = {"run", "checkpoint", "quantize", "output", "score", *FOR_SCORES, *option_names(HardwareOptions)}
 

@@ -40,7 +40,7 @@ class SampleScriptOptions:
     score: tuple[str, ...] = path(())
     """Score texts instead of sampling: bits per byte and nats a token of a file, of each file of a folder or a quoted
     glob, or of standard input (-); with --separator of each document. May be given several times."""
-    score_eos: bool = True
+    score_end: bool = True
     """Count the end-of-sequence token after each scored document, as the val loss does; false suits excerpts."""
     eval_stride: Annotated[int, Ge(1)] | None = None
     """How many tokens the window of --score moves on, at most block_size (none: that, as in the val loss). A smaller

@@ -1,7 +1,7 @@
 """Scores texts: bits per byte and nats a token of each file or document, and the nats of every token.
 
 A document is scored on its own, as text that follows an end-of-sequence token (EOS), so that its score depends on
-nothing else. The EOS that ends it is a target too, of no bytes, as in the val loss; --score_eos=false leaves it out.
+nothing else. The EOS that ends it is a target too, of no bytes, as in the val loss; --score_end=false leaves it out.
 Bits per byte = nats / ln 2 / bytes of the text in UTF-8, which can be compared between models of any tokenizer.
 Files are read in pieces, so their size does not matter. Reading order: print_scores, Scorer, Row, the three outputs.
 """
@@ -188,7 +188,7 @@ class Scorer:
                     self.rows.append(row)
                     yield row, eos
                 yield row, self.tokenizer.encode(self._known(text, name))
-                if ends and self.script.score_eos:
+                if ends and self.script.score_end:
                     yield row, eos
                 row = None if ends else row
 
@@ -215,7 +215,7 @@ class Scorer:
             share = max(row.eos_nats / row.nats for row in large)
             self.notes.append(
                 f"the end-of-sequence token is up to {share:.0%} of the nats of short texts ({len(large):,} of"
-                f" {len(self.rows):,}); --score_eos=false leaves it out"
+                f" {len(self.rows):,}); --score_end=false leaves it out"
             )
 
 

@@ -77,7 +77,7 @@ def test_a_score_is_the_definition(runs, capsys, tmp_path, run, stride, eos):
     path = tmp_path / "text.txt"
     path.write_bytes(TEXT.encode())
     pairs = definition(runs / run, TEXT, stride or T, eos)
-    flags = [f"--run={runs / run}", f"--score={path}", f"--score_eos={eos}"]
+    flags = [f"--run={runs / run}", f"--score={path}", f"--score_end={eos}"]
     flags += [] if stride is None else [f"--eval_stride={stride}"]
     [row] = rows_of(start(capsys, *flags, "--output=csv"))
     nats, n_bytes = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
@@ -243,7 +243,7 @@ def test_characters_that_the_tokenizer_lacks_are_left_out_and_counted(runs, caps
     assert {**one, "file": "", "beginning": ""} == {**other, "file": "", "beginning": ""}
     assert (empty["bits_per_byte"], empty["bytes"], empty["tokens"]) == ("nan", "0", "1")
     assert "a.txt: left out 4 characters that the char tokenizer does not know ('Z' '1')" in output.err
-    bare = rows_of(start(capsys, f"--run={runs / 'char'}", f"--score={tmp_path}", "--output=csv", "--score_eos=false"))
+    bare = rows_of(start(capsys, f"--run={runs / 'char'}", f"--score={tmp_path}", "--output=csv", "--score_end=false"))
     assert (bare[-1]["bits_per_byte"], bare[-1]["nats_per_token"], bare[-1]["tokens"]) == ("nan", "nan", "0")
     table = start(capsys, f"--run={runs / 'char'}", f"--score={tmp_path}").out
     assert table.splitlines()[3].split()[0] == "-", "a text without a score comes last"
@@ -256,14 +256,14 @@ def test_notes(runs, capsys, tmp_path):
     assert "the end-of-sequence token is up to" in err
     assert (
         "end-of-sequence"
-        not in start(capsys, f"--run={runs / 'bytes'}", f"--score={tmp_path}", "--score_eos=false").err
+        not in start(capsys, f"--run={runs / 'bytes'}", f"--score={tmp_path}", "--score_end=false").err
     )
 
 
 def test_a_text_of_one_token(runs, capsys, tmp_path):
     (tmp_path / "a.txt").write_text("a")
     flags = f"--run={runs / 'bytes'}", f"--score={tmp_path / 'a.txt'}", "--output=csv"
-    [row], [bare] = rows_of(start(capsys, *flags)), rows_of(start(capsys, *flags, "--score_eos=false"))
+    [row], [bare] = rows_of(start(capsys, *flags)), rows_of(start(capsys, *flags, "--score_end=false"))
     assert (row["tokens"], row["bytes"], row["standard_error"]) == ("2", "1", "")
     assert (bare["tokens"], bare["bytes"]) == ("1", "1")
 
@@ -368,7 +368,7 @@ def test_options_that_contradict_each_other(runs, capsys):
     both = bad(capsys, run, "--score=README.md", "--prompt=a", "--top_k=3")
     assert "remove --prompt and --top_k" in both
     assert len(both.splitlines()) == 1
-    for flag in ("--score_eos=false", "--eval_stride=3", "--separator=x", "--encoding=auto", "--exclude=x"):
+    for flag in ("--score_end=false", "--eval_stride=3", "--separator=x", "--encoding=auto", "--exclude=x"):
         assert f"{flag.partition('=')[0]} concerns --score alone: add --score=FILE" in bad(capsys, run, flag)
     assert "--score= is empty" in bad(capsys, run, "--score=")
     assert "--output=csv is the table of --score" in bad(capsys, run, "--output=csv")

@@ -35,10 +35,10 @@ from torch import Tensor
 from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
+from config.planning import open_data
 from config.start import RunConfig, read_start
 from generation.text import sample_texts
 from model import GPTConfig
-from prepare_data import PrepareOptions
 from training import setup
 from training.budget import Budget, make_budget
 from training.compilation import choose_compile, compile_model
@@ -65,19 +65,20 @@ def train_model(argv: Sequence[str]) -> int:
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
         start = read_start(argv, stack)
-        # ---- hardware: every `auto` is resolved
+        # ---- hardware, then the data; a run with a text and no preset gets its options here, from its plan
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))
+        start, dataset = open_data(start, hardware)
+        if start.options.section(TrainOptions).plan:
+            return 0
+        # ---- every `auto` is resolved
         model_config, attention = start.options.section(GPTConfig), start.options.section(HardwareOptions).attention
         train, evals = start.options.section(TrainOptions), start.options.section(EvalOptions)
         values, reasons = setup.choose_auto(train, model_config, attention, hardware, start.reasons)
         options = config.replace(start.options, **values)
         train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
-        # ---- data
-        prepare, run_options = options.section(PrepareOptions), options.section(RunOptions)
-        dataset = setup.open_data(run_options.data, prepare, start.resumed, start.initial, start.flags)
-        block_size, seed = model_config.block_size, run_options.seed
-        setup.check_size(dataset, run_options.data, train, block_size, start.argv)
+        run_options, block_size = options.section(RunOptions), model_config.block_size
+        seed = run_options.seed
         prompt = choose_prompt(dataset, evals)
         rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
         batches = setup.make_batches(dataset, train, model_config, seed, hardware)

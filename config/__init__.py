@@ -21,6 +21,7 @@ from generation.options import SampleScriptOptions, SamplingOptions
 from prepare_data import PrepareOptions, SourceOptions, TextOptions
 from server.options import ServerOptions
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
+from training.plan import first_values
 
 __all__ = ["HELP", "SCRIPTS", "SECTIONS", "Options", "check_command_line", "dump", "fixed_names", "load", "replace"]
 
@@ -144,10 +145,23 @@ def load(script: str, argv: Sequence[str]) -> Options:
     """The options of a script from its command line. Raises one UserError with all problems; --help exits with 0."""
     resuming = any(arg.startswith("--resume=") for arg in argv)  # a resumed run has its own options
     default_preset = "quickstart" if script == "train.py" and not resuming else None
-    options = _loader.load(script, argv, default_preset=default_preset)
+    if script == "train.py" and needs_plan(argv):
+        options = _loader.load(script, argv, complete=first_values)
+    else:
+        options = _loader.load(script, argv, default_preset=default_preset)
+        if options.values.get("plan"):
+            why = "a resumed run keeps its options" if resuming else "presets and evaluations have none"
+            raise UserError(f"--plan shows the plan of a run that has --data=TEXT and no preset; {why}")
     if not (options.values.get("resume") or options.values.get("init_from")):  # runs that have their own tokenizer
         refuse_unused(options)
     return options
+
+
+def needs_plan(argv: Sequence[str]) -> bool:
+    """Whether a command of train.py names a text and no preset, so that a plan chooses the other options."""
+    names = {arg.partition("=")[0] for arg in argv if arg.lower() not in ("--eval_only=false", "--resume=none")}
+    others = {"--resume", "--eval_only", *HELP}
+    return "--data" in names and names.isdisjoint(others) and not _loader.has_preset(argv)
 
 
 def refuse_unused(options: Options) -> None:

@@ -7,7 +7,7 @@ value_files.py reads presets, advice.py says what to write instead of a wrong ar
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from errors import UserError
 
 T = TypeVar("T")
 # modules in the folder of the presets
-NOT_PRESETS = ("__init__", "advice", "help_text", "hints", "loader", "resume", "start", "value_files")
+NOT_PRESETS = ("__init__", "advice", "help_text", "hints", "loader", "planning", "resume", "start", "value_files")
 HELP = ("--help", "-h", "-help")
 
 
@@ -31,8 +31,8 @@ HELP = ("--help", "-h", "-help")
 class Options:
     """The checked options of one script.
 
-    values: option name → value, section by section. origin: option name → "default", "preset NAME" or "flag". presets:
-    names of the presets, in order. notes: lines to print for the user.
+    values: option name → value, section by section. origin: option name → "default", "preset NAME", "flag" or "plan".
+    presets: names of the presets, in order. notes: lines to print for the user.
     """
 
     script: str
@@ -117,8 +117,12 @@ class Loader:
             raise ValueError(advice)
         return option.parse(setting.value)
 
-    def load(self, script: str, argv: Sequence[str], *, default_preset: str | None = None) -> Options:
-        """Reads presets and flags from left to right; the last one wins, and repeatable flags add up.
+    def load(
+        self, script: str, argv: Sequence[str], *, default_preset: str | None = None,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> Options:  # fmt: skip
+        """Reads presets and flags from left to right; the last one wins, and repeatable flags add up. complete: from
+        the values of the flags to those of other options, which then have the origin "plan".
 
         Raises one UserError with all problems. --help prints and exits with 0.
         """
@@ -159,6 +163,11 @@ class Loader:
         if wants_help and not problems:
             print(self.help(script, values, presets))
             raise SystemExit(0)
+        if complete and problems:
+            refused |= own.keys()
+        elif complete:
+            chosen = complete({name: value for name, value in values.items() if origin[name] == "flag"})
+            values, origin = values | chosen, origin | dict.fromkeys(chosen, "plan")
         if values.get("resume") is not None:  # the rules wait for the run's own options
             refused |= {name for name in own if own[name].section is not own["resume"].section}
         self.check_rules(script, values, problems, refused)
@@ -201,6 +210,9 @@ class Loader:
     def _is_argument(self, arg: str) -> bool:
         """Whether the argument is a flag or a preset, and not the value of the flag before it."""
         return is_flag(arg) or self._find(arg) is not None
+
+    def has_preset(self, argv: Sequence[str]) -> bool:
+        return any(self._find(arg) for arg in argv if not is_flag(arg))
 
     def _find(self, arg: str) -> Path | None:
         """The file of a preset or saved config that an argument names."""

@@ -61,6 +61,11 @@ class Start:
         return re.sub(r"\s+", "_", text)
 
     @property
+    def needs_plan(self) -> bool:
+        """Whether a plan chooses the options that were not given."""
+        return "plan" in self.options.origin.values()
+
+    @property
     def flags(self) -> set[str]:
         """Names of the options given on the command line."""
         return {name for name, origin in self.options.origin.items() if origin == "flag"}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,27 @@ from prepare_data import SOURCES, PrepareOptions, folders
 from prepare_data.pipeline import build, describe, make_corpus, make_request, open_existing
 from prepare_data.shards import Dataset, is_dataset, open_dataset
 from prepare_data.sources import Corpus, text
-from prepare_data.split import count
+from prepare_data.split import Counts, count
 
 BUILT_IN = SOURCES[1:]
 MAX_FILE_NAME = 255  # bytes; systems raise an error for longer ones
 
 
+Chooser = Callable[[Counts], PrepareOptions]
+
+
 def resolve_data(
-    data: str, options: PrepareOptions, tokenizer: Tokenizer | None = None, flags: Collection[str] = ()
-) -> Dataset:
+    data: str, options: PrepareOptions, tokenizer: Tokenizer | None = None, flags: Collection[str] = (),
+    choose: Chooser | None = None,
+) -> Dataset:  # fmt: skip
     """The dataset that --data names: a dataset's folder or name is opened, a text or source is prepared, once.
 
     `tokenizer`, that of existing weights, takes the place of options.tokenizer. `flags`: options given by the user.
+    `choose`: the options of a text that is prepared, by its counts; they take the place of `options`.
     Raises UserError if `data` names nothing, or a dataset that was prepared with another tokenizer.
     """
     try:
-        return _resolve(data, options, tokenizer, flags)
+        return _resolve(data, options, tokenizer, flags, choose)
     except OSError as error:  # a folder without permission to read it
         raise UserError(f"--data={data}: {error.filename or data} cannot be read ({error.strerror or error})") from None
 
@@ -79,7 +84,9 @@ def training_text(
     )
 
 
-def _resolve(data: str, options: PrepareOptions, tokenizer: Tokenizer | None, flags: Collection[str]) -> Dataset:
+def _resolve(
+    data: str, options: PrepareOptions, tokenizer: Tokenizer | None, flags: Collection[str], choose: Chooser | None
+) -> Dataset:
     path = Path(data)
     if not data or any(len(os.fsencode(part)) > MAX_FILE_NAME for part in path.parts):
         raise UserError(_unknown_data(data, options.data_dir))
@@ -100,13 +107,13 @@ def _resolve(data: str, options: PrepareOptions, tokenizer: Tokenizer | None, fl
             print(f"  for that dataset: --data={quote(str(named))}")
         elif data in BUILT_IN:
             print(f"data: {what} is taken: a path that exists comes before Sprout's own text of that name")
-        return _prepare(data, make_corpus("text", data, options), options, tokenizer)
+        return _prepare(data, make_corpus("text", data, options), options, tokenizer, choose)
     if named and not re.match(r"\.[/\\]", data):
         return _open(named, options, tokenizer, flags)
     if text.exists(data):  # a glob
-        return _prepare(data, make_corpus("text", data, options), options, tokenizer)
+        return _prepare(data, make_corpus("text", data, options), options, tokenizer, choose)
     if data in BUILT_IN:
-        return _prepare(data, make_corpus(data, None, options), options, tokenizer)
+        return _prepare(data, make_corpus(data, None, options), options, tokenizer, choose)
     raise UserError(_unknown_data(data, options.data_dir))
 
 
@@ -190,9 +197,12 @@ def log_dataset(dataset: Dataset, prefix: str = "") -> None:
         print(f"data: {sum(check.bytes for check in checks) / 1e9:.1f} GB are checked for damage in the background")
 
 
-def _prepare(data: str, corpus: Corpus, options: PrepareOptions, tokenizer: Tokenizer | None) -> Dataset:
+def _prepare(
+    data: str, corpus: Corpus, options: PrepareOptions, tokenizer: Tokenizer | None, choose: Chooser | None
+) -> Dataset:
     """The dataset of a text in data_dir/NAME-KEY, which is written only once."""
-    counts = count(corpus, options.tokenizer == "char")
+    counts = count(corpus, options.tokenizer == "char" or choose is not None)
+    options = choose(counts) if choose else options
     request = make_request(counts, options, tokenizer)
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
     final = Path(options.data_dir) / f"{folders.safe_name(corpus.name[:60])}-{key}"

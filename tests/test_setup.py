@@ -69,7 +69,7 @@ def test_the_evaluation_of_the_whole_val_split_says_so(small_text, capsys):
 def test_no_note_blames_a_flag_that_was_not_given(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("A short text about a cat and a moon. " * 60)
     flags = ("--max_steps=1", "--tokens_per_step=64", "--block_size=32", "--n_layer=1", "--n_embd=16", "--n_head=2")
-    assert train("--data=short.txt", *flags, "--threads=1", "--sample_tokens=0") == 0
+    assert train("quickstart", "--data=short.txt", *flags, "--threads=1", "--sample_tokens=0") == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
     assert any("vocab_size" in note for note in notes)
     assert any("warmup_steps" in note for note in notes)

@@ -49,19 +49,28 @@ def choose_compile(
         return Choice(False, {})
     if train.compile != "auto":
         return Choice(train.compile, {})
-    obstacle = cpu_obstacle() if kind == "cpu" else f"it was never tried on {kind}"
-    if kind == "cuda":
-        obstacle = triton_obstacle(hardware.device, (7, 0))
+    obstacle = find_obstacle(hardware)
     if obstacle is not None:
         return Choice(False, {"compile": obstacle})
-    if kind == "cpu":
-        is_cached = (cache_folder(hardware.threads) / signature(model, batches[0], hardware)).exists()
-        takes = CPU_CACHED_SECONDS if is_cached else CPU_SECONDS
-        saves = cpu_saves(model.config, hardware.dtype)
-    else:
-        takes, saves = GPU_SECONDS, GPU_SAVES
+    takes, saves = gain(model.config, hardware)
+    if kind == "cpu" and (cache_folder(hardware.threads) / signature(model, batches[0], hardware)).exists():
+        takes = CPU_CACHED_SECONDS
     saved = saves * expected_seconds(train, evals, model, batches, hardware)
     return Choice(saved > takes, {"compile": f"about {saved:,.0f} s saved against {takes:.0f} s of compiling"})
+
+
+def find_obstacle(hardware: Hardware) -> str | None:
+    """Why the step is not compiled unless asked for; None if it may be."""
+    if hardware.device.type == "cuda":
+        return triton_obstacle(hardware.device, (7, 0))
+    return cpu_obstacle() if hardware.device.type == "cpu" else f"it was never tried on {hardware.device.type}"
+
+
+def gain(config: GPTConfig, hardware: Hardware) -> tuple[float, float]:
+    """Seconds that compiling takes, with an empty cache, and the share of an eager step's time that it saves."""
+    if hardware.device.type == "cpu":
+        return CPU_SECONDS, cpu_saves(config, hardware.dtype)
+    return GPU_SECONDS, GPU_SAVES
 
 
 def cpu_saves(config: GPTConfig, dtype: torch.dtype) -> float:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainOptions:
+    plan: bool = False
+    """Print the plan for --data, which chooses all options that are not given, and stop."""
     resume: str | None = path(None)
     """Run directory to resume from its last checkpoint (bitwise exact on a CPU)."""
     init_from: str | None = fixed(None, path=True)

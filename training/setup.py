@@ -24,7 +24,7 @@ from common.weights import build_for_weights, count_parameters, import_weights
 from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
 from prepare_data import PrepareOptions
-from prepare_data.resolve import log_dataset, resolve_data
+from prepare_data.resolve import Chooser, log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
 from training.average import WeightAverage
 from training.compilation import compiler_name
@@ -64,12 +64,15 @@ def choose_auto(
 
 
 def open_data(
-    data: str, prepare: PrepareOptions, resumed: Checkpoint | None, initial: ModelFolder | None, flags: set[str]
-) -> Dataset:
-    """The dataset that --data names, prepared first where it is text. A resumed run must have the same tokens.
-    Raises UserError."""
+    data: str, prepare: PrepareOptions, resumed: Checkpoint | None, initial: ModelFolder | None, flags: set[str],
+    choose: Chooser | None = None,
+) -> Dataset:  # fmt: skip
+    """The dataset that --data names, prepared first where it is text, with the options that `choose` returns for it.
+    A resumed run must have the same tokens. Raises UserError."""
     if resumed is None:
-        dataset = resolve_data(data, prepare, tokenizer_from_dict(initial.tokenizer) if initial else None, flags)
+        dataset = resolve_data(
+            data, prepare, tokenizer_from_dict(initial.tokenizer) if initial else None, flags, choose
+        )
         name, known = prepare.tokenizer, (*PUBLISHED, "bpe", "bytes", "char")
         if "tokenizer" in flags and name in known and name != dataset.tokenizer.name:
             raise UserError(

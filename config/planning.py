@@ -1,0 +1,134 @@
+"""Puts the plan of training/plan.py into the options of a run that has a text and no preset, in two stages: the
+tokenizer, before the text is prepared; everything else from its tokens and from what a step costs on this machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import config
+from common.hardware import Hardware, choose_attention
+from common.option import option_names
+from common.options import HardwareOptions, RunOptions
+from config.start import Start
+from errors import UserError, quote
+from model import GPTConfig
+from prepare_data import PrepareOptions
+from prepare_data.shards import Dataset
+from prepare_data.split import Counts
+from training import plan as rules
+from training import setup
+from training.compilation import find_obstacle, gain
+from training.options import OptimizerOptions, TrainOptions
+from training.plan_lines import describe
+from training.step_cost import StepCost, free_bytes
+
+# Options that existing weights determine, or a prepared dataset.
+TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
+
+
+def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset]:
+    """The dataset that --data names, prepared first where it is text; and the start, with the options of the plan where
+    it needs one, which is printed. Raises UserError."""
+    planning = Planning(start, hardware) if start.needs_plan else None
+    options = start.options if planning is None else planning.options
+    train, attention = options.section(TrainOptions), options.section(HardwareOptions).attention
+    setup.choose_auto(train, options.section(GPTConfig), attention, hardware, {})  # refuses what needs no text
+    choose = None if planning is None or start.initial is not None else planning.prepare
+    prepare = options.section(PrepareOptions)
+    data = options.section(RunOptions).data
+    dataset = setup.open_data(data, prepare, start.resumed, start.initial, start.flags, choose)
+    start = start if planning is None else planning.choose(dataset)
+    setup.check_size(dataset, data, train, start.options.section(GPTConfig).block_size, start.argv)
+    return start, dataset
+
+
+class Planning:
+    """The plan of one run: `prepare` is called with the counts of a text that is prepared, then `choose`."""
+
+    def __init__(self, start: Start, hardware: Hardware) -> None:
+        self.start, self.hardware = start, hardware
+        self.data, self.reasons = start.options.section(RunOptions).data, dict[str, str]()
+        names = set(start.flags)
+        if start.initial is not None:
+            names |= {*TOKENIZER, *option_names(GPTConfig)} - ({"dropout"} - start.flags)
+        self.given = {name: start.options.values[name] for name in names}
+        self.options = config.replace(start.options, **rules.first_values(self.given))
+
+    def prepare(self, counts: Counts) -> PrepareOptions:
+        """How the text is prepared. Raises UserError where it is too short."""
+        if counts.bytes < rules.MIN_BYTES and not self.is_by_hand:
+            raise self._too_short(f"{counts.bytes:,} bytes", f"{rules.MIN_BYTES:,}")
+        text = rules.Text(counts.characters, len(counts.alphabet))
+        values, self.reasons = rules.choose_tokenizer(text, self.given)
+        self.options = config.replace(self.options, **values)
+        return self.options.section(PrepareOptions)
+
+    def choose(self, dataset: Dataset) -> Start:
+        """The start with the options of the plan and their reasons; prints the plan. Raises UserError."""
+        tokens, values = len(dataset.train), self._prepared(dataset)
+        if tokens < rules.MIN_TOKENS and not self.is_by_hand:
+            raise self._too_short(f"{tokens:,} tokens to train on", f"{rules.MIN_TOKENS:,}")
+        cost, startup = self._cost(dataset)
+        facts = rules.Facts(
+            tokens, len(dataset.val), cost, self._describe(dataset), self.hardware.device.type, startup,
+            free_bytes(self.hardware), self.start.initial is not None,
+        )  # fmt: skip
+        plan = rules.choose(facts, self.given)
+        print("\n".join(describe(plan, facts, self.given, self.start.flags)))
+        options = config.replace(self.options, **values, **plan.values)
+        return replace(self.start, options=options, reasons=self.reasons | plan.reasons)
+
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether the user has chosen what short texts need, or weights that exist."""
+        return "block_size" in self.given
+
+    def _too_short(self, found: str, needed: str) -> UserError:
+        flag = f"--data={quote(self.data)}"
+        return UserError(
+            f"{flag}: {found} are too few for a plan, which needs {needed}; readable sentences need some 300,000 bytes."
+            f" To train a model that exists on this text: python train.py --init_from=RUN {flag}."
+            f" To see a tiny model learn it by heart: python train.py debug {flag} --block_size=16"
+        )
+
+    def _prepared(self, dataset: Dataset) -> dict[str, Any]:
+        """How a dataset that was prepared before was prepared, as far as the plan chooses that."""
+        stored = dataset.meta.get("options")
+        if self.start.initial is not None or not isinstance(stored, dict):
+            return {}
+        return {name: stored[name] for name in TOKENIZER if name in stored and name not in self.given}
+
+    def _describe(self, dataset: Dataset) -> str:
+        """The text and its tokens, and why it has this tokenizer."""
+        sizes = [entry.get("bytes") for entry in dataset.meta["shards"]["train"]]
+        size = f"{sum(sizes):,} bytes" if all(isinstance(size, int) for size in sizes) else "shards"
+        tokenizer = dataset.tokenizer
+        why = self.reasons.get("vocab_size") or self.reasons.get("tokenizer")
+        why = why or ("that of the weights" if self.start.initial is not None else "as it was prepared")
+        if "tokenizer" in self.start.flags or "vocab_size" in self.start.flags:
+            why = "as given"
+        name = f"{tokenizer.name} of {tokenizer.vocab_size:,} ids"
+        return f"{size} to train on, {len(dataset.train):,} tokens, {name} ({why})"
+
+    def _cost(self, dataset: Dataset) -> tuple[StepCost, float]:
+        """What a step costs, measured unless the number of steps is given, and the seconds before the first one."""
+        options, hardware = self.options, self.hardware
+        size = {"vocab_size": dataset.tokenizer.vocab_size, "eos_id": dataset.tokenizer.eos_id}
+        context = rules.choose_context(len(dataset.train), self.given)
+        shapes = rules.shapes(context, self.given)
+        own = {name: value for name, value in options.values.items() if name in option_names(GPTConfig)}
+        model = GPTConfig(**{**own, **shapes[0]._asdict(), **size, "dropout": 0.0})
+        attention = options.section(HardwareOptions).attention
+        path = choose_attention(attention, hardware.device, hardware.dtype, model.head_size).value
+        train, (takes, saves) = options.section(TrainOptions), gain(model, hardware)
+        minutes = self.given.get("budget_minutes")
+        seconds = 60 * (rules.PATIENT_MINUTES if minutes is None else minutes)
+        compiles = train.compile
+        if compiles == "auto":
+            compiles = find_obstacle(hardware) is None and saves * seconds > takes
+        cost = StepCost(model, options.section(OptimizerOptions), hardware, path, saves if compiles else 0.0)
+        if self.given.get("max_steps") is None:
+            cost.measure(shapes)
+        return cost, takes if compiles else 0.0

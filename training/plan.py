@@ -1,0 +1,388 @@
+"""The plan of a run without a preset: options that suit the text, the machine and the time. Rules alone: pure functions
+of plain numbers, without torch and without files.
+
+`choose_tokenizer` needs the size of the text alone, `choose` the tokens that it became. Each returns values by option
+name, and a reason for each. What is `given`, by flags or by the weights of --init_from, is obeyed; the rules choose the
+rest around it. The numbers of the rules are the tables at the top. training/step_cost.py measures what a step costs,
+config/planning.py puts the values into the options.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from common.option import show
+from errors import UserError
+
+# ---- The rules as numbers --------------------------------------------------------------------------------------------
+
+VOCABULARY = {125_000: 512, 500_000: 1024, 2_000_000: 2048, 8_000_000: 4096, 32_000_000: 8192, 128_000_000: 16_384,
+              512_000_000: 32_768}  # fmt: skip
+"""Characters of the text from which on bpe has so many ids; shorter texts are bytes."""
+LADDER = ((2, 128), (4, 128), (4, 192), (6, 192), (6, 256), (6, 320), (6, 384), (8, 384), (8, 512), (12, 512),
+          (12, 768), (16, 1024))  # fmt: skip
+"""Layers and width of the shapes."""
+HEAD_SIZE = 64
+CONTEXT = 256
+MIN_WINDOWS = 16  # windows of the context in the train split; a shorter text has a shorter context
+TOKENS_PER_PARAMETER = 4.0  # a model sees at least this many
+MAX_EPOCHS = 40.0
+REGULARIZATION = {0: (0.0, 0.1), 2: (0.0, 0.1), 4: (0.1, 0.2), 8: (0.2, 0.3)}
+"""Dropout and weight decay by epochs, with straight lines in between."""
+ARCHITECTURE = {
+    "positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "bias": False, "tie_embeddings": True,
+}  # fmt: skip
+LEARNING_RATE = {"muon": 3e-3, "adamw": 1e-3, "sgd": 0.1}
+WIDE = 256  # channels from which on Muon's learning rate falls as 1/√width (training/muon.py)
+FINE_TUNING = 1 / 3  # of the learning rate, for weights that are trained already
+BETA2_HALF_LIFE, MIN_BETA2 = 28_000, 0.95  # tokens
+TOKENS_PER_STEP = {"cpu": 2048, "mps": 4096, "cuda": 8192}
+STEPS_PER_TOKEN = 0.7  # a step has 2 * N tokens once the run has this times 2 * N steps: it grows as √tokens of the run
+FEW_STEPS, MIN_STEPS = 300, 100  # with fewer than the first, a step has fewer tokens; the smallest plan has the second
+MAX_ROWS = 512  # of a step
+EVALUATIONS, PATIENT_EVALUATIONS = 10, 30  # of a run; the second without a time budget
+EVALUATION_SHARE, MIN_EVAL_TOKENS = 0.05, 4096  # of the run's time
+FEW_EPOCHS, PATIENCE = 2, 5  # with more epochs, so many evaluations without a better val loss end a run
+OPEN_SCHEDULES = ("wsd", "constant", "inverse_sqrt")  # whose rate does not depend on the length
+PATIENT_MINUTES = 120.0  # without a time budget the shape is one that sees enough tokens in this time
+TRAINING_SHARE = 0.9  # of a time budget; evaluations, samples and checkpoints take the rest
+MIN_BYTES, MIN_TOKENS = 4000, 1000  # of the text, and of its train split
+
+
+def expected_bits_per_byte(facts: Facts, tokens: float) -> float | None:
+    """What such texts reached when they were measured; None as long as there is no table."""
+    return None
+
+
+# ---- What the rules know ---------------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """The options of a model that the rules choose."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    block_size: int
+
+
+class Cost(Protocol):
+    """What models of a shape cost on this machine."""
+
+    def parameters(self, shape: Shape) -> int: ...
+    def step_seconds(self, shape: Shape, tokens: int) -> float: ...
+    def memory_bytes(self, shape: Shape) -> int: ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text before it is prepared. alphabet: number of different characters."""
+
+    characters: int
+    alphabet: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A prepared text and the machine. free_bytes: memory for the training, None where it is not known. fine_tuning:
+    the weights are trained already."""
+
+    train_tokens: int
+    val_tokens: int
+    cost: Cost
+    text: str = ""
+    """The text and its tokenizer, for the user."""
+    device: str = "cpu"
+    startup_seconds: float = 0.0
+    """Before the first step: compiling."""
+    free_bytes: int | None = None
+    fine_tuning: bool = False
+
+
+class Outlook(NamedTuple):
+    """How far a shape comes. seconds: of the run; None where the number of steps is given."""
+
+    shape: Shape
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    seconds: float | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """values and reasons by option name."""
+
+    values: dict[str, Any]
+    reasons: dict[str, str]
+    outlook: Outlook
+    epochs: float
+
+
+# ---- First the tokenizer ---------------------------------------------------------------------------------------------
+
+
+def choose_tokenizer(text: Text, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tokenizer and its size → (values, reasons). Raises UserError for a text that is too short for any."""
+    if given.keys() & {"tokenizer"} and given["tokenizer"] != "bpe":
+        return {}, {}
+    size = max((ids for least, ids in VOCABULARY.items() if text.characters >= least), default=None)
+    reason = f"{text.characters:,} characters"
+    if size is None and not given.keys() & {"tokenizer", "vocab_size", "split_pattern"}:
+        return {"tokenizer": "bytes"}, {"tokenizer": f"{reason}: too few to learn byte pairs from"}
+    size = size or min(VOCABULARY.values())
+    letters = nearest_power(256 + text.alphabet / 2)
+    if letters > size:
+        size, reason = letters, f"{text.alphabet:,} different characters"
+    values = {"tokenizer": "bpe", "vocab_size": min(size, max(VOCABULARY.values()))}
+    reasons = {"tokenizer": "byte pairs of this text: fewer tokens than bytes", "vocab_size": reason}
+    return _without(values, given), _without(reasons, given)
+
+
+def nearest_power(number: float) -> int:
+    """The power of two that is nearest on a logarithmic scale."""
+    return 2 ** round(math.log2(number))
+
+
+def first_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values around what is given before the text is known: they show whether flags contradict each other."""
+    values = choose_freely(Facts(400_000, 40_000, NoCost()), given).values
+    return choose_tokenizer(Text(1_000_000, 100), given)[0] | _without(values, given)
+
+
+class NoCost:
+    """A Cost for first_values."""
+
+    def parameters(self, shape: Shape) -> int:
+        return 12 * shape.n_layer * shape.n_embd**2
+
+    def step_seconds(self, shape: Shape, tokens: int) -> float:
+        return 0.1
+
+    def memory_bytes(self, shape: Shape) -> int:
+        return 0
+
+
+# ---- Then everything else --------------------------------------------------------------------------------------------
+
+
+def choose(facts: Facts, given: Mapping[str, Any]) -> RunPlan:
+    """The plan around what is given. Raises UserError for a time that is too short for any."""
+    _refuse_short_time(facts, given)
+    return choose_freely(facts, given)
+
+
+def choose_freely(facts: Facts, given: Mapping[str, Any]) -> RunPlan:
+    """The same for any time."""
+    outlook = choose_outlook(facts, given)
+    epochs = outlook.tokens / facts.train_tokens
+    values, reasons = dict[str, Any](), dict[str, str]()
+    for part in (_model(outlook), _steps(facts, outlook, given), _optimization(facts, outlook, epochs, given)):
+        values |= part[0]
+        reasons |= part[1]
+    length, why = _length(outlook, epochs, given)
+    values, reasons = _without(values, given) | length, _without(reasons, given) | why
+    return RunPlan(values, reasons, outlook, epochs)
+
+
+def choose_outlook(facts: Facts, given: Mapping[str, Any]) -> Outlook:
+    """The largest shape that sees TOKENS_PER_PARAMETER in the time, of at most MAX_EPOCHS; else the smallest."""
+    outlooks = [look(shape, facts, given) for shape in shapes(choose_context(facts.train_tokens, given), given)]
+    outlooks.sort(key=lambda outlook: outlook.parameters)
+    fitting = [outlook for outlook in outlooks if _fits(outlook, facts)]
+    return fitting[-1] if fitting else outlooks[0]
+
+
+def _fits(outlook: Outlook, facts: Facts) -> bool:
+    has_memory = facts.free_bytes is None or facts.cost.memory_bytes(outlook.shape) <= facts.free_bytes
+    return has_memory and outlook.steps >= MIN_STEPS and outlook.tokens >= TOKENS_PER_PARAMETER * outlook.parameters
+
+
+def _refuse_short_time(facts: Facts, given: Mapping[str, Any]) -> None:
+    """Raises UserError where the time is too short for the smallest model; one that the user has chosen is tried."""
+    minutes = given.get("budget_minutes")
+    if minutes is None or not given.keys().isdisjoint({"n_layer", "n_embd", "max_steps"}):
+        return
+    outlooks = [look(shape, facts, given) for shape in shapes(choose_context(facts.train_tokens, given), given)]
+    shape, tokens, steps, *_ = min(outlooks, key=lambda outlook: outlook.parameters)
+    seconds = facts.cost.step_seconds(shape, tokens)
+    least = MIN_STEPS * seconds + facts.startup_seconds
+    if steps >= MIN_STEPS or 60 * TRAINING_SHARE * minutes >= least:  # the text may be the limit
+        return
+    needed = show(math.ceil(120 * least / TRAINING_SHARE / 60) / 100)  # a fifth more
+    raise UserError(
+        f"--budget_minutes={show(minutes)} is too short for a plan: the smallest ({MIN_STEPS} steps of {tokens:,}"
+        f" tokens, {shape.n_layer} layers, {shape.n_embd} wide) takes about {needed} minutes here; give"
+        f" --budget_minutes={needed} or more, or a number of steps instead: --max_steps=N"
+    )
+
+
+def choose_context(train_tokens: int, given: Mapping[str, Any]) -> int:
+    """Tokens of the context: CONTEXT, or less where the train split has too few. It divides the tokens of a step."""
+    if "block_size" in given:
+        return given["block_size"]
+    sizes = [size for size in (16, 32, 64, 128, CONTEXT) if size <= CONTEXT]
+    if "tokens_per_step" in given:
+        tokens = given["tokens_per_step"] // _rows(given)
+        sizes = [size for size in range(1, CONTEXT + 1) if tokens % size == 0]
+    return max((size for size in sizes if size * MIN_WINDOWS <= train_tokens), default=sizes[0])
+
+
+def _rows(given: Mapping[str, Any]) -> int:
+    """Sequences of which a step's number is a multiple."""
+    rows = given.get("micro_batch_size", "auto")
+    return 1 if rows == "auto" else rows
+
+
+def shapes(context: int, given: Mapping[str, Any]) -> list[Shape]:
+    """The shapes of the ladder with what is given, each once."""
+    found = []
+    for n_layer, width in LADDER:
+        heads = given.get("n_head")
+        unit = 2 * heads if heads else 1  # the rotation needs an even head size
+        n_embd = given.get("n_embd") or unit * math.ceil(width / unit)
+        n_head = heads or choose_heads(n_embd, given.get("n_kv_head") or 1)
+        found.append(Shape(given.get("n_layer", n_layer), n_embd, n_head, context))
+    return list(dict.fromkeys(found))
+
+
+def choose_heads(n_embd: int, kv_heads: int) -> int:
+    """Query heads near HEAD_SIZE that divide the width, of an even size, and a multiple of the key/value heads."""
+    counts = [count for count in range(kv_heads, n_embd // 2 + 1, kv_heads) if n_embd % (2 * count) == 0]
+    return min(counts, key=lambda count: abs(math.log(n_embd / count / HEAD_SIZE)), default=kv_heads)
+
+
+def look(shape: Shape, facts: Facts, given: Mapping[str, Any]) -> Outlook:
+    """The length of a step and of the run with a shape."""
+    minutes, max_steps = given.get("budget_minutes"), given.get("max_steps")
+    seconds = 60 * TRAINING_SHARE * (PATIENT_MINUTES if minutes is None else minutes) - facts.startup_seconds
+
+    def steps_of(tokens: int) -> int:
+        if max_steps is not None:
+            return max_steps
+        in_time = int(seconds / facts.cost.step_seconds(shape, tokens))
+        return max(1, min(in_time, int(MAX_EPOCHS * facts.train_tokens / tokens)))
+
+    tokens = choose_step(shape.block_size, facts, given, steps_of)
+    steps = steps_of(tokens)
+    takes = None if max_steps is not None else steps * facts.cost.step_seconds(shape, tokens) / TRAINING_SHARE
+    return Outlook(shape, tokens, steps, steps * tokens, takes, facts.cost.parameters(shape))
+
+
+def choose_step(context: int, facts: Facts, given: Mapping[str, Any], steps_of: Callable[[int], int]) -> int:
+    """Tokens of a step, whose number of steps is steps_of(tokens)."""
+    if "tokens_per_step" in given:
+        return given["tokens_per_step"]
+    unit = _rows(given) * context
+    sizes = [unit * 2**power for power in range(20) if unit * 2**power <= max(unit, MAX_ROWS * context)]
+    first = TOKENS_PER_STEP.get(facts.device, TOKENS_PER_STEP["cpu"])
+    number = max((i for i, size in enumerate(sizes) if size <= first), default=0)
+    while number > 0 and steps_of(sizes[number]) < FEW_STEPS and given.get("max_steps") is None:
+        number -= 1
+    while number + 1 < len(sizes) and steps_of(sizes[number + 1]) >= STEPS_PER_TOKEN * sizes[number + 1]:
+        number += 1
+    return sizes[number]
+
+
+def _model(outlook: Outlook) -> tuple[dict[str, Any], dict[str, str]]:
+    shape, per_parameter = outlook.shape, outlook.tokens / outlook.parameters
+    size = f"it sees {per_parameter:.1f} tokens a parameter; the next larger one, fewer than {TOKENS_PER_PARAMETER:g}"
+    if per_parameter < TOKENS_PER_PARAMETER:
+        size = f"the smallest one; it sees {per_parameter:.2g} tokens a parameter"
+    reasons = {"n_layer": size, "n_embd": size, "n_head": f"heads of about {HEAD_SIZE} channels"}
+    full = shape.block_size >= CONTEXT
+    reasons["block_size"] = (
+        "measured with texts of all sizes" if full else f"{MIN_WINDOWS} windows to train on, or more"
+    )
+    reasons |= dict.fromkeys(ARCHITECTURE, "learns fast, and programs for the Llama and Qwen3 classes can open it")
+    return {**shape._asdict(), **ARCHITECTURE}, reasons
+
+
+def _steps(facts: Facts, outlook: Outlook, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tokens of a step, evaluations and log lines."""
+    count = PATIENT_EVALUATIONS if _is_patient(given) else EVALUATIONS
+    tokens = max(MIN_EVAL_TOKENS, nearest_power(3 * EVALUATION_SHARE * outlook.tokens / count))
+    values = {
+        "tokens_per_step": outlook.tokens_per_step,
+        "eval_interval": round_down(outlook.steps / count),
+        "eval_tokens": None if tokens >= facts.val_tokens else tokens,
+        "log_interval": min(50, round_down(outlook.steps / 50)),
+    }
+    reasons = {
+        "tokens_per_step": "grows with the square root of the run's tokens",
+        "eval_interval": f"{count} evaluations or some more",
+        "eval_tokens": f"evaluations take about {EVALUATION_SHARE:.0%} of the time at most",
+        "log_interval": "fifty lines or some more",
+    }
+    return values, reasons
+
+
+def _length(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What ends the run, where that is not the time or a number of steps alone. Of the options that are given, a time
+    budget that is longer than the text allows is replaced."""
+    values, reasons = dict[str, Any](), dict[str, str]()
+    if "patience" not in given and (_is_patient(given) or epochs > FEW_EPOCHS):
+        values["patience"], reasons["patience"] = PATIENCE, "the run ends where its val loss has stopped falling"
+    has_patience = {**values, **given}.get("patience") is not None
+    minutes, seconds = given.get("budget_minutes"), outlook.seconds
+    if seconds is None or (minutes is not None and seconds > 0.9 * 60 * minutes):
+        return values, reasons
+    is_open = _is_patient(given) and has_patience and given.get("schedule", "wsd") in OPEN_SCHEDULES
+    values |= {"max_steps": None if is_open else outlook.steps, "budget_minutes": None}
+    why = "patience ends it" if is_open else f"{MAX_EPOCHS:g} epochs: with more, a model memorizes its text"
+    return values, reasons | dict.fromkeys(("max_steps", "budget_minutes"), why)
+
+
+def _is_patient(given: Mapping[str, Any]) -> bool:
+    """Whether only the val loss ends the run."""
+    return given.get("budget_minutes") is None and given.get("max_steps") is None
+
+
+def round_down(number: float) -> int:
+    """1, 2, 5, 10, 20, 50 …: the last one up to `number`, at least 1."""
+    power = 10 ** math.floor(math.log10(max(1, number)))
+    return next(power * first for first in (5, 2, 1) if power * first <= max(1, number))
+
+
+def _optimization(
+    facts: Facts, outlook: Outlook, epochs: float, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    optimizer, steps = given.get("optimizer", "muon"), outlook.steps
+    rate, why = LEARNING_RATE[optimizer], f"measured with {optimizer}"
+    width = outlook.shape.n_embd
+    if optimizer == "muon" and width > WIDE:
+        rate, why = rate * math.sqrt(WIDE / width), "falls as 1/√width"
+    if facts.fine_tuning:
+        rate, why = rate * FINE_TUNING, "a third, since the weights are trained already"
+    rate = max(float(f"{rate:.1e}"), given.get("min_learning_rate", 0.0))
+    warmup = 10 * max(1, min(10, round(steps / 300)))
+    beta2 = max(MIN_BETA2, round(0.5 ** (outlook.tokens_per_step / BETA2_HALF_LIFE), 4))
+    dropout, decay = regularization(epochs)
+    values = {"optimizer": optimizer, "muon_steps": 3, "schedule": "wsd", "learning_rate": rate}
+    values |= {"warmup_steps": warmup, "beta2": beta2, "dropout": dropout, "weight_decay": decay}
+    text = f"{epochs:.2g} epochs"
+    reasons = {"optimizer": "fewest tokens to a loss", "muon_steps": "3 are as good as 5 in small models"}
+    reasons |= {"schedule": "its decay can begin at any step", "learning_rate": why, "dropout": text}
+    reasons |= {"warmup_steps": "a thirtieth of the steps", "weight_decay": text}
+    reasons["beta2"] = f"{outlook.tokens_per_step:,} tokens a step"
+    return values, reasons
+
+
+def regularization(epochs: float) -> tuple[float, float]:
+    """Dropout and weight decay for a number of epochs."""
+    at = sorted(REGULARIZATION)
+    if epochs >= at[-1]:
+        return REGULARIZATION[at[-1]]
+    low = max(number for number in at if number <= epochs)
+    high = at[at.index(low) + 1]
+    share = (epochs - low) / (high - low)
+    (dropout, decay), (more_dropout, more_decay) = REGULARIZATION[low], REGULARIZATION[high]
+    return round(dropout + share * (more_dropout - dropout), 2), round(decay + share * (more_decay - decay), 2)
+
+
+def _without(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in given}

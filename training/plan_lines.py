@@ -1,0 +1,64 @@
+"""The lines that show a plan (training/plan.py) to the user: what was chosen, why, and what flags changed in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from common.option import show
+from training.plan import Facts, RunPlan, choose_freely, expected_bits_per_byte
+
+LENGTH = {"budget_minutes", "max_steps"}  # options: another length is another plan, not a change of it
+MAX_CHANGES = 4  # named in the line about flags
+
+
+def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Collection[str] = ()) -> list[str]:
+    """At most six lines. flags: the names of what the user has given."""
+    values, outlook = {**given, **plan.values}, plan.outlook
+    shape, why = outlook.shape, plan.reasons
+    head = f"plan: {_duration(plan, given)}, {outlook.tokens:,} tokens, {plan.epochs:.2g} epochs"
+    reached = expected_bits_per_byte(facts, outlook.tokens)
+    lines = [head + (f"; such texts reached {reached:.2f} bits per byte" if reached is not None else "")]
+    lines += [f"  text: {facts.text}"] if facts.text else []
+    model = (
+        f"  model: {shape.n_layer} layers, {shape.n_embd} channels, {shape.n_head} heads, context {shape.block_size}"
+    )
+    size = why.get("n_layer") or why.get("n_embd") or "as given"
+    lines.append(f"{model}, {outlook.parameters:,} parameters: {size}")
+    step = f"{outlook.tokens_per_step:,} tokens ({why.get('tokens_per_step', 'as given')})"
+    rate = f"{values['optimizer']} at {show(values['learning_rate'])} ({why.get('learning_rate', 'as given')})"
+    lines.append(f"  steps: {step}, {rate}, {values['schedule']}")
+    held_out = f"{values['eval_tokens']:,} tokens" if values["eval_tokens"] else "the whole val split"
+    lines.append(
+        f"  dropout {show(values['dropout'])}, weight decay {show(values['weight_decay'])}: by the epochs;"
+        f" evaluated every {values['eval_interval']:,} steps on {held_out}"
+    )
+    own = {name: value for name, value in given.items() if name not in flags or name in LENGTH}
+    return lines + _forced(plan, choose_freely(facts, own), given)
+
+
+def _duration(plan: RunPlan, given: Mapping[str, Any]) -> str:
+    outlook = plan.outlook
+    if outlook.seconds is None:
+        return f"{outlook.steps:,} steps"
+    minutes = given.get("budget_minutes")
+    if "max_steps" not in plan.values:
+        return f"about {outlook.steps:,} steps in {minutes:g} minutes"
+    about = f"{outlook.steps:,} steps in about {max(0.1, outlook.seconds / 60):.2g}"
+    if plan.values["max_steps"] is None:
+        return f"until the val loss stops falling, expected within {about} minutes"
+    return f"{about} minutes" if minutes is None else f"{about} of {minutes:g} minutes"
+
+
+def _forced(plan: RunPlan, free: RunPlan, given: Mapping[str, Any]) -> list[str]:
+    """One line that says what else flags have changed, if they have. free: the plan without them."""
+    forced = {name: value for name, value in free.values.items() if name in given and given[name] != value}
+    before = {name: value for name, value in free.values.items() if plan.values.get(name, value) != value}
+    changed = [f"{name}={show(plan.values[name])} (else {show(value)})" for name, value in before.items()]
+    if f"{plan.epochs:.2g}" != f"{free.epochs:.2g}":
+        changed.insert(0, f"{plan.epochs:.2g} epochs (else {free.epochs:.2g})")
+    if not forced or not changed:
+        return []
+    flags = ", ".join(f"--{name}={show(given[name])} (else {show(value)})" for name, value in forced.items())
+    more = f" and {len(changed) - MAX_CHANGES} more" if len(changed) > MAX_CHANGES else ""
+    return [f"  flags: {flags} → {', '.join(changed[:MAX_CHANGES])}{more}"]

@@ -30,6 +30,7 @@ if __name__ == "__main__":  # the same
 import io
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from common.options import HardwareOptions, RunOptions
 from common.run_directory import newest_run
 from common.tokenizer import Tokenizer
 from files import read_json
-from generation.novelty import log, open_novelty, print_checked_jsonl, print_checked_texts, summary
+from generation.novelty import log, open_for_page, open_novelty, print_checked_jsonl, print_checked_texts, summary
 from generation.options import SampleScriptOptions, SamplingOptions
 from generation.prompts import Prompt, encode_prompts, has_trailing_space, print_jsonl, print_texts, read_prompts
 from generation.quantize import quantize
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts = read_prompts(script)
     model, tokenizer, hardware = load_run(folder, script, options.section(HardwareOptions))
     text = run_options.data if options.origin["data"] == "flag" else None
-    novelty = open_novelty(folder, text, script.novelty_words) if script.novelty else None
+    novelty = None if server.serve else open_novelty(folder, text, script)
     title = describe_checkpoint(path, folder, script.checkpoint)
     print(f"{title}; {hardware.describe()}", file=sys.stderr)
     draws = not (server.serve or script.interactive or script.score)
@@ -93,13 +94,12 @@ def main(argv: list[str] | None = None) -> int:
 
         page_seed = seed if options.origin["seed"] == "flag" else None  # None: a new one for each request
         page_defaults = {"prompt": prompts[0].text, "n": script.num_samples, "seed": page_seed}
-        return serve(model, tokenizer, run_name(folder), sampling, server, page_defaults)
+        found = open_for_page(folder, text, script)
+        return serve(model, tokenizer, run_name(folder), sampling, server, page_defaults, found)
     if script.interactive:
         from generation.interactive import interact
 
-        return interact(
-            model, tokenizer, prompts[0].text, lambda flags: read_sampling(config.load("sample.py", [*argv, *flags]))
-        )
+        return interact(model, tokenizer, prompts[0].text, partial(sampling_with, argv), novelty)
     if script.inspect is not None:
         from inspection.page import inspect_prompt, write_page
 
@@ -165,6 +165,11 @@ def print_samples(
 def read_sampling(options: config.Options) -> tuple[SamplingOptions, int]:
     """Sampling options, and the seed."""
     return options.section(SamplingOptions), options.section(RunOptions).seed
+
+
+def sampling_with(argv: list[str], flags: list[str]) -> tuple[SamplingOptions, int]:
+    """The same of a command line to which flags are added."""
+    return read_sampling(config.load("sample.py", [*argv, *flags]))
 
 
 def prompt_note(folder: Path) -> str | None:

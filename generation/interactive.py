@@ -14,9 +14,11 @@ from dataclasses import fields
 from common.tokenizer import Tokenizer
 from errors import UserError
 from generation.engine import END_OF_SEQUENCE, STOP
+from generation.novelty import describe
 from generation.options import SamplingOptions
 from generation.text import prompt_ids, stream_texts
 from model import GPT
+from prepare_data.novelty import Novelty
 
 OPTIONS = [field.name for field in fields(SamplingOptions)]
 HELP = """\
@@ -33,11 +35,14 @@ Type a line and the model continues it; an empty line continues the text. Ctrl-C
 LoadOptions = Callable[[list[str]], tuple[SamplingOptions, int]]  # flags to add → sampling options, seed
 
 
-def interact(model: GPT, tokenizer: Tokenizer, prompt: str, load_options: LoadOptions) -> int:
-    """Reads lines until end of file, returns 0. Raises UserError if `prompt`, the initial text, cannot be encoded."""
+def interact(
+    model: GPT, tokenizer: Tokenizer, prompt: str, load_options: LoadOptions, novelty: Novelty | None = None
+) -> int:
+    """Reads lines until end of file, returns 0. novelty: tells what each answer has copied. Raises UserError if
+    `prompt`, the initial text, cannot be encoded."""
     with suppress(ImportError):  # not on Windows, whose console has line editing of its own
         import readline  # noqa: F401  # gives input() line editing and history
-    session = _Session(model, tokenizer, load_options)
+    session = _Session(model, tokenizer, load_options, novelty)
     print("type /help for help; Ctrl-D quits", file=sys.stderr)
     if prompt:
         print(prompt, end="", flush=True)
@@ -71,8 +76,10 @@ def interact(model: GPT, tokenizer: Tokenizer, prompt: str, load_options: LoadOp
 class _Session:
     """The text so far, as turns: (typed ids, answered ids, number of /retry)."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, load_options: LoadOptions) -> None:
-        self.model, self.tokenizer, self.load_options = model, tokenizer, load_options
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, load_options: LoadOptions, novelty: Novelty | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.load_options, self.novelty = model, tokenizer, load_options, novelty
         self.flags: list[str] = []
         self.sampling, self.seed = load_options([])
         self.turns: list[tuple[list[int], list[int], int]] = []
@@ -138,3 +145,7 @@ class _Session:
         self.ended = reason == END_OF_SEQUENCE
         print(flush=True)
         print(f"({reason}, {len(answer)} tokens)", file=sys.stderr)
+        if self.novelty:
+            given = self.tokenizer.decode(context + typed)
+            [copied] = self.novelty.check([(given, text)])
+            print(describe(copied, self.novelty), file=sys.stderr)

@@ -16,6 +16,7 @@ from checkpoint import STATE, TOKENIZER
 from common.tokenizer import Tokenizer
 from errors import UserError
 from files import read_json
+from generation.options import SampleScriptOptions
 from generation.prompts import Prompt, complete_samples, print_jsonl, print_texts
 from generation.text import Piece
 from prepare_data.novelty import Copied, Novelty
@@ -26,8 +27,11 @@ MAX_LISTED = 5  # passages of one sample
 MAX_QUOTED = 70  # characters of a passage in a list
 
 
-def open_novelty(model_folder: Path, data: str | None, min_words: int) -> Novelty:
-    """What finds copied passages of a model's samples. data: --data, if it was given. Raises UserError."""
+def open_novelty(model_folder: Path, data: str | None, script: SampleScriptOptions) -> Novelty | None:
+    """What finds copied passages of a model's samples; None without --novelty. data: --data, if it was given. Raises
+    UserError."""
+    if not script.novelty:
+        return None
     state = read_json(model_folder.parent / STATE) if (model_folder.parent / STATE).is_file() else {}
     recorded = state.get("dataset")
     with redirect_stdout(sys.stderr):  # standard output is for the samples
@@ -35,7 +39,18 @@ def open_novelty(model_folder: Path, data: str | None, min_words: int) -> Novelt
             dataset = training_text(data, recorded if isinstance(recorded, dict) else {}, model_folder / TOKENIZER)
         except UserError as error:
             raise UserError(f"--novelty: {error}") from None
-        return Novelty(dataset, min_words)
+        return Novelty(dataset, script.novelty_words)
+
+
+def open_for_page(model_folder: Path, data: str | None, script: SampleScriptOptions) -> Novelty | str | None:
+    """The same for a page, which is served without a dataset too, and then says why."""
+    try:
+        return open_novelty(model_folder, data, script)
+    except UserError as error:
+        if data is not None:
+            raise
+        log(f"note: {error}")
+        return str(error)
 
 
 def print_checked_texts(

@@ -66,6 +66,7 @@ class Novelty:
     def __init__(self, dataset: Dataset, min_words: int) -> None:
         self.dataset, self.min_words = dataset, min_words
         self.text = open_train_text(dataset)
+        self._yardsticks: dict[int, Yardstick] = {}
 
     def check(self, texts: Sequence[tuple[str, str]]) -> list[Copied]:
         """texts: each a prompt and what was generated from it. Raises UserError where the dataset is damaged."""
@@ -75,13 +76,16 @@ class Novelty:
         )
 
     def yardstick(self, characters: int) -> Yardstick:
-        """What is copied in pieces of the val split of so many characters. Raises UserError."""
-        pieces = self._pieces(max(MIN_PIECE, characters))
-        checked = [Checked(document) for piece in pieces for document in piece]
-        found = self._reading(lambda: self.text.find(checked))
-        longest = max((passage.words for passages in found for passage in passages), default=0)
-        copied = sum(share(self._long_enough(passages)) for passages in found)
-        return Yardstick(len(pieces), sum(len(text.text) for text in checked), copied, longest)
+        """What is copied in pieces of the val split of about so many characters. Raises UserError."""
+        size = max(MIN_PIECE, int(float(f"{characters:.1g}")))
+        if size not in self._yardsticks:
+            pieces = self._pieces(size)
+            checked = [Checked(document) for piece in pieces for document in piece]
+            found = self._reading(lambda: self.text.find(checked))
+            longest = max((passage.words for passages in found for passage in passages), default=0)
+            copied = sum(share(self._long_enough(passages)) for passages in found)
+            self._yardsticks[size] = Yardstick(len(pieces), sum(len(text.text) for text in checked), copied, longest)
+        return self._yardsticks[size]
 
     def describe(self, source: Source) -> str:
         """Where a passage stands, in words: the file where that is known, else the number of the document."""

@@ -30,6 +30,7 @@ from generation.engine import first_kept
 from generation.options import SamplingOptions
 from generation.text import Piece
 from model import GPT
+from prepare_data.novelty import Novelty
 from server.completions import RequestError, ResponseBuilder, ServedModel, generate_pieces, parse_request
 from server.options import ServerOptions
 from server.queue import Job, Queue
@@ -325,11 +326,13 @@ def serve(
     sampling: SamplingOptions,
     options: ServerOptions,
     page_defaults: Mapping[str, Any],
+    novelty: Novelty | str | None = None,
 ) -> int:
-    """Serves the model until Ctrl-C. `page_defaults`: the page's initial prompt, n and seed. Raises UserError."""
+    """Serves the model until Ctrl-C. `page_defaults`: the page's initial prompt, n and seed. novelty: see ServedModel.
+    Raises UserError."""
     first_kept(0, model.config.block_size, sampling.keep_head)  # raises if keep_head does not fit the model
     queue = Queue()
-    served = ServedModel(name, model, tokenizer, sampling, int(time.time()))
+    served = ServedModel(name, model, tokenizer, sampling, int(time.time()), novelty)
     server = Server(make_app(served, options, queue, page_defaults), queue)
     listening = listen(options)
     host, port = listening.getsockname()[:2]

@@ -22,10 +22,12 @@ from common.options import RunOptions
 from common.tokenizer import Tokenizer
 from errors import UserError
 from generation.engine import LENGTH
+from generation.novelty import fields as novelty_fields
 from generation.options import SampleScriptOptions, SamplingOptions
 from generation.sampling import log_probabilities
 from generation.text import Piece, Token, prompt_ids, stream_texts
 from model import GPT
+from prepare_data.novelty import Novelty
 
 SAMPLING_FIELDS = {  # field of the request → option that declares its type and range
     "max_tokens": "max_new_tokens",
@@ -46,7 +48,8 @@ SAMPLING_FIELDS = {  # field of the request → option that declares its type an
     "logprobs": "logprobs",
 }
 OTHER_FIELDS = (
-    "model", "prompt", "n", "best_of", "seed", "echo", "stream", "stream_options", "suffix", "logit_bias", "user"
+    "model", "prompt", "n", "best_of", "seed", "echo", "stream", "stream_options", "suffix", "logit_bias", "user",
+    "novelty",
 )  # fmt: skip
 OPTIONS = {
     option.name: option
@@ -78,13 +81,15 @@ class RequestError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """The model with its API name, the sampling options of sample.py's flags, and a Unix time."""
+    """The model with its API name, the sampling options of sample.py's flags, and a Unix time. novelty: what finds
+    copied passages, or why there is none; None: it was not asked for."""
 
     name: str
     model: GPT
     tokenizer: Tokenizer
     sampling: SamplingOptions
     created: int
+    novelty: Novelty | str | None = None
 
     def to_dict(self, **page_defaults: Any) -> dict[str, Any]:
         """An entry of /v1/models, with the initial values and limits of the page's settings."""
@@ -102,6 +107,7 @@ class ServedModel:
             "owned_by": "sprout",
             "start": values | page_defaults,
             "limits": limits,
+            "novelty": {"problem": self.novelty} if isinstance(self.novelty, str) else self.novelty and {},
         }
 
 
@@ -124,6 +130,9 @@ class Completion:
     echo: bool
     stream: bool
     include_usage: bool
+    novelty: bool
+    copied: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """With `novelty`, what a sample has copied, from its end on."""
 
 
 # ---- parsing requests ------------------------------------------------------------------------------------------------
@@ -164,7 +173,10 @@ def parse_request(body: bytes, served: ServedModel) -> Completion:
         echo=_flag(fields, "echo"),
         stream=_flag(fields, "stream"),
         include_usage=_flag(stream_options, "include_usage"),
+        novelty=_flag(fields, "novelty"),
     )
+    if completion.novelty and not isinstance(served.novelty, Novelty):
+        raise RequestError(served.novelty or "novelty: start sample.py --serve with --novelty", param="novelty")
     _check_size(completion, served)
     return completion
 
@@ -288,7 +300,15 @@ def generate_pieces(served: ServedModel, request: Completion) -> Generator[Piece
             yield from (Piece(i * request.n + draw, prompt.text, tokens, None) for draw in range(request.n))
     ids = [prompt.ids for prompt in request.prompts for _ in range(request.n)]
     draws = [*range(request.n)] * len(request.prompts)
-    yield from stream_texts(served.model, served.tokenizer, ids, request.options, request.seed, draws=draws)
+    texts = [""] * len(ids)
+    for piece in stream_texts(served.model, served.tokenizer, ids, request.options, request.seed, draws=draws):
+        texts[piece.sample] += piece.text
+        if piece.reason is not None and request.novelty and isinstance(served.novelty, Novelty):
+            given = request.prompts[piece.sample // request.n].text
+            [copied] = served.novelty.check([(given, texts[piece.sample])])
+            held_out = {"held_out": round(served.novelty.yardstick(copied.characters).share, 4)}
+            request.copied[piece.sample] = novelty_fields(copied, served.novelty) | held_out
+        yield piece
 
 
 @torch.inference_mode()
@@ -368,6 +388,7 @@ class ResponseBuilder:
             "logprobs": None if self.request.options.logprobs is None else self._logprobs(tokens),
             "finish_reason": None if reason is None else "length" if reason == LENGTH else "stop",
             "stop_reason": reason,  # an extension: the reason in words
+            **({} if reason is None else self.request.copied.get(sample, {})),  # another one
         }
 
     def _logprobs(self, tokens: Sequence[tuple[Token, int]]) -> dict[str, list[Any]]:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 import sample
 from checkpoint import save_checkpoint
@@ -15,13 +16,19 @@ from common.tokenizer import char_tokenizer
 from common.weights import export_weights
 from errors import UserError
 from generation import novelty as output
-from generation.text import Piece
+from generation.options import SamplingOptions
+from generation.text import Piece, load_model
 from model import GPT, GPTConfig
 from prepare_data import PrepareOptions
 from prepare_data.novelty import Novelty
 from prepare_data.passage_index import INDEX
 from prepare_data.pipeline import make_corpus, prepare
+from prepare_data.shards import open_dataset
+from server import completions
+from server.completions import ServedModel
 from terminal import print_marked
+from tests.test_server import ask, running
+from training.report import main as report_main
 
 SENTENCE = "Anna sees a cat 3 times today. "
 
@@ -67,10 +74,10 @@ def test_a_pipe_gets_the_samples_alone(home, capsys, monkeypatch, small_text):
     assert "sample 2: 0.0% of 15 characters copied\n" in err
     overall = len(COPIED) / (len(COPIED) + 7 + 15)
     assert f"in passages of 6 words or more: {overall:.1%}; of the val split " in err
-    assert re.search(r"the longest passage has 6 words .*sätze 1\.txt, line \d+:\n  ….*\[\[Ben takes", err)
-    [line] = re.findall(r"sätze 1\.txt, line (\d+):", err)
+    assert re.search(r"the longest passage has 6 words .*sätze 1\.txt, line [\d,]+:\n  ….*\[\[Ben takes", err)
+    [line] = re.findall(r"sätze 1\.txt, line ([\d,]+):", err)
     lines = small_text.read_text("utf-8").split("\n")
-    assert lines[int(line) - 1] == COPIED.split("\n")[0]
+    assert lines[int(line.replace(",", "")) - 1] == COPIED.split("\n")[0]
 
 
 def test_shorter_passages_count_where_that_is_asked_for(home, capsys, monkeypatch):
@@ -120,6 +127,94 @@ def test_the_listed_passages_are_the_longest(home, capsys, monkeypatch):
     assert err.count("\n  2 words:") == output.MAX_LISTED - 1
     assert "\n  6 words:" in err
     assert "\n  and 3 shorter passages" in err
+
+
+def test_an_interactive_answer_is_followed_by_what_it_has_copied(home, capsys, monkeypatch):
+    lines = iter(["Anna sees the moon 4."])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    pieces = [Piece(0, f"\n{COPIED} zz", (), None), Piece(0, "", (), "length")]
+    monkeypatch.setattr("generation.interactive.stream_texts", lambda *_, **__: iter(pieces))
+    err = start(capsys, "--interactive").err
+    assert f"{len(COPIED) / (len(COPIED) + 4):.1%} of {len(COPIED) + 4} characters copied\n  6 words: " in err
+
+
+# ---- the server and the report
+
+
+def test_the_server_answers_with_what_a_sample_has_copied(home, monkeypatch):
+    model, tokenizer = load_model(home / "runs/notes/checkpoints/step-00000005/model", torch.device("cpu"))
+    novelty = Novelty(open_dataset("data/notes"), 6)
+    served = ServedModel("notes", model, tokenizer, SamplingOptions(), 0, novelty)
+    pieces = [Piece(i, f" zz {COPIED}"[: 40 * i], (), None) for i in (0, 1)] + [
+        Piece(i, "", (), "length") for i in (0, 1)
+    ]
+    monkeypatch.setattr(completions, "stream_texts", lambda *_, **__: iter(pieces))
+    with running(served) as (url, _):
+        status, _, content = ask(url, "POST", body={"prompt": "Anna", "n": 2, "max_tokens": 5, "novelty": True})
+        assert status == 200
+        none, some = content["choices"]
+        assert (none["copied"], none["passages"]) == (0, [])
+        assert some["copied"] == round(len(COPIED) / (len(COPIED) + 4), 4)
+        assert some["held_out"] == round(novelty.yardstick(40).share, 4)
+        [passage] = some["passages"]
+        assert some["text"][passage["start"] : passage["end"]] == COPIED
+        assert "line" in passage["source"]
+        _, _, without = ask(url, "POST", body={"prompt": "Anna", "n": 2, "max_tokens": 5})
+        assert "copied" not in without["choices"][0]
+        _, _, models = ask(url, path="/v1/models")
+        assert models["data"][0]["novelty"] == {}
+    for missing, problem in (("no dataset here", "no dataset here"), (None, "start sample.py --serve with --novelty")):
+        with running(replace(served, novelty=missing)) as (url, _):
+            status, _, content = ask(url, "POST", body={"prompt": "Anna", "novelty": True})
+            assert status == 400
+            assert problem in content["error"]["message"]
+            _, _, models = ask(url, path="/v1/models")
+            assert models["data"][0]["novelty"] == (missing and {"problem": missing})
+
+
+def test_a_page_is_served_without_the_dataset_and_says_so(home, capsys, monkeypatch):
+    shutil.move(home / "data/notes", home / "moved")
+    given = []
+    monkeypatch.setattr("server.app.serve", lambda *args: given.append(args[-1]) or 0)
+    err = start(capsys, "--serve").err
+    assert "note: --novelty: the dataset that this model was trained on" in err
+    assert "is gone" in given[0]
+    start(capsys, "--serve", "--data=moved")
+    assert isinstance(given[1], Novelty)
+    with pytest.raises(UserError, match="--data=nowhere"):
+        sample.main(["--run=runs/notes", "--serve", "--novelty", "--data=nowhere"])
+
+
+def report_of(home, text):
+    (home / "runs/notes/metrics.jsonl").write_text('{"event": "step", "step": 5, "loss": 1.0}\n')
+    (home / "runs/notes/samples.txt").write_text(f"==== step 5 (sample) ====\n{text}\n\n", encoding="utf-8")
+    assert report_main(["runs/notes"]) == 0
+    return (home / "runs/notes/report.html").read_text("utf-8")
+
+
+def test_the_report_marks_what_the_last_samples_have_copied(home):
+    page = report_of(home, f"<b>zz {COPIED} & zz")
+    first, second = COPIED.split("\n")
+    assert re.search(
+        rf'&lt;b&gt;zz <mark title="6 words, [^"]*sätze 1\.txt, line [\d,]+">{first}\n{second}</mark> &amp; zz</pre>',
+        page,
+    )
+    share = len(COPIED) / len(f"<b>zz {COPIED} & zz")
+    assert f"in passages of 6 words or more: {share:.1%} of the samples, " in page
+
+
+def test_the_report_leaves_out_the_prompt(home):
+    (home / "runs/notes/config.json").write_text(json.dumps({"options": {"sample_prompt": COPIED}}))
+    assert "<mark" not in report_of(home, f"{COPIED} zz zz")
+
+
+def test_the_report_says_why_it_does_not_know(home, monkeypatch):
+    monkeypatch.setattr("training.copied.MAX_INDEXED", 10)
+    assert "first run python sample.py --run=runs/notes --novelty" in report_of(home, COPIED)
+    shutil.move(home / "data/notes", home / "moved")
+    page = report_of(home, COPIED)
+    assert "What they have copied is not known: the dataset" in page
+    assert f"<pre dir=auto>{COPIED}</pre>" in page
 
 
 # ---- which dataset
@@ -191,8 +286,6 @@ def test_flags_that_contradict_each_other(home, capsys, flags, message):
 
 
 def test_the_yardstick_is_cut_into_pieces_as_long_as_the_samples(home):
-    from prepare_data.shards import open_dataset
-
     novelty = Novelty(open_dataset("data/notes"), 3)
     short, long = novelty.yardstick(200), novelty.yardstick(1000)
     assert short.pieces > long.pieces > 1
@@ -205,8 +298,6 @@ def test_the_yardstick_is_cut_into_pieces_as_long_as_the_samples(home):
 
 def test_characters_that_the_tokenizer_lacks_do_not_matter(home):
     """Text is compared, not ids."""
-    from prepare_data.shards import open_dataset
-
     novelty = Novelty(open_dataset("data/notes"), 3)
     [copied] = novelty.check([("", "世 Anna sees a cat 世\ufffd")])
     assert [found.text for found in copied.passages] == ["Anna sees a cat"]

@@ -8,6 +8,9 @@ import pytest
 from playwright.sync_api import expect
 
 from generation.text import Piece, Token
+from prepare_data.novelty import Copied, Found, Novelty, Yardstick
+from prepare_data.passage_index import Source
+from prepare_data.passages import Passage
 from server import completions
 from server.options import ServerOptions
 from tests.test_server import SERVED, ids_of, post, running, wait_for, written
@@ -176,6 +179,52 @@ def test_tapping_an_alternative_continues_the_prompt_with_it(server, open_page, 
     expect(page.locator(".token").nth(1)).to_be_in_viewport()
     page.locator("#card li button").first.tap()
     assert page.input_value("#prompt") == "Oh He"
+
+
+class CopiesAll(Novelty):
+    """Finds one passage: characters 2 to 9."""
+
+    def __init__(self):
+        pass
+
+    min_words = 2
+
+    def check(self, texts):
+        return [Copied(12, 7, [Found(Passage(2, 9, 2, 0), "two tre", Source(3, 7, 0, "be<b>fore", "after"))], None)]
+
+    def yardstick(self, characters):
+        return Yardstick(1, 100, 25, 3)
+
+    def describe(self, source):
+        return f"novel.txt, line {source.line}"
+
+
+def test_copied_passages_are_a_second_tint_with_their_source(open_page, monkeypatch):
+    text = "a two trees."
+    tokens = tuple(Token(ord(char), char, i, -0.1, ((60, -1.0),)) for i, char in enumerate(text))
+    monkeypatch.setattr(completions, "stream_texts", lambda *_, **__: iter([Piece(0, text, tokens, "length")]))
+    with running(replace(SERVED, novelty=CopiesAll())) as (address, _):
+        page = open_page(address)
+        fill(page, "x", n=1)
+        page.click("#generate")
+        wait_until_ended(page)
+        assert "".join(page.locator(".token.copied").all_inner_texts()) == "twotre"
+        expect(page.locator(".end")).to_contain_text("copied 58.3 %")
+        expect(page.locator("#copied-legend")).to_be_visible()
+        page.locator(".token.copied").first.hover()
+        expect(page.locator("#card .source")).to_have_text("Copied: 2 words, novel.txt, line 7…be<b>foretwo treafter…")
+        page.uncheck("#copied")
+        assert page.locator(".token.copied").first.evaluate("one => getComputedStyle(one).boxShadow") == "none"
+
+
+def test_a_page_without_the_dataset_says_so(open_page):
+    for novelty, shown in (("the dataset is gone", True), (None, False)):
+        with running(replace(SERVED, novelty=novelty)) as (address, _):
+            page = open_page(address)
+            expect(page.locator("#novelty-problem")).to_be_visible(visible=shown)
+            if shown:
+                expect(page.locator("#novelty-problem")).to_contain_text("the dataset is gone")
+            expect(page.locator("#copied-switch")).to_be_hidden()
 
 
 def test_markup_in_texts_is_shown_as_text(server, open_page, monkeypatch):

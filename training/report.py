@@ -2,8 +2,9 @@
 
     python -m training.report runs/quickstart-1
 
-Reads the files of a run directory and writes only these two. Text from outside (names, samples) is escaped in the page
-and never drawn in the image. Reading order: read_metrics, read_facts, draw, page.
+Reads the files of a run directory, and in its dataset what the samples have copied; writes only these two, and the
+dataset's index. Text from outside (names, samples) is escaped in the page and never drawn in the image. Reading order:
+read_metrics, read_facts, draw, page.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -30,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint import CONFIG, STATE, WEIGHTS, list_checkpoints, run_hint
 from files import DamagedFile, read_json, replace_file
+from training.copied import Mark, check_samples
 from training.metrics import METRICS, SAMPLES, format_duration
 from training.reference import Reference, plan_of, read_curves
 
@@ -78,7 +81,7 @@ h1 {{ margin: 0; overflow-wrap: anywhere }} h2 {{ margin: 2rem 0 .5rem; font-siz
 h1 + p, h3 {{ color: #555 }} img {{ width: 100% }}
 table {{ border-collapse: collapse; width: 100% }} tr {{ border-bottom: 1px solid #e6e6e6; vertical-align: top }}
 th {{ text-align: left; padding: .3rem 0; width: 11rem }} td {{ padding: .3rem 0; overflow-wrap: anywhere }}
-h3 {{ margin: 1rem 0 .3rem; font-size: .9rem }}
+h3 {{ margin: 1rem 0 .3rem; font-size: .9rem }} mark {{ background: #dbe7f6; border-bottom: 1px solid #3a6ea8 }}
 pre {{ margin: 0; padding: .8rem 1rem; background: #f5f5f5; white-space: pre-wrap; overflow-wrap: anywhere }}
 </style></head><body><h1>{name}</h1><p>{summary}</p>
 <img alt="Loss, learning rate, gradient norm and speed over the steps" src="data:image/png;base64,{picture}">
@@ -266,8 +269,16 @@ def short(value: float, _position: object = None) -> str:
     return next((f"{value / unit:.4g}{name}" for name, unit in units.items() if abs(value) >= unit), f"{value:g}")
 
 
-def page(name: str, facts: dict[str, Any], samples: list[tuple[str, str]], picture: bytes) -> str:
-    """The HTML of the report. All text is escaped; control characters, which HTML forbids, become U+FFFD."""
+def page(
+    name: str,
+    facts: dict[str, Any],
+    samples: list[tuple[str, str]],
+    picture: bytes,
+    marks: Sequence[Sequence[Mark]] = (),
+    note: str = "",
+) -> str:
+    """The HTML of the report. marks: of each sample; note: on all samples. All text is escaped; control characters,
+    which HTML forbids, become U+FFFD."""
 
     def clean(text: str) -> str:
         return escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text))
@@ -279,13 +290,24 @@ def page(name: str, facts: dict[str, Any], samples: list[tuple[str, str]], pictu
                 filled[title] = clean(template.format_map(facts))
         return filled
 
-    shown = "".join(f"<h3>{clean(heading)}</h3><pre dir=auto>{clean(text)}</pre>" for heading, text in samples)
+    def marked(text: str, marks: Sequence[Mark]) -> str:
+        parts, at = [], 0
+        for start, end, title in marks:
+            parts.append(clean(text[at : max(at, start)]))
+            parts.append(f'<mark title="{clean(title)}">{clean(text[max(at, start) : end])}</mark>')
+            at = max(at, end)
+        return "".join(parts) + clean(text[at:])
+
+    shown = "".join(
+        f"<h3>{clean(heading)}</h3><pre dir=auto>{marked(text, its_marks)}</pre>"
+        for (heading, text), its_marks in zip(samples, marks or [()] * len(samples), strict=True)
+    )
     return PAGE.format(
         name=clean(name),
         summary=" · ".join(fill(SUMMARY).values()),
         picture=base64.b64encode(picture).decode(),
         rows="\n".join(f"<tr><th>{title}</th><td>{text}</td></tr>" for title, text in fill(ROWS).items()),
-        samples=f"<h2>Latest samples</h2>{shown}" if samples else "",
+        samples=f"<h2>Latest samples</h2><p>{clean(note)}</p>{shown}" if samples else "",
     )
 
 
@@ -300,7 +322,9 @@ def main(argv: list[str] | None = None) -> int:
     lines = read_metrics(run)
     facts = read_facts(run, lines)
     picture = draw(lines, facts)
-    text = page(run.resolve().name, facts, read_samples(run), picture)
+    samples = read_samples(run)
+    marks, note = check_samples(run, [text for _, text in samples])
+    text = page(run.resolve().name, facts, samples, picture, marks, note)
     try:
         for name, data in (("loss.png", picture), ("report.html", text.encode(errors="replace"))):
             replace_file(run / name, data)

@@ -1,0 +1,72 @@
+"""What the samples of a run have copied from its text, for the report: marks in the samples, and a sentence on all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from checkpoint import CONFIG, STATE, TOKENIZER, list_checkpoints
+from errors import UserError, quote
+from files import DamagedFile, read_json
+from prepare_data.novelty import Novelty
+from prepare_data.passage_index import INDEX
+from prepare_data.resolve import training_text
+
+MIN_WORDS = 6  # of a passage, as sample.py's --novelty_words
+MAX_INDEXED = 20_000_000  # tokens of a text that is indexed for a report: about 20 seconds
+
+
+class Mark(NamedTuple):
+    """Characters [start, end) of a sample, and where they stand in the text."""
+
+    start: int
+    end: int
+    title: str
+
+
+def check_samples(run: Path, samples: Sequence[str]) -> tuple[list[list[Mark]], str]:
+    """The marks of each sample, and a sentence: the share of all that is copied, beside that of the val split, or why
+    it is not known."""
+    unknown = [list[Mark]() for _ in samples]
+    if not any(samples):
+        return unknown, ""
+    try:
+        checkpoint = next(reversed(list_checkpoints(run)), None)
+        if checkpoint is None:
+            raise UserError("there is no checkpoint yet, which says what its text is")
+        recorded = read_json(checkpoint / STATE).get("dataset") or {}
+        dataset = training_text(None, recorded, checkpoint / "model" / TOKENIZER)
+        if len(dataset.train) > MAX_INDEXED and not (dataset.folder / INDEX).exists():
+            raise UserError(f"for a text of this size, first run python sample.py --run={quote(str(run))} --novelty")
+        novelty = Novelty(dataset, MIN_WORDS)
+        prompt = _prompt(run, recorded.get("example_prompt"))
+        given = [prompt if text.startswith(prompt) else "" for text in samples]
+        found = novelty.check([(start, text[len(start) :]) for start, text in zip(given, samples, strict=True)])
+    except UserError as error:
+        return unknown, f"What they have copied is not known: {error}"
+    place = novelty.describe
+    characters = sum(copied.characters for copied in found)
+    share = sum(copied.copied for copied in found) / max(1, characters)
+    held_out = novelty.yardstick(characters // len(found))
+    sentence = (
+        f"Copied word for word from the training text, in passages of {MIN_WORDS} words or more: {share:.1%} of the"
+        f" samples, {held_out.share:.1%} of the val split."
+    )
+    marks = [
+        [
+            Mark(len(start) + passage.start, len(start) + passage.end, f"{passage.words} words, {place(source)}")
+            for passage, _, source in copied.passages
+        ]
+        for start, copied in zip(given, found, strict=True)
+    ]
+    return marks, sentence
+
+
+def _prompt(run: Path, example: object) -> str:
+    """The prompt of the run's samples."""
+    given = None
+    with suppress(DamagedFile):
+        given = read_json(run / CONFIG).get("options", {}).get("sample_prompt")
+    return str((example if given is None else given) or "")

@@ -102,11 +102,8 @@ def total_of(rows: Sequence[Row]) -> tuple[Row, float | None]:
     """All rows as one, and its standard error: over documents or blocks of windows, the larger one."""
     total = Row("all", None, "")
     for row in rows:
-        total.nats, total.tokens, total.bytes = (
-            total.nats + row.nats,
-            total.tokens + row.tokens,
-            total.bytes + row.bytes,
-        )
+        total.nats, total.tokens = total.nats + row.nats, total.tokens + row.tokens
+        total.bytes += row.bytes
         total.window_nats += row.window_nats
         total.window_bytes += row.window_bytes
     ends = np.cumsum([row.bytes for row in rows])

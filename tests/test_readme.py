@@ -43,6 +43,8 @@ def _files_of_the_readme(tmp_path, monkeypatch, small_text):
     Path("prompt.txt").write_text("Anna sees", encoding="utf-8")
     Path("many.jsonl").write_text('"Anna"\n{"prompt": "Once", "id": 7}\n', encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("Anna sees\n/retry\n"))  # for --interactive
+    Path("more").mkdir()
+    Path("more", "one.txt").write_text("Anna sees the moon.", encoding="utf-8")
     Path("folder").mkdir()
     for part in range(30):
         Path("folder", f"{part}.txt").write_text(text[2000 * part : 2000 * part + 2000], encoding="utf-8")

@@ -625,9 +625,10 @@ def test_sample_py_passes_its_flags_to_serve(tmp_path, monkeypatch):
     monkeypatch.setattr("server.app.serve", lambda *args: calls.append(args) or 0)
     for flags in (["--prompt=x", "--num_samples=3", "--seed=7", "--min_p=0.1"], []):
         assert sample.main([f"--run={tmp_path / 'notes'}", "--serve", *flags]) == 0
-    (_, _, name, sampling, _, page_defaults), (*_, defaults_without_flags) = calls
+    (_, _, name, sampling, _, page_defaults, novelty), (*_, defaults_without_flags, _) = calls
     assert (name, sampling.min_p, page_defaults) == ("notes", 0.1, {"prompt": "x", "n": 3, "seed": 7})
     assert defaults_without_flags == {"prompt": "", "n": 1, "seed": None}
+    assert novelty is None
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

@@ -39,6 +39,10 @@ def open_novelty(model_folder: Path, data: str | None, script: SampleScriptOptio
             dataset = training_text(data, recorded if isinstance(recorded, dict) else {}, model_folder / TOKENIZER)
         except UserError as error:
             raise UserError(f"--novelty: {error}") from None
+    options = state.get("options")
+    if data is None and isinstance(options, dict) and options.get("init_from"):
+        log(f"note: the text of {options['init_from']}, where the weights began, is not searched; --data=PATH names it")
+    with redirect_stdout(sys.stderr):
         return Novelty(dataset, script.novelty_words)
 
 
@@ -122,7 +126,7 @@ def describe(copied: Copied, novelty: Novelty) -> str:
     lines = [f"{copied.share:.1%} of {copied.characters:,} characters copied"]
     ranked = sorted(copied.passages, key=lambda found: -found.passage.words)
     for found in ranked[:MAX_LISTED]:
-        lines.append(f"  {found.passage.words} words: {quoted(found.text)}, {novelty.describe(found.source)}")
+        lines.append(f"  {found.passage.words} words: {quoted(found.text)}, {novelty.describe(found)}")
     if len(ranked) > MAX_LISTED:
         lines.append(f"  and {len(ranked) - MAX_LISTED} shorter passages")
     return "\n".join(lines)
@@ -146,7 +150,7 @@ def summary(found: Sequence[Copied], novelty: Novelty) -> list[str]:
         words, (before, after) = longest.passage.words, (longest.source.before, longest.source.after)
         lines.append(
             f"the longest passage has {words} words (of the val split {held_out.longest}):"
-            f" {novelty.describe(longest.source)}:\n  …{one_line(before)}[[{one_line(longest.text)}]]{one_line(after)}…"
+            f" {novelty.describe(longest)}:\n  …{one_line(before)}[[{one_line(longest.text)}]]{one_line(after)}…"
         )
     return lines
 
@@ -169,7 +173,7 @@ def fields(copied: Copied, novelty: Novelty) -> dict[str, Any]:
             "start": found.passage.start,
             "end": found.passage.end,
             "words": found.passage.words,
-            "source": novelty.describe(found.source),
+            "source": novelty.describe(found),
             "before": found.source.before,
             "after": found.source.after,
         }

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from files import DamagedFile
+from prepare_data.origin import Origins
 from prepare_data.passage_index import INDEX, READ, Source, build, open_train_text
 from prepare_data.passages import Checked, Passage, share
 from prepare_data.shards import Dataset
@@ -66,6 +67,7 @@ class Novelty:
     def __init__(self, dataset: Dataset, min_words: int) -> None:
         self.dataset, self.min_words = dataset, min_words
         self.text = open_train_text(dataset)
+        self._origins = Origins(dataset.meta)
         self._yardsticks: dict[int, Yardstick] = {}
 
     def check(self, texts: Sequence[tuple[str, str]]) -> list[Copied]:
@@ -87,15 +89,17 @@ class Novelty:
             self._yardsticks[size] = Yardstick(len(pieces), sum(len(text.text) for text in checked), copied, longest)
         return self._yardsticks[size]
 
-    def describe(self, source: Source) -> str:
+    def describe(self, found: Found) -> str:
         """Where a passage stands, in words: the file where that is known, else the number of the document."""
+        source, context = found.source, found.source.before + found.text + found.source.after
+        begin = source.byte - len(source.before.encode())
+        if file := self._origins.file(source.document, begin, context.encode("utf-8", "surrogatepass")):
+            return f"{file}, line {source.line:,}"
         meta = self.dataset.meta
+        if meta.get("documents") == 1 and meta["source"].get("origin"):  # a file that is packed, or gone
+            return f"{meta['source']['origin']}, line {source.line:,}"
         counts = [shard.get("documents") for shard in meta["shards"]["train"]]
-        documents = None if None in counts else sum(counts)
-        origin, rule = meta["source"].get("origin"), meta.get("split", {}).get("rule")
-        if meta.get("documents") == 1 and rule == "tail" and origin:  # the train split is the beginning of that file
-            return f"{origin}, line {source.line:,}"
-        of = f" of {documents:,}" if documents else ""
+        of = "" if None in counts else f" of {sum(counts):,}"
         return f"document {source.document:,}{of} of the train split, line {source.line:,}"
 
     def _copied(self, checked: Checked, passages: list[Passage]) -> Copied:

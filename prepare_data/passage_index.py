@@ -45,7 +45,7 @@ TRAILER = struct.Struct("<QI16s")  # length and crc32 of the JSON object, MAGIC
 BLOCK = 1 << 24  # bytes of text; a suffix array of one takes about 1.5 seconds and 6 times the memory
 READ = 1 << 17  # ids that are decoded at a time
 CONTEXT = 60  # bytes that are shown before and after a passage
-INDEX_BYTES = 2.2  # for one of text; more where words are short
+INDEX_BYTES = 2.4  # for one of text; more where words are short
 
 
 @dataclass(frozen=True)

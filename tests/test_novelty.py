@@ -7,12 +7,13 @@ import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import sample
 from checkpoint import save_checkpoint
-from common.tokenizer import char_tokenizer
+from common.tokenizer import bytes_tokenizer, char_tokenizer
 from common.weights import export_weights
 from errors import UserError
 from generation import novelty as output
@@ -266,6 +267,46 @@ def test_a_model_folder_alone_needs_to_be_told(home, capsys, small_text):
     out, err = start(capsys, f"--run={model}", f"--data={small_text}")  # the text itself is prepared
     assert "prepared data" in err
     assert "prepared" not in out
+
+
+def test_the_file_of_a_folder_is_named(home, capsys, monkeypatch):
+    texts = {
+        "one.txt": "\ufeffEine Katze sitzt hier.\nUnd dann geht die Katze weg.\n",
+        "sub/two é.txt": "Der Hund bellt.\n",
+    }
+    for name, text in texts.items():
+        (home / "animals" / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / "animals" / name).write_text(text * 9, encoding="utf-8")
+    prepare(make_corpus("text", "animals", PrepareOptions()), PrepareOptions(tokenizer="bytes"), "animals")
+    says(monkeypatch, "zz dann geht die Katze weg. zz")
+    err = start(capsys, "--data=data/animals", "--novelty_words=5").err
+    assert re.search(r'5 words: "dann geht die Katze weg.", animals.one\.txt, line \d+\n', err)
+    shutil.rmtree(home / "animals")
+    assert "document 1 of 1 of the train split, line" in start(capsys, "--data=data/animals", "--novelty_words=5").err
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_shards_of_other_programs(home, capsys, monkeypatch, small_text, dtype):
+    ids = np.frombuffer(small_text.read_bytes(), np.uint8).astype(dtype)
+    (home / "foreign").mkdir()
+    ids.tofile(home / "foreign/train.bin")
+    ids[:5000].tofile(home / "foreign/val.bin")
+    (home / "sprout_tokenizer.json").write_text(json.dumps(bytes_tokenizer().to_dict()), encoding="utf-8")
+    monkeypatch.setattr(output, "TOKENIZER", str(home / "sprout_tokenizer.json"))
+    says(monkeypatch, f"zz {COPIED} zz")
+    err = start(capsys, "--data=foreign").err
+    assert "6 words: " in err
+    assert "document 1 of the train split, line" in err
+    assert re.search(r"of the val split (9\d\.\d|100\.0)%", err)
+
+
+def test_a_run_that_began_with_other_weights_says_what_is_not_searched(home, capsys):
+    state = home / "runs/notes/checkpoints/step-00000005/state.json"
+    content = json.loads(state.read_text("utf-8")) | {"options": {"init_from": "runs/old"}}
+    folder = home / "copy/model"
+    shutil.copytree(state.parent, folder.parent)
+    (folder.parent / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    assert "the text of runs/old, where the weights began, is not searched" in start(capsys, f"--run={folder}").err
 
 
 def test_a_text_that_does_not_exist(home, capsys):

@@ -195,8 +195,8 @@ class CopiesAll(Novelty):
     def yardstick(self, characters):
         return Yardstick(1, 100, 25, 3)
 
-    def describe(self, source):
-        return f"novel.txt, line {source.line}"
+    def describe(self, found):
+        return f"novel.txt, line {found.source.line}"
 
 
 def test_copied_passages_are_a_second_tint_with_their_source(open_page, monkeypatch):

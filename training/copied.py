@@ -56,8 +56,12 @@ def check_samples(run: Path, samples: Sequence[str]) -> tuple[list[list[Mark]], 
     )
     marks = [
         [
-            Mark(len(start) + passage.start, len(start) + passage.end, f"{passage.words} words, {place(source)}")
-            for passage, _, source in copied.passages
+            Mark(
+                len(start) + copy.passage.start,
+                len(start) + copy.passage.end,
+                f"{copy.passage.words} words, {place(copy)}",
+            )
+            for copy in copied.passages
         ]
         for start, copied in zip(given, found, strict=True)
     ]

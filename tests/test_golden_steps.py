@@ -24,6 +24,7 @@ PRESETS = (
     "quickstart",
     "shakespeare_char_cpu",
     "shakespeare_char",
+    "shakespeare_char_best",
     "speedrun_char_cpu",
     "vaswani2017",
     "gpt2_124m",

@@ -179,7 +179,7 @@ def build(dataset: Dataset, reason: str = "") -> TrainText:
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
-    note = f"novelty: the index cannot be kept in {dataset.folder} ({problem}), so it is built again each time"
+    note = f"novelty: the index cannot be kept in {dataset.folder} ({problem}); it is in memory for this time"
     print(note, file=sys.stderr, flush=True)
     memory, entries = list[tuple[bytes, bytes]](), list[BlockEntry]()
     for text, order, entry in _built_blocks(dataset):

@@ -209,7 +209,7 @@ def test_copied_passages_are_a_second_tint_with_their_source(open_page, monkeypa
         page.click("#generate")
         wait_until_ended(page)
         assert "".join(page.locator(".token.copied").all_inner_texts()) == "twotre"
-        expect(page.locator(".end")).to_contain_text("copied 58.3 %")
+        expect(page.locator(".end")).to_contain_text("copied 58.3 %; held-out text 25.0 %")
         expect(page.locator("#copied-legend")).to_be_visible()
         page.locator(".token.copied").first.hover()
         expect(page.locator("#card .source")).to_have_text("Copied: 2 words, novel.txt, line 7…be<b>foretwo treafter…")

@@ -178,14 +178,13 @@ def log_end(run: Path, state: TrainState, budget: Budget) -> int:
     log(f"\nnext: python sample.py --run={name} --num_samples=3 --top_p=0.95")
     log(f"      python sample.py --run={name} --serve   (a page to try prompts)")
     log(f"      python -m training.report {name}")
-    if is_exhausted and step < end < math.inf:
-        log(f"      {resume} --patience=none   (trains on to step {end})")
-    elif is_exhausted:
-        log(f"      {resume} --max_steps={2 * step}   (trains on)")
+    if is_exhausted and step < end:
+        longer = f"--max_steps={2 * step}" if end == math.inf else "--patience=none"
+        log(f"      {resume} {longer}   (trains on all the same)")
     elif step < end:
         log(f"      {resume}   (the rest of its decay)")
     elif state.progress.early_decay is not None:
-        return 0  # a longer run would not end at a lower loss
+        return 0  # more steps would not lower the loss
     elif step > 0 and budget.options.schedule in LENGTHENED:
         log(f"      {resume} --max_steps={2 * step}")
     elif step > 0:

@@ -19,7 +19,8 @@ from training.optim import Plan
 from training.options import OptimizerOptions
 from training.state import Progress
 
-MEMORIZED = 0.05  # share of the val loss by which the train loss is lower where a model memorizes its text
+# shares of the val loss by which a memorizing model has its train loss below it, or its last one above its best
+MEMORIZED, RISEN = 0.05, 0.02
 
 
 def count_evaluation(progress: Progress, result: Evaluation, plan: Plan, options: OptimizerOptions) -> None:
@@ -63,10 +64,10 @@ def describe_stall(progress: Progress, result: Evaluation) -> str:
 
 
 def advise(progress: Progress) -> str:
-    """What would let the model learn more, by its loss on the text that it has seen."""
-    last = progress.history[-1]
+    """What would let the model learn more, by its loss on the text that it has seen; dropout and noise raise that."""
+    last, best = progress.history[-1], min(entry["val_loss"] for entry in progress.history)
     train_loss = f"train loss is {last['train_loss']:.4f}"
-    if last["train_loss"] < (1 - MEMORIZED) * last["val_loss"]:
-        helps = "more text or more regularization (--dropout, --weight_decay)"
+    if last["train_loss"] < (1 - MEMORIZED) * last["val_loss"] or last["val_loss"] > (1 + RISEN) * best:
+        helps = "more text or more regularization (--dropout, --token_noise, --weight_decay)"
         return f"{train_loss}: the model memorizes its text; it learns more with {helps}"
     return f"{train_loss}, close to it: a larger model (--n_layer, --n_embd) or a lower --learning_rate may learn more"

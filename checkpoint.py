@@ -366,6 +366,15 @@ class ModelFolder:
             expected = None if checkpoint is None else _manifest_files(checkpoint)[f"model/{WEIGHTS}"]
             return _read_tensors(self.path / WEIGHTS, expected)
 
+    def state(self) -> dict[str, Any] | None:
+        """The state.json of the checkpoint that this is part of, with how these weights came about. None elsewhere."""
+        with _reading_checkpoint(self.path.absolute().parent):
+            checkpoint = _checkpoint_of(self.path)
+            if checkpoint is None:
+                return None
+            _check_files(checkpoint, [STATE])
+            return read_json(checkpoint / STATE)
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -68,7 +68,7 @@ def train_model(argv: Sequence[str]) -> int:
         # ---- hardware, then the data; a run with a text and no preset gets its options here, from its plan
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))
-        start, dataset = open_data(start, hardware)
+        start, dataset, kept = open_data(start, hardware)
         if start.options.section(TrainOptions).plan:
             return 0
         # ---- every `auto` is resolved
@@ -78,17 +78,17 @@ def train_model(argv: Sequence[str]) -> int:
         options = config.replace(start.options, **values)
         train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
         run_options, block_size = options.section(RunOptions), model_config.block_size
-        seed = run_options.seed
         prompt = choose_prompt(dataset, evals)
         rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
-        batches = setup.make_batches(dataset, train, model_config, seed, hardware)
+        batches = setup.make_batches(dataset, kept, train, model_config, run_options.seed, hardware)
         # ---- model
-        path, device = values["attention"], hardware.device
-        model = setup.build_model(model_config, dataset.tokenizer, path, seed, start.source).to(device).train()
+        initial = values["attention"], run_options.seed, start.source
+        model = setup.build_model(model_config, dataset.tokenizer, *initial).to(hardware.device).train()
         compiles = choose_compile(train, evals, model, batches(0), hardware)
         values, reasons = values | {"compile": compiles.value}, reasons | compiles.reasons
         setup.announce(model, hardware, values, reasons, options.section(LoggingOptions).verbose)
-        score = partial(evaluate, model, dataset.val, dataset.tokenizer.token_bytes, autocast=hardware.autocast)
+        score_text = partial(evaluate, model, token_bytes=dataset.tokenizer.token_bytes, autocast=hardware.autocast)
+        score = partial(score_text, dataset.val)
         if evals.eval_only:
             return setup.print_evaluation(start.source, score(rows=size))
         # ---- optimizer, and the rest of what a checkpoint holds
@@ -96,7 +96,7 @@ def train_model(argv: Sequence[str]) -> int:
         run = setup.open_run(run_options.run, start.default_name(dataset), start.source, stack)
         state = setup.make_state(model, optim, rows, run, start.resumed, start.initial, compiles.value, hardware)
         # ---- records of the run: config.json, logs, checkpoints, samples
-        recorded = RunConfig(run, options, reasons)
+        recorded = RunConfig(run, config.replace(options, **kept.values), reasons | kept.reasons, kept.facts())
         reference, lengths = Reference(dataset.fingerprint, options.flat(), read_curves()), start.log_lengths
         logger = RunLogger(run, options.section(LoggingOptions), options.flat(), hardware, model, reference, lengths)
         stack.enter_context(logger)
@@ -109,16 +109,16 @@ def train_model(argv: Sequence[str]) -> int:
         compiled = fits(lambda: compile_model(model, state, batches(state.step)[0], hardware))
         update_once = partial(update, compiled, state, hardware, train.label_smoothing, optim.grad_clip)
         step = partial(fits, lambda: update_once(batches(state.step)))
-        stored = None if start.resumed is None else start.resumed.state["options"]
-        budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, stored)
-        if budget.seconds is not None:
-            logger.plan(state.step, budget)
+        budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, start.stored)
+        logger.plan(state.step, budget)
         recorded.change(micro_batch_size=batches.size, compile=state.compiler != "none", **budget.as_options())
         # ---- training
+        watch = partial(kept.watch, state, batches, logger, partial(score_text, stop=stop))
+        watch(is_end=False)
         loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
         score_all = partial(score, rows=batches.size, stop=stop) if evals.leaves_out(len(dataset.val)) else None
         with state.averaged():
-            finish(state, budget, logger, evals, score_all, sample, save, stop)
+            finish(state, budget, logger, evals, score_all, watch, sample, save, stop)
         return log_end(run, state, budget)
 
 
@@ -174,11 +174,12 @@ def loop(
 
 def finish(
     state: TrainState, budget: Budget, logger: RunLogger, evals: EvalOptions,
-    score: Callable[[], Evaluation | None] | None, sample: Callable[[int, int], list[tuple[str, str]]],
-    save: Callable[[], None], stop: Callable[[], bool],
+    score: Callable[[], Evaluation | None] | None, watch: Callable[..., bool],
+    sample: Callable[[int, int], list[tuple[str, str]]], save: Callable[[], None], stop: Callable[[], bool],
 ) -> None:  # fmt: skip
-    """After the last step: the evaluation of the whole val split (score; None where each one was that) and the final
-    samples, unless a signal came. The last step is saved again with them, so that a resumed run keeps its records."""
+    """After the last step: the evaluation of the whole val split (score; None where each one was that), that of the
+    text that is mixed in (watch) and the final samples, unless a signal came. The last step is saved
+    again with them, so that a resumed run keeps its records."""
     if stop() or state.is_finished:
         return
     if score is not None:
@@ -186,10 +187,13 @@ def finish(
         if result is None:  # after a signal
             return
         logger.evaluation(state, budget.plan, result, None, event="final")
+    is_watched = watch(is_end=True)
+    if stop():
+        return
     samples = sample(evals.final_samples, evals.sample_seed + 1)
     logger.samples(state, samples)
     state.progress.finished_step = state.step
-    if samples or score is not None:
+    if samples or score is not None or is_watched:
         save()
 
 

@@ -20,7 +20,8 @@ from prepare_data.split import Counts
 from training import plan as rules
 from training import setup
 from training.compilation import find_obstacle, gain
-from training.options import OptimizerOptions, TrainOptions
+from training.kept_text import KeptText, open_kept
+from training.options import EvalOptions, OptimizerOptions, TrainOptions
 from training.plan_lines import describe
 from training.step_cost import StepCost, free_bytes
 
@@ -28,9 +29,9 @@ from training.step_cost import StepCost, free_bytes
 TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
 
 
-def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset]:
-    """The dataset that --data names, prepared first where it is text; and the start, with the options of the plan where
-    it needs one, which is printed. Raises UserError."""
+def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptText]:
+    """The start, with the options of the plan where it needs one, which is printed; the dataset that --data names,
+    prepared first where it is text; and the old text that is mixed in. Raises UserError."""
     planning = Planning(start, hardware) if start.needs_plan else None
     options = start.options if planning is None else planning.options
     train, attention = options.section(TrainOptions), options.section(HardwareOptions).attention
@@ -40,8 +41,12 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset]:
     data = options.section(RunOptions).data
     dataset = setup.open_data(data, prepare, start.resumed, start.initial, start.flags, choose)
     start = start if planning is None else planning.choose(dataset)
-    setup.check_size(dataset, data, train, start.options.section(GPTConfig).block_size, start.argv)
-    return start, dataset
+    train, block_size = start.options.section(TrainOptions), start.options.section(GPTConfig).block_size
+    setup.check_size(dataset, data, train, block_size, start.argv)
+    if start.options.section(EvalOptions).eval_only:
+        return start, dataset, KeptText()
+    sources, is_forced = (start.resumed, start.initial), "keep_share" in start.flags
+    return start, dataset, open_kept(dataset, train, block_size, prepare, *sources, is_forced)
 
 
 class Planning:

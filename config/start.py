@@ -46,6 +46,11 @@ class Start:
         return self.resumed or self.initial
 
     @property
+    def stored(self) -> dict[str, Any] | None:
+        """The options of a resumed run's checkpoint, by name."""
+        return None if self.resumed is None else self.resumed.state["options"]
+
+    @property
     def log_lengths(self) -> dict[str, int]:
         """Bytes of a resumed run's logs at its checkpoint; none of a new run's."""
         return {} if self.resumed is None else self.resumed.state["logs"]
@@ -110,6 +115,11 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         initial = open_model_folder(resolve_model_folder(Path(train.init_from)))
         options = with_model_options(options, initial.config, initial.tokenizer)
         return Start(note_unused_flags(options), initial=initial, argv=[*argv])
+    if options.origin["keep_share"] == "flag" and train.keep_share is not None:
+        raise UserError(
+            f"--keep_share={train.keep_share}: only a run that starts from other weights has an old text to keep; "
+            "add --init_from=RUN, or leave it out"
+        )
     if eval_only:
         raise UserError("--eval_only=true needs weights to evaluate: add --resume=RUN or --init_from=RUN")
     return Start(options, argv=[*argv])
@@ -154,10 +164,13 @@ def check_length(options: config.Options, argv: Sequence[str]) -> None:
 
 
 class RunConfig:
-    """The options of a run as they are now, with the reasons of the automatic choices, and its config.json."""
+    """The options of a run as they are now, with the reasons of the automatic choices, and its config.json. others:
+    further facts for a checkpoint."""
 
-    def __init__(self, run: Path, options: config.Options, reasons: Mapping[str, str]) -> None:
-        self.path, self.options, self.reasons = run / "config.json", options, dict(reasons)
+    def __init__(
+        self, run: Path, options: config.Options, reasons: Mapping[str, str], others: Mapping[str, Any]
+    ) -> None:
+        self.path, self.options, self.reasons, self.others = run / "config.json", options, dict(reasons), others
 
     def change(self, **values: object) -> None:
         """Changes options, and rewrites config.json. A full disk is reported; a checkpoint's state holds them too."""
@@ -168,5 +181,5 @@ class RunConfig:
             log(f"cannot write {self.path}: {error}; training continues without it")
 
     def facts(self) -> dict[str, Any]:
-        """Options and reasons, for a checkpoint's state.json."""
-        return {"options": self.options.flat(), "auto": self.reasons}
+        """Options, reasons and the other facts, for a checkpoint's state.json."""
+        return {"options": self.options.flat(), "auto": self.reasons, **self.others}

@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from common.option import section_from, show
-from common.tokenizer import Tokenizer
+from common.tokenizer import CharTokenizer, Tokenizer
 from errors import UserError, quote
 from prepare_data import SOURCES, PrepareOptions, folders
 from prepare_data.pipeline import build, describe, make_corpus, make_request, open_existing
@@ -67,21 +68,28 @@ def training_text(
         raise UserError(
             "it is not known which text this model was trained on: name it with --data=PATH, a dataset or the text"
         )
-    places = [Path(recorded["path"]), Path(data_dir) / str(recorded.get("name"))]
-    found = [open_dataset(place, str(tokenizer_file)) for place in places if place.is_dir() and is_dataset(place)]
-    for dataset in found:
-        if dataset.fingerprint == recorded.get("fingerprint"):
-            return dataset
-    if found:
-        folder, now, then = found[0].folder, found[0].fingerprint, str(recorded.get("fingerprint"))
+    found = recorded_dataset(recorded, tokenizer_file, data_dir)
+    if found is not None:
+        if found.fingerprint == recorded.get("fingerprint"):
+            return found
+        folder, now, then = found.folder, found.fingerprint, str(recorded.get("fingerprint"))
         raise UserError(
             f"{folder} is no longer the text that this model was trained on (fingerprint {now[:12]}, the run has"
             f" {then[:12]}); to compare with it as it is now, add --data={quote(str(folder))}"
         )
     raise UserError(
-        f"the dataset that this model was trained on, {places[0]}, is gone: name its text, or a dataset made of it,"
-        " with --data=PATH"
+        f"the dataset that this model was trained on, {recorded['path']}, is gone: name its text, or a dataset made of"
+        " it, with --data=PATH"
     )
+
+
+def recorded_dataset(recorded: Mapping[str, Any], tokenizer_file: Path, data_dir: str) -> Dataset | None:
+    """The dataset of a state.json: at its path, else by its name in data_dir. Where neither has its tokens, the first
+    one there, with another fingerprint; None where both are gone. Raises UserError on a damaged one."""
+    places = Path(recorded["path"]), Path(data_dir) / str(recorded.get("name"))
+    found = [open_dataset(place, str(tokenizer_file)) for place in places if place.is_dir() and is_dataset(place)]
+    same = [dataset for dataset in found if dataset.fingerprint == recorded.get("fingerprint")]
+    return next(iter(same or found), None)
 
 
 def _resolve(
@@ -201,7 +209,9 @@ def _prepare(
     data: str, corpus: Corpus, options: PrepareOptions, tokenizer: Tokenizer | None, choose: Chooser | None
 ) -> Dataset:
     """The dataset of a text in data_dir/NAME-KEY, which is written only once."""
-    counts = count(corpus, options.tokenizer == "char" or choose is not None)
+    counts = count(corpus, options.tokenizer == "char" or choose is not None or isinstance(tokenizer, CharTokenizer))
+    if isinstance(tokenizer, CharTokenizer):
+        _refuse_unknown_characters(data, corpus, counts, tokenizer)
     options = choose(counts) if choose else options
     request = make_request(counts, options, tokenizer)
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
@@ -212,6 +222,22 @@ def _prepare(
         return existing
     print(f"data: preparing {data} in {final}")
     return build(corpus, counts, options, request, final, tokenizer)
+
+
+def _refuse_unknown_characters(data: str, corpus: Corpus, counts: Counts, tokenizer: CharTokenizer) -> None:
+    """Raises UserError where the text has characters that a model's tokenizer does not know, and says how many."""
+    unknown = counts.alphabet - set(tokenizer.chars)
+    if not unknown:
+        return
+    found = Counter(char for piece, _ in corpus.pieces() for char in piece if char in unknown)
+    shown = ", ".join(f"{char!r} ({n:,})" for char, n in found.most_common(5))
+    more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
+    share = found.total() / counts.characters
+    raise UserError(
+        f"--data={data}: the model's char tokenizer knows {len(tokenizer.chars)} characters, and {found.total():,} of "
+        f"the text's {counts.characters:,} ({share:.2%}) are others: {shown}{more}. Replace or remove them, or train a "
+        "new model with --tokenizer=bpe or bytes, which know every character"
+    )
 
 
 def _unknown_data(data: str, data_dir: str) -> str:

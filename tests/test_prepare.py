@@ -624,7 +624,7 @@ def test_a_given_tokenizer_is_used(folder):
     (folder / "letters.txt").write_text("Dear mother, " * 60, encoding="utf-8")
     own = char_tokenizer("Dear mothr,\n")
     assert resolve_data("letters.txt", PrepareOptions(), own).tokenizer.content_hash == own.content_hash
-    with pytest.raises(UserError, match=r"not 'D'"):
+    with pytest.raises(UserError, match=r"60 of the text's 780 \(7\.69%\) are others: 'D' \(60\)"):
         resolve_data("letters.txt", PrepareOptions(), char_tokenizer("ear mothr,"))
     prepared("some text " * 30, name="ready")
     assert resolve_data("ready", PrepareOptions(), bytes_tokenizer()).tokenizer.name == "bytes"

@@ -3,14 +3,15 @@ integer.
 
 The train split is cut into windows of T tokens on a grid. Each epoch shifts the grid by a phase and visits every
 window exactly once, in its own order; phase and order are hashes of (seed, epoch), so no permutation is stored.
-`TrainBatches` reads the windows of a step as micro-batches, prefetched by one step on a GPU. Reads a Split of
-prepare_data; knows neither the model nor the optimizer.
+Where another text is mixed in (`MixedWindows`), it has an order and epochs of its own. `TrainBatches` reads the windows
+of a step as micro-batches, prefetched by one step on a GPU. Reads a Split of prepare_data; knows neither the model nor
+the optimizer.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -99,6 +100,70 @@ class TrainWindows:
         return starts
 
 
+class JoinedSplits:
+    """Several splits, read as one: a TokenSource."""
+
+    def __init__(self, splits: Sequence[TokenSource]) -> None:
+        self.splits, self.ends = splits, np.cumsum([len(split) for split in splits]).tolist()
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return np.concatenate([split.read(*part) for split, *part in self._parts(start, count)])
+
+    def mask(self, start: int, count: int) -> np.ndarray | None:
+        parts = [(split.mask(*part), part[1]) for split, *part in self._parts(start, count)]
+        if all(mask is None for mask, _ in parts):
+            return None
+        return np.concatenate([np.ones(n, dtype=bool) if mask is None else mask for mask, n in parts])
+
+    def _parts(self, start: int, count: int) -> Iterator[tuple[TokenSource, int, int]]:
+        """The parts of [start, start + count): a split, the first token in it, their number."""
+        for split, end in zip(self.splits, self.ends, strict=True):
+            first = max(0, start - (end - len(split)))
+            n = min(start + count, end) - max(start, end - len(split))
+            if n > 0:
+                yield split, first, n
+
+
+class MixedWindows:
+    """The samples of a run that reads two texts, `share` of them from the second one, evenly spread.
+
+    Sample n is of the second text where floor(share · n) grows with the next sample; the numbers of either text count
+    its own samples, so that each is visited in the order of TrainWindows, epoch by epoch. A share of 0 is that of one
+    text.
+    """
+
+    def __init__(self, split: TokenSource, other: TokenSource | None, share: float, block_size: int, seed: int) -> None:
+        self.share, self.block_size, self.seed = share if other is not None else 0.0, block_size, seed
+        splits = [split] if other is None else [split, other]
+        self.texts = [(split, TrainWindows(len(split), block_size, seed)) for split in splits]
+
+    def before(self, number: int) -> list[int]:
+        """How many of the samples before sample `number` are of each text."""
+        second = int(self.share * number)
+        return [number - second, second][: len(self.texts)]
+
+    def epochs(self, number: int) -> list[float]:
+        """How often the samples before sample `number` have read each text."""
+        return [n / windows.per_epoch for n, (_, windows) in zip(self.before(number), self.texts, strict=True)]
+
+    def read(self, first: int, count: int, noise: float, eos_id: int | None) -> tuple[Tensor, Tensor]:
+        """x, y (count, T) of samples first … first + count − 1, as in read_windows; with add_noise's noise in x."""
+        numbers = np.arange(first, first + count)
+        is_second = np.floor(self.share * (numbers + 1)) > np.floor(self.share * numbers)
+        x, y = torch.empty((2, count, self.block_size), dtype=torch.int64)
+        chosen_rows = (~is_second, is_second)
+        for (split, windows), begin, chosen in zip(self.texts, self.before(first), chosen_rows, strict=False):
+            rows = torch.from_numpy(chosen)
+            part, targets = read_windows(split, windows.starts(begin, int(chosen.sum())), self.block_size)
+            if noise:
+                add_noise(part, numbers[chosen].tolist(), split, noise, self.seed, eos_id)
+            x[rows], y[rows] = part, targets
+        return x, y
+
+
 def add_noise(
     x: Tensor, numbers: Iterable[int], split: TokenSource, share: float, seed: int, eos_id: int | None
 ) -> None:
@@ -148,7 +213,8 @@ class MicroBatch(NamedTuple):
 
 class TrainBatches:
     """The micro-batches of each step: `batches(step)`. Each has `size` rows of the step's `rows`; size may be changed
-    to another divisor. noise: the share of the inputs that add_noise replaces.
+    to another divisor. noise: the share of the inputs that add_noise replaces. other, share: a second text, as in
+    MixedWindows.
 
     On a GPU the batches are in pinned memory, and those of the next step are read on a thread while the device
     computes.
@@ -165,8 +231,10 @@ class TrainBatches:
         dropout: bool,
         noise: float = 0.0,
         eos_id: int | None = None,
+        other: TokenSource | None = None,
+        share: float = 0.0,
     ) -> None:
-        self.split, self.windows = split, TrainWindows(len(split), block_size, seed)
+        self.windows = MixedWindows(split, other, share, block_size, seed)
         self.rows, self.size, self.dropout, self.noise, self.eos_id = rows, size, dropout, noise, eos_id
         self.pinned = device.type == "cuda"
         self.reader = None if device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -190,9 +258,7 @@ class TrainBatches:
     def _read(self, step: int, size: int) -> list[MicroBatch]:
         batches = []
         for first in range(step * self.rows, (step + 1) * self.rows, size):
-            x, y = read_windows(self.split, self.windows.starts(first, size), self.windows.block_size)
-            if self.noise:
-                add_noise(x, range(first, first + size), self.split, self.noise, self.windows.seed, self.eos_id)
+            x, y = self.windows.read(first, size, self.noise, self.eos_id)
             if self.pinned:
                 x, y = x.pin_memory(), y.pin_memory()
             seed = keyed_integer(self.windows.seed, "dropout", first, bits=32) if self.dropout else None

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from checkpoint import find_checkpoint
+from common.clusters import Clusters
 from common.hardware import Hardware
 from common.weights import flops_per_token
 from errors import UserError, quote
@@ -139,13 +140,28 @@ class RunLogger:
         log(f"step {step}: loss {loss}, gradient norm {grad_norm}: update skipped")
 
     def plan(self, step: int, budget: Budget) -> None:
-        """Records a plan that follows from the time budget."""
-        plan, seconds = budget.plan, budget.seconds or 0.0
+        """Records a plan that follows from the time budget; nothing without one."""
+        plan, seconds = budget.plan, budget.seconds
+        if seconds is None:
+            return
         self.files.metrics("plan", step, timing=asdict(plan))
         log(
             f"budget {format_duration(seconds)}: {budget.step_seconds * 1e3:.1f} ms a step → "
             f"max_steps={plan.max_steps}, decay_steps={plan.decay_steps}"
         )
+
+    def kept_text(self, step: int, name: str, result: Evaluation, before: Mapping[str, Any] | None) -> None:
+        """Records an evaluation of a text that is mixed in. before: {val_loss, compared} at the start of the run."""
+        fields: dict[str, Any] = {"name": name, "val_loss": result.loss, "before": before and before["val_loss"]}
+        fields |= {"bits_per_byte": result.bits_per_byte, "targets": result.targets}
+        self.files.metrics("kept", step, **fields)
+        if before is None:
+            log(f"old text {name}: {result.describe()}")
+            return
+        error = result.change_error([Clusters(**kind) for kind in before["compared"]])
+        spread = "" if error is None else f" ± {error:.4f}"
+        change = f"{result.loss - before['val_loss']:+.4f}{spread}"
+        log(f"old text {name}: val loss {before['val_loss']:.4f} → {result.loss:.4f} ({change})")
 
     def patience(self, step: int, plan: Plan, verdict: str) -> None:
         """Records that the val loss has stopped falling, and the plan that follows."""

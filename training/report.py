@@ -56,6 +56,7 @@ ROWS = {  # title: template over read_facts; a row is omitted if a fact that it 
     "Best val loss": SCORE.replace("X", "best"),
     "Whole val split": SCORE.replace("X", "final"),
     "Is this normal?": "{reference}",
+    "Old text": "val loss {kept}",
     "Train loss": "{last[loss]:.4f} (step {last[step]:,})",
     "Steps": "{length}, skipped updates: {skipped:,}",
     "Patience": "val loss had stopped falling at step {patience_event[step]:,} (patience {patience})",
@@ -102,7 +103,7 @@ def read_metrics(run: Path) -> Lines:
         problem = f"not a run directory: it has no {METRICS}" if run.is_dir() else "no such directory"
         hint = run_hint(run) or "; give one such as runs/quickstart-1, or train first: python train.py"
         raise UserError(f"{run}: {problem}{hint}")
-    lines: Lines = {event: [] for event in ("eval", "step", "plan", "patience", "skip", "final")}
+    lines: Lines = {event: [] for event in ("eval", "step", "plan", "patience", "kept", "skip", "final")}
     for text in (run / METRICS).read_bytes().split(b"\n"):
         with suppress(ValueError, RecursionError):  # an incomplete line: still being written, or the run was killed
             line = json.loads(text)
@@ -132,6 +133,9 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
     for name, event in (("last", "step"), ("final", "final"), ("plan", "plan"), ("patience_event", "patience")):
         if lines[event]:
             facts[name] = lines[event][-1]
+    kept = [line for line in lines["kept"] if line["step"] == lines["kept"][-1]["step"] and line.get("before")]
+    if kept:
+        facts["kept"] = ", ".join(f"{line['before']:.4f} → {line['val_loss']:.4f} ({line['name']})" for line in kept)
     # random weights are the best only while there are no others
     scored = [line for line in lines["eval"] if line["step"] or options.get("init_from")] or lines["eval"]
     val_loss = column(scored, "val_loss")

@@ -30,6 +30,7 @@ from training.average import WeightAverage
 from training.compilation import compiler_name
 from training.data import TrainBatches
 from training.evaluation import Evaluation
+from training.kept_text import KeptText
 from training.metrics import log
 from training.micro_batch import choose_micro_batch
 from training.optim import make_optimizer
@@ -111,14 +112,14 @@ def check_size(dataset: Dataset, data: str, train: TrainOptions, block_size: int
 
 
 def make_batches(
-    dataset: Dataset, train: TrainOptions, model_config: GPTConfig, seed: int, hardware: Hardware
+    dataset: Dataset, kept: KeptText, train: TrainOptions, model_config: GPTConfig, seed: int, hardware: Hardware
 ) -> TrainBatches:
     """The micro-batches of the steps. Needs a number for micro_batch_size. Raises UserError where the train split is
     shorter than a window."""
     block_size, dropout = model_config.block_size, model_config.dropout > 0
     rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
-    noise, eos_id = train.token_noise, dataset.tokenizer.eos_id
-    return TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, dropout, noise, eos_id)
+    noise, other = (train.token_noise, dataset.tokenizer.eos_id), (kept.train, kept.share)
+    return TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, dropout, *noise, *other)
 
 
 def build_model(

@@ -56,6 +56,8 @@ class Progress:
     bar: dict[str, Any] | None = None
     stale: int = 0
     early_decay: int | None = None
+    # of each text that is mixed in (training/kept_text.py), before the first step: {val_loss, compared}
+    kept: list[dict[str, Any]] = field(default_factory=list)
     grad_scaler: dict[str, Any] = field(default_factory=dict)
 
 

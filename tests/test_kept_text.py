@@ -125,7 +125,7 @@ def kept_losses(run: str) -> list[tuple[float, float]]:
 def test_the_old_text_is_mixed_in_and_what_became_of_it_is_said(capsys):
     assert start("second.txt", "more") == 0
     output = capsys.readouterr().out
-    assert re.search(r"old text: 10% of the windows come from first-\w+ \([\d,]+ tokens\)", output)
+    assert re.search(r"old text: 25% of the windows come from first-\w+ \([\d,]+ tokens\)", output)
     (before, after), *others = kept_losses("more")
     assert not others
     assert re.search(rf"old text first-\w+: val loss {before:.4f} → {after:.4f} \([+-]\d\.\d{{4}} ± ", output)

@@ -21,7 +21,7 @@ class TrainOptions:
     """Run, checkpoint or model folder with the initial weights and the tokenizer of a new run."""
     keep_share: Annotated[float, Interval(ge=0, le=0.9)] | None = fixed(None)
     """With init_from: share of the windows that come from the text of those weights, so that it is not forgotten.
-    none: a tenth, where that text is still there; 0: nothing but the new text."""
+    none: a quarter, where that text is still there; 0: nothing but the new text."""
     max_steps: Annotated[int, Ge(0)] | None = 2000
     """Number of optimizer steps; none: as many as --patience allows (schedule wsd, constant or inverse_sqrt)."""
     budget_minutes: Annotated[float, Interval(gt=0, le=1_000_000)] | None = None

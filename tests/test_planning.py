@@ -154,11 +154,11 @@ def test_a_dataset_keeps_the_tokenizer_that_it_was_prepared_with(capsys, small_t
     assert train("runs/char/config.json", "--run=runs/again") == 0
 
 
-def test_two_points_give_two_constants():
-    assert fit([(1.0, 2.0, 8.0), (3.0, 1.0, 9.0)]) == pytest.approx((2.0, 3.0))
-    assert fit([(0.0, 2.0, 8.0), (0.0, 1.0, 5.0)]) == (0.0, 5.0)
-    x, y = fit([(1.0, 2.0, 3.0), (10.0, 3.0, 60.0)])  # steeper than in proportion to the first
-    assert (x, y) == (6.0, 0.0)
+def test_two_points_give_two_constants_and_one_point_their_ratio():
+    assert fit([(1.0, 2.0, 8.0), (3.0, 1.0, 9.0)], 5.0) == pytest.approx((2.0, 3.0))
+    assert fit([(0.0, 2.0, 8.0), (0.0, 1.0, 5.0)], 5.0) == (0.0, 5.0)
+    assert fit([(1.0, 2.0, 3.0), (10.0, 3.0, 60.0)], 5.0) == (6.0, 0.0)  # steeper than in proportion to the first
+    assert fit([(2.0, 4.0, 11.0)], 5.0) == (0.5, 2.5)
 
 
 def test_a_real_measurement_predicts_a_positive_cost(monkeypatch, capsys, small_text):

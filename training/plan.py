@@ -215,7 +215,7 @@ def _refuse_short_time(facts: Facts, given: Mapping[str, Any]) -> None:
         return
     needed = show(math.ceil(120 * least / TRAINING_SHARE / 60) / 100)  # a fifth more
     raise UserError(
-        f"--budget_minutes={show(minutes)} is too short for a plan: the smallest ({MIN_STEPS} steps of {tokens:,}"
+        f"--budget_minutes={minutes:g} is too short for a plan: the smallest ({MIN_STEPS} steps of {tokens:,}"
         f" tokens, {shape.n_layer} layers, {shape.n_embd} wide) takes about {needed} minutes here; give"
         f" --budget_minutes={needed} or more, or a number of steps instead: --max_steps=N"
     )

@@ -27,7 +27,10 @@ from training.plan import Shape
 
 MEASURED_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}  # of the passes that are timed
 MEASURED_WIDTH = 512  # of the wider of the two measured models at most
-TIMED_STEPS, TIMED_SECONDS = 8, 0.5  # of a model, whichever comes first, after at least two steps
+TIMED_STEPS, TIMED_SECONDS = 8, 0.4  # of a model, whichever comes first, after at least one step
+MAX_SECONDS = 2.0  # of the first model; if it takes longer, there is no second one
+# FLOPs that take as long as writing a number, or as an optimizer's step on a weight, on two cores of a Xeon in bfloat16.
+WRITTEN_FLOPS, WEIGHT_FLOPS = 2400.0, 9000.0
 STATE_BYTES = 20  # per weight: the weight, its gradient, two moments, and temporary copies
 NUMBERS_KEPT = 40  # per channel, layer and token, until the backward pass
 CPU_MEMORY_SHARE = 0.7
@@ -40,6 +43,13 @@ class Counts(NamedTuple):
     flops: int
     written: int
     muon_flops: int
+
+
+class Seconds(NamedTuple):
+    """Of forward and backward pass per token, and of an optimizer step."""
+
+    token: float
+    update: float
 
 
 @dataclass
@@ -90,10 +100,15 @@ class StepCost:
 
     def measure(self, shapes: Sequence[Shape]) -> None:
         """Measures two models of few layers: with the smallest and with a large width of the shapes, or where these
-        have one width, with different numbers of layers."""
-        measured = [(self.counts(shape), measure_shape(self, shape)) for shape in shapes_to_measure(shapes)]
-        self.pass_seconds = fit([(count.flops, count.written, seconds) for count, (seconds, _) in measured])
-        self.update_seconds = fit([(count.muon_flops, count.parameters, seconds) for count, (_, seconds) in measured])
+        have one width, with different numbers of layers. On a machine so busy that the first one takes long, only
+        that one."""
+        started, measured = time.perf_counter(), list[tuple[Counts, Seconds]]()
+        for shape in shapes_to_measure(shapes):
+            if time.perf_counter() - started < MAX_SECONDS:
+                measured.append((self.counts(shape), measure_shape(self, shape)))
+        self.pass_seconds = fit([(count.flops, count.written, took.token) for count, took in measured], WRITTEN_FLOPS)
+        updates = [(count.muon_flops, count.parameters, took.update) for count, took in measured]
+        self.update_seconds = fit(updates, WEIGHT_FLOPS)
 
 
 def shapes_to_measure(shapes: Sequence[Shape]) -> tuple[Shape, Shape]:
@@ -105,21 +120,24 @@ def shapes_to_measure(shapes: Sequence[Shape]) -> tuple[Shape, Shape]:
     return small._replace(n_layer=2), large._replace(n_layer=2)
 
 
-def fit(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """x, y ≥ 0 with a · x + b · y = seconds for both points (a, b, seconds); where there are none, x = 0, or y = 0, and
-    the second point alone counts."""
-    (a, b, seconds), (more_a, more_b, more_seconds) = points
-    determinant = a * more_b - more_a * b
-    x, y = seconds * more_b - more_seconds * b, a * more_seconds - more_a * seconds
+def fit(points: Sequence[tuple[float, float, float]], ratio: float) -> tuple[float, float]:
+    """x, y ≥ 0 with a · x + b · y = seconds for one or two points (a, b, seconds). With one point y is `ratio` times x.
+    Where two points have no such x and y, one of these is 0 and the second point alone counts."""
+    a, b, seconds = points[-1]
+    if len(points) == 1:
+        x = seconds / (a + ratio * b)
+        return x, ratio * x
+    first_a, first_b, first_seconds = points[0]
+    determinant = first_a * b - a * first_b
+    x, y = first_seconds * b - seconds * first_b, first_a * seconds - a * first_seconds
     if determinant and x / determinant >= 0 and y / determinant >= 0:
         return x / determinant, y / determinant
-    is_steeper = more_a * seconds < a * more_seconds  # than in proportion to a
-    return (more_seconds / more_a, 0.0) if is_steeper else (0.0, more_seconds / more_b)
+    is_steep = a * first_seconds < first_a * seconds  # the seconds grow faster than a
+    return (seconds / a, 0.0) if is_steep else (0.0, seconds / b)
 
 
-def measure_shape(cost: StepCost, shape: Shape) -> tuple[float, float]:
-    """Measured seconds: of forward and backward pass per token, and of the optimizer's step. Raises UserError where
-    memory runs out."""
+def measure_shape(cost: StepCost, shape: Shape) -> Seconds:
+    """The medians of a few steps, the first one (warm-up) left out. Raises UserError where memory runs out."""
     hardware = cost.hardware
     model = GPT(cost.with_shape(shape), 0, cost.attention).to(hardware.device).train()
     optimizer = make_optimizer(model, cost.optimizer, hardware.dtype)
@@ -142,9 +160,9 @@ def measure_shape(cost: StepCost, shape: Shape) -> tuple[float, float]:
         passes.append(passed - started)
         updates.append(time.perf_counter() - passed)
 
-    while len(passes) < 3 or (len(passes) <= TIMED_STEPS and sum(passes[1:] + updates[1:]) < TIMED_SECONDS):
+    while len(passes) < 2 or (len(passes) <= TIMED_STEPS and sum(passes[1:] + updates[1:]) < TIMED_SECONDS):
         attempt(step)
-    return statistics.median(passes[1:]) / ids.numel(), statistics.median(updates[1:])
+    return Seconds(statistics.median(passes[1:]) / ids.numel(), statistics.median(updates[1:]))
 
 
 def synchronize(hardware: Hardware) -> None:

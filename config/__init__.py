@@ -101,9 +101,12 @@ USAGE = {
 usage: python train.py [PRESET ...] [--option=value ...]
 
 Trains a language model on your text and prints samples. Arguments are read from left to right; the last one wins.
+With --data and no preset, a plan chooses all options that are not given; it is printed first.
 
   python train.py                                        train the quickstart preset
-  python train.py --data=my_novel.txt                    train on your own text: a file, or a folder of files
+  python train.py --data=my_novel.txt                    train on your own text, until the val loss stops falling
+  python train.py --data=my_novel.txt --budget_minutes=15     the best model that 15 minutes give
+  python train.py --data=my_novel.txt --plan             only print the plan
   python train.py shakespeare_char --max_steps=500       use a preset and change an option
   python train.py --resume=runs/quickstart-1             resume a run
   python sample.py --prompt="Once"                       sample from the newest run

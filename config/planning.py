@@ -42,7 +42,7 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptTex
     dataset = setup.open_data(data, prepare, start.resumed, start.initial, start.flags, choose)
     start = start if planning is None else planning.choose(dataset)
     train, block_size = start.options.section(TrainOptions), start.options.section(GPTConfig).block_size
-    setup.check_size(dataset, data, train, block_size, start.argv)
+    setup.check_size(dataset, data, train, block_size, start.argv, start.source is not None)
     if start.options.section(EvalOptions).eval_only:
         return start, dataset, KeptText()
     sources, is_forced = (start.resumed, start.initial), "keep_share" in start.flags

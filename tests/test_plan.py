@@ -21,7 +21,7 @@ from training.plan import (
     regularization,
     shapes,
 )
-from training.plan_lines import describe
+from training.plan_lines import describe, show_time
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def test_a_short_text_ends_the_run_before_the_time_does():
     found = plan(120_000, 600)
     assert found.values["budget_minutes"] is None
     assert found.values["max_steps"] * found.outlook.tokens_per_step == pytest.approx(MAX_EPOCHS * 120_000, rel=0.01)
-    assert "of 600 minutes" in describe(found, facts(120_000), {"budget_minutes": 600})[0]
+    assert "of 10 h" in describe(found, facts(120_000), {"budget_minutes": 600})[0]
 
 
 def test_without_a_time_the_val_loss_ends_the_run():
@@ -214,3 +214,9 @@ def test_values_before_the_text_is_known_fit_the_flags(given):
     values = first_values(given)
     assert values.keys().isdisjoint(given)
     assert {"tokenizer", "vocab_size"} <= values.keys()
+
+
+def test_times_have_two_digits():
+    assert [show_time(seconds) for seconds in (0.2, 28.4, 99, 180, 7200, 36_000, 1e6)] == [
+        "0.2 s", "28 s", "99 s", "3 min", "2 h", "10 h", "278 h",
+    ]  # fmt: skip

@@ -131,6 +131,14 @@ def test_the_weights_of_a_run_keep_their_shape_and_tokenizer(capsys, small_text)
     assert second["tokens_per_step"] % second["block_size"] == 0
 
 
+def test_a_text_shorter_than_the_context_of_the_weights_is_refused_without_a_wrong_command(small_text):
+    assert train(f"--data={small_text}", *TINY, "--run=runs/first") == 0
+    Path("short.txt").write_text("A cat.", encoding="utf-8")
+    with pytest.raises(UserError, match="the weights have a context of 16") as caught:
+        train("--init_from=runs/first", "--data=short.txt", "--max_steps=2", *QUICK)
+    assert "--block_size" not in str(caught.value)
+
+
 @pytest.mark.parametrize("size", [1, 300, 3000])
 def test_a_text_that_is_too_short_is_refused_with_what_is_possible(size):
     Path("short.txt").write_text("a letter " * (size // 9) + "!" * (size % 9), encoding="utf-8")

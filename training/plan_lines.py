@@ -16,7 +16,7 @@ def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Colle
     """At most six lines. flags: the names of what the user has given."""
     values, outlook = {**given, **plan.values}, plan.outlook
     shape, why = outlook.shape, plan.reasons
-    head = f"plan: {_duration(plan, given)}, {outlook.tokens:,} tokens, {plan.epochs:.2g} epochs"
+    head = f"plan: {_duration(plan, given)}, {outlook.tokens:,} tokens, {show_epochs(plan.epochs)} epochs"
     reached = expected_bits_per_byte(facts, outlook.tokens)
     lines = [head + (f"; such texts reached {reached:.2f} bits per byte" if reached is not None else "")]
     lines += [f"  text: {facts.text}"] if facts.text else []
@@ -31,23 +31,35 @@ def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Colle
     held_out = f"{values['eval_tokens']:,} tokens" if values["eval_tokens"] else "the whole val split"
     lines.append(
         f"  dropout {show(values['dropout'])}, weight decay {show(values['weight_decay'])}: by the epochs;"
-        f" evaluated every {values['eval_interval']:,} steps on {held_out}"
+        f" evaluated each {values['eval_interval']:,} steps on {held_out}"
     )
     own = {name: value for name, value in given.items() if name not in flags or name in LENGTH}
     return lines + _forced(plan, choose_freely(facts, own), given)
 
 
 def _duration(plan: RunPlan, given: Mapping[str, Any]) -> str:
-    outlook = plan.outlook
+    outlook, minutes = plan.outlook, given.get("budget_minutes")
+    steps = f"{outlook.steps:,} step{'s' * (outlook.steps != 1)}"
     if outlook.seconds is None:
-        return f"{outlook.steps:,} steps"
-    minutes = given.get("budget_minutes")
-    if "max_steps" not in plan.values:
-        return f"about {outlook.steps:,} steps in {minutes:g} minutes"
-    about = f"{outlook.steps:,} steps in about {max(0.1, outlook.seconds / 60):.2g}"
-    if plan.values["max_steps"] is None:
-        return f"until the val loss stops falling, expected within {about} minutes"
-    return f"{about} minutes" if minutes is None else f"{about} of {minutes:g} minutes"
+        return steps
+    if minutes is not None and "max_steps" not in plan.values:
+        return f"about {steps} in {show_time(60 * minutes)}"
+    about = f"{steps} in about {show_time(outlook.seconds)}"
+    if plan.values.get("max_steps") is None:
+        return f"until the val loss stops falling, expected within {about}"
+    return about if minutes is None else f"{about} of {show_time(60 * minutes)}, as more epochs would be memorized"
+
+
+def show_time(seconds: float) -> str:
+    """Two digits of seconds, minutes or hours."""
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 100 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds / 3600:,.2g} h" if seconds < 360_000 else f"{seconds / 3600:,.0f} h"
+
+
+def show_epochs(epochs: float) -> str:
+    return f"{epochs:.2g}" if epochs < 100 else f"{epochs:,.0f}"
 
 
 def _forced(plan: RunPlan, free: RunPlan, given: Mapping[str, Any]) -> list[str]:
@@ -55,8 +67,9 @@ def _forced(plan: RunPlan, free: RunPlan, given: Mapping[str, Any]) -> list[str]
     forced = {name: value for name, value in free.values.items() if name in given and given[name] != value}
     before = {name: value for name, value in free.values.items() if plan.values.get(name, value) != value}
     changed = [f"{name}={show(plan.values[name])} (else {show(value)})" for name, value in before.items()]
-    if f"{plan.epochs:.2g}" != f"{free.epochs:.2g}":
-        changed.insert(0, f"{plan.epochs:.2g} epochs (else {free.epochs:.2g})")
+    epochs, before_epochs = show_epochs(plan.epochs), show_epochs(free.epochs)
+    if epochs != before_epochs:
+        changed.insert(0, f"{epochs} epochs (else {before_epochs})")
     if not forced or not changed:
         return []
     flags = ", ".join(f"--{name}={show(given[name])} (else {show(value)})" for name, value in forced.items())

@@ -29,7 +29,7 @@ MEASURED_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}  # of the passes th
 MEASURED_WIDTH = 512  # of the wider of the two measured models at most
 TIMED_STEPS, TIMED_SECONDS = 8, 0.4  # of a model, whichever comes first, after at least one step
 MAX_SECONDS = 2.0  # of the first model; if it takes longer, there is no second one
-# FLOPs that take as long as writing a number, or as an optimizer's step on a weight, on two cores of a Xeon in bfloat16.
+# FLOPs that take as long as writing a number, or as an optimizer's step on a weight: two cores of a Xeon, bfloat16.
 WRITTEN_FLOPS, WEIGHT_FLOPS = 2400.0, 9000.0
 STATE_BYTES = 20  # per weight: the weight, its gradient, two moments, and temporary copies
 NUMBERS_KEPT = 40  # per channel, layer and token, until the backward pass

@@ -59,6 +59,8 @@ class GPTConfig:
     """Width of the MLP; none: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 64."""
     qk_norm: bool = False
     """RMSNorm with learned scales on every head's queries and keys, before the rotation."""
+    first_attention: Literal["random", "recent"] = "random"
+    """Where untrained heads look: anywhere, or (recent, for positions=rotary) one, two or three tokens back, in turn."""
     bias: bool = True
     """Biases in the linear layers and in LayerNorm."""
     tie_embeddings: bool = True
@@ -102,12 +104,13 @@ class GPTConfig:
     def problems(self) -> list[str]:
         """The violated rules that involve several options, one line each."""
         ratio, eos = f"n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}", self.eos_id
-        sinusoidal = self.positions == "sinusoidal"
+        sinusoidal, rotary = self.positions == "sinusoidal", self.positions == "rotary"
         violated = {
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": self.n_embd % self.n_head,
             f"n_head={self.n_head} is not divisible by n_kv_head={self.kv_heads}": self.n_head % self.kv_heads,
-            f"positions=rotary needs an even head size; {ratio}": self.positions == "rotary" and self.head_size % 2,
+            f"positions=rotary needs an even head size; {ratio}": rotary and self.head_size % 2,
             f"positions=sinusoidal needs an even n_embd; it is {self.n_embd}": sinusoidal and self.n_embd % 2,
+            "first_attention=recent needs positions=rotary": self.first_attention == "recent" and not rotary,
             "document_mask=true needs a tokenizer with an end-of-sequence id": self.document_mask and eos is None,
             f"eos_id={eos} lies outside the vocabulary of {self.vocab_size}": not 0 <= (eos or 0) < self.vocab_size,
         }
@@ -347,6 +350,25 @@ class GPT(nn.Module):
                 std = branch_std if name.endswith(("attn.proj.weight", "mlp.down.weight")) else 0.02
                 parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
                 parameter[len(self.unpad(name, parameter)) :] = 0.0
+        if self.config.first_attention == "recent":
+            self._attend_to_recent(generator)
+
+    def _attend_to_recent(self, generator: torch.Generator) -> None:
+        """Adds the same random signs u to all embeddings, and to the weights of queries and keys what makes of u
+        constant vectors of RMS 2, in the faster half of the rotations: one for all keys, and for the query heads that
+        one rotated back by 1, 2, 3, 1, … positions. So a head's scores are highest for the token that many back,
+        whatever the tokens are, until training changes that."""
+        c = self.config
+        u = torch.randint(0, 2, (c.n_embd,), generator=generator) * 2.0 - 1.0
+        self.unpad("embed.weight", self.embed.weight).add_(0.02 * u).mul_(math.sqrt(0.5))  # standard deviation 0.02
+        back = 1 + torch.arange(c.n_head) % 3
+        cos, sin = rotary_table(4, c.head_size, c.rope_theta)[back].unbind(dim=1)  # (H, D/2)
+        fast = torch.arange(c.head_size // 2) < c.head_size / 4
+        queries = torch.cat((cos * fast, -sin * fast), dim=1)  # (H, D)
+        key = torch.cat((fast, torch.zeros_like(fast))).expand(c.kv_heads, -1)  # (K, D)
+        constant = torch.cat((queries, key)).flatten()[:, None]  # ((H + K) · D, 1)
+        for block in self.blocks:
+            block.attn.qkv.weight[: len(constant)] += constant * u * (4 * math.sqrt(2) / c.n_embd)
 
     def forward(
         self, ids: Tensor, targets: Tensor | None = None,

@@ -39,6 +39,7 @@ VARIANTS = {
     "untied relu2": dataclasses.replace(TINY, tie_embeddings=False, mlp="relu2", n_hidden=48),
     "window": dataclasses.replace(MODERN, sliding_window=5),
     "documents": dataclasses.replace(TINY, document_mask=True),
+    "recent": dataclasses.replace(MODERN, first_attention="recent", n_kv_head=2),
     "n-grams": dataclasses.replace(MODERN, max_ngram=3, ngram_rows=50, document_mask=True, tie_embeddings=False),
     "window and documents": dataclasses.replace(MODERN, n_kv_head=1, sliding_window=5, document_mask=True),
 }
@@ -223,6 +224,7 @@ def test_a_token_is_embedded_with_the_ngrams_that_end_with_it():
 def test_padded_rows_never_matter():
     padded = dataclasses.replace(TINY, vocab_size=1500, eos_id=1499, tie_embeddings=False)
     assert padded.padded_vocab_size == 1536
+    assert not GPT(dataclasses.replace(padded, positions="rotary", first_attention="recent")).embed.weight[1500:].any()
     model = GPT(padded)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     ids = torch.randint(0, 1500, (2, 17))
@@ -254,6 +256,34 @@ def test_initial_weights_follow_the_table():
     again, other = export_weights(GPT(TINY, seed=3)), export_weights(GPT(TINY, seed=3))
     assert all(torch.equal(again[name], other[name]) for name in again)
     assert not torch.equal(again["embed.weight"], export_weights(GPT(TINY, seed=4))["embed.weight"])
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 2, 1])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_untrained_heads_of_first_attention_recent_look_at_the_last_tokens(qk_norm, n_kv_head):
+    """One, two, three, one back, in every layer, whatever the tokens are."""
+    recent = dict(first_attention="recent", qk_norm=qk_norm, n_kv_head=n_kv_head)
+    shape = dataclasses.replace(MODERN, n_embd=128, block_size=32, rope_theta=100.0, **recent)
+    model = GPT(shape)
+    assert model.embed.weight.std().item() == pytest.approx(0.02, rel=0.1)  # as without
+    ids = torch.randint(0, EOS, (8, 32), generator=torch.Generator().manual_seed(0))
+    x = model.embed(ids)
+    with torch.no_grad():
+        for block in model.blocks:
+            q, k, _ = block.attn.queries_keys_values(block.attn_norm(x), model.table)
+            k = k.repeat_interleave(shape.n_head // shape.kv_heads, dim=2)
+            scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / math.sqrt(shape.head_size)  # (B, H, T, T)
+            weights = scores.masked_fill(torch.ones(32, 32).triu(1).bool(), -math.inf).softmax(dim=-1)
+            for head in range(shape.n_head):
+                by_distance = [weights[:, head].diagonal(-back, 1, 2)[:, 16:].mean().item() for back in range(16)]
+                assert by_distance.index(max(by_distance)) == 1 + head % 3
+                assert max(by_distance) > 0.3
+            x = block(x, AttentionContext("sdpa", model.table))
+
+
+def test_first_attention_recent_needs_rotations():
+    with pytest.raises(ValueError, match="first_attention=recent needs positions=rotary"):
+        dataclasses.replace(TINY, first_attention="recent")
 
 
 def test_import_raises_on_missing_extra_or_misshapen_tensors():

@@ -60,7 +60,7 @@ class GPTConfig:
     qk_norm: bool = False
     """RMSNorm with learned scales on every head's queries and keys, before the rotation."""
     first_attention: Literal["random", "recent"] = "random"
-    """Where untrained heads look: anywhere, or (recent, for positions=rotary) one, two or three tokens back, in turn."""
+    """Where untrained heads look: anywhere, or (recent; positions=rotary) one, two or three tokens back, in turn."""
     bias: bool = True
     """Biases in the linear layers and in LayerNorm."""
     tie_embeddings: bool = True
@@ -368,7 +368,7 @@ class GPT(nn.Module):
         key = torch.cat((fast, torch.zeros_like(fast))).expand(c.kv_heads, -1)  # (K, D)
         constant = torch.cat((queries, key)).flatten()[:, None]  # ((H + K) · D, 1)
         for block in self.blocks:
-            block.attn.qkv.weight[: len(constant)] += constant * u * (4 * math.sqrt(2) / c.n_embd)
+            block.get_parameter("attn.qkv.weight")[: len(constant)] += constant * u * (4 * math.sqrt(2) / c.n_embd)
 
     def forward(
         self, ids: Tensor, targets: Tensor | None = None,

@@ -1,7 +1,10 @@
 """How soon Sprout reaches nanoGPT's loss: its documented CPU command and ours in turns, same text, same machine.
 
     python bench/time_to_loss.py --peer PATH_TO_NANOGPT [--text FILE] [--rounds 3] [--sprout_steps N[,N…]]
-                                 [-- PRESET --option=value …]
+                                 [-- PRESET --option=value … [+ PRESET --option=value …]]
+
+**Our recipes** are train.py's arguments, separated by +. Without any: `qwen3_char_cpu`, the fastest one known whose
+model the Qwen3 class of other programs can express, and `speedrun_char_cpu`, whose table of n-grams none has.
 
 **The target** is the peer's loss after its last step over the whole val split, the last tenth of the characters: the
 median of the rounds. The last weights of both sides are scored by the same code in float32, every target once, in
@@ -16,12 +19,13 @@ excess over the median iteration of each earlier iteration with an evaluation (w
 in the peer's favor).
 
 **Each length is a run of its own.** With a decaying learning rate, the loss at some step depends on the length of the
-run. So each N of --sprout_steps is a separate run that decays to its end; the default is the preset's length. The time
-to the target is that of the run's first evaluation at or below it, often the last one. Several lengths are reported
-separately, by the medians of their rounds. A length chosen by its result on these seeds is biased: choose it on other
-seeds. "In nanoGPT's time" is our last evaluation within the peer's training time.
+run. So each N of --sprout_steps is a separate run that decays to its end, for each recipe; the default is a recipe's
+own length. The time to the target is that of the run's first evaluation at or below it, often the last one. Several
+lengths are reported separately, by the medians of their rounds. A length chosen by its result on these seeds is biased:
+choose it on other seeds. "In nanoGPT's time" is our last evaluation within the peer's training time.
 
-Round r has the seed 1337 + r on both sides; the order of the sides rotates. Reading order: main, run_round, summarise.
+Round r (from 1) has the seed 1336 + r on both sides; the order of the sides rotates. With --first_round and --join
+the rounds of one bench may be measured in several pieces. Reading order: main, run_round, summarise.
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ from training.options import TrainOptions  # noqa: E402
 
 PEER = "nanoGPT"
 PEER_BLOCK_SIZE, PEER_TOKENS_PER_STEP = 64, 12 * 64
-DEFAULT_FLAGS = ["speedrun_char_cpu"]
+DEFAULT_RECIPES = ["qwen3_char_cpu", "--max_steps=170", "+", "speedrun_char_cpu", "--max_steps=100"]
 
 Point = dict[str, float]  # step, tokens, seconds of training, loss in nats per character
 
@@ -90,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         }
         peer, data = copy_peer(arguments.peer, text, work / "peer"), prepare_ours(text, work / "data")
         check_same_ids(peer, data)
-        runs, script = [], (peer / "train.py").read_text(encoding="utf-8")
-        for number in range(arguments.rounds):
+        runs, script = earlier_runs(arguments.join, figures), (peer / "train.py").read_text(encoding="utf-8")
+        for number in range(arguments.first_round - 1, arguments.first_round - 1 + arguments.rounds):
             (peer / "train.py").write_text(reseeded(script, SEED + number), encoding="utf-8")
             runs += run_round(number, peer, data / "shakespeare", work / f"runs-{number}", plans, arguments.peer_steps)
     figures |= {"summary": summarise(runs), "runs": runs}
@@ -112,6 +116,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="any UTF-8 text (default: the checkout's own tinyshakespeare, if it was prepared there)",
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    parser.add_argument("--first_round", type=int, default=1, help="number of the first round, for a bench in pieces")
+    parser.add_argument("--join", type=Path, nargs="*", default=[], help="results with earlier rounds of the same text")
     parser.add_argument(
         "--sprout_steps", default="", help="lengths of our runs, separated by commas (default: the preset's)"
     )
@@ -126,8 +132,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "sprout",
         nargs="*",
-        metavar="-- PRESET --option=value",
-        help=f"train.py's arguments (default: {DEFAULT_FLAGS[0]})",
+        metavar="-- PRESET --option=value + …",
+        help=f"train.py's arguments, of several recipes with + between them (default: {' '.join(DEFAULT_RECIPES)})",
     )
     arguments = parser.parse_args(argv)
     arguments.peer = arguments.peer.resolve()
@@ -136,8 +142,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments.text = (arguments.text or arguments.peer / PEER_DATA / "input.txt").resolve()
     if not arguments.text.is_file():
         raise UserError(f"--text={arguments.text}: no such file; give a text of yours, or tinyshakespeare")
-    if min(arguments.rounds, arguments.peer_steps, arguments.evaluations) < 1:
-        raise UserError("--rounds, --peer_steps and --evaluations must be at least 1")
+    if min(arguments.rounds, arguments.first_round, arguments.peer_steps, arguments.evaluations) < 1:
+        raise UserError("--rounds, --first_round, --peer_steps and --evaluations must be at least 1")
     if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", arguments.sprout_steps):
         raise UserError(
             f"--sprout_steps={arguments.sprout_steps}: expected numbers of steps separated by commas, such as 400,800"
@@ -149,25 +155,46 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def plan_runs(flags: Sequence[str], lengths: str, evaluations: int) -> dict[str, dict[str, Any]]:
+def plan_runs(recipes: Sequence[str], lengths: str, evaluations: int) -> dict[str, dict[str, Any]]:
     """Our runs of a round by name: train.py's arguments, checked beforehand, and sizes. Raises UserError."""
-    flags = flags or DEFAULT_FLAGS
-    options = config.load("train.py", flags).section(TrainOptions)
-    if not lengths and options.budget_minutes is not None:
-        raise UserError(
-            f"{' '.join(flags)}: plans its length by measuring speed, which would count as training; "
-            "give --sprout_steps=N"
-        )
     plans = {}
-    for steps in [int(length) for length in lengths.split(",") if length] or [options.max_steps]:
-        arguments = [*flags, *([f"--max_steps={steps}"] if lengths else [])]
-        sizes = {
-            "steps": steps,
-            "eval_interval": max(1, steps // evaluations),
-            "tokens_per_step": options.tokens_per_step,
-        }
-        plans[" ".join(["Sprout", *arguments])] = {"arguments": arguments, **sizes}
+    for flags in split_at_plus(recipes or DEFAULT_RECIPES):
+        options = config.load("train.py", flags).section(TrainOptions)
+        if not lengths and (options.budget_minutes is not None or options.max_steps is None):
+            raise UserError(
+                f"{' '.join(flags)}: plans its length by measuring speed, which would count as training; "
+                "give --sprout_steps=N"
+            )
+        for steps in [int(length) for length in lengths.split(",") if length] or [options.max_steps]:
+            arguments = [*flags, *([f"--max_steps={steps}"] if lengths else [])]
+            sizes = {
+                "steps": steps,
+                "eval_interval": max(1, steps // evaluations),
+                "tokens_per_step": options.tokens_per_step,
+            }
+            plans[" ".join(["Sprout", *arguments])] = {"arguments": arguments, **sizes}
     return plans
+
+
+def split_at_plus(words: Sequence[str]) -> list[list[str]]:
+    recipes: list[list[str]] = [[]]
+    for word in words:
+        if word == "+":
+            recipes.append([])
+        else:
+            recipes[-1].append(word)
+    return recipes
+
+
+def earlier_runs(paths: Sequence[Path], figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of earlier results. Raises UserError where text or peer is another one."""
+    runs: list[dict[str, Any]] = []
+    for path in paths:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if earlier["text"] != figures["text"] or earlier["peer"] != figures["peer"]:
+            raise UserError(f"--join={path}: its text or its peer is another one, so its rounds do not count here")
+        runs += earlier["runs"]
+    return runs
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -189,7 +216,7 @@ def run_round(
             )
         else:
             plan = plans[side]
-            run = folder / str(plan["steps"])
+            run = folder / str(list(plans).index(side))
             command = our_command(plan, seed, targets=len(val) - 1)
             result = run_process([sys.executable, *command, f"--data={data}", f"--run={run}"], ROOT)
             curve = our_curve((run / "metrics.jsonl").read_text(encoding="utf-8"), plan["tokens_per_step"])

@@ -26,6 +26,7 @@ PRESETS = (
     "shakespeare_char",
     "shakespeare_char_best",
     "speedrun_char_cpu",
+    "qwen3_char_cpu",
     "vaswani2017",
     "gpt2_124m",
     "modern_124m",

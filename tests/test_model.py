@@ -262,7 +262,7 @@ def test_initial_weights_follow_the_table():
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_untrained_heads_of_first_attention_recent_look_at_the_last_tokens(qk_norm, n_kv_head):
     """One, two, three, one back, in every layer, whatever the tokens are."""
-    recent = dict(first_attention="recent", qk_norm=qk_norm, n_kv_head=n_kv_head)
+    recent = {"first_attention": "recent", "qk_norm": qk_norm, "n_kv_head": n_kv_head}
     shape = dataclasses.replace(MODERN, n_embd=128, block_size=32, rope_theta=100.0, **recent)
     model = GPT(shape)
     assert model.embed.weight.std().item() == pytest.approx(0.02, rel=0.1)  # as without

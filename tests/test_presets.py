@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import config
+from model import GPTConfig
 from tests.test_train import read_events, train
 
 PRESETS = sorted(
@@ -21,6 +22,7 @@ EXPECTED = {
     "vaswani2017",
     "debug",
     "speedrun_char_cpu",
+    "qwen3_char_cpu",
 }
 SMALLER = (
     "--n_layer=2",
@@ -44,6 +46,14 @@ QUIET = ("--eval_interval=20", "--eval_tokens=2000", "--sample_tokens=0", "--thr
 
 def test_the_documented_presets_exist():
     assert set(PRESETS) >= EXPECTED
+
+
+def test_qwen3_char_cpu_is_what_the_qwen3_class_can_express():
+    """Its weights under other names gave transformers' logits (bench/NOTES.md)."""
+    model = config.load("train.py", ["qwen3_char_cpu"]).section(GPTConfig)
+    own = {"positions": "rotary", "norm": "rmsnorm", "norm_position": "pre", "mlp": "swiglu", "qk_norm": True}
+    own |= {"bias": False, "scale_embeddings": False, "max_ngram": 1, "sliding_window": None, "document_mask": False}
+    assert own.items() <= model.to_dict().items()
 
 
 @pytest.mark.parametrize("script", config.SCRIPTS)

@@ -81,9 +81,20 @@ def test_each_length_is_a_run_of_its_own():
     short, long = plans.values()
     assert short["arguments"] == ["shakespeare_char_cpu", "--dropout=0.1", "--max_steps=40"]
     assert [plan["eval_interval"] for plan in (short, long)] == [4, 50]
-    assert bench.plan_runs([], "", 10)["Sprout speedrun_char_cpu"]["steps"] == 1300
+    assert bench.plan_runs(["speedrun_char_cpu"], "", 10)["Sprout speedrun_char_cpu"]["steps"] == 1300
     command = bench.our_command(long, seed=1338, targets=999)
     assert {"--seed=1338", "--eval_interval=50", "--eval_tokens=1000", "--max_steps=500"} <= set(command)
+
+
+def test_recipes_are_separated_by_a_plus():
+    plans = bench.plan_runs(["speedrun_char_cpu", "--max_ngram=1", "+", "debug", "--seed=2"], "7", evaluations=10)
+    assert list(plans) == [
+        "Sprout speedrun_char_cpu --max_ngram=1 --max_steps=7",
+        "Sprout debug --seed=2 --max_steps=7",
+    ]
+    exportable, own = bench.plan_runs([], "", 10)
+    assert exportable.startswith("Sprout qwen3_char_cpu")
+    assert own.startswith("Sprout speedrun_char_cpu")
 
 
 def test_the_curves_are_drawn_as_a_small_png(tmp_path):

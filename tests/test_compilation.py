@@ -130,6 +130,7 @@ def test_an_evaluation_compiles_nothing():
 # ---- Compiled runs ---------------------------------------------------------------------------------------------------
 
 COMPILED = (
+    "quickstart",
     "--compile=true", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--positions=rotary",
     "--qk_norm=true", "--norm=rmsnorm", "--mlp=swiglu", "--dropout=0.2", "--tokens_per_step=256",
     "--micro_batch_size=4", "--eval_interval=3", "--eval_tokens=300", "--sample_tokens=5", "--log_interval=1",

@@ -135,22 +135,23 @@ def loop(
         # ---- evaluate, sample, save
         done = budget.is_over(state, time.perf_counter())
         due = (done or state.step % evals.eval_interval == 0) and state.progress.evaluated_step != state.step
-        with logger.clock.pause(), state.averaged():
-            result = score(max_tokens=evals.eval_tokens, rows=batches.size) if due else None  # None after a signal
-            if result is not None:
-                logger.evaluation(state, budget.plan, result, state.record_evaluation(result))
-                if (verdict := budget.judge(state, result)) is not None:
-                    logger.patience(state.step, budget.plan, verdict)
-                    recorded.change(**budget.as_options())
-                    done = budget.is_over(state, time.perf_counter())
-                logger.samples(state, sample(1 if state.is_trained else 0, evals.sample_seed))
-            is_new = result is not None or state.saved_step != state.step
-            if is_new and (done or stop() or state.save_is_due(evals.save_interval)):
-                save()
-        if due:
-            budget.pause_seconds = logger.clock.last_pause
-        if done or stop():
-            return
+        if due or done or stop() or state.save_is_due(evals.save_interval):
+            with logger.clock.pause(), state.averaged():
+                result = score(max_tokens=evals.eval_tokens, rows=batches.size) if due else None  # None after a signal
+                if result is not None:
+                    logger.evaluation(state, budget.plan, result, state.record_evaluation(result))
+                    if (verdict := budget.judge(state, result)) is not None:
+                        logger.patience(state.step, budget.plan, verdict)
+                        recorded.change(**budget.as_options())
+                        done = budget.is_over(state, time.perf_counter())
+                    logger.samples(state, sample(1 if state.is_trained else 0, evals.sample_seed))
+                ends, is_new = done or stop(), result is not None or state.saved_step != state.step
+                if is_new and (ends or state.save_is_due(evals.save_interval)):
+                    save()
+            if due:
+                budget.pause_seconds = logger.clock.last_pause
+            if ends or (stop() and state.saved_step == state.step):  # the signal may have come during the save
+                return
 
         # ---- one step: learning rate, then forward, backward, clipping and update of the weights
         rate = learning_rate(state.step, budget.plan, budget.options)

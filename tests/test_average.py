@@ -96,3 +96,16 @@ def test_a_checkpoint_without_the_weights_themselves_is_an_error(small_text):
     assert train(*TINY, f"--data={small_text}", "--run=plain", "--max_steps=5") == 0
     with pytest.raises(UserError, match="ema_half_life"):
         train("--resume=plain", "--max_steps=10", "--ema_half_life=0.1")
+
+
+def test_steps_without_evaluation_or_checkpoint_do_not_swap(small_text, monkeypatch):
+    """Evaluations at steps 10 and 20, and the final records: two exchanges each."""
+    swap, swaps = WeightAverage.swap, []
+
+    def counted(self):
+        swaps.append(None)
+        swap(self)
+
+    monkeypatch.setattr(WeightAverage, "swap", counted)
+    assert train(*TINY, f"--data={small_text}", "--run=a", "--ema_half_life=0.3") == 0
+    assert len(swaps) == 6

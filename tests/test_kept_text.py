@@ -5,19 +5,16 @@ import json
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import train as train_script
 from checkpoint import list_checkpoints, open_checkpoint
-from tests.test_train import TINY, message_of, read_events, reproducible, tensors_of, train
+from tests.test_train import TINY, message_of, read_events, reproducible, tensors_of, train, train_until_cut
 from tests.test_training_data import CountingSplit
 from training.data import JoinedSplits, MixedWindows, TrainBatches, TrainWindows, read_windows
-from training.interrupt import STOPPED
 from training.kept_text import KEEP_SHARE
 from training.report import main as report
 
@@ -114,7 +111,11 @@ def _in_a_copy(finished, tmp_path, monkeypatch):
 
 
 def start(data: str, run: str, *flags: str, source: str = "first") -> int:
-    return train(*MORE, f"--init_from={source}", f"--data={data}", f"--run={run}", *flags)
+    return train(*command(data, run, *flags, source=source))
+
+
+def command(data: str, run: str, *flags: str, source: str = "first") -> list[str]:
+    return [*MORE, f"--init_from={source}", f"--data={data}", f"--run={run}", *flags]
 
 
 def kept_losses(run: str) -> list[tuple[float, float]]:
@@ -149,24 +150,9 @@ def test_less_is_forgotten_with_a_larger_share():
 @pytest.mark.parametrize("moment", [3, 13, 20])
 @pytest.mark.parametrize("how", ["killed", "SIGTERM"])
 def test_a_run_that_is_cut_ends_in_the_same_bits(monkeypatch, how, moment):
-    command = ("second.txt", "cut", "--save_interval=4", "--keep_share=0.3", "--dropout=0.1", "--token_noise=0.1")
-    assert start(command[0], "whole", *command[2:]) == 0
-    update, calls = train_script.update, itertools.count(1)
-
-    def interrupted(*args):
-        if next(calls) == moment:
-            if how == "killed":
-                raise KeyboardInterrupt  # leaves the records as they are
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
-
-    monkeypatch.setattr(train_script, "update", interrupted)
-    if how == "killed":
-        with pytest.raises(KeyboardInterrupt):
-            start(*command)
-    else:
-        assert start(*command) == STOPPED
-    monkeypatch.setattr(train_script, "update", update)
+    flags = ("--save_interval=4", "--keep_share=0.3", "--dropout=0.1", "--token_noise=0.1")
+    assert start("second.txt", "whole", *flags) == 0
+    train_until_cut(monkeypatch, how, moment, command("second.txt", "cut", *flags))
     assert train("--resume=cut") == 0
     assert tensors_of("cut", 20) == tensors_of("whole", 20)
     assert reproducible("cut") == reproducible("whole")

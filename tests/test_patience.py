@@ -1,13 +1,11 @@
 """--patience: a val loss that no longer falls begins the decay of wsd or ends the run; --max_steps=none."""
 
 import io
-import itertools
 import json
 import os
 import random
 import re
 import shutil
-import signal
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import train as train_script
 from checkpoint import find_checkpoint, list_checkpoints, open_checkpoint
 from common.clusters import Clusters
-from tests.test_train import TINY, message_of, read_events, reproducible, tensors_of, train
+from tests.test_train import TINY, message_of, read_events, reproducible, tensors_of, train, train_until_cut
 from training import budget as budget_module
 from training.budget import Budget
 from training.evaluation import Evaluation
-from training.interrupt import STOPPED
 from training.optim import Plan, learning_rate, make_plan
 from training.options import OptimizerOptions
 from training.patience import count_evaluation
@@ -228,23 +224,7 @@ def test_a_run_that_is_cut_ends_in_the_same_bits(early, monkeypatch, how, where)
     run, _, begin = early
     end = begin + max(1, begin // 5)
     moment = {"before": begin - 2, "at": begin, "after": begin + 1, "in the decay": begin + 3}[where]
-    update, calls = train_script.update, itertools.count(1)
-
-    def interrupted(*args):
-        if next(calls) == moment:
-            if how == "killed":
-                raise KeyboardInterrupt  # leaves the records as they are
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
-
-    monkeypatch.setattr(train_script, "update", interrupted)
-    command = (*OPEN, "--schedule=wsd", "--run=cut", "--save_interval=7")
-    if how == "killed":
-        with pytest.raises(KeyboardInterrupt):
-            train(*command)
-    else:
-        assert train(*command) == STOPPED
-    monkeypatch.setattr(train_script, "update", update)
+    train_until_cut(monkeypatch, how, moment, [*OPEN, "--schedule=wsd", "--run=cut", "--save_interval=7"])
     assert train("--resume=cut") == 0
     assert tensors_of("cut", end) == tensors_of(run, end)
     assert reproducible("cut") == reproducible(run)

@@ -181,21 +181,32 @@ def test_a_resumed_run_ends_in_the_same_bits(run):
     assert Path("cut/samples.txt").read_bytes() == (run / "samples.txt").read_bytes()
 
 
-@pytest.mark.parametrize("moment", [3, 10, 13, 20])
-def test_a_run_stopped_by_a_signal_ends_in_the_same_bits(run, small_text, monkeypatch, moment, capsys):
-    """SIGTERM in the middle of an update: the step is finished, everything is saved, the exit code says resumable."""
+def train_until_cut(monkeypatch, how: str, moment: int, command: list[str]) -> None:
+    """Trains until update number `moment` (from 1) begins: killed there, records left as they are, or by SIGTERM."""
     update, calls = train_script.update, itertools.count(1)
 
     def interrupted(*args):
         if next(calls) == moment:
+            if how == "killed":
+                raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
         return update(*args)
 
-    monkeypatch.setattr(train_script, "update", interrupted)
-    assert train(*TINY, f"--data={small_text}", "--run=stopped") == STOPPED
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "update", interrupted)
+        if how == "killed":
+            with pytest.raises(KeyboardInterrupt):
+                train(*command)
+        else:
+            assert train(*command) == STOPPED
+
+
+@pytest.mark.parametrize("moment", [3, 10, 13, 20])
+def test_a_run_stopped_by_a_signal_ends_in_the_same_bits(run, small_text, monkeypatch, moment, capsys):
+    """SIGTERM in the middle of an update: the step is finished, everything is saved, the exit code says resumable."""
+    train_until_cut(monkeypatch, "SIGTERM", moment, [*TINY, f"--data={small_text}", "--run=stopped"])
     assert "--resume=stopped" in capsys.readouterr().out
     assert open_checkpoint(list_checkpoints(Path("stopped"))[-1]).step == moment
-    monkeypatch.setattr(train_script, "update", update)
     assert train("--resume=stopped") == 0
     assert tensors_of("stopped", 20) == tensors_of(run, 20)
     assert reproducible("stopped") == reproducible(run)

@@ -123,3 +123,13 @@ def test_each_mistake_is_one_clear_line(tmp_path):
         bench.main(["--peer", str(peer), "--text", str(text), "--", "debug", "--n_layers=3"])
     with pytest.raises(UserError, match=r"quickstart: plans its length by measuring speed.*--sprout_steps=N"):
         bench.main(["--peer", str(peer), "--text", str(text), "--", "quickstart"])
+
+
+def test_rounds_measured_in_pieces_are_joined_where_text_and_peer_agree(tmp_path):
+    earlier = {"text": {"sha256": "a"}, "peer": "1", "runs": [run(bench.PEER, (0, 1, 4.0))]}
+    path = tmp_path / "first.json"
+    path.write_text(json.dumps(earlier), encoding="utf-8")
+    assert bench.earlier_runs([path, path], {"text": {"sha256": "a"}, "peer": "1"}) == earlier["runs"] * 2
+    for other in ({"text": {"sha256": "b"}, "peer": "1"}, {"text": {"sha256": "a"}, "peer": "2"}):
+        with pytest.raises(UserError, match="its text or its peer is another one"):
+            bench.earlier_runs([path], other)

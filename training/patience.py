@@ -64,10 +64,10 @@ def describe_stall(progress: Progress, result: Evaluation) -> str:
 
 
 def advise(progress: Progress) -> str:
-    """What would let the model learn more, by its loss on the text that it has seen; dropout and noise raise that."""
+    """What would let the model learn more, by its loss on the text that it has seen; dropout raises that."""
     last, best = progress.history[-1], min(entry["val_loss"] for entry in progress.history)
     train_loss = f"train loss is {last['train_loss']:.4f}"
     if last["train_loss"] < (1 - MEMORIZED) * last["val_loss"] or last["val_loss"] > (1 + RISEN) * best:
-        helps = "more text or more regularization (--dropout, --token_noise, --weight_decay)"
+        helps = "more text or more regularization (--weight_decay, --dropout)"
         return f"{train_loss}: the model memorizes its text; it learns more with {helps}"
     return f"{train_loss}, close to it: a larger model (--n_layer, --n_embd) or a lower --learning_rate may learn more"

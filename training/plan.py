@@ -53,11 +53,6 @@ TRAINING_SHARE = 0.9  # of a time budget; evaluations, samples and checkpoints t
 MIN_BYTES, MIN_TOKENS = 4000, 1000  # of the text, and of its train split
 
 
-def expected_bits_per_byte(facts: Facts, tokens: float) -> float | None:
-    """What such texts reached when they were measured; None as long as there is no table."""
-    return None
-
-
 # ---- What the rules know ---------------------------------------------------------------------------------------------
 
 
@@ -370,7 +365,7 @@ def _optimization(
     reasons = {"optimizer": "fewest tokens to a loss", "muon_steps": "3 are as good as 5 in small models"}
     reasons |= {"schedule": "its decay can begin at any step", "learning_rate": why, "dropout": text}
     reasons |= {"warmup_steps": "a thirtieth of the steps", "weight_decay": text}
-    reasons["ema_half_life"] = "the average of the last weights was better than the weights at all lengths measured"
+    reasons["ema_half_life"] = "better than the weights themselves at nearly all lengths measured"
     reasons["beta2"] = f"{outlook.tokens_per_step:,} tokens a step"
     return values, reasons
 

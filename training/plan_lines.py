@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from common.option import show
-from training.plan import Facts, RunPlan, choose_freely, expected_bits_per_byte
+from training.plan import Facts, RunPlan, choose_freely
 
 LENGTH = {"budget_minutes", "max_steps"}  # options: another length is another plan, not a change of it
 MAX_CHANGES = 4  # named in the line about flags
@@ -17,8 +17,7 @@ def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Colle
     values, outlook = {**given, **plan.values}, plan.outlook
     shape, why = outlook.shape, plan.reasons
     head = f"plan: {_duration(plan, given)}, {outlook.tokens:,} tokens, {show_epochs(plan.epochs)} epochs"
-    reached = expected_bits_per_byte(facts, outlook.tokens)
-    lines = [head + (f"; such texts reached {reached:.2f} bits per byte" if reached is not None else "")]
+    lines = [head]
     lines += [f"  text: {facts.text}"] if facts.text else []
     model = (
         f"  model: {shape.n_layer} layers, {shape.n_embd} channels, {shape.n_head} heads, context {shape.block_size}"

@@ -110,19 +110,22 @@ def test_stop_and_escape_free_the_model(server, open_page):
     address, queue = server
     page = open_page(address)
     fill(page, "a", n=2, max_tokens=20_000, seed=1)
-    for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
+
+    def generate_until_text_appears():
+        page.evaluate("document.querySelector('#samples').replaceChildren()")  # those of the last click
         page.click("#generate")
-        token = page.locator(".sample").nth(1).locator(".token").nth(5)
-        token.wait_for(state="attached")  # text appears before the sample ends
-        assert len(queue.jobs) == 1
+        page.locator(".sample").nth(1).locator(".token").nth(5).wait_for(state="attached")
+        assert len(queue.jobs) == 1  # text appears before the sample ends
+
+    for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
+        generate_until_text_appears()
         stop()
         wait_until_ended(page, "stopped")
         wait_for(lambda: not queue.jobs)
         for i in range(2):
             expect(page.locator(".top").nth(i)).to_contain_text("stopped")
         expect(page.locator("#stop")).to_be_disabled()
-    page.click("#generate")
-    page.locator(".token").nth(5).wait_for(state="attached")
+    generate_until_text_appears()
     page.close()
     wait_for(lambda: not queue.jobs)
 

@@ -34,9 +34,7 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
         if options.origin[name] != "flag" or name == "resume" or value == stored.get(name):
             continue
         flag, was = f"--{name}={show(value)}", f"{name}={show(stored.get(name))}"
-        if name == "budget_minutes":
-            refused.append(f"{flag}: a resumed run keeps its plan; set its length with --max_steps=N")
-        elif name == "run":
+        if name == "run":
             refused.append(f"{flag}: a resumed run stays in its directory {resume}; leave out --run")
         elif name in preparation and name in WITH_DATA:
             if options.origin["data"] == "flag":
@@ -53,10 +51,9 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
     if refused:
         raise UserError("\n".join([*refused, advice]))
     merged = config.replace(options, **{**stored, **changed, "resume": resume, "run": resume})
-    if not changed.get("eval_only"):
-        merged.notes.extend(
-            f"changed on resume: {name}={show(value)} (was {show(stored.get(name))})" for name, value in changed.items()
-        )
+    if changed and not changed.get("eval_only"):
+        values = [f"{name}={show(value)} (was {show(stored.get(name))})" for name, value in changed.items()]
+        merged.notes.append(f"changed on resume: {', '.join(values)}")
     return merged
 
 

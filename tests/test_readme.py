@@ -54,8 +54,8 @@ def run_train(args: list[str]) -> int:
     """The command with a small model and few steps; the shape of a resumed or initial model is given."""
     resume, init_from = (any(arg.startswith(flag) for arg in args) for flag in ("--resume", "--init_from"))
     if resume or init_from:
-        args += ["--threads=1"]
-        if not any("max_steps" in arg for arg in args):
+        args = ["--budget_minutes=0.01" if "budget_minutes" in arg else arg for arg in args] + ["--threads=1"]
+        if not any("max_steps" in arg or "budget_minutes" in arg for arg in args):
             args += ["--max_steps=3"]
     else:
         args += QUICK + SMALL

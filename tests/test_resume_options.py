@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 import config
 import train as train_script
+from checkpoint import list_checkpoints
 from errors import UserError
 
 QUICK = ("--max_steps=2", "--tokens_per_step=64", "--warmup_steps=1", "--sample_tokens=2", "--final_samples=1")
@@ -140,3 +142,29 @@ def test_the_rules_of_a_resumed_run_are_checked_with_its_own_values(project):
     )
     assert train("--resume=run", "--max_steps=3", "--min_learning_rate=0.01") == 0
     assert options_of_run("run")["min_learning_rate"] == 0.01
+
+
+def test_a_resumed_run_takes_more_minutes_and_they_repeat_as_steps(run, capsys):
+    """The measured steps leave no trace: a resume with the steps that the time gave has the same weights."""
+    shutil.copytree(run, "copy")
+    flags = ("--schedule=wsd", "--decay_steps=none", "--eval_interval=100")
+    assert train("--resume=run", "--budget_minutes=0.02", *flags) == 0
+    output, options = capsys.readouterr().out, options_of_run("run")
+    assert "budget 0:01: " in output
+    assert options["max_steps"] > 3
+    assert options["budget_minutes"] is None
+    length = (f"--max_steps={options['max_steps']}", f"--decay_steps={options['decay_steps']}")
+    assert train("--resume=copy", *flags[:1], *flags[2:], *length) == 0
+    one, other = (list_checkpoints(Path(name))[-1] / "model" / "model.safetensors" for name in ("run", "copy"))
+    assert one.read_bytes() == other.read_bytes()
+    assert train("--resume=run") == 0
+    assert "the run is complete" in capsys.readouterr().out
+    assert "both set the length" in message_of("--resume=run", "--budget_minutes=1", "--max_steps=9999")
+
+
+def test_the_last_evaluation_of_the_whole_val_split_can_be_left_out(project, capsys):
+    flags = ("--data=text.txt", "--tokenizer=bytes", "--eval_tokens=50", *QUICK, *SMALL)
+    assert train(*flags, "--run=one") == 0
+    assert "whole val split" in capsys.readouterr().out
+    assert train(*flags, "--final_eval=false", "--run=two") == 0
+    assert "whole val split" not in capsys.readouterr().out

@@ -53,13 +53,14 @@ class Budget:
 
     def limit(
         self, seconds: float, started: float, step_seconds: float, now: float, eval_steps: float,
-        final_eval_steps: float,
+        final_eval_steps: float, step: int = 0,
     ) -> None:  # fmt: skip
         """Sets the time limit from `started` on, and the first plan from the measured seconds of a step. eval_steps,
-        final_eval_steps: the evaluations' targets as multiples of a step's; their forward pass is a third of a step."""
+        final_eval_steps: the evaluations' targets as multiples of a step's; their forward pass is a third of a step.
+        step: the current one."""
         self.seconds, self.start, self.step_seconds = seconds, started, step_seconds
         self.pause_seconds, self.final_eval_seconds = eval_steps * step_seconds / 3, final_eval_steps * step_seconds / 3
-        self.plan = make_plan(self._steps_left(now), self.options)
+        self.plan = make_plan(step + self._steps_left(now), self.options)
 
     def observe(self, step: int, steps: int, seconds: float, now: float) -> bool:
         """Records the time of the last `steps` steps. Returns whether the plan has changed.
@@ -142,17 +143,18 @@ def make_budget(
     started: float,
     stored: Mapping[str, Any] | None,
 ) -> Budget:
-    """The plan of a run. With a time budget, at step 0, it follows from the measured time of `update`, one step; the
-    budget counts from `started`, before the step was compiled. stored: the options of a resumed checkpoint, by name."""
+    """The plan of a run. With a time budget it follows from the measured time of `update`, one step; the budget counts
+    from `started`, before the step was compiled. stored: the options of a resumed checkpoint, by name."""
     budget = Budget(make_plan(train.max_steps, optim), optim, evals.eval_interval, patience=train.patience)
-    if stored is not None and stored["max_steps"] != train.max_steps:
+    has_time = train.budget_minutes is not None and (stored is None or stored.get("budget_minutes") is None)
+    if stored is not None and (stored["max_steps"] != train.max_steps or has_time):
         count_anew(state.progress)
-    if train.budget_minutes is not None and state.step == 0:
+    if train.budget_minutes is not None and has_time:
         step_seconds = measure_step_seconds(update, state, hardware)
         eval_steps = min(evals.eval_tokens or val_tokens, val_tokens) / train.tokens_per_step
-        final_eval_steps = val_tokens / train.tokens_per_step
+        final_eval_steps = evals.final_eval * val_tokens / train.tokens_per_step
         seconds = 60.0 * train.budget_minutes
-        budget.limit(seconds, started, step_seconds, time.perf_counter(), eval_steps, final_eval_steps)
+        budget.limit(seconds, started, step_seconds, time.perf_counter(), eval_steps, final_eval_steps, state.step)
     elif budget.is_over(state, started) and state.progress.evaluated_step == state.step:
         ended = ": its val loss had stopped falling" if budget.is_exhausted(state) else ""
         log(f"the run is complete at step {state.step}{ended}")
@@ -201,6 +203,8 @@ def log_resumed_rate(step: int, stored: Mapping[str, Any], budget: Budget) -> No
 def measure_step_seconds(update: Callable[[], object], state: TrainState, hardware: Hardware) -> float:
     """The median seconds of a few updates, the first one (warm-up) left out. Their effect on `state` is undone."""
     weights = [parameter.detach().to("cpu", copy=True) for parameter in state.model.parameters()]  # off a full device
+    moments = [tensor for values in state.optimizer.state.values() for tensor in values.values()] if state.step else []
+    kept = [tensor.to("cpu", copy=True) for tensor in moments]
     scale = state.scaler.state_dict()
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < MEASURED_STEPS and sum(seconds) < MEASURED_SECONDS):
@@ -212,6 +216,9 @@ def measure_step_seconds(update: Callable[[], object], state: TrainState, hardwa
     with torch.no_grad():
         for parameter, weight in zip(state.model.parameters(), weights, strict=True):
             parameter.copy_(weight)
-    state.optimizer.reset()
+        for moment, value in zip(moments, kept, strict=True):
+            moment.copy_(value)
+    if not moments:  # before the first step
+        state.optimizer.reset()
     state.scaler.load_state_dict(scale)
     return statistics.median(seconds[1:])

@@ -25,7 +25,8 @@ class TrainOptions:
     max_steps: Annotated[int, Ge(0)] | None = 2000
     """Number of optimizer steps; none: as many as --patience allows (schedule wsd, constant or inverse_sqrt)."""
     budget_minutes: Annotated[float, Interval(gt=0, le=1_000_000)] | None = None
-    """Train for about this long: sets max_steps from the measured speed (stored in config.json)."""
+    """Train for about this long, a resumed run for so much longer: sets max_steps from the measured speed (stored in
+    config.json)."""
     patience: Annotated[int, Ge(1)] | None = None
     """Evaluations in a row without a clearly better val loss that end the run; with wsd they begin its decay, after
     which it ends. Better: by more than the standard error of the difference. none: the val loss ends no run."""
@@ -103,7 +104,9 @@ class EvalOptions:
     eval_interval: Annotated[int, Ge(1)] = 250
     """Steps between evaluations on the val split."""
     eval_tokens: Annotated[int, Ge(2)] | None = None
-    """Evaluate on the first N tokens of the val split, and once at the end on all of it; none: always on all of it."""
+    """Evaluate on the first N tokens of the val split, and at the end on all of it; none: always on all of it."""
+    final_eval: bool = True
+    """Evaluate on the whole val split after the last step, where eval_tokens leaves some of it out."""
     eval_only: bool = False
     """Evaluate the weights of --resume or --init_from on the whole val split and exit."""
     save_interval: Annotated[int, Ge(1)] | None = None
@@ -123,8 +126,8 @@ class EvalOptions:
     """Number of samples at the end of training."""
 
     def leaves_out(self, n_val: int) -> bool:
-        """Whether evaluations during training score less than the whole val split of n_val tokens."""
-        return self.eval_tokens is not None and self.eval_tokens < n_val
+        """Whether evaluations leave out some of the val split of n_val tokens, which is then scored at the end."""
+        return self.final_eval and self.eval_tokens is not None and self.eval_tokens < n_val
 
 
 @dataclass(frozen=True)

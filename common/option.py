@@ -197,7 +197,7 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
             f"{where}: no type for an option: {hints[field.name]}"
         )
         option = Option(
-            field.name,
+            option_name(field),
             next(owner for owner in section.__mro__ if field.name in inspect.get_annotations(owner)),
             field.default,
             kinds=frozenset(kinds),
@@ -215,7 +215,18 @@ def options_of(section: type, derived: bool = False) -> Iterator[Option]:
 
 def option_names(section: type) -> list[str]:
     """The names of a section's options: its fields, without derived ones."""
-    return [field.name for field in dataclasses.fields(section) if not field.metadata.get("derived")]
+    return [option_name(field) for field in dataclasses.fields(section) if not field.metadata.get("derived")]
+
+
+def option_name(field: dataclasses.Field[Any]) -> str:
+    """The name of the option that a field declares: without the _ of a field that is a word of Python (try_)."""
+    return field.name.removesuffix("_")
+
+
+def build_section(section: type[T], values: Mapping[str, Any]) -> T:
+    """The section of values by option name; missing ones get their defaults, others are ignored. Raises ValueError."""
+    names = {option_name(field): field.name for field in dataclasses.fields(typing.cast(Any, section))}
+    return section(**{names[name]: value for name, value in values.items() if name in names})
 
 
 def check_option(options: Mapping[str, Option], name: str, value: object) -> Any:
@@ -243,7 +254,7 @@ def section_from(section: type[T], values: Mapping[str, Any]) -> T:
             checked[name] = known[name].check(value)
         except ValueError as error:
             raise ValueError(f"{name}={show(repr(value))}: {error}") from None
-    return section(**checked)
+    return build_section(section, checked)
 
 
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,7 +284,7 @@ def _field_docstrings(section: type) -> dict[str, str]:
     found = {}
     for field, below in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            found[field.target.id] = " ".join(ast.literal_eval(below.value).split())
+            found[field.target.id.removesuffix("_")] = " ".join(ast.literal_eval(below.value).split())
     return found
 
 

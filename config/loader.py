@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.option import RETIRED, Option, check_option, no_such_option, option_names, options_of, show
+from common.option import (
+    RETIRED,
+    Option,
+    build_section,
+    check_option,
+    no_such_option,
+    option_names,
+    options_of,
+    show,
+)
 from config.advice import DASHES, flag_problem, quotes_problem, word_problem
 from config.help_text import help_text
 from config.hints import hint
@@ -43,7 +52,7 @@ class Options:
     loader: "Loader" = dataclasses.field(repr=False)
 
     def section(self, cls: type[T]) -> T:
-        return cls(**{name: self.values[name] for name in option_names(cls)})
+        return build_section(cls, {name: self.values[name] for name in option_names(cls)})
 
     def flat(self) -> dict[str, Any]:
         return dict(self.values)
@@ -185,7 +194,7 @@ class Loader:
             fields = {name: value for name, value in values.items() if self.options[name].section is cls}
             if fields.keys().isdisjoint(refused):
                 try:
-                    section = cls(**fields)
+                    section: Any = build_section(cls, fields)
                 except ValueError as error:  # GPTConfig raises, because it is also built without this loader
                     found += str(error).split("; ")
                 else:

@@ -37,6 +37,7 @@ from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
 from config.planning import open_data
 from config.start import RunConfig, read_start
+from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
 from training import setup
@@ -57,7 +58,9 @@ from training.state import TrainState
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the run is complete, STOPPED when a signal ended it early. Raises UserError, also where memory
     runs out and fewer rows do not help."""
-    return attempt(partial(train_model, sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    has_tries = config.load("train.py", argv).values["try"] is not None
+    return attempt(partial(try_candidates, train_model, argv) if has_tries else partial(train_model, argv))
 
 
 def train_model(argv: Sequence[str]) -> int:

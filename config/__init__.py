@@ -15,13 +15,13 @@ from typing import Any
 
 from common.option import option_names, show
 from common.options import HardwareOptions, RunOptions
-from config.loader import HELP, Loader, Options, dump, replace
-from errors import UserError, run_script
+from config.loader import HELP, Loader, Options, dump, is_flag, replace
+from errors import UserError, quote, run_script
 from generation.options import SampleScriptOptions, SamplingOptions
 from prepare_data import PrepareOptions, SourceOptions, TextOptions
 from server.options import ServerOptions
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
-from training.plan import first_values
+from training.plan import OPEN_SCHEDULES, first_values
 
 __all__ = ["HELP", "SCRIPTS", "SECTIONS", "Options", "check_command_line", "dump", "fixed_names", "load", "replace"]
 
@@ -107,6 +107,7 @@ With --data and no preset, a plan chooses all options that are not given; it is 
   python train.py --data=my_novel.txt                    train on your own text, until the val loss stops falling
   python train.py --data=my_novel.txt --budget_minutes=15     the best model that 15 minutes give
   python train.py --data=my_novel.txt --plan             only print the plan
+  python train.py --data=my_novel.txt --budget_minutes=60 --try=4    short runs first, which may find better settings
   python train.py shakespeare_char --max_steps=500       use a preset and change an option
   python train.py --resume=runs/quickstart-1             resume a run
   python sample.py --prompt="Once"                       sample from the newest run
@@ -155,6 +156,8 @@ def load(script: str, argv: Sequence[str]) -> Options:
         if options.values.get("plan"):
             why = "a resumed run keeps its options" if resuming else "presets and evaluations have none"
             raise UserError(f"--plan shows the plan of a run that has --data=TEXT and no preset; {why}")
+    if options.values.get("try") is not None:
+        refuse_try(options, argv)
     if not (options.values.get("resume") or options.values.get("init_from")):  # runs that have their own tokenizer
         refuse_unused(options)
     return options
@@ -165,6 +168,24 @@ def needs_plan(argv: Sequence[str]) -> bool:
     names = {arg.partition("=")[0] for arg in argv if arg.lower() not in ("--eval_only=false", "--resume=none")}
     others = {"--resume", "--eval_only", *HELP}
     return "--data" in names and names.isdisjoint(others) and not _loader.has_preset(argv)
+
+
+def refuse_try(options: Options, argv: Sequence[str]) -> None:
+    """Raises UserError where --try=N has no plan whose settings it could try, with the command of `argv` changed so
+    that it works."""
+    number, minutes, schedule = (options.values[name] for name in ("try", "budget_minutes", "schedule"))
+    if needs_plan(argv) and not options.values["init_from"] and minutes is not None and schedule in OPEN_SCHEDULES:
+        return
+    others = ("--resume", "--init_from", "--keep_share", "--eval_only", "--max_steps", "--schedule")
+    kept = [arg for arg in argv if is_flag(arg) and arg.partition("=")[0] not in others]
+    kept = [arg for arg in kept if minutes is not None or not arg.startswith("--budget_minutes")]
+    for example in ("--data=python_stdlib", "--budget_minutes=15"):
+        kept += [example] * (not any(arg.startswith(example[:6]) for arg in kept))
+    raise UserError(
+        f"--try={number} tries settings of a plan, in a part of --budget_minutes: it needs both --data=TEXT and"
+        f" --budget_minutes=N, and no preset, --resume, --init_from, nor a --schedule other than"
+        f" {', '.join(OPEN_SCHEDULES)}; for example: {' '.join(['python train.py', *map(quote, kept)])}"
+    )
 
 
 def refuse_unused(options: Options) -> None:

@@ -67,6 +67,7 @@ _HINTS = {
             "device_batch_size per_device_train_batch_size per_gpu_train_batch_size per_device_batch_size "
             "mini_batch_size microbatch_size micro_batch"
         ),
+        "--try=": "tries n_trials num_trials trials max_trials sweep tune",
         "--patience=": "early_stopping_patience early_stop_patience es_patience stopping_patience patience_epochs",
         "--patience=N: evaluations without a better val loss that end the run": (
             "early_stopping early_stop earlystopping early_stopping_rounds early_stopping_threshold stop_early"

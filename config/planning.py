@@ -4,6 +4,7 @@ tokenizer, before the text is prepared; everything else from its tokens and from
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,15 +34,10 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptTex
     """The start, with the options of the plan where it needs one, which is printed; the dataset that --data names,
     prepared first where it is text; and the old text that is mixed in. Raises UserError."""
     planning = Planning(start, hardware) if start.needs_plan else None
-    options = start.options if planning is None else planning.options
-    train, attention = options.section(TrainOptions), options.section(HardwareOptions).attention
-    setup.choose_auto(train, options.section(GPTConfig), attention, hardware, {})  # refuses what needs no text
-    choose = None if planning is None or start.initial is not None else planning.prepare
-    prepare = options.section(PrepareOptions)
-    data = options.section(RunOptions).data
-    dataset = setup.open_data(data, prepare, start.resumed, start.initial, start.flags, choose)
+    dataset = open_dataset(start, planning, hardware)
     start = start if planning is None else planning.choose(dataset)
     train, block_size = start.options.section(TrainOptions), start.options.section(GPTConfig).block_size
+    data, prepare = start.options.section(RunOptions).data, start.options.section(PrepareOptions)
     setup.check_size(dataset, data, train, block_size, start.argv, start.source is not None)
     if start.options.section(EvalOptions).eval_only:
         return start, dataset, KeptText()
@@ -49,8 +45,20 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptTex
     return start, dataset, open_kept(dataset, train, block_size, prepare, *sources, is_forced)
 
 
+def open_dataset(start: Start, planning: Planning | None, hardware: Hardware) -> Dataset:
+    """The dataset that --data names, prepared first where it is text, as the plan has it. Raises UserError."""
+    options = start.options if planning is None else planning.options
+    train, attention = options.section(TrainOptions), options.section(HardwareOptions).attention
+    setup.choose_auto(train, options.section(GPTConfig), attention, hardware, {})  # refuses what needs no text
+    choose = None if planning is None or start.initial is not None else planning.prepare
+    prepare = options.section(PrepareOptions)
+    data = options.section(RunOptions).data
+    return setup.open_data(data, prepare, start.resumed, start.initial, start.flags, choose)
+
+
 class Planning:
-    """The plan of one run: `prepare` is called with the counts of a text that is prepared, then `choose`."""
+    """The plan of one run: `prepare` is called with the counts of a text that is prepared, then `choose`, or the two
+    parts of it."""
 
     def __init__(self, start: Start, hardware: Hardware) -> None:
         self.start, self.hardware = start, hardware
@@ -72,18 +80,26 @@ class Planning:
 
     def choose(self, dataset: Dataset) -> Start:
         """The start with the options of the plan and their reasons; prints the plan. Raises UserError."""
-        tokens, values = len(dataset.train), self._prepared(dataset)
+        facts = self.facts(dataset)
+        plan = rules.choose(facts, self.given)
+        print("\n".join(describe(plan, facts, self.given, self.start.flags)))
+        options = self.with_values(dataset, plan.values)
+        return replace(self.start, options=options, reasons=self.reasons | plan.reasons)
+
+    def facts(self, dataset: Dataset) -> rules.Facts:
+        """What the rules know. Raises UserError where the text is too short."""
+        tokens = len(dataset.train)
         if tokens < rules.MIN_TOKENS and not self.is_by_hand:
             raise self._too_short(f"{tokens:,} tokens to train on", f"{rules.MIN_TOKENS:,}")
         cost, startup = self._cost(dataset)
-        facts = rules.Facts(
+        return rules.Facts(
             tokens, len(dataset.val), cost, self._describe(dataset), self.hardware.device.type, startup,
             free_bytes(self.hardware), self.start.initial is not None,
         )  # fmt: skip
-        plan = rules.choose(facts, self.given)
-        print("\n".join(describe(plan, facts, self.given, self.start.flags)))
-        options = config.replace(self.options, **values, **plan.values)
-        return replace(self.start, options=options, reasons=self.reasons | plan.reasons)
+
+    def with_values(self, dataset: Dataset, values: Mapping[str, Any]) -> config.Options:
+        """The options with the values of a plan."""
+        return config.replace(self.options, **self._prepared(dataset), **values)
 
     @property
     def is_by_hand(self) -> bool:

@@ -108,7 +108,8 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         stored = resumed.state["auto"]
         reasons = {name: reason for name, reason in stored.items() if options.origin.get(name, "flag") != "flag"}
         return Start(options, resumed=resumed, reasons=reasons, argv=[*argv])
-    refuse_used_run(options.section(RunOptions).run)
+    if train.try_ is None:  # which may go on in a directory that is in use
+        refuse_used_run(options.section(RunOptions).run)
     if train.init_from is not None:
         if train.init_from in INIT_FROM and not Path(train.init_from).exists():
             raise UserError(f"--init_from={train.init_from}: {INIT_FROM[train.init_from]}")

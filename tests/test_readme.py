@@ -35,6 +35,8 @@ QUICK = [
 def _files_of_the_readme(tmp_path, monkeypatch, small_text):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("server.app.Server.run", lambda server, sockets: None)  # which would not return
+    monkeypatch.setattr("training.tries.START_SECONDS", 0.0)  # the text is too short for --try otherwise
+    monkeypatch.setattr("training.tries.MIN_STEPS", 1)
     text = small_text.read_text("utf-8")
     Path("my_novel.txt").write_text(text, encoding="utf-8")
     Path("letters.txt").write_text(text[:20_000], encoding="utf-8")
@@ -57,6 +59,8 @@ def run_train(args: list[str]) -> int:
         args = ["--budget_minutes=0.01" if "budget_minutes" in arg else arg for arg in args] + ["--threads=1"]
         if not any("max_steps" in arg or "budget_minutes" in arg for arg in args):
             args += ["--max_steps=3"]
+    elif any(arg.startswith("--try") for arg in args):
+        args += ["--plan"]
     else:
         args += QUICK + SMALL
     if init_from:

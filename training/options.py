@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 class TrainOptions:
     plan: bool = False
     """Print the plan for --data, which chooses all options that are not given, and stop."""
+    try_: Annotated[int, Interval(ge=2, le=32)] | None = None
+    """Try so many settings of the plan in short runs on this very text, in half of --budget_minutes, and train the best
+    one for the rest of them: learning rate, size, regularization. none: the plan alone."""
     resume: str | None = path(None)
     """Run directory to resume from its last checkpoint (bitwise exact on a CPU)."""
     init_from: str | None = fixed(None, path=True)

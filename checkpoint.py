@@ -250,6 +250,8 @@ def _no_checkpoint(path: Path) -> str:
     if not path.is_dir():
         kind = "is a file, not a run directory" if path.exists() else "does not exist"
         return f"the run {path} {kind}; train first: python train.py --run={name if not path.exists() else 'NEW_NAME'}"
+    if (path / "tries").is_dir():
+        return f"the settings of the run {path} are still being tried: repeat the command with --try that began it"
     if (path / CONFIG).is_file():
         again = quote(str(path / CONFIG))
         return (

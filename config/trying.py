@@ -34,23 +34,13 @@ from errors import UserError, quote
 from files import DamagedFile, read_json, write_json
 from prepare_data.shards import Dataset
 from training import setup
+from training import tries as rules
 from training.interrupt import STOPPED, StopRequest
 from training.metrics import METRICS, SAMPLES, log
 from training.options import TrainOptions
 from training.plan_lines import describe, show_time
-from training.tries import (
-    SHARE,
-    Result,
-    Trial,
-    TryPlan,
-    choose_winner,
-    describe_trials,
-    next_round,
-    plan_tries,
-    show_changes,
-    spent,
-    taking_part,
-)
+from training.report import read_metrics
+from training.tries import Result, Trial, TryPlan, choose_winner, show_changes
 
 FOLDER, STATE = "tries", "tries.json"
 # Of a trial, in the place of what the run that continues it has.
@@ -63,7 +53,7 @@ LENGTH = ("max_steps", "budget_minutes", "eval_interval")  # options that each p
 class Tries:
     """What is decided and measured, as stored in tries.json. command: the arguments; key: what they mean, and the text.
     minutes: the budget; seconds: what is used of it, less where the text is short. sizes: trials in each round; rounds:
-    seconds of training in each that has begun, by the predicted cost of a step."""
+    seconds of training in each that has begun, by the predicted cost of a step. reasons: of the plan, by option."""
 
     run: Path
     command: list[str]
@@ -72,6 +62,7 @@ class Tries:
     seconds: float
     sizes: list[int]
     trials: list[Trial]
+    reasons: dict[str, str]
     rounds: list[float] = field(default_factory=list)
     is_finished: bool = False
 
@@ -131,7 +122,7 @@ def try_candidates(train: Callable[[Sequence[str]], int], argv: Sequence[str]) -
             tries.is_finished = code == 0
             tries.save()
         finally:
-            log("\n".join(["", *describe_trials(tries.trials, winner)]))
+            log("\n".join(["", *rules.describe_trials(tries.trials, winner)]))
             won = ": no other setting was clearly better than the plan" if winner.number == 1 else ""
             log(f"{tries.run} continues trial {winner.number}{won}; all logs and figures: {tries.folder}")
         return code
@@ -154,7 +145,7 @@ def open_tries(argv: Sequence[str], stack: ExitStack) -> Tries | None:
     if not train.plan and (tries := find_unfinished(run, key, stack)):
         return tries
     facts = planning.facts(dataset)
-    plan = plan_tries(facts, planning.given, train.try_ or 0)
+    plan = rules.plan_tries(facts, planning.given, train.try_ or 0)
     lines = describe(plan.plan, facts, plan.given, start.flags)
     print("\n".join([*lines, *describe_tries(plan, train.try_ or 0, is_full=train.plan)]))
     return None if train.plan else begin(start, planning, dataset, plan, key, stack)
@@ -184,14 +175,12 @@ def find_unfinished(run: str | None, key: dict[str, Any], stack: ExitStack) -> T
 
 def describe_tries(plan: TryPlan, number: int, *, is_full: bool) -> list[str]:
     count, seconds, sizes = len(plan.candidates), plan.seconds, plan.sizes
-    each = show_time(SHARE * seconds / len(sizes))
+    each = show_time(rules.SHARE * seconds / len(sizes))
     only = " (no more differ here)" if count < number else ""
-    in_rounds = " and ".join(map(str, sizes))
-    rest = show_time((1 - SHARE) * seconds)
-    lines = [
-        f"tries: {count} settings{only}, in rounds of {in_rounds} trials, each round about {each};"
-        f" the best one goes on for about {rest}"
-    ]
+    rest = show_time((1 - rules.SHARE) * seconds)
+    in_rounds = f"rounds of {' and '.join(map(str, sizes))} trials, about {each} a round"
+    in_rounds = in_rounds if len(sizes) > 1 else f"one round of about {each}"
+    lines = [f"tries: {count} settings{only} in {in_rounds}; the best one goes on for about {rest}"]
     shown = enumerate(plan.candidates if is_full else [], 1)
     return lines + [f"  {i:>2}  {show_changes(candidate.changes)}" for i, candidate in shown]
 
@@ -206,9 +195,8 @@ def begin(
         options = planning.with_values(dataset, candidate.values)
         again = {"data": str(dataset.folder), "compile": start.options.values["compile"], "plan": False, "try": None}
         options = config.replace(options, **again)
-        setup.check_size(
-            dataset, planning.data, options.section(TrainOptions), options.values["block_size"], start.argv
-        )
+        train, block_size = options.section(TrainOptions), options.values["block_size"]
+        setup.check_size(dataset, planning.data, train, block_size, start.argv)
         trial = config.replace(options, **short)
         changed = [name for name in short if name not in LENGTH and options.values[name] != trial.values[name]]
         later = {name: options.values[name] for name in (*LENGTH, *changed)}
@@ -216,7 +204,8 @@ def begin(
         dumped.append(config.dump(trial, {}))
     run = claim_run(start.options.section(RunOptions).run, start.default_name(dataset))
     minutes, command = start.options.section(TrainOptions).budget_minutes, [a for a in start.argv if a != "--plan"]
-    tries = Tries(run, command, key, minutes or 0.0, plan.seconds, plan.sizes, trials)
+    reasons = planning.reasons | plan.plan.reasons
+    tries = Tries(run, command, key, minutes or 0.0, plan.seconds, plan.sizes, trials, reasons)
     try:
         tries.folder.mkdir(exist_ok=True)
         stack.enter_context(RunLock(tries.folder))
@@ -235,11 +224,11 @@ def begin(
 def run_rounds(tries: Tries, stop: Callable[[], bool]) -> bool:
     """Runs what is left of the trials. Returns whether all are done; otherwise a signal came."""
     for number in range(len(tries.sizes)):
-        part = taking_part(tries.trials, tries.sizes, number)
+        part = rules.taking_part(tries.trials, tries.sizes, number)
         if number and len(part) < 2:
             break
         if number == len(tries.rounds):
-            tries.rounds.append(next_round(tries.trials, tries.seconds, tries.rounds, tries.sizes))
+            tries.rounds.append(rules.next_round(tries.trials, tries.seconds, tries.rounds, tries.sizes))
             tries.save()
         for trial in part:
             if trial.out is None and len(trial.results) == number:
@@ -268,7 +257,12 @@ def run_trial(tries: Tries, trial: Trial, number: int, stop: Callable[[], bool])
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed before its first checkpoint
         argv = [str((tries.folder / f"{trial.number}.json").absolute()), f"--run={folder}"]
     started = time.perf_counter()
-    code = run_process([*argv, f"--max_steps={steps}", f"--eval_interval={steps}"], output, stop)
+    try:
+        code = run_process([*argv, f"--max_steps={steps}", f"--eval_interval={steps}"], output, stop)
+    except OSError as error:
+        raise UserError(
+            f"trial {trial.number} does not start ({error}); free memory or disk, then {tries.again}"
+        ) from error
     trial.seconds += time.perf_counter() - started
     if code == 0:
         trial.results.append(read_result(folder, steps, steps - before))
@@ -301,14 +295,10 @@ def run_process(argv: Sequence[str], output: Path, stop: Callable[[], bool]) -> 
 def read_result(folder: Path, steps: int, made: int) -> Result:
     """The best evaluation of a trial that has come to `steps`, `made` of them in its last process."""
     state = open_latest(folder).state
-    progress, seconds = state["progress"], 0.0
-    loss = min(entry["val_loss"] for entry in progress["history"])
-    for line in (folder / METRICS).read_text("utf-8").splitlines():
-        event = json.loads(line)
-        if event["event"] == "step":
-            seconds = event["timing"]["seconds"]
+    loss = min(entry["val_loss"] for entry in state["progress"]["history"])
     bits_per_byte = loss * state["val_bits_per_byte"] / state["val_loss"]
-    return Result(steps, loss, bits_per_byte, progress["best"], made, seconds)
+    seconds = read_metrics(folder)["step"][-1]["timing"]["seconds"]
+    return Result(steps, loss, bits_per_byte, state["progress"]["best"], made, seconds)
 
 
 def find_reason(code: int, output: Path) -> str:
@@ -343,10 +333,10 @@ def continue_winner(tries: Tries, winner: Trial) -> list[str]:
         return argv  # it has been continued already
     best = f"trial {winner.number} ({show_changes(winner.changes)})"
     log(f"\nthe best is {best}: it goes on in {run}; the checkpoints of the other trials are deleted")
-    later, left = dict(winner.later), max(60 * tries.minutes - spent(tries.trials), 6 * tries.minutes)
+    later, left = dict(winner.later), max(60 * tries.minutes - rules.spent(tries.trials), 6 * tries.minutes)
     max_steps, minutes = later.pop("max_steps"), later.pop("budget_minutes")
     if minutes is None and (max_steps - steps) * winner.step_seconds < left:
         argv.append(f"--max_steps={max_steps}")
     else:
         argv.append(f"--budget_minutes={left / 60:.3g}")
-    return argv + [f"--{name}={show(value)}" for name, value in later.items()]
+    return argv + [f"--{name}={show(value)}" for name, value in sorted(later.items())]

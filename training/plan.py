@@ -91,6 +91,7 @@ class Facts:
     cost: Cost
     text: str = ""
     """The text and its tokenizer, for the user."""
+    train_bytes: int | None = None
     device: str = "cpu"
     startup_seconds: float = 0.0
     """Before the first step: compiling."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from common.option import show
+from training.expected import expect
 from training.plan import Facts, RunPlan, choose_freely
 
 LENGTH = {"budget_minutes", "max_steps"}  # options: another length is another plan, not a change of it
@@ -17,7 +18,8 @@ def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Colle
     values, outlook = {**given, **plan.values}, plan.outlook
     shape, why = outlook.shape, plan.reasons
     head = f"plan: {_duration(plan, given)}, {outlook.tokens:,} tokens, {show_epochs(plan.epochs)} epochs"
-    lines = [head]
+    such = expect(facts.train_bytes or 0, outlook.parameters, outlook.tokens)
+    lines = [head + (f"; such runs reached {such}" if such else "")]
     lines += [f"  text: {facts.text}"] if facts.text else []
     model = (
         f"  model: {shape.n_layer} layers, {shape.n_embd} channels, {shape.n_head} heads, context {shape.block_size}"

@@ -1,0 +1,44 @@
+"""What measured runs have reached, so that a plan can say what to expect of its own: bits per byte of the whole val
+split, of texts that were planned by training/plan.py (bench/grid.py measures them; bench/NOTES.md).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+NEAR_SIZE, NEAR_EFFORT = 3.0, 8.0  # factors within which another run tells something
+
+
+class Reached(NamedTuple):
+    """text: for the user. train_bytes: of its train split."""
+
+    bits_per_byte: float
+    text: str
+    train_bytes: int
+    parameters: int
+    tokens: int
+
+
+REACHED = (
+    Reached(1.7211, "a novel", 390_069, 492_416, 4_493_312),
+    Reached(2.0679, "Shakespeare", 1_003_854, 557_952, 4_218_880),
+)
+
+
+def expect(train_bytes: int, parameters: int, tokens: int, reached: tuple[Reached, ...] = REACHED) -> str:
+    """What the two nearest texts reached; "" where no measured run is near. Near is what has about as many bytes, and
+    took about as much computing: parameters times tokens."""
+    near = dict[str, tuple[float, Reached]]()
+    for run in reached:
+        size = _distance(run.train_bytes, train_bytes) / math.log(NEAR_SIZE)
+        effort = _distance(run.parameters * run.tokens, parameters * tokens) / math.log(NEAR_EFFORT)
+        if max(size, effort) <= 1:
+            near[run.text] = min((size + effort, run), near.get(run.text, (math.inf, run)))
+    found = [run for _, run in sorted(near.values())[:2]]
+    names = [f"{run.text} ({run.train_bytes / 1e6:.2g} MB) {run.bits_per_byte:.2f}" for run in found]
+    return f"{', '.join(names)} bits per byte" if names else ""
+
+
+def _distance(one: float, other: float) -> float:
+    return abs(math.log(one / other)) if one > 0 and other > 0 else math.inf

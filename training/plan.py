@@ -19,17 +19,18 @@ from errors import UserError
 
 # ---- The rules as numbers --------------------------------------------------------------------------------------------
 
-VOCABULARY = {125_000: 512, 500_000: 1024, 2_000_000: 2048, 8_000_000: 4096, 32_000_000: 8192, 128_000_000: 16_384,
+VOCABULARY = {125_000: 512, 450_000: 1024, 1_000_000: 2048, 3_000_000: 4096, 32_000_000: 8192, 128_000_000: 16_384,
               512_000_000: 32_768}  # fmt: skip
 """Characters of the text from which on bpe has so many ids; shorter texts are bytes."""
-LADDER = ((2, 128), (4, 128), (4, 192), (6, 192), (6, 256), (6, 320), (6, 384), (8, 384), (8, 512), (12, 512),
+LADDER = ((2, 128), (3, 128), (4, 128), (4, 192), (6, 192), (6, 256), (6, 320), (6, 384), (8, 384), (8, 512), (12, 512),
           (12, 768), (16, 1024))  # fmt: skip
 """Layers and width of the shapes."""
 HEAD_SIZE = 64
 CONTEXT = 128  # after a million tokens 0.08 bits per byte better than 256, and cheaper; longer runs were not compared
 MIN_WINDOWS = 16  # windows of the context in the train split; a shorter text has a shorter context
-TOKENS_PER_PARAMETER = 4.0  # a model sees at least this many
+TOKENS_PER_PARAMETER = 2.0  # of its blocks: a model sees at least this many
 MAX_EPOCHS = 40.0
+RECENT_EPOCHS = 5.0  # with fewer, untrained heads look at recent tokens: a long text's run is short for its model
 REGULARIZATION = {0: (0.0, 0.1), 4: (0.0, 0.1), 11: (0.0, 1.0), 24: (0.1, 2.0)}  # measured up to 11 epochs
 """Dropout and weight decay by epochs, with straight lines in between."""
 ARCHITECTURE = {
@@ -69,6 +70,7 @@ class Cost(Protocol):
     """What models of a shape cost on this machine."""
 
     def parameters(self, shape: Shape) -> int: ...
+    def block_parameters(self, shape: Shape) -> int: ...
     def step_seconds(self, shape: Shape, tokens: int) -> float: ...
     def memory_bytes(self, shape: Shape) -> int: ...
 
@@ -108,6 +110,7 @@ class Outlook(NamedTuple):
     tokens: int
     seconds: float | None
     parameters: int
+    block_parameters: int
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,9 @@ class NoCost:
     """A Cost for first_values."""
 
     def parameters(self, shape: Shape) -> int:
+        return self.block_parameters(shape)
+
+    def block_parameters(self, shape: Shape) -> int:
         return 12 * shape.n_layer * shape.n_embd**2
 
     def step_seconds(self, shape: Shape, tokens: int) -> float:
@@ -178,7 +184,8 @@ def choose_freely(facts: Facts, given: Mapping[str, Any]) -> RunPlan:
     outlook = choose_outlook(facts, given)
     epochs = outlook.tokens / facts.train_tokens
     values, reasons = dict[str, Any](), dict[str, str]()
-    for part in (_model(outlook), _steps(facts, outlook, given), _optimization(facts, outlook, epochs, given)):
+    model, steps = _model(outlook, epochs, given), _steps(facts, outlook, given)
+    for part in (model, steps, _optimization(facts, outlook, epochs, given)):
         values |= part[0]
         reasons |= part[1]
     length, why = _length(outlook, epochs, given)
@@ -196,7 +203,9 @@ def choose_outlook(facts: Facts, given: Mapping[str, Any]) -> Outlook:
 
 def _fits(outlook: Outlook, facts: Facts) -> bool:
     has_memory = facts.free_bytes is None or facts.cost.memory_bytes(outlook.shape) <= facts.free_bytes
-    return has_memory and outlook.steps >= MIN_STEPS and outlook.tokens >= TOKENS_PER_PARAMETER * outlook.parameters
+    return (
+        has_memory and outlook.steps >= MIN_STEPS and outlook.tokens >= TOKENS_PER_PARAMETER * outlook.block_parameters
+    )
 
 
 def _refuse_short_time(facts: Facts, given: Mapping[str, Any]) -> None:
@@ -267,7 +276,9 @@ def look(shape: Shape, facts: Facts, given: Mapping[str, Any]) -> Outlook:
     tokens = choose_step(shape.block_size, facts, given, steps_of)
     steps = steps_of(tokens)
     takes = None if max_steps is not None else steps * facts.cost.step_seconds(shape, tokens) / TRAINING_SHARE
-    return Outlook(shape, tokens, steps, steps * tokens, takes, facts.cost.parameters(shape))
+    return Outlook(
+        shape, tokens, steps, steps * tokens, takes, facts.cost.parameters(shape), facts.cost.block_parameters(shape)
+    )
 
 
 def choose_step(context: int, facts: Facts, given: Mapping[str, Any], steps_of: Callable[[int], int]) -> int:
@@ -285,18 +296,24 @@ def choose_step(context: int, facts: Facts, given: Mapping[str, Any], steps_of: 
     return sizes[number]
 
 
-def _model(outlook: Outlook) -> tuple[dict[str, Any], dict[str, str]]:
-    shape, per_parameter = outlook.shape, outlook.tokens / outlook.parameters
-    size = f"it sees {per_parameter:.1f} tokens a parameter; the next larger one, fewer than {TOKENS_PER_PARAMETER:g}"
+def _model(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    shape, per_parameter = outlook.shape, outlook.tokens / outlook.block_parameters
+    size = f"it sees {per_parameter:.2g} tokens for each parameter of its blocks"
     if per_parameter < TOKENS_PER_PARAMETER:
-        size = f"the smallest one; it sees {per_parameter:.2g} tokens a parameter"
+        size = f"the smallest one; {size}"
+    else:
+        size += f"; the next larger one, fewer than {TOKENS_PER_PARAMETER:g}"
     reasons = {"n_layer": size, "n_embd": size, "n_head": f"heads of about {HEAD_SIZE} channels"}
     full = shape.block_size >= CONTEXT
     reasons["block_size"] = (
         "learned faster than a longer one" if full else f"{MIN_WINDOWS} windows to train on, or more"
     )
     reasons |= dict.fromkeys(ARCHITECTURE, "learns fast, and programs for the Llama and Qwen3 classes can open it")
-    return {**shape._asdict(), **ARCHITECTURE}, reasons
+    values = {**shape._asdict(), **ARCHITECTURE}
+    is_recent = epochs < RECENT_EPOCHS and given.get("positions", "rotary") == "rotary"
+    values["first_attention"] = "recent" if is_recent else "random"
+    reasons["first_attention"] = f"{epochs:.2g} epochs; up to {RECENT_EPOCHS:g} it learns faster from recent tokens"
+    return values, reasons
 
 
 def _steps(facts: Facts, outlook: Outlook, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -37,9 +37,10 @@ CPU_MEMORY_SHARE = 0.7
 
 
 class Counts(NamedTuple):
-    """Of one shape: weights; FLOPs and numbers written per token; FLOPs of Muon per step."""
+    """Of one shape: weights, and those of the blocks; FLOPs and numbers written per token; FLOPs of Muon per step."""
 
     parameters: int
+    block_parameters: int
     flops: int
     written: int
     muon_flops: int
@@ -69,6 +70,9 @@ class StepCost:
     def parameters(self, shape: Shape) -> int:
         return self.counts(shape).parameters
 
+    def block_parameters(self, shape: Shape) -> int:
+        return self.counts(shape).block_parameters
+
     def step_seconds(self, shape: Shape, tokens: int) -> float:
         """Predicted seconds of a step of so many tokens."""
         count = self.counts(shape)
@@ -92,7 +96,8 @@ class StepCost:
             written = shape.n_layer * (24 * shape.n_embd + 3 * shape.n_head * shape.block_size)
             written += 3 * self.config.vocab_size
             is_muon = self.optimizer.optimizer == "muon"
-            self._counts[shape] = Counts(count_parameters(model), flops_per_token(model), written, is_muon * muon)
+            size = count_parameters(model), sum(weight.numel() for weight in model.blocks.parameters())
+            self._counts[shape] = Counts(*size, flops_per_token(model), written, is_muon * muon)
         return self._counts[shape]
 
     def with_shape(self, shape: Shape) -> GPTConfig:

@@ -111,6 +111,12 @@ def test_more_epochs_are_more_regularized():
     assert (found[0], found[2], found[-1]) == ((0.0, 0.1), (0.0, 0.1), (0.1, 2.0))
 
 
+def test_untrained_heads_look_at_recent_tokens_where_a_run_has_few_epochs():
+    assert plan(10**8, 3).values["first_attention"] == "recent"
+    assert plan(20_000, 3).values["first_attention"] == "random"
+    assert plan(10**8, 3, positions="learned").values["first_attention"] == "random"  # which has no such heads
+
+
 def test_the_context_is_as_long_as_the_text_allows():
     assert choose_context(10**6, {}) == CONTEXT
     assert choose_context(1000, {}) < 1000 / 8

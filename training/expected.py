@@ -21,8 +21,10 @@ class Reached(NamedTuple):
 
 
 REACHED = (
-    Reached(1.7211, "a novel", 390_069, 492_416, 4_493_312),
-    Reached(2.0679, "Shakespeare", 1_003_854, 557_952, 4_218_880),
+    Reached(1.684, "a novel", 390_069, 919_168, 2_947_072),
+    Reached(2.026, "plays", 1_003_854, 1_115_776, 2_807_808),
+    Reached(0.927, "help in Russian", 4_453_500, 1_377_920, 2_312_192),
+    Reached(1.824, "Linux documentation", 17_971_345, 1_377_920, 1_857_536),
 )
 
 

@@ -1,6 +1,7 @@
 """Shared by all tests: one thread per worker, the project on sys.path, a small text, a browser."""
 
 import os
+import signal
 import shutil
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; read at the first product
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # runs kernels in Python; read when Triton is first imported
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and what it starts inherits that
 
 
 @pytest.fixture

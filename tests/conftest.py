@@ -1,8 +1,8 @@
 """Shared by all tests: one thread per worker, the project on sys.path, a small text, a browser."""
 
 import os
-import signal
 import shutil
+import signal
 import sys
 from pathlib import Path
 

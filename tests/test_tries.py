@@ -71,8 +71,8 @@ def test_regularization_is_tried_where_the_epochs_make_a_difference():
     few, many = candidates(minutes=60), candidates(minutes=600, tokens=2_000_000)
     assert not any(one.changes.keys() == {"weight_decay"} for one in few)
     changed = [one for one in many if one.changes and one.changes.keys() <= {"dropout", "weight_decay"}]
-    decays = [one.values["weight_decay"] for one in changed]
-    assert min(decays) < many[0].values["weight_decay"]
+    assert changed
+    assert many[0].values["weight_decay"] not in [one.values["weight_decay"] for one in changed]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ MIN_WINDOWS = 16  # windows of the context in the train split; a shorter text ha
 TOKENS_PER_PARAMETER = 2.0  # of its blocks: a model sees at least this many
 MAX_EPOCHS = 40.0
 RECENT_EPOCHS = 5.0  # with fewer, untrained heads look at recent tokens: a long text's run is short for its model
-REGULARIZATION = {0: (0.0, 0.1), 4: (0.0, 0.1), 11: (0.0, 1.0), 24: (0.1, 2.0)}  # measured up to 14 epochs
-"""Dropout and weight decay by epochs, with straight lines in between."""
+REGULARIZATION = {0: (0.0, 0.1), 4: (0.0, 0.1), 11: (0.0, 1.0), 40: (0.0, 1.0), 80: (0.1, 2.0)}
+"""Dropout and weight decay by epochs, with straight lines in between. Only --try comes to the last."""
 ARCHITECTURE = {
     "positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "bias": False, "tie_embeddings": True,
 }  # fmt: skip

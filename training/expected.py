@@ -22,8 +22,10 @@ class Reached(NamedTuple):
 
 REACHED = (
     Reached(1.684, "a novel", 390_069, 919_168, 2_947_072),
+    Reached(1.674, "a novel", 390_069, 1_870_016, 5_406_720),
     Reached(2.026, "plays", 1_003_854, 1_115_776, 2_807_808),
     Reached(0.927, "help in Russian", 4_453_500, 1_377_920, 2_312_192),
+    Reached(0.772, "help in Russian", 4_453_500, 3_443_904, 5_801_984),
     Reached(1.824, "Linux documentation", 17_971_345, 1_377_920, 1_857_536),
 )
 

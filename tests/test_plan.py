@@ -239,8 +239,8 @@ def test_a_plan_names_what_runs_like_it_reached():
         Reached(2.1, "a play", 1_000_000, 10**6, 10**7),
         Reached(2.2, "a manual", 9_000_000, 10**6, 10**7),
     )
-    assert expect(400_000, 10**6, 10**7, runs) == "a novel (0.4 MB) 1.70, a play (1 MB) 2.10 bits per byte"
-    assert expect(400_000, 10**6, 10**6, runs) == "a novel (0.4 MB) 1.80 bits per byte"
+    assert expect(400_000, 10**6, 10**7, runs) == "bits per byte of 1.70 on a novel (0.4 MB), 2.10 on a play (1 MB)"
+    assert expect(400_000, 10**6, 10**6, runs) == "bits per byte of 1.80 on a novel (0.4 MB)"
     assert expect(9_000_000, 10**6, 10**8, runs) == ""  # ten times the computing of any
     assert expect(0, 10**6, 10**7, runs) == ""
 
@@ -248,7 +248,6 @@ def test_a_plan_names_what_runs_like_it_reached():
 def test_the_first_line_of_a_plan_has_what_such_runs_reached():
     found = facts(180_000, train_bytes=REACHED[0].train_bytes)
     line, *_ = describe(choose(found, {"budget_minutes": 3}), found, {"budget_minutes": 3})
-    assert line.endswith("bits per byte")
-    assert f"{REACHED[0].bits_per_byte:.2f}" in line
+    assert f"; such runs reached bits per byte of {REACHED[0].bits_per_byte:.2f} on " in line
     vast = facts(10**9, train_bytes=4 * 10**9)  # nothing like it was measured
     assert "bits per byte" not in describe(choose(vast, {"budget_minutes": 1}), vast, {"budget_minutes": 1})[0]

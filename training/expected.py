@@ -40,8 +40,8 @@ def expect(train_bytes: int, parameters: int, tokens: int, reached: tuple[Reache
         if max(size, effort) <= 1:
             near[run.text] = min((size + effort, run), near.get(run.text, (math.inf, run)))
     found = [run for _, run in sorted(near.values())[:2]]
-    names = [f"{run.text} ({run.train_bytes / 1e6:.2g} MB) {run.bits_per_byte:.2f}" for run in found]
-    return f"{', '.join(names)} bits per byte" if names else ""
+    names = [f"{run.bits_per_byte:.2f} on {run.text} ({run.train_bytes / 1e6:.2g} MB)" for run in found]
+    return f"bits per byte of {', '.join(names)}" if names else ""
 
 
 def _distance(one: float, other: float) -> float:

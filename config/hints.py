@@ -107,7 +107,6 @@ _HINTS = {
         "--adam_eps=": "adam_epsilon eps epsilon",
         "--label_smoothing=": "label_smoothing_factor",
         "--ema_half_life=0.1, a share of the steps done": "ema ema_decay use_ema swa weight_averaging model_ema",
-        "--token_noise=": "word_dropout token_dropout input_noise noise token_replacement",
         # ---- the model
         "--n_layer=": "n_layers num_layers num_layer num_hidden_layers layers depth n_blocks num_blocks",
         "--n_head=": "n_heads num_heads num_head num_attention_heads heads nhead",

@@ -31,7 +31,7 @@ class Masked(CountingSplit):
 def test_samples_of_two_texts_are_spread_evenly_and_each_text_has_its_own_order(share):
     old, new = Shifted(400, 10_000), CountingSplit(300)
     mixed = MixedWindows(new, old, share, 8, seed=5)
-    x, _ = mixed.read(0, 200, 0.0, None)
+    x, _ = mixed.read(0, 200)
     first = x[:, 0].numpy()
     is_old = first >= 10_000
     assert np.abs(np.cumsum(is_old) - share * np.arange(1, 201)).max() < 1
@@ -54,14 +54,14 @@ class Shifted(CountingSplit):
 def test_the_mix_does_not_depend_on_the_micro_batch_and_no_share_is_the_text_alone():
     texts = CountingSplit(300), Shifted(400, 10_000)
 
-    def rows(size, share, noise):
+    def rows(size, share):
         other = texts[1] if share else None
-        batches = TrainBatches(texts[0], 8, 6, size, 3, torch.device("cpu"), False, noise, None, other, share)
+        batches = TrainBatches(texts[0], 8, 6, size, 3, torch.device("cpu"), False, other, share)
         return torch.cat([batch.x for step in range(4) for batch in batches(step)])
 
-    for share, noise in itertools.product((0.0, 0.3), (0.0, 0.2)):
-        assert all(torch.equal(rows(6, share, noise), rows(size, share, noise)) for size in (1, 2, 3))
-    x, y = MixedWindows(texts[0], None, 0.0, 8, 3).read(17, 5, 0.0, None)
+    for share in (0.0, 0.3):
+        assert all(torch.equal(rows(6, share), rows(size, share)) for size in (1, 2, 3))
+    x, y = MixedWindows(texts[0], None, 0.0, 8, 3).read(17, 5)
     expected = read_windows(texts[0], TrainWindows(300, 8, 3).starts(17, 5), 8)
     assert torch.equal(x, expected[0])
     assert torch.equal(y, expected[1])
@@ -150,7 +150,7 @@ def test_less_is_forgotten_with_a_larger_share():
 @pytest.mark.parametrize("moment", [3, 13, 20])
 @pytest.mark.parametrize("how", ["killed", "SIGTERM"])
 def test_a_run_that_is_cut_ends_in_the_same_bits(monkeypatch, how, moment):
-    flags = ("--save_interval=4", "--keep_share=0.3", "--dropout=0.1", "--token_noise=0.1")
+    flags = ("--save_interval=4", "--keep_share=0.3", "--dropout=0.1")
     assert start("second.txt", "whole", *flags) == 0
     train_until_cut(monkeypatch, how, moment, command("second.txt", "cut", *flags))
     assert train("--resume=cut") == 0

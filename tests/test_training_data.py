@@ -110,35 +110,6 @@ def test_a_step_has_the_same_rows_in_any_micro_batch_size():
         assert {batch.dropout_seed for batch in batches(2)} == {None}
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5])
-def test_noise_replaces_a_share_of_the_inputs_by_ids_of_the_text(share):
-    """The targets stay, an EOS (id 7) neither goes nor comes, and the micro-batch makes no difference."""
-    split, eos_id = RepeatedSplit([0, 1, 1, 1, 7], 20_000), 7
-    x, y = read_windows(split, TrainWindows(20_000, 100, seed=3).starts(800, 400), 100)
-    steps = []
-    for size in (400, 8):
-        batches = TrainBatches(split, 100, 400, size, 3, torch.device("cpu"), False, share, eos_id)
-        noisy, targets = step_of(batches, 2)
-        assert torch.equal(targets, y)
-        assert torch.equal(noisy == eos_id, x == eos_id)
-        steps.append(noisy)
-    assert torch.equal(*steps)
-    changed = (steps[0] != x).float()
-    zeros, ones = changed[x == 0].mean().item(), changed[x == 1].mean().item()
-    assert zeros == pytest.approx(share * 0.6, rel=0.2)  # three of five ids are 1
-    assert ones == pytest.approx(share * 0.2, rel=0.2)
-    assert not torch.equal(changed[0], changed[1])
-
-
-class RepeatedSplit(CountingSplit):
-    def __init__(self, ids: list[int], length: int) -> None:
-        super().__init__(length)
-        self.ids = np.resize(ids, length)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        return self.ids[super().read(start, count)]
-
-
 def test_read_ahead_does_not_change_the_batches():
     """The meta device stands for a GPU: a thread reads ahead. Steps are repeated and skipped, and the size changes."""
     ahead, direct = (

@@ -11,7 +11,7 @@ the optimizer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -149,37 +149,16 @@ class MixedWindows:
         """How often the samples before sample `number` have read each text."""
         return [n / windows.per_epoch for n, (_, windows) in zip(self.before(number), self.texts, strict=True)]
 
-    def read(self, first: int, count: int, noise: float, eos_id: int | None) -> tuple[Tensor, Tensor]:
-        """x, y (count, T) of samples first … first + count − 1, as in read_windows; with add_noise's noise in x."""
+    def read(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """x, y (count, T) of samples first … first + count − 1, as in read_windows."""
         numbers = np.arange(first, first + count)
         is_second = np.floor(self.share * (numbers + 1)) > np.floor(self.share * numbers)
         x, y = torch.empty((2, count, self.block_size), dtype=torch.int64)
         chosen_rows = (~is_second, is_second)
         for (split, windows), begin, chosen in zip(self.texts, self.before(first), chosen_rows, strict=False):
             rows = torch.from_numpy(chosen)
-            part, targets = read_windows(split, windows.starts(begin, int(chosen.sum())), self.block_size)
-            if noise:
-                add_noise(part, numbers[chosen].tolist(), split, noise, self.seed, eos_id)
-            x[rows], y[rows] = part, targets
+            x[rows], y[rows] = read_windows(split, windows.starts(begin, int(chosen.sum())), self.block_size)
         return x, y
-
-
-def add_noise(
-    x: Tensor, numbers: Iterable[int], split: TokenSource, share: float, seed: int, eos_id: int | None
-) -> None:
-    """Replaces about this share of the ids x (B, T), in place, by ids of the split, each as likely as it is frequent
-    there (unigram noise: Xie et al. 2017): by those of a window anywhere in the split, at the same column. Which ones
-    depends on the seed and on the row's sample number alone. An EOS is neither replaced nor inserted."""
-    T = x.shape[1]
-    columns = np.arange(T, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's steps
-    limit = np.uint64(min(int(share * 2**64), 2**64 - 1))
-    for row, number in zip(x.numpy(), numbers, strict=True):
-        source = keyed_integer(seed, "noise source", number) % (len(split) - T + 1)
-        replaced = _mix(columns + np.uint64(keyed_integer(seed, "noise", number))) < limit
-        ids = split.read(source, T)
-        if eos_id is not None:
-            replaced &= (row != eos_id) & (ids != eos_id)
-        row[replaced] = ids[replaced]
 
 
 def read_windows(split: TokenSource, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
@@ -213,8 +192,7 @@ class MicroBatch(NamedTuple):
 
 class TrainBatches:
     """The micro-batches of each step: `batches(step)`. Each has `size` rows of the step's `rows`; size may be changed
-    to another divisor. noise: the share of the inputs that add_noise replaces. other, share: a second text, as in
-    MixedWindows.
+    to another divisor. other, share: a second text, as in MixedWindows.
 
     On a GPU the batches are in pinned memory, and those of the next step are read on a thread while the device
     computes.
@@ -229,13 +207,11 @@ class TrainBatches:
         seed: int,
         device: torch.device,
         dropout: bool,
-        noise: float = 0.0,
-        eos_id: int | None = None,
         other: TokenSource | None = None,
         share: float = 0.0,
     ) -> None:
         self.windows = MixedWindows(split, other, share, block_size, seed)
-        self.rows, self.size, self.dropout, self.noise, self.eos_id = rows, size, dropout, noise, eos_id
+        self.rows, self.size, self.dropout = rows, size, dropout
         self.pinned = device.type == "cuda"
         self.reader = None if device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="batches")
         # (step, size) and its batches: those returned last, and the following ones
@@ -258,7 +234,7 @@ class TrainBatches:
     def _read(self, step: int, size: int) -> list[MicroBatch]:
         batches = []
         for first in range(step * self.rows, (step + 1) * self.rows, size):
-            x, y = self.windows.read(first, size, self.noise, self.eos_id)
+            x, y = self.windows.read(first, size)
             if self.pinned:
                 x, y = x.pin_memory(), y.pin_memory()
             seed = keyed_integer(self.windows.seed, "dropout", first, bits=32) if self.dropout else None

@@ -39,8 +39,6 @@ class TrainOptions:
     """Sequences of block_size tokens per forward pass; gradients accumulate over tokens_per_step. auto: what fits."""
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of each target's probability spread over the vocabulary; raises the logged loss, not the val loss."""
-    token_noise: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Share of the input tokens replaced by random ones of the text, targets kept; on trial (bench/NOTES.md)."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the training step; auto: on CUDA and on Linux's CPUs, if it saves more time than it takes."""
     deterministic: bool = False

@@ -123,8 +123,8 @@ def make_batches(
     shorter than a window."""
     block_size, dropout = model_config.block_size, model_config.dropout > 0
     rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
-    noise, other = (train.token_noise, dataset.tokenizer.eos_id), (kept.train, kept.share)
-    return TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, dropout, *noise, *other)
+    other = kept.train, kept.share
+    return TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, dropout, *other)
 
 
 def build_model(

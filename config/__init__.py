@@ -180,7 +180,7 @@ def refuse_try(options: Options, argv: Sequence[str]) -> None:
     kept = [arg for arg in argv if is_flag(arg) and arg.partition("=")[0] not in others]
     kept = [arg for arg in kept if minutes is not None or not arg.startswith("--budget_minutes")]
     for example in ("--data=python_stdlib", "--budget_minutes=15"):
-        kept += [example] * (not any(arg.startswith(example[:6]) for arg in kept))
+        kept += [example] * (example.partition("=")[0] not in {arg.partition("=")[0] for arg in kept})
     raise UserError(
         f"--try={number} tries settings of a plan, in a part of --budget_minutes: it needs both --data=TEXT and"
         f" --budget_minutes=N, and no preset, --resume, --init_from, nor a --schedule other than"

@@ -114,7 +114,7 @@ def test_more_epochs_are_more_regularized():
 def test_untrained_heads_look_at_recent_tokens_where_a_run_has_few_epochs():
     assert plan(10**8, 3).values["first_attention"] == "recent"
     assert plan(20_000, 3).values["first_attention"] == "random"
-    assert plan(10**8, 3, positions="learned").values["first_attention"] == "random"  # which has no such heads
+    assert "first_attention" not in plan(10**8, 3, positions="learned").values  # which has no such heads
 
 
 def test_the_context_is_as_long_as_the_text_allows():

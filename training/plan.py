@@ -19,7 +19,7 @@ from errors import UserError
 
 # ---- The rules as numbers --------------------------------------------------------------------------------------------
 
-VOCABULARY = {125_000: 512, 450_000: 1024, 1_000_000: 2048, 3_000_000: 4096, 32_000_000: 8192, 128_000_000: 16_384,
+VOCABULARY = {125_000: 512, 500_000: 1024, 1_000_000: 2048, 3_000_000: 4096, 32_000_000: 8192, 128_000_000: 16_384,
               512_000_000: 32_768}  # fmt: skip
 """Characters of the text from which on bpe has so many ids; shorter texts are bytes."""
 LADDER = ((2, 128), (3, 128), (4, 128), (4, 192), (6, 192), (6, 256), (6, 320), (6, 384), (8, 384), (8, 512), (12, 512),
@@ -86,7 +86,7 @@ class Text:
 @dataclass(frozen=True)
 class Facts:
     """A prepared text and the machine. free_bytes: memory for the training, None where it is not known. fine_tuning:
-    the weights are trained already."""
+    the weights are trained already. train_bytes: of the train split, None where they are not known."""
 
     train_tokens: int
     val_tokens: int
@@ -298,11 +298,10 @@ def choose_step(context: int, facts: Facts, given: Mapping[str, Any], steps_of: 
 
 def _model(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     shape, per_parameter = outlook.shape, outlook.tokens / outlook.block_parameters
-    size = f"it sees {per_parameter:.2g} tokens for each parameter of its blocks"
+    each = "for each parameter of its blocks"
+    size = f"the largest that sees {TOKENS_PER_PARAMETER:g} tokens {each}; it sees {per_parameter:.2g}"
     if per_parameter < TOKENS_PER_PARAMETER:
-        size = f"the smallest one; {size}"
-    else:
-        size += f"; the next larger one, fewer than {TOKENS_PER_PARAMETER:g}"
+        size = f"the smallest; it sees {per_parameter:.2g} tokens {each}"
     reasons = {"n_layer": size, "n_embd": size, "n_head": f"heads of about {HEAD_SIZE} channels"}
     full = shape.block_size >= CONTEXT
     reasons["block_size"] = (
@@ -310,9 +309,9 @@ def _model(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[d
     )
     reasons |= dict.fromkeys(ARCHITECTURE, "learns fast, and programs for the Llama and Qwen3 classes can open it")
     values = {**shape._asdict(), **ARCHITECTURE}
-    is_recent = epochs < RECENT_EPOCHS and given.get("positions", "rotary") == "rotary"
-    values["first_attention"] = "recent" if is_recent else "random"
-    reasons["first_attention"] = f"{epochs:.2g} epochs; up to {RECENT_EPOCHS:g} it learns faster from recent tokens"
+    if given.get("positions", "rotary") == "rotary":
+        values["first_attention"] = "recent" if epochs < RECENT_EPOCHS else "random"
+        reasons["first_attention"] = f"{epochs:.2g} epochs; recent is faster below {RECENT_EPOCHS:g}"
     return values, reasons
 
 

@@ -30,8 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; read at the first product
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # runs kernels in Python; read when Triton is first imported
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and what it starts inherits that
+    ignored = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}  # by a shell's & and by nohup
+    for name, handler in ignored.items():
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)  # what the tests start would inherit that
 
 
 @pytest.fixture

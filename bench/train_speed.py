@@ -116,6 +116,7 @@ def make_peer(name: str, module: Any, compiled: bool, tiny: bool) -> Side:
         module.FLASH = 1
     with contextlib.redirect_stdout(io.StringIO()):  # they print their size
         model = module.GPT(module.GPTConfig(**sizes, **({"bias": True, "dropout": 0.0} if name == "nanogpt" else {})))
+    model.ngrams = None  # which our optimizer asks for
     return Side(model, lambda model, x, y: model(x, y)[1], shape, compiled)
 
 
@@ -123,7 +124,7 @@ def make_step(side: Side, x: Tensor, y: Tensor, backend: Any = None) -> Callable
     """A function that does one training step, as train.update does it, and returns its loss. backend: of torch.compile;
     None: the one of the device."""
     side.model.to(x.device).train()
-    optimizer: Any = make_optimizer(side.model, side.optimizer)
+    optimizer: Any = make_optimizer(side.model, side.optimizer, torch.bfloat16)
     model: Callable[..., Any] = side.model
     if side.compiled:  # dynamic=False: other sides' sizes would make it compile for any size
         backend = backend or ("inductor" if x.device.type == "cuda" else "aot_eager")

@@ -915,8 +915,10 @@ def _decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | No
 # The forward pass does T / 4 FLOP per byte in 16 bits. A Hopper GPU is compute-bound above 250, from T = 1024 on.
 # Only some blocks need a mask: those on the diagonal, and with documents or a window those that contain the boundary
 # given by first_visible; blocks beyond it are skipped. The mask is in a branch of the loop: three loops, one of them
-# without a mask, would each fill the pipeline of loads anew. Masked scores are −1e30, not −inf: a row without a
-# visible key so far sums garbage, which alpha = 0 removes at its first visible key, at the latest on the diagonal.
+# without a mask, would each fill the pipeline of loads anew. Masked scores are −2¹⁰⁰, not −inf: a row without a
+# visible key so far sums garbage, which alpha = 0 removes at its first visible key, at the latest on the diagonal. They
+# are a power of two because s · scale − m is one multiply-add: with −1e30 it is m's rounding error, up to 1e22, whose
+# exponential is infinite.
 # Head sizes that are not a power of two are padded to BLOCK_D on chip; numbers beyond D or T are read as 0 and never
 # written. DOT is the dtype of the operands of products: the inputs', but float32 for bfloat16 in the interpreter.
 
@@ -1003,9 +1005,9 @@ def _is_partial(start_k, clear, diagonal, MASKED: tl.constexpr):  # type: ignore
 
 
 def _mask_scores(s, rows, keys, first, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """s (queries, keys) with masked scores at −1e30."""
+    """s (queries, keys) with masked scores at −2¹⁰⁰."""
     visible = keys[None, :] <= rows[:, None]
-    return tl.where(visible & (keys[None, :] >= first[:, None]) if MASKED else visible, s, -1.0e30)
+    return tl.where(visible & (keys[None, :] >= first[:, None]) if MASKED else visible, s, -1.2676506002282294e30)
 
 
 def _query_gradient_kernel(  # type: ignore[no-untyped-def]
@@ -1112,7 +1114,7 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
                 if MASKED:
                     first = tl.load(first_ptr + b * T + rows, mask=rows < T, other=0)
                     visible = visible & (keys[:, None] >= first[None, :])
-                s = tl.where(visible, s, -1.0e30)
+                s = tl.where(visible, s, -1.2676506002282294e30)
             p = tl.exp2(s * scale_log2 - lse[None, :])
             dv = tl.dot(p.to(q.dtype).to(DOT), do.to(DOT), dv, input_precision="ieee")
             dp = tl.dot(v, do.to(DOT).T, input_precision="ieee")

@@ -107,7 +107,7 @@ def tests_command() -> list[str]:
     files = sorted((ROOT / "tests").glob("test_*.py"))
     found = [str(path) for path in files if re.search(r"mark\.gpu\b", path.read_text(encoding="utf-8"))]
     options = "-m gpu -vv -rs --continue-on-collection-errors --tb=short -p no:cacheprovider -o faulthandler_timeout=60"
-    workers = min(8, max(2, (os.cpu_count() or 2) // 2))  # each also has processes that compile
+    workers = min(12, max(2, (os.cpu_count() or 2) * 3 // 4))  # each also has processes that compile
     side_by_side = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
     return [sys.executable, "-m", "pytest", *options.split(), *side_by_side, *found]
 

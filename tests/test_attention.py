@@ -1,10 +1,13 @@
 """The fused kernels against attention in float64: by Triton's interpreter on a CPU, or with -m gpu on a GPU."""
 
+import ast
 import dataclasses
 import itertools
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,7 +119,8 @@ def launched(monkeypatch):
     "case", CASES + FLOAT32, ids=lambda case: "-".join(str(value).removeprefix("torch.") for value in case.values())
 )
 def test_outputs_and_gradients_are_as_good_as_plain_pytorch(case, launched, monkeypatch):
-    """Errors against float64 are at most 2 × (gradients 3 ×) those of PyTorch in the same dtype, plus 4 rounding units.
+    """Errors against float64 are at most 2 × (gradients 3 ×) those of PyTorch in the same dtype, plus 4 rounding units;
+    only these where PyTorch computes NaN, as its dq in float16 does on an H200 with torch 2.11 for large scores.
 
     With one token dq and dk are exactly 0, with two nearly so: differences of sums as large as dv, which therefore is
     the measure there.
@@ -151,9 +155,23 @@ def test_outputs_and_gradients_are_as_good_as_plain_pytorch(case, launched, monk
     assert launched == ["_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel"]
     for name, times, mine, its, true in zip(("out", "dq", "dk", "dv"), (2, 3, 3, 3), ours, plain, exact, strict=True):
         assert mine.dtype == dtype
-        error, allowed = (mine.double() - true).abs().max(), (its.double() - true).abs().max()
+        error, allowed = (mine.double() - true).abs().max(), (its.double() - true).abs().max().nan_to_num(0.0)
         largest = (exact[3] if T <= 2 and name in ("dq", "dk") else true).abs().max()
         assert error <= times * allowed + 4 * torch.finfo(dtype).eps * largest, name
+
+
+def test_hidden_scores_are_a_power_of_two():
+    """A GPU computes s · scale − m in one step. Where m is s · scale, rounded, of a row without a visible key, that is
+    the rounding error: 0 for powers of two, else as much as 1e22, an exponent beyond float32."""
+    numbers = [
+        node.value
+        for node in ast.walk(ast.parse(Path(model_module.__file__).read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, float) and node.value > 1e20
+    ]
+    assert len(numbers) == 2
+    for hidden, D in itertools.product(numbers, range(1, 129)):
+        product = np.float32(hidden) * np.float32(math.log2(math.e) / math.sqrt(D))
+        assert np.float64(product) == np.float64(hidden) * np.float64(np.float32(math.log2(math.e) / math.sqrt(D)))
 
 
 def test_the_cases_cover_all_pairs_and_are_few():

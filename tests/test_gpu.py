@@ -213,7 +213,7 @@ def losses_of_steps(config, hardware, attention, compiled, batch, steps):
 @pytest.mark.parametrize("preset", SHAPES)
 def test_compiled_steps_learn_as_eager_ones_do(preset, attention, device):
     """Losses and gradient norms of the steps in bfloat16: errors against float32 at most 2 × the eager steps', each the
-    largest of all steps, plus 4 rounding units of float32."""
+    largest of all steps, plus what a mean over the batch has if each token's is one rounding unit of bfloat16."""
     config, batch = small_run(preset, device)
     steps = 8 if device.type == "cuda" else 2
     narrow, wide = (Hardware(device, dtype, 1, {}) for dtype in (torch.bfloat16, torch.float32))
@@ -222,7 +222,8 @@ def test_compiled_steps_learn_as_eager_ones_do(preset, attention, device):
     assert np.isfinite(compiled).all()
     assert compiled[-1, 0] < compiled[0, 0] - 0.1
     error, allowed = (np.abs(way - exact).max(axis=0) / exact.max(axis=0) for way in (compiled, eager))
-    assert (error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps).all(), (error, allowed)
+    rounding = torch.finfo(torch.bfloat16).eps / batch.y.numel() ** 0.5
+    assert (error <= 2 * allowed + rounding).all(), (error, allowed)
 
 
 def test_float16_learns_with_a_loss_scale(device):

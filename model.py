@@ -1150,19 +1150,24 @@ class Launch(NamedTuple):
 Launches = tuple[Launch, Launch, Launch]  # forward, query gradient, key and value gradient
 
 # By architecture, bytes per number and padded head size. "other" fits 99 KB of shared memory (sm_86, sm_89, sm_120).
-# Chosen by the machine code and the model of bench/ahead_of_time.py; none was timed on a GPU yet.
+# sm_90: timed on an H200 by bench/tune_attention.py. The others: chosen by the machine code and the model of
+# bench/ahead_of_time.py, and not timed yet.
 LAUNCHES: dict[tuple[str, int, int], Launches] = {
-    ("sm_90", 2, 64): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 4, 2)),
-    ("sm_90", 2, 128): (Launch(128, 128, 8, 2), Launch(128, 64, 8, 2), Launch(32, 64, 4, 2)),
+    ("sm_90", 2, 64): (Launch(64, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 64, 4, 3)),
+    ("sm_90", 2, 128): (Launch(64, 64, 4, 3), Launch(128, 64, 8, 3), Launch(32, 64, 4, 3)),
     ("other", 2, 64): (Launch(64, 64, 4, 3), Launch(128, 64, 8, 2), Launch(32, 64, 4, 2)),
     ("other", 2, 128): (Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(32, 64, 8, 2)),
     ("other", 4, 64): (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 2)),
     ("other", 4, 128): (Launch(32, 16, 8, 1), Launch(32, 16, 8, 1), Launch(16, 32, 8, 1)),
 }
-# The same for tensors that descriptors can describe, where their form of the loop is expected to be faster.
+# The same for tensors that descriptors can describe, where their form of the loop is faster.
 TMA_LAUNCHES: dict[tuple[str, int, int], Launches] = {
-    ("sm_90", 2, 64): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2, tma=True, maxnreg=128), Launch(64, 64, 4, 2)),
-    ("sm_90", 2, 128): (Launch(128, 128, 8, 2, tma=True), Launch(128, 128, 8, 2, tma=True), Launch(32, 64, 4, 2)),
+    ("sm_90", 2, 64): (Launch(64, 128, 4, 2, tma=True), Launch(64, 128, 4, 3, tma=True), Launch(64, 64, 4, 3)),
+    ("sm_90", 2, 128): (
+        Launch(64, 64, 4, 3, tma=True),
+        Launch(128, 64, 8, 3, tma=True),
+        Launch(64, 64, 4, 2, tma=True),
+    ),
 }
 
 

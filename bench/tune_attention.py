@@ -10,10 +10,10 @@ what they write with float64 (bench/launch_check.py); this process finds the com
 Then every kernel is timed alone, on random numbers, 16k tokens, heads · head size = 2048: all launches a few times,
 those near the best one again, in turns. A launch does not depend on T; the one is chosen whose time relative to the
 best at each T has the smallest geometric mean. Launches that spill more than a few registers are timed and shown, but
-not chosen: with a mask they spill more, inside the loop. One that computes something else is neither timed nor chosen. LAUNCHES
-gets the best one by pointers, TMA_LAUNCHES the best of all. The best few are then also compiled, run and compared with
-a mask, with grouped heads and with a T that is not divisible by the blocks; one that fails there is not chosen. Where
-the time ends before, a row's line names what was not checked. The result is written after each step.
+not chosen: with a mask they spill more, inside the loop. One that computes something else is neither timed nor chosen.
+LAUNCHES gets the best one by pointers, TMA_LAUNCHES the best of all. The best few are then also compiled, run and
+compared with a mask, with grouped heads and with a T that is not divisible by the blocks; one that fails there is not
+chosen. Where the time ends before, a row's line names what was not checked. The result is written after each step.
 
 float32 takes PyTorch's attention on a GPU unless the kernel is asked for, so it is not tuned by default.
 

@@ -368,6 +368,10 @@ class ModelFolder:
             expected = None if checkpoint is None else _manifest_files(checkpoint)[f"model/{WEIGHTS}"]
             return _read_tensors(self.path / WEIGHTS, expected)
 
+    def weights_entry(self) -> dict[str, int]:
+        """Bytes and crc32 of the file of the weights, as it is now."""
+        return _size_and_crc(self.path / WEIGHTS)
+
     def state(self) -> dict[str, Any] | None:
         """The state.json of the checkpoint that this is part of, with how these weights came about. None elsewhere."""
         with _reading_checkpoint(self.path.absolute().parent):

@@ -42,7 +42,7 @@ from generation.text import sample_texts
 from model import GPTConfig
 from training import setup
 from training.budget import Budget, make_budget
-from training.compilation import choose_compile, compile_model
+from training.compilation import choose_compile
 from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
@@ -99,7 +99,7 @@ def train_model(argv: Sequence[str]) -> int:
         run = setup.open_run(run_options.run, start.default_name(dataset), start.source, stack)
         state = setup.make_state(model, optim, rows, run, start.resumed, start.initial, compiles.value, hardware)
         # ---- records of the run: config.json, logs, checkpoints, samples
-        recorded = RunConfig(run, config.replace(options, **kept.values), reasons | kept.reasons, kept.facts())
+        recorded = start.record(run, options, reasons, kept)
         reference, lengths = Reference(dataset.fingerprint, options.flat(), read_curves()), start.log_lengths
         logger = RunLogger(run, options.section(LoggingOptions), options.flat(), hardware, model, reference, lengths)
         stack.enter_context(logger)
@@ -109,8 +109,8 @@ def train_model(argv: Sequence[str]) -> int:
         if "micro_batch_size" in reasons and state.step == 0:
             batches.size = fit_micro_batch(size, model, hardware)
         started, fits = time.perf_counter(), partial(until_it_fits, batches, state, "micro_batch_size" not in reasons)
-        compiled = fits(lambda: compile_model(model, state, batches(state.step)[0], hardware))
-        update_once = partial(update, compiled, state, hardware, train.label_smoothing, optim.grad_clip)
+        forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.teachers, train, hardware))
+        update_once = partial(update, forward, state, hardware, train.label_smoothing, optim.grad_clip)
         step = partial(fits, lambda: update_once(batches(state.step)))
         budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, start.stored)
         logger.plan(state.step, budget)

@@ -158,7 +158,7 @@ def load(script: str, argv: Sequence[str]) -> Options:
             raise UserError(f"--plan shows the plan of a run that has --data=TEXT and no preset; {why}")
     if options.values.get("try") is not None:
         refuse_try(options, argv)
-    if not (options.values.get("resume") or options.values.get("init_from")):  # runs that have their own tokenizer
+    if not any(options.values.get(name) for name in ("resume", "init_from", "teacher")):  # they have a tokenizer
         refuse_unused(options)
     return options
 

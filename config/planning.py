@@ -10,7 +10,7 @@ from typing import Any
 
 import config
 from common.hardware import Hardware, choose_attention
-from common.option import option_names
+from common.option import option_names, section_from
 from common.options import HardwareOptions, RunOptions
 from config.start import Start
 from errors import UserError, quote
@@ -50,10 +50,10 @@ def open_dataset(start: Start, planning: Planning | None, hardware: Hardware) ->
     options = start.options if planning is None else planning.options
     train, attention = options.section(TrainOptions), options.section(HardwareOptions).attention
     setup.choose_auto(train, options.section(GPTConfig), attention, hardware, {})  # refuses what needs no text
-    choose = None if planning is None or start.initial is not None else planning.prepare
+    choose = None if planning is None or start.with_tokenizer is not None else planning.prepare
     prepare = options.section(PrepareOptions)
     data = options.section(RunOptions).data
-    return setup.open_data(data, prepare, start.resumed, start.initial, start.flags, choose)
+    return setup.open_data(data, prepare, start.resumed, start.with_tokenizer, start.flags, choose)
 
 
 class Planning:
@@ -65,7 +65,9 @@ class Planning:
         self.data, self.reasons = start.options.section(RunOptions).data, dict[str, str]()
         names = set(start.flags)
         if start.initial is not None:
-            names |= {*TOKENIZER, *option_names(GPTConfig)} - ({"dropout"} - start.flags)
+            names |= {*option_names(GPTConfig)} - ({"dropout"} - start.flags)
+        if start.with_tokenizer is not None:
+            names |= {*TOKENIZER}
         self.given = {name: start.options.values[name] for name in names}
         self.options = config.replace(start.options, **rules.first_values(self.given))
 
@@ -117,7 +119,7 @@ class Planning:
     def _prepared(self, dataset: Dataset) -> dict[str, Any]:
         """How a dataset that was prepared before was prepared, as far as the plan chooses that."""
         stored = dataset.meta.get("options")
-        if self.start.initial is not None or not isinstance(stored, dict):
+        if self.start.with_tokenizer is not None or not isinstance(stored, dict):
             return {}
         return {name: stored[name] for name in TOKENIZER if name in stored and name not in self.given}
 
@@ -127,7 +129,8 @@ class Planning:
         size = "shards" if found is None else f"{found:,} bytes"
         tokenizer = dataset.tokenizer
         why = self.reasons.get("vocab_size") or self.reasons.get("tokenizer")
-        why = why or ("that of the weights" if self.start.initial is not None else "as it was prepared")
+        weights = "weights" if self.start.initial is not None else "teacher"
+        why = why or (f"that of the {weights}" if self.start.with_tokenizer is not None else "as it was prepared")
         if "tokenizer" in self.start.flags or "vocab_size" in self.start.flags:
             why = "as given"
         name = f"{tokenizer.name} of {tokenizer.vocab_size:,} ids"
@@ -149,7 +152,8 @@ class Planning:
         compiles = train.compile
         if compiles == "auto":
             compiles = find_obstacle(hardware) is None and saves * seconds > takes
-        cost = StepCost(model, options.section(OptimizerOptions), hardware, path, saves if compiles else 0.0)
+        teachers = [section_from(GPTConfig, teacher.config) for teacher in self.start.teachers]
+        cost = StepCost(model, options.section(OptimizerOptions), hardware, path, saves if compiles else 0.0, teachers)
         if self.given.get("max_steps") is None:
             cost.measure(shapes)
         return cost, takes if compiles else 0.0

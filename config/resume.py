@@ -68,13 +68,13 @@ def note_unused_flags(options: config.Options) -> config.Options:
 
 
 def with_model_options(
-    options: config.Options, model_options: Mapping[str, Any], tokenizer: Mapping[str, Any]
+    options: config.Options, source: str, model_options: Mapping[str, Any], tokenizer: Mapping[str, Any]
 ) -> config.Options:
     """`options` with the model options and the tokenizer of --init_from, which override presets; dropout may differ.
+    source: the flag and its value. With model_options of the vocabulary alone the tokenizer is all that is taken.
 
     Raises UserError on a flag that differs from them.
     """
-    source = options.flat()["init_from"]
     own = {"tokenizer": tokenizer.get("name")}
     if own["tokenizer"] == "bpe":  # the options of other tokenizers have no meaning
         own |= {"vocab_size": model_options.get("vocab_size"), "split_pattern": tokenizer.get("pattern")}
@@ -85,9 +85,7 @@ def with_model_options(
         value = options.flat()[name]
         if options.origin[name] == "flag" and (name not in values or value != values[name]):
             has = "their own tokenizer" if name in TOKENIZER else f"{name}={show(values[name])}"
-            refused.append(
-                f"--{name}={show(value)}: the weights of --init_from={source} have {has}; leave the flag out"
-            )
+            refused.append(f"--{name}={show(value)}: the weights of {source} have {has}; leave the flag out")
     if refused:
         raise UserError("\n".join(refused))
     return config.replace(options, **values)

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import config
-from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder, resolve_run
+from checkpoint import (
+    WEIGHTS,
+    Checkpoint,
+    ModelFolder,
+    open_latest,
+    open_model_folder,
+    resolve_model_folder,
+    resolve_run,
+)
 from common.options import RunOptions
 from common.run_directory import RunLock, refuse_used_run
 from config.hints import INIT_FROM
@@ -24,6 +32,7 @@ from errors import UserError, quote
 from files import write_json
 from prepare_data.shards import Dataset
 from training.budget import LENGTHENED
+from training.kept_text import KeptText
 from training.metrics import log
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
@@ -36,6 +45,8 @@ class Start:
     options: config.Options
     resumed: Checkpoint | None = None
     initial: ModelFolder | None = None
+    teachers: list[ModelFolder] = field(default_factory=list)
+    """Trained models to learn from, of --teacher."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Reasons of the automatic choices that a resumed run keeps, by option."""
     argv: list[str] = field(default_factory=list)
@@ -46,6 +57,11 @@ class Start:
         return self.resumed or self.initial
 
     @property
+    def with_tokenizer(self) -> ModelFolder | None:
+        """The model whose tokenizer a new run takes, if there is one."""
+        return self.initial or next(iter(self.teachers), None)
+
+    @property
     def stored(self) -> dict[str, Any] | None:
         """The options of a resumed run's checkpoint, by name."""
         return None if self.resumed is None else self.resumed.state["options"]
@@ -54,6 +70,11 @@ class Start:
     def log_lengths(self) -> dict[str, int]:
         """Bytes of a resumed run's logs at its checkpoint; none of a new run's."""
         return {} if self.resumed is None else self.resumed.state["logs"]
+
+    def record(self, run: Path, options: config.Options, reasons: Mapping[str, str], kept: KeptText) -> RunConfig:
+        """The record of the run, in which the weights of the teachers are named."""
+        facts = kept.facts() | {"teachers": [teacher.weights_entry() for teacher in self.teachers]}
+        return RunConfig(run, config.replace(options, **kept.values), {**reasons, **kept.reasons}, facts)
 
     def default_name(self, dataset: Dataset) -> str:
         """The name of a new run without --run: that of its text where the user chose one or gave weights, else that
@@ -107,15 +128,16 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
             raise UserError(f"--max_steps={max_steps}: {run} is already at step {resumed.step}; give a larger number")
         stored = resumed.state["auto"]
         reasons = {name: reason for name, reason in stored.items() if options.origin.get(name, "flag") != "flag"}
-        return Start(options, resumed=resumed, reasons=reasons, argv=[*argv])
+        teachers = [] if eval_only else same_teachers(resumed, options.section(TrainOptions).teacher)
+        return Start(options, resumed=resumed, teachers=teachers, reasons=reasons, argv=[*argv])
     if train.try_ is None:  # which may go on in a directory that is in use
         refuse_used_run(options.section(RunOptions).run)
     if train.init_from is not None:
         if train.init_from in INIT_FROM and not Path(train.init_from).exists():
             raise UserError(f"--init_from={train.init_from}: {INIT_FROM[train.init_from]}")
         initial = open_model_folder(resolve_model_folder(Path(train.init_from)))
-        options = with_model_options(options, initial.config, initial.tokenizer)
-        return Start(note_unused_flags(options), initial=initial, argv=[*argv])
+        options = with_model_options(options, f"--init_from={train.init_from}", initial.config, initial.tokenizer)
+        return with_teachers(Start(note_unused_flags(options), initial=initial, argv=[*argv]))
     if options.origin["keep_share"] == "flag" and train.keep_share is not None:
         raise UserError(
             f"--keep_share={train.keep_share}: only a run that starts from other weights has an old text to keep; "
@@ -123,7 +145,40 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         )
     if eval_only:
         raise UserError("--eval_only=true needs weights to evaluate: add --resume=RUN or --init_from=RUN")
-    return Start(options, argv=[*argv])
+    return with_teachers(Start(options, argv=[*argv]))
+
+
+def with_teachers(start: Start) -> Start:
+    """The start of a new run with the models of --teacher, whose tokenizer it takes. Raises UserError."""
+    given = start.options.section(TrainOptions).teacher
+    teachers = [open_model_folder(resolve_model_folder(Path(path))) for path in given]
+    models = [*([start.initial] if start.initial else []), *teachers]
+    for model in models[1:]:
+        if model.tokenizer != models[0].tokenizer:
+            raise UserError(
+                f"--teacher: {model.path} has another tokenizer than {models[0].path}, and a run learns from models"
+                f" of its own tokenizer; a run with --teacher={quote(str(models[0].path))} takes that one's"
+            )
+    if not teachers:
+        return start
+    vocabulary = {"vocab_size": teachers[0].config.get("vocab_size")}
+    options = with_model_options(start.options, f"--teacher={given[0]}", vocabulary, teachers[0].tokenizer)
+    options = config.replace(options, teacher=tuple(str(teacher.path.resolve()) for teacher in teachers))
+    return replace(start, options=options, teachers=teachers)
+
+
+def same_teachers(resumed: Checkpoint, paths: Sequence[str]) -> list[ModelFolder]:
+    """The teachers of a resumed run. Raises UserError where they are gone, or have other weights."""
+    found = []
+    for path, recorded in zip(paths, resumed.state.get("teachers", []), strict=True):
+        why = "resuming needs the same teacher; restore it from a copy"
+        if not (Path(path) / WEIGHTS).is_file():
+            raise UserError(f"--teacher={path}, from which this run learns, is gone: {why}")
+        teacher = open_model_folder(Path(path))
+        if teacher.weights_entry() != recorded:
+            raise UserError(f"--teacher={path}, from which this run learns, has other weights than before: {why}")
+        found.append(teacher)
+    return found
 
 
 def resolve_length(options: config.Options) -> config.Options:

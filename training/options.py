@@ -25,6 +25,11 @@ class TrainOptions:
     keep_share: Annotated[float, Interval(ge=0, le=0.9)] | None = fixed(None)
     """With init_from: share of the windows that come from the text of those weights, so that it is not forgotten.
     none: a quarter, where that text is still there; 0: nothing but the new text."""
+    teacher: tuple[str, ...] = fixed((), path=True)
+    """Run, checkpoint or model folder to learn from, beside the text: its probabilities of the next token are a part of
+    the targets (knowledge distillation), and its tokenizer is taken. May be repeated: the mean of them."""
+    teacher_share: Annotated[float, Interval(gt=0, le=1)] = fixed(0.7)
+    """That part. The logged train loss includes it, the val loss does not."""
     max_steps: Annotated[int, Ge(0)] | None = 2000
     """Number of optimizer steps; none: as many as --patience allows (schedule wsd, constant or inverse_sqrt)."""
     budget_minutes: Annotated[float, Interval(gt=0, le=1_000_000)] | None = None

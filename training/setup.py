@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from checkpoint import Checkpoint, ModelFolder
 from common.hardware import Hardware, choose_attention, require_determinism
@@ -27,8 +28,8 @@ from prepare_data import PrepareOptions
 from prepare_data.resolve import Chooser, log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
 from training.average import WeightAverage
-from training.compilation import compiler_name
-from training.data import TrainBatches
+from training.compilation import compile_model, compiler_name
+from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation
 from training.kept_text import KeptText
 from training.metrics import log
@@ -36,6 +37,7 @@ from training.micro_batch import choose_micro_batch
 from training.optim import make_optimizer
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 from training.state import TrainState
+from training.teachers import taught
 
 MIN_CONTEXT = 16  # tokens; with a shorter context a model learns little but frequencies
 
@@ -65,15 +67,14 @@ def choose_auto(
 
 
 def open_data(
-    data: str, prepare: PrepareOptions, resumed: Checkpoint | None, initial: ModelFolder | None, flags: set[str],
+    data: str, prepare: PrepareOptions, resumed: Checkpoint | None, with_tokenizer: ModelFolder | None, flags: set[str],
     choose: Chooser | None = None,
 ) -> Dataset:  # fmt: skip
     """The dataset that --data names, prepared first where it is text, with the options that `choose` returns for it.
-    A resumed run must have the same tokens. Raises UserError."""
+    with_tokenizer: the model whose tokenizer is taken. A resumed run must have the same tokens. Raises UserError."""
     if resumed is None:
-        dataset = resolve_data(
-            data, prepare, tokenizer_from_dict(initial.tokenizer) if initial else None, flags, choose
-        )
+        tokenizer = tokenizer_from_dict(with_tokenizer.tokenizer) if with_tokenizer else None
+        dataset = resolve_data(data, prepare, tokenizer, flags, choose)
         name, known = prepare.tokenizer, (*PUBLISHED, "bpe", "bytes", "char")
         if "tokenizer" in flags and name in known and name != dataset.tokenizer.name:
             raise UserError(
@@ -147,6 +148,15 @@ def build_model(
     except ValueError as error:
         raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
     return model
+
+
+def make_forward(
+    state: TrainState, batch: MicroBatch, teachers: Sequence[ModelFolder], train: TrainOptions, hardware: Hardware
+) -> Callable[..., Tensor]:
+    """The loss as train.update calls it: that of the model, compiled for batches like `batch` where the state says so,
+    and of the comparison with teachers. Raises UserError."""
+    forward = compile_model(state.model, state, batch, hardware)
+    return taught(forward, teachers, train.teacher_share, state.model, hardware)
 
 
 def announce(model: GPT, hardware: Hardware, values: Mapping[str, Any], reasons: Mapping[str, str], why: bool) -> None:

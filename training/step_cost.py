@@ -31,6 +31,7 @@ TIMED_STEPS, TIMED_SECONDS = 8, 0.4  # of a model, whichever comes first, after 
 MAX_SECONDS = 2.0  # of the first model; if it takes longer, there is no second one
 # FLOPs that take as long as writing a number, or as an optimizer's step on a weight: two cores of a Xeon, bfloat16.
 WRITTEN_FLOPS, WEIGHT_FLOPS = 2400.0, 9000.0
+FORWARD_SHARE = 1 / 3  # of a pass
 STATE_BYTES = 20  # per weight: the weight, its gradient, two moments, and temporary copies
 NUMBERS_KEPT = 40  # per channel, layer and token, until the backward pass
 CPU_MEMORY_SHARE = 0.7
@@ -56,13 +57,14 @@ class Seconds(NamedTuple):
 @dataclass
 class StepCost:
     """The Cost of training/plan.py. config: the options of the model that no shape changes; saves: the share of a pass
-    that compiled code saves."""
+    that compiled code saves; teachers: models that are evaluated beside it, uncompiled."""
 
     config: GPTConfig
     optimizer: OptimizerOptions
     hardware: Hardware
     attention: AttentionPath
     saves: float = 0.0
+    teachers: Sequence[GPTConfig] = ()
     pass_seconds: tuple[float, float] = (0.0, 0.0)  # per FLOP, per number written
     update_seconds: tuple[float, float] = (0.0, 0.0)  # per FLOP of Muon, per weight
     _counts: dict[Shape, Counts] = field(default_factory=dict)
@@ -76,9 +78,14 @@ class StepCost:
     def step_seconds(self, shape: Shape, tokens: int) -> float:
         """Predicted seconds of a step of so many tokens."""
         count = self.counts(shape)
-        token = self.pass_seconds[0] * count.flops + self.pass_seconds[1] * count.written
+        token = (1 - self.saves) * self._pass_seconds(count)
+        token += sum(FORWARD_SHARE * self._pass_seconds(self._count(teacher)) for teacher in self.teachers)
         update = self.update_seconds[0] * count.muon_flops + self.update_seconds[1] * count.parameters
-        return (1 - self.saves) * tokens * token + update
+        return tokens * token + update
+
+    def _pass_seconds(self, count: Counts) -> float:
+        """Of forward and backward pass per token."""
+        return self.pass_seconds[0] * count.flops + self.pass_seconds[1] * count.written
 
     def memory_bytes(self, shape: Shape) -> int:
         """Roughly what training takes."""
@@ -89,16 +96,19 @@ class StepCost:
 
     def counts(self, shape: Shape) -> Counts:
         if shape not in self._counts:
-            with torch.device("meta"):
-                model = GPT(self.with_shape(shape), seed=None)
-            sides = [sorted(matrix.shape) for matrix in model.blocks.parameters() if matrix.dim() == 2]
-            muon = self.optimizer.muon_steps * sum(4 * rows**2 * columns + 2 * rows**3 for rows, columns in sides)
-            written = shape.n_layer * (24 * shape.n_embd + 3 * shape.n_head * shape.block_size)
-            written += 3 * self.config.vocab_size
-            is_muon = self.optimizer.optimizer == "muon"
-            size = count_parameters(model), sum(weight.numel() for weight in model.blocks.parameters())
-            self._counts[shape] = Counts(*size, flops_per_token(model), written, is_muon * muon)
+            self._counts[shape] = self._count(self.with_shape(shape))
         return self._counts[shape]
+
+    def _count(self, config: GPTConfig) -> Counts:
+        with torch.device("meta"):
+            model = GPT(config, seed=None)
+        sides = [sorted(matrix.shape) for matrix in model.blocks.parameters() if matrix.dim() == 2]
+        muon = self.optimizer.muon_steps * sum(4 * rows**2 * columns + 2 * rows**3 for rows, columns in sides)
+        written = config.n_layer * (24 * config.n_embd + 3 * config.n_head * config.block_size)
+        written += 3 * config.vocab_size
+        is_muon = self.optimizer.optimizer == "muon"
+        size = count_parameters(model), sum(weight.numel() for weight in model.blocks.parameters())
+        return Counts(*size, flops_per_token(model), written, is_muon * muon)
 
     def with_shape(self, shape: Shape) -> GPTConfig:
         return replace(self.config, **shape._asdict())

@@ -1,0 +1,78 @@
+"""--teacher: knowledge distillation (Hinton et al. 2015). Trained models say for each token how probable every next id
+is; a run learns from that beside the one id that followed.
+
+On a text that is short for its model that tells more than the text alone: of two models trained on it, each is wrong
+in its own way, and what both agree on is rather the text's than chance (bench/NOTES.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoint import ModelFolder
+from common.hardware import Hardware, choose_attention
+from common.option import section_from
+from common.weights import build_for_weights, import_weights
+from errors import UserError
+from model import GPT, IGNORED_TARGET, GPTConfig
+
+Loss = Callable[..., Tensor]
+
+
+def taught(forward: Loss, folders: Sequence[ModelFolder], share: float, model: GPT, hardware: Hardware) -> Loss:
+    """`forward` as train.update calls it, the loss of which also compares with the probabilities of the teachers:
+
+        (1 − share) · cross-entropy with the targets + share · cross-entropy with the mean of their probabilities
+
+    forward: `model`, or its compiled form; returned as it is where there are no teachers. Raises UserError for a
+    teacher that cannot read the model's windows."""
+    teachers = [load_teacher(folder, model.config, hardware) for folder in folders]
+    if not teachers:
+        return forward
+
+    def loss(x: Tensor, y: Tensor, reduction: str, label_smoothing: float) -> Tensor:
+        """x, y (B, T) → the sum over all targets that count, in nats; reduction is always "sum"."""
+        soft = mean_probabilities(teachers, x)
+        logits, flat = forward(x).float().flatten(0, 1), y.flatten()  # (B · T, V)
+        options: dict[str, Any] = {"ignore_index": IGNORED_TARGET, "reduction": reduction}
+        hard = F.cross_entropy(logits, flat, label_smoothing=label_smoothing, **options)
+        each = -(soft.flatten(0, 1) * torch.log_softmax(logits, dim=-1)).sum(dim=-1)
+        return (1 - share) * hard + share * each[flat != IGNORED_TARGET].sum()
+
+    return loss
+
+
+@torch.no_grad()
+def mean_probabilities(teachers: Sequence[GPT], x: Tensor) -> Tensor:
+    """x (B, T) → (B, T, V) float32, the mean of the teachers' probabilities."""
+    first, *others = teachers
+    total = torch.softmax(first(x).float(), dim=-1)
+    for teacher in others:
+        total += torch.softmax(teacher(x).float(), dim=-1)
+    return total / len(teachers)
+
+
+def load_teacher(folder: ModelFolder, student: GPTConfig, hardware: Hardware) -> GPT:
+    """The teacher, to be evaluated, on the hardware. Raises UserError."""
+    config = section_from(GPTConfig, folder.config)
+    if config.block_size < student.block_size:
+        raise UserError(
+            f"--teacher={folder.path}: its context of {config.block_size} is shorter than --block_size="
+            f"{student.block_size} of this run; give --block_size={config.block_size}, or another teacher"
+        )
+    path = choose_attention("auto", hardware.device, hardware.dtype, config.head_size).value
+    tensors = folder.model_tensors()
+    try:
+        teacher = build_for_weights(replace(config, dropout=0.0), tensors, path)
+        import_weights(teacher, tensors)
+    except ValueError as error:
+        raise UserError(
+            f"--teacher={folder.path}: {error}; its weights and its config do not belong together"
+        ) from None
+    return teacher.to(hardware.device).eval()

@@ -1,8 +1,8 @@
 """A short training run of train.py as a user starts it: val loss over time, the time to a loss, speed, samples.
 
-    python bench/short_run.py --text=FILE          shakespeare_char on tinyshakespeare: seconds to a val loss of 1.47
-    python bench/short_run.py                      quickstart on Python's standard library, which needs no download
-    python bench/short_run.py --smoke              tries this script out with the debug preset
+    python bench/short_run.py --text=FILE      shakespeare_char_best on tinyshakespeare: seconds to a val loss of 1.47
+    python bench/short_run.py                  quickstart on Python's standard library, which needs no download
+    python bench/short_run.py --smoke          tries this script out with the debug preset
 
 Without --text the run has a time budget: what --minutes leaves, at most MAX_BUDGET seconds. With --text it has the
 preset's length, and a signal stops it when the time is up. `seconds` of an evaluation are those from the start of
@@ -57,7 +57,7 @@ def prepare(text: Path | None, folder: Path, smoke: bool) -> list[str]:
 
     if text is not None:
         prepare_ours(text, folder)
-        return ["shakespeare_char", f"--data={folder / 'shakespeare'}"]
+        return ["shakespeare_char_best", f"--data={folder / 'shakespeare'}"]
     tokenizer = "bpe" if importlib.util.find_spec("rustbpe") else "bytes"
     options = [f"--tokenizer={tokenizer}", f"--data_dir={folder}"] + ["--vocab_size=2048"] * (tokenizer == "bpe")
     run_process([sys.executable, "-m", "prepare_data", "python_stdlib", *options], ROOT)

@@ -162,6 +162,11 @@ def in_turns(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict
     return {name: [end - begin for begin, end in pairs] for name, pairs in marks.items()}
 
 
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def wake(device: torch.device, seconds: float = WAKE_SECONDS) -> None:
     """Keeps a GPU busy for that long."""
     end = time.monotonic() + seconds

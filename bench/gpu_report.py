@@ -21,7 +21,12 @@ def report(result: dict[str, Any]) -> str:
     for name, title in (("attention", "as shipped"), ("attention_tuned", "tuned")):
         lines += attention(part(parts, name).get("speed", []), title)
     lines += [*errors(part(parts, "attention_tuned").get("errors", [])), *tuned(part(parts, "tune"))]
-    lines += [*train(part(parts, "train")), *generate(part(parts, "generate")), *short_run(part(parts, "short_run"))]
+    lines += [
+        *profile(part(parts, "profile")),
+        *train(part(parts, "train")),
+        *generate(part(parts, "generate")),
+        *short_run(part(parts, "short_run")),
+    ]
     if result.get("smoke"):
         lines += ["", "tried out on a CPU: no figure means anything"]
     else:
@@ -120,6 +125,39 @@ def ratio(speeds: dict[str, float | None], rival: str) -> float | None:
 
 def show(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def profile(figures: dict[str, Any]) -> list[str]:
+    """Where the time of a training step and of a decode step goes: kinds of kernels, idle time, host."""
+    lines: list[str] = []
+    for preset, row in figures.get("training", {}).items():
+        lines += ["", f"{preset}, a compiled step: {row['wall_us'] / 1e3:.2f} ms", *kinds(row, 1e3, "ms")]
+    for name, row in figures.get("decoding", {}).items():
+        line = f"decoding, {name}: {row['loop_us']:.0f} µs a step"
+        if alone := row.get("replays_us"):
+            line += f", its graphs alone {alone:.0f}, so {row['loop_us'] - alone:.0f} are the host's"
+        lines += ["", line]
+        for graph, replay in row["replays"].items():
+            line = f"  graph of {graph}: {replay['us']:.0f} µs a replay, {replay['host_us']:.0f} to queue it"
+            kernels = f"; {replay['launches']} kernels, busy {replay['busy_us']:.0f}" if "busy_us" in replay else ""
+            lines.append(line + kernels)
+        if "loop" in row:
+            lines += [f"  the first {row['profiled_tokens']} steps: {row['loop']['wall_us']:.0f} µs a step"]
+            lines += kinds(row["loop"], 1, "µs")
+    missing = [f"{name}: not measured: {reason}" for name, reason in figures.get("unavailable", {}).items()]
+    return [*lines, *missing]
+
+
+def kinds(row: dict[str, Any], unit: float, name: str) -> Iterable[str]:
+    """The groups of kernels of a step, with the time in which nothing runs; shares of the step's time without the
+    profiler."""
+    if "busy_us" not in row:
+        return
+    yield f"  {row['launches']:.0f} launches, device busy {row['busy_us'] / unit:.2f} {name}"
+    idle = {"group": "idle", "us": row["idle_us"], "share": row["idle_us"] / row["wall_us"]}
+    for group in [*row["groups"], idle]:
+        launches = f"{group['launches']:8.1f} launches" if "launches" in group else ""
+        yield f"  {group['group']:34} {group['us'] / unit:9.2f} {name} {group['share']:6.1%}{launches}"
 
 
 def train(figures: dict[str, Any]) -> list[str]:

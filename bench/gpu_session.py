@@ -90,6 +90,7 @@ def make_parts(options: argparse.Namespace) -> dict[str, Part]:
             0.5,
             tuned=True,
         ),
+        "profile": Part(bench("gpu_profile", "--minutes=MINUTES", *smoke), 115, 1, tuned=True),
         "train": Part(
             bench("train_speed", "--steps=8", "--rounds=5", "--minutes=MINUTES", *nanogpt, *smoke), 140, 3.5, tuned=True
         ),
@@ -98,7 +99,7 @@ def make_parts(options: argparse.Namespace) -> dict[str, Part]:
     }
 
 
-PARTS = ("facts", "tests", "attention", "tune", "attention_tuned", "train", "generate", "short_run")
+PARTS = ("facts", "tests", "attention", "tune", "attention_tuned", "profile", "train", "generate", "short_run")
 
 
 def tests_command() -> list[str]:

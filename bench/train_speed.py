@@ -41,7 +41,17 @@ sys.path.insert(0, str(ROOT))  # for imports from the project
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from bench.gpu import Deadline, card, ceilings, choose_device, peak_memory, reasons, some, use_launches  # noqa: E402
+from bench.gpu import (  # noqa: E402
+    Deadline,
+    card,
+    ceilings,
+    choose_device,
+    peak_memory,
+    reasons,
+    some,
+    synchronize,
+    use_launches,
+)
 from bench.hardware import RESULTS, commit_of, hardware, new_result, save_results  # noqa: E402
 from bench.peer import import_model  # noqa: E402
 from common.hardware import vendor_flops  # noqa: E402
@@ -210,11 +220,6 @@ def block(step: Callable[[], float], steps: int, device: torch.device) -> tuple[
         loss = step()
     synchronize(device)
     return (time.perf_counter() - begin) / steps, loss
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass

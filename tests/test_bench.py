@@ -180,7 +180,16 @@ def test_the_gpu_benches_need_nothing_but_torch_triton_and_numpy():
     packages = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     missing = sorted({name.replace("-", "_") for name in packages} - {"torch", "triton", "numpy"})
     assert {"tiktoken", "safetensors", "annotated_types"} <= {*missing}
-    names = ("generate", "train_speed", "attention", "tune_attention", "gpu_facts", "gpu_session", "short_run")
+    names = (
+        "generate",
+        "train_speed",
+        "attention",
+        "tune_attention",
+        "gpu_facts",
+        "gpu_profile",
+        "gpu_session",
+        "short_run",
+    )
     benches = ", ".join(f"bench.{name}" for name in names)
     code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import {benches}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import model
-from bench import attention, attention_report, gpu, launch_check, train_speed, tune_attention
+from bench import attention, attention_report, gpu, gpu_profile, launch_check, train_speed, tune_attention
 from bench.attention import Problem
 from bench.launch_check import CheckedCase
 from errors import UserError
@@ -17,7 +17,12 @@ from model import GPT, GPTConfig, Launch
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
-SCRIPTS = {"attention": attention, "tune_attention": tune_attention, "train_speed": train_speed}
+SCRIPTS = {
+    "attention": attention,
+    "tune_attention": tune_attention,
+    "train_speed": train_speed,
+    "gpu_profile": gpu_profile,
+}
 
 
 def interpretable() -> bool:

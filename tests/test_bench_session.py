@@ -243,6 +243,15 @@ def recorded():
     shape |= {"first_request": {"sprout": {"seconds": 1.5}}}
     evaluations = [{"step": 0, "val_loss": 4.2, "seconds": 9.0}, {"step": 250, "val_loss": 1.46, "seconds": 48.2}]
     run = {"evaluations": evaluations, "best_val_loss": 1.46, "command": ["train.py", "shakespeare_char"]}
+    group = {"group": "matrix products", "us": 31_200.0, "launches": 148.0, "share": 0.462}
+    step = {"wall_us": 67_600.0, "busy_us": 65_100.0, "idle_us": 2500.0, "launches": 812.0, "groups": [group]}
+    replays = {"64 slots": {"us": 600.2, "host_us": 12.0, "busy_us": 410.0, "launches": 183}}
+    replays |= {"draw": {"us": 90.0, "host_us": 4.0}}
+    loop = {**step, "wall_us": 900.0, "busy_us": 520.0, "idle_us": 380.0, "launches": 190.0, "groups": []}
+    decoding = {"loop_us": 914.0, "replays_us": 700.0, "replays": replays, "profiled_tokens": 64, "loop": loop}
+    plain = {"loop_us": 1151.0, "replays_us": None, "replays": {}}
+    profiled = {"training": {"gpt2_124m": step, "modern_124m": {"wall_us": 76_000.0}}}
+    profiled |= {"decoding": {"one sample": decoding, "16 samples": plain}, "unavailable": {"a": "no kernels"}}
     hardware = {"gpu": "a GPU", "torch": "2.11.0", "triton": "3.6.0"}
     choice = {"table": "LAUNCHES", "kernel": "forward", "D": 64, "present_behind": 0.052}
     wrong = [{"error": 9.0, "unavailable": "wrong results"}, {"error": 0.5}, {"unavailable": "no memory"}]
@@ -257,6 +266,7 @@ def recorded():
             "attention": done({"speed": rows("backward", 110.0, 100.0, 140.0) + rows("forward", 300.0, 200.0, 320.0)}),
             "tune": {"status": "out of time", "seconds": 20.0, "limit_seconds": 20, "result": tuning},
             "attention_tuned": done({"speed": [], "errors": errors}),
+            "profile": done(profiled),
             "train": done({"sides": sides, "unavailable": {"modern_124m, sdpa, compiled": "out of time"}}),
             "generate": done({"bench": "generate", "124m": shape}),
             "short_run": done({**run, "seconds_to_1.47": 48.2}),
@@ -285,6 +295,18 @@ def test_the_table_of_a_recorded_result(tmp_path, capsys):
         "LAUNCHES: (a row),",
         "LAUNCHES forward D 64: the present one +5.2%",
         "1 launches have wrong results: see their `error` in the result",
+        "gpt2_124m, a compiled step: 67.60 ms",
+        "812 launches, device busy 65.10 ms",
+        "matrix products 31.20 ms 46.2% 148.0 launches",
+        "idle 2.50 ms 3.7%",
+        "modern_124m, a compiled step: 76.00 ms",
+        "decoding, one sample: 914 µs a step, its graphs alone 700, so 214 are the host's",
+        "graph of 64 slots: 600 µs a replay, 12 to queue it; 183 kernels, busy 410",
+        "graph of draw: 90 µs a replay, 4 to queue it",
+        "the first 64 steps: 900 µs a step",
+        "190 launches, device busy 520.00 µs",
+        "decoding, 16 samples: 1151 µs a step",
+        "a: not measured: no kernels",
         "gpt2_124m, triton, compiled 612,345 52.3% 20.5 GiB",
         "modern_124m, sdpa, compiled not measured: out of time",
         "sprout 4,200 tokens/s, 25% of the bandwidth bound 17,000; first request 1.50 s",
@@ -298,7 +320,7 @@ def test_the_table_of_a_recorded_result(tmp_path, capsys):
         assert line in lines
 
 
-@pytest.mark.parametrize("missing", ["facts", "tests", "attention", "train", "generate", "short_run"])
+@pytest.mark.parametrize("missing", ["facts", "tests", "attention", "profile", "train", "generate", "short_run"])
 def test_a_part_that_is_missing_is_not_measured(missing):
     result = recorded()
     result["parts"][missing] = {"status": "running"}

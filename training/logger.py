@@ -194,6 +194,8 @@ def log_end(run: Path, state: TrainState, budget: Budget) -> int:
     log(f"\nnext: python sample.py --run={name} --num_samples=3 --top_p=0.95")
     log(f"      python sample.py --run={name} --serve   (a page to try prompts)")
     log(f"      python -m training.report {name}")
+    if is_exhausted or state.progress.early_decay is not None:
+        log(f"      {again} --teacher={name} --seed=2   (a second model, which learns from this one, too)")
     if is_exhausted and step < end:
         longer = f"--max_steps={2 * step}" if end == math.inf else "--patience=none"
         log(f"      {resume} {longer}   (trains on all the same)")

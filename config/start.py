@@ -150,7 +150,9 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
 
 def with_teachers(start: Start) -> Start:
     """The start of a new run with the models of --teacher, whose tokenizer it takes. Raises UserError."""
-    given = start.options.section(TrainOptions).teacher
+    given, share = start.options.section(TrainOptions).teacher, start.options.section(TrainOptions).teacher_share
+    if "teacher_share" in start.flags and not given:
+        raise UserError(f"--teacher_share={share}: there is no teacher; add --teacher=RUN, or leave it out")
     teachers = [open_model_folder(resolve_model_folder(Path(path))) for path in given]
     models = [*([start.initial] if start.initial else []), *teachers]
     for model in models[1:]:

@@ -124,6 +124,7 @@ def test_a_run_takes_the_tokenizer_and_records_the_weights(capsys):
     without = train(*plain, "--run=alone", "--tokenizer=bpe", "--vocab_size=300")
     assert without == 0
     assert tensors_of("alone", 20) != tensors_of("student", 20)
+    assert re.search(r"^teacher: first/\S+, longer/\S+; 70% of the targets", capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize("how", ["killed", "SIGTERM"])
@@ -171,6 +172,10 @@ def test_models_of_other_tokenizers_are_refused():
 def test_a_shorter_context_is_refused():
     message = message_of(*MORE, "--run=student", "--teacher=first", "--block_size=64", "--tokens_per_step=256")
     assert "is shorter than --block_size=64 of this run; give --block_size=32" in message
+
+
+def test_a_share_of_no_teacher_is_refused():
+    assert "--teacher_share=0.5: there is no teacher" in message_of(*MORE, "--run=student", "--teacher_share=0.5")
 
 
 def test_a_missing_teacher_is_named():

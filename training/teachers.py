@@ -21,6 +21,7 @@ from common.option import section_from
 from common.weights import build_for_weights, import_weights
 from errors import UserError
 from model import GPT, IGNORED_TARGET, GPTConfig
+from training.metrics import log
 
 Loss = Callable[..., Tensor]
 
@@ -35,6 +36,8 @@ def taught(forward: Loss, folders: Sequence[ModelFolder], share: float, model: G
     teachers = [load_teacher(folder, model.config, hardware) for folder in folders]
     if not teachers:
         return forward
+    names = ", ".join(str(folder.path) for folder in folders)
+    log(f"teacher: {names}; {share:.0%} of the targets are its probabilities")
 
     def loss(x: Tensor, y: Tensor, reduction: str, label_smoothing: float) -> Tensor:
         """x, y (B, T) → the sum over all targets that count, in nats; reduction is always "sum"."""

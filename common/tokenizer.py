@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import chain
@@ -215,6 +215,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
         bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
     )
     return Tokenizer("bpe", pattern, [*tokens, None], len(tokens))
+
+
+def bytes_per_token(texts: Sequence[str], sizes: Sequence[int], pattern: str) -> dict[int, float]:
+    """Bytes of `texts` per token of a BPE trained on them, by its size. Merges are learned one after another, so the
+    first ones of a large vocabulary are a smaller one."""
+    largest = train_bpe(texts, max(sizes), pattern)
+    n_bytes, found = sum(len(text.encode()) for text in texts), dict[int, float]()
+    for size in sizes:
+        tokens = largest.token_bytes[: min(size, largest.vocab_size) - 1]
+        tokenizer = Tokenizer("bpe", pattern, [*tokens, None], len(tokens))
+        found[size] = n_bytes / max(1, sum(map(len, tokenizer.encode_batch(list(texts)))))
+    return found
 
 
 def published_tokenizer(name: str) -> Tokenizer:

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import config
 from common.hardware import Hardware, choose_attention
 from common.option import option_names, section_from
 from common.options import HardwareOptions, RunOptions
+from common.tokenizer import bytes_per_token
 from config.start import Start
 from errors import UserError, quote
 from model import GPTConfig
@@ -75,7 +77,9 @@ class Planning:
         """How the text is prepared. Raises UserError where it is too short."""
         if counts.bytes < rules.MIN_BYTES and not self.is_by_hand:
             raise self._too_short(f"{counts.bytes:,} bytes", f"{rules.MIN_BYTES:,}")
-        text = rules.Text(counts.characters, len(counts.alphabet))
+        pattern = self.options.section(PrepareOptions).split_pattern
+        measure = partial(bytes_per_token, counts.sample.slices, pattern=pattern)
+        text = rules.Text(counts.characters, len(counts.alphabet), measure)
         values, self.reasons = rules.choose_tokenizer(text, self.given)
         self.options = config.replace(self.options, **values)
         return self.options.section(PrepareOptions)

@@ -24,6 +24,7 @@ from terminal import progress_bar
 
 HASHES = 1 << 64  # document hashes are below it
 MIN_DOCUMENTS = 20  # split=auto: with fewer, a split by documents would be too uneven
+SLICE, SAMPLE_CHARACTERS = 20_000, 1_000_000  # characters of a slice, and of a sample at most
 NEAR = 1.5  # the validation split is near val_fraction if the two differ by no more than this factor
 
 
@@ -32,6 +33,27 @@ class LabeledPiece(NamedTuple):
     text: str
     starts: bool  # a document starts with it
     ends: bool  # a document ends with it
+
+
+@dataclass
+class Sample:
+    """Text from all over a corpus whose length is not known before: every `stride`-th slice; half of SAMPLE_CHARACTERS
+    or more, if there is as much. Where it would have more than all of them, every other slice goes."""
+
+    slices: list[str] = field(default_factory=list)
+    characters: int = 0
+    stride: int = 1
+    seen: int = 0  # slices
+
+    def add(self, text: str) -> None:
+        for start in range(0, len(text), SLICE):
+            if self.seen % self.stride == 0:
+                self.slices.append(text[start : start + SLICE])
+                self.characters += len(self.slices[-1])
+            self.seen += 1
+            if self.characters > SAMPLE_CHARACTERS:
+                self.slices, self.stride = self.slices[::2], 2 * self.stride
+                self.characters = sum(map(len, self.slices))
 
 
 @dataclass
@@ -44,6 +66,7 @@ class Counts:
     hashes: array[int] = field(default_factory=lambda: array("Q"))  # of each document's first piece
     sizes: array[int] = field(default_factory=lambda: array("Q"))  # bytes of each document
     alphabet: set[str] = field(default_factory=set)  # every character; empty unless requested
+    sample: Sample = field(default_factory=Sample)  # with the alphabet
     content: str = ""  # hash of all documents in order
 
     def n_documents(self) -> str:
@@ -105,6 +128,7 @@ def count(corpus: Corpus, alphabet: bool, quiet: bool = False) -> Counts:
             counts.bytes += len(data)
             if alphabet:
                 counts.alphabet.update(text)
+                counts.sample.add(text)
             bar.update(len(data))
             starts = ends
     if counts.characters == 0:

@@ -69,6 +69,27 @@ def test_a_longer_text_has_no_smaller_vocabulary():
     assert found == [257, 257, 512, 2048, 4096, 4096, 8192, 32_768]
 
 
+@pytest.mark.parametrize(
+    ("rates", "size"),
+    [((2.0, 2.6, 3.2, 3.7), 4096), ((2.3, 3.0, 3.5, 3.9), 2048), ((2.0, 2.2, 3.5, 5.0), 512)],
+    ids=["kernel documentation", "the Bible", "a first doubling that is no use"],
+)
+def test_a_vocabulary_ends_where_doubling_it_shortens_the_text_little(rates, size):
+    asked = []
+
+    def bytes_per_token(sizes):
+        asked.extend(sizes)
+        return dict(zip(sizes, rates, strict=True))
+
+    text = Text(4 * 10**6, 100, bytes_per_token)
+    values, reasons = choose_tokenizer(text, {})
+    assert values["vocab_size"] == size
+    assert asked == [512, 1024, 2048, 4096]
+    assert ("would shorten the text by" in reasons["vocab_size"]) == (size != 4096)
+    assert choose_tokenizer(text, {"vocab_size": 300})[0] == {"tokenizer": "bpe"}
+    assert len(asked) == 4
+
+
 def test_the_vocabulary_has_room_for_the_letters_of_the_text():
     values, reasons = choose_tokenizer(Text(350_000, 3000), {})  # a megabyte of Chinese
     assert values == {"tokenizer": "bpe", "vocab_size": 2048}

@@ -27,7 +27,7 @@ from prepare_data.pipeline import make_corpus
 from prepare_data.resolve import resolve_data
 from prepare_data.shards import open_dataset
 from prepare_data.sources import documents, encodings, python_stdlib, shakespeare, text
-from prepare_data.split import choose_rule, count
+from prepare_data.split import SAMPLE_CHARACTERS, SLICE, Sample, choose_rule, count
 from tests.conftest import ROOT
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -744,12 +744,31 @@ def test_a_damaged_dataset_is_not_silently_prepared_again(folder):
         resolve_data("t.txt", PrepareOptions(tokenizer="bytes"))
 
 
+@pytest.mark.parametrize("piece", [700, SLICE, 10**7])
+@pytest.mark.parametrize("characters", [5000, SAMPLE_CHARACTERS, 7_654_321])
+def test_a_sample_is_from_all_over_the_text_and_no_longer_than_it_may_be(piece, characters):
+    text = "".join(f"{number:07}" for number in range(0, characters, 7))[:characters]
+    sample = Sample()
+    for start in range(0, characters, piece):
+        sample.add(text[start : start + piece])
+    assert min(characters, SAMPLE_CHARACTERS // 2) <= sample.characters == sum(map(len, sample.slices))
+    assert sample.characters <= SAMPLE_CHARACTERS
+    joined = "".join(sample.slices)
+    if characters <= SAMPLE_CHARACTERS:
+        assert joined == text
+    else:
+        places = [text.index(one[:14]) for one in sample.slices]
+        gaps = [after - before for before, after in itertools.pairwise([0, *places, characters])]
+        assert max(gaps) < 3 * characters * SLICE / sample.characters
+
+
 def test_counts_match_the_text(folder):
     (folder / "t.txt").write_text("日本語 text\nmore", encoding="utf-8")
     corpus = make_corpus("text", "t.txt", PrepareOptions())
     counts = count(corpus, alphabet=True)
     assert (counts.documents, counts.characters, counts.bytes) == (1, 13, 19)
     assert counts.alphabet == set("日本語 text\nmore")
+    assert counts.sample.slices == ["日本語 text\nmore"]
     rule = choose_rule(counts, PrepareOptions(val_fraction=0.5))
     assert (rule.name, rule.limit) == ("tail", 6)
     groups = itertools.groupby(rule.pieces(corpus), lambda piece: piece.split)

@@ -18,6 +18,7 @@ from common.download import DownloadFailed
 from common.tokenizer import (
     PATTERNS,
     TRAINING_PATTERNS,
+    bytes_per_token,
     bytes_tokenizer,
     char_tokenizer,
     cut_pieces,
@@ -252,3 +253,14 @@ def test_gpt2(monkeypatch):
 def test_importing_prepare_data_imports_no_heavy_package():
     code = "import sys, prepare_data; sys.exit(any(name in sys.modules for name in ('tiktoken', 'numpy', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_bytes_per_token_are_those_of_tokenizers_trained_to_that_size():
+    texts = [f"The cat no. {i % 37} sees {'two' * (i % 3)} moons over the water.\n" for i in range(3000)]
+    found = bytes_per_token(texts, [260, 300, 400], "gpt4o")
+    for size, rate in found.items():
+        tokenizer = train_bpe(texts, size, "gpt4o")
+        tokens = sum(len(tokenizer.encode(text)) for text in texts)
+        assert rate == pytest.approx(sum(map(len, texts)) / tokens)
+    assert 1 < found[260] < found[300] < found[400]
+    assert bytes_per_token(["ab" * 50], [512], "gpt2")[512] > 1  # fewer pairs than asked for

@@ -9,8 +9,9 @@ config/planning.py puts the values into the options.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +22,8 @@ from errors import UserError
 
 VOCABULARY = {125_000: 512, 500_000: 1024, 1_000_000: 2048, 3_000_000: 4096, 32_000_000: 8192, 128_000_000: 16_384,
               512_000_000: 32_768}  # fmt: skip
-"""Characters of the text from which on bpe has so many ids; shorter texts are bytes."""
+"""Characters of the text from which on bpe has so many ids at most; shorter texts are bytes."""
+MIN_SHORTENING = 0.15  # of the text by twice as many ids; with less, a larger vocabulary was no gain, or a loss
 LADDER = ((2, 128), (3, 128), (4, 128), (4, 192), (6, 192), (6, 256), (6, 320), (6, 384), (8, 384), (8, 512), (12, 512),
           (12, 768), (16, 1024))  # fmt: skip
 """Layers and width of the shapes."""
@@ -77,10 +79,12 @@ class Cost(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """A text before it is prepared. alphabet: number of different characters."""
+    """A text before it is prepared. alphabet: number of different characters. bytes_per_token: measures that for sizes
+    of a vocabulary, None where there is no text to measure."""
 
     characters: int
     alphabet: int
+    bytes_per_token: Callable[[Sequence[int]], Mapping[int, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ def choose_tokenizer(text: Text, given: Mapping[str, Any]) -> tuple[dict[str, An
     reason = f"{text.characters:,} characters"
     if size is None and not given.keys() & {"tokenizer", "vocab_size", "split_pattern"}:
         return {"tokenizer": "bytes"}, {"tokenizer": f"{reason}: too few to learn byte pairs from"}
+    if size is not None and "vocab_size" not in given:
+        size, reason = shorten(text, size, reason)
     size = size or min(VOCABULARY.values())
     letters = nearest_power(256 + text.alphabet / 2)
     if letters > size:
@@ -141,6 +147,19 @@ def choose_tokenizer(text: Text, given: Mapping[str, Any]) -> tuple[dict[str, An
     values = {"tokenizer": "bpe", "vocab_size": min(size, max(VOCABULARY.values()))}
     reasons = {"tokenizer": "byte pairs of this text: fewer tokens than bytes", "vocab_size": reason}
     return _without(values, given), _without(reasons, given)
+
+
+def shorten(text: Text, largest: int, reason: str) -> tuple[int, str]:
+    """The size up to which each doubling shortens the text by MIN_SHORTENING, and the reason, which is that of the
+    largest one where that is the size."""
+    sizes = [size for size in VOCABULARY.values() if size <= largest]
+    if text.bytes_per_token is None or len(sizes) == 1:
+        return largest, reason
+    found = text.bytes_per_token(sizes)
+    for size, more in itertools.pairwise(sizes):
+        if (gain := found[more] / found[size] - 1) < MIN_SHORTENING:
+            return size, f"twice as many would shorten the text by {gain:.0%} only"
+    return largest, reason
 
 
 def nearest_power(number: float) -> int:

@@ -23,9 +23,14 @@ class Reached(NamedTuple):
 REACHED = (
     Reached(1.684, "a novel", 390_069, 919_168, 2_947_072),
     Reached(1.674, "a novel", 390_069, 1_870_016, 5_406_720),
+    Reached(1.531, "a longer novel", 616_290, 771_328, 3_170_304),
+    Reached(1.070, "help in German", 618_196, 771_328, 2_486_272),
     Reached(2.026, "plays", 1_003_854, 1_115_776, 2_807_808),
+    Reached(2.111, "sayings and jokes", 2_230_557, 902_400, 1_861_632),
+    Reached(1.802, "the Bible", 3_964_027, 902_400, 1_974_272),
     Reached(0.927, "help in Russian", 4_453_500, 1_377_920, 2_312_192),
     Reached(0.772, "help in Russian", 4_453_500, 3_443_904, 5_801_984),
+    Reached(1.981, "Linux documentation", 4_458_805, 1_164_544, 1_570_816),
     Reached(1.824, "Linux documentation", 17_971_345, 1_377_920, 1_857_536),
 )
 

@@ -15,15 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import config
-from checkpoint import (
-    WEIGHTS,
-    Checkpoint,
-    ModelFolder,
-    open_latest,
-    open_model_folder,
-    resolve_model_folder,
-    resolve_run,
-)
+from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder, resolve_run
 from common.options import RunOptions
 from common.run_directory import RunLock, refuse_used_run
 from config.hints import INIT_FROM
@@ -170,14 +162,20 @@ def with_teachers(start: Start) -> Start:
 
 
 def same_teachers(resumed: Checkpoint, paths: Sequence[str]) -> list[ModelFolder]:
-    """The teachers of a resumed run. Raises UserError where they are gone, or have other weights."""
+    """The teachers of a resumed run, where they are now. Raises UserError where they are gone, or are others."""
+    recorded = resumed.state.get("teachers", [])
+    if len(paths) != len(recorded):
+        raise UserError(
+            f"--teacher: {len(paths)} given, and the run was started with {len(recorded)}, which a resumed run cannot"
+            " change; leave the flag out"
+        )
     found = []
-    for path, recorded in zip(paths, resumed.state.get("teachers", []), strict=True):
-        why = "resuming needs the same teacher; restore it from a copy"
-        if not (Path(path) / WEIGHTS).is_file():
+    for path, entry in zip(paths, recorded, strict=True):
+        why = "resuming needs the same teacher; restore it from a copy, or name where it is now with --teacher=PATH"
+        if not Path(path).exists():
             raise UserError(f"--teacher={path}, from which this run learns, is gone: {why}")
-        teacher = open_model_folder(Path(path))
-        if teacher.weights_entry() != recorded:
+        teacher = open_model_folder(resolve_model_folder(Path(path)))
+        if teacher.weights_entry() != entry:
             raise UserError(f"--teacher={path}, from which this run learns, has other weights than before: {why}")
         found.append(teacher)
     return found

@@ -25,7 +25,7 @@ class TrainOptions:
     keep_share: Annotated[float, Interval(ge=0, le=0.9)] | None = fixed(None)
     """With init_from: share of the windows that come from the text of those weights, so that it is not forgotten.
     none: a quarter, where that text is still there; 0: nothing but the new text."""
-    teacher: tuple[str, ...] = fixed((), path=True)
+    teacher: tuple[str, ...] = path(())
     """Run, checkpoint or model folder to learn from, beside the text: its probabilities of the next token are a part of
     the targets (knowledge distillation), and its tokenizer is taken. May be repeated: the mean of them."""
     teacher_share: Annotated[float, Interval(gt=0, le=1)] = fixed(0.7)

@@ -62,12 +62,17 @@ def _compared_options() -> dict[str, Any]:
     return defaults | {"eval_tokens": EvalOptions.eval_tokens}
 
 
+def _as_json(value: Any) -> Any:
+    """As it is in a recorded run."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 class Reference:
     """The recorded runs (among `runs`) that a run of this dataset and these options, flat by name, is compared with."""
 
     def __init__(self, fingerprint: str, options: Mapping[str, Any], runs: Sequence[Run]) -> None:
         defaults = _compared_options()
-        compared = {name: options[name] for name in defaults if name in options}
+        compared = {name: _as_json(options[name]) for name in defaults if name in options}
         self.schedule = compared.get("schedule")
         # A recorded run that is older than an option counts as a run with that option's default.
         self.runs = [
@@ -75,7 +80,7 @@ class Reference:
             for run in runs
             if run["dataset"] == fingerprint
             and compared.keys() >= run["options"].keys()
-            and all(value == run["options"].get(name, defaults[name]) for name, value in compared.items())
+            and all(value == run["options"].get(name, _as_json(defaults[name])) for name, value in compared.items())
         ]
 
     def band(self, step: int, plan: Plan) -> tuple[float, float, int] | None:
@@ -178,10 +183,11 @@ def read_run(run: Path) -> Run:
             + ("" if last is None else f" {last}")
             + f"; first run: python train.py --resume={run}"
         )
-    if options.get("init_from") is not None:
+    if options.get("init_from") is not None or options.get("teacher"):
+        named = options.get("init_from") or ", ".join(options["teacher"])
         raise UserError(
-            f"{run}: starts from the weights of {options['init_from']}, which others do not have;"
-            " record runs that start from random weights"
+            f"{run}: starts or learns from {named}, which others do not have; record runs of the text alone, that start"
+            " from random weights"
         )
     return {
         "dataset": fingerprint,

@@ -26,6 +26,7 @@ REACHED = (
     Reached(1.531, "a longer novel", 616_290, 771_328, 3_170_304),
     Reached(1.070, "help in German", 618_196, 771_328, 2_486_272),
     Reached(2.026, "plays", 1_003_854, 1_115_776, 2_807_808),
+    Reached(1.992, "plays", 1_003_854, 2_164_928, 5_734_400),
     Reached(2.111, "sayings and jokes", 2_230_557, 902_400, 1_861_632),
     Reached(1.802, "the Bible", 3_964_027, 902_400, 1_974_272),
     Reached(0.927, "help in Russian", 4_453_500, 1_377_920, 2_312_192),

@@ -139,7 +139,7 @@ def choose_tokenizer(text: Text, given: Mapping[str, Any]) -> tuple[dict[str, An
     if size is None and not given.keys() & {"tokenizer", "vocab_size", "split_pattern"}:
         return {"tokenizer": "bytes"}, {"tokenizer": f"{reason}: too few to learn byte pairs from"}
     if size is not None and "vocab_size" not in given:
-        size, reason = shorten(text, size, reason)
+        size, reason = choose_vocabulary(text, size, reason)
     size = size or min(VOCABULARY.values())
     letters = nearest_power(256 + text.alphabet / 2)
     if letters > size:
@@ -149,7 +149,7 @@ def choose_tokenizer(text: Text, given: Mapping[str, Any]) -> tuple[dict[str, An
     return _without(values, given), _without(reasons, given)
 
 
-def shorten(text: Text, largest: int, reason: str) -> tuple[int, str]:
+def choose_vocabulary(text: Text, largest: int, reason: str) -> tuple[int, str]:
     """The size up to which each doubling shortens the text by MIN_SHORTENING, and the reason, which is that of the
     largest one where that is the size."""
     sizes = [size for size in VOCABULARY.values() if size <= largest]

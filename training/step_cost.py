@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -79,9 +80,13 @@ class StepCost:
         """Predicted seconds of a step of so many tokens."""
         count = self.counts(shape)
         token = (1 - self.saves) * self._pass_seconds(count)
-        token += sum(FORWARD_SHARE * self._pass_seconds(self._count(teacher)) for teacher in self.teachers)
+        token += sum(FORWARD_SHARE * self._pass_seconds(count) for count in self._teacher_counts)
         update = self.update_seconds[0] * count.muon_flops + self.update_seconds[1] * count.parameters
         return tokens * token + update
+
+    @cached_property
+    def _teacher_counts(self) -> list[Counts]:
+        return [self._count(teacher) for teacher in self.teachers]
 
     def _pass_seconds(self, count: Counts) -> float:
         """Of forward and backward pass per token."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from common.hardware import Hardware, choose_attention
 from common.option import section_from
 from common.weights import build_for_weights, import_weights
 from errors import UserError
-from model import GPT, IGNORED_TARGET, GPTConfig
+from model import GPT, IGNORED_TARGET, AttentionPath, GPTConfig
 from training.metrics import log
 
 Loss = Callable[..., Tensor]
@@ -33,7 +33,7 @@ def taught(forward: Loss, folders: Sequence[ModelFolder], share: float, model: G
 
     forward: `model`, or its compiled form; returned as it is where there are no teachers. Raises UserError for a
     teacher that cannot read the model's windows."""
-    teachers = [load_teacher(folder, model.config, hardware) for folder in folders]
+    teachers = [load_teacher(folder, model, hardware) for folder in folders]
     if not teachers:
         return forward
     names = ", ".join(str(folder.path) for folder in folders)
@@ -61,15 +61,16 @@ def mean_probabilities(teachers: Sequence[GPT], x: Tensor) -> Tensor:
     return total / len(teachers)
 
 
-def load_teacher(folder: ModelFolder, student: GPTConfig, hardware: Hardware) -> GPT:
-    """The teacher, to be evaluated, on the hardware. Raises UserError."""
+def load_teacher(folder: ModelFolder, student: GPT, hardware: Hardware) -> GPT:
+    """The teacher, to be evaluated, on the hardware; by PyTorch's attention if the student is. Raises UserError."""
     config = section_from(GPTConfig, folder.config)
-    if config.block_size < student.block_size:
+    if config.block_size < student.config.block_size:
         raise UserError(
             f"--teacher={folder.path}: its context of {config.block_size} is shorter than --block_size="
-            f"{student.block_size} of this run; give --block_size={config.block_size}, or another teacher"
+            f"{student.config.block_size} of this run; give --block_size={config.block_size}, or another teacher"
         )
-    path = choose_attention("auto", hardware.device, hardware.dtype, config.head_size).value
+    wanted: AttentionPath | Literal["auto"] = "sdpa" if student.attention == "sdpa" else "auto"
+    path = choose_attention(wanted, hardware.device, hardware.dtype, config.head_size).value
     tensors = folder.model_tensors()
     try:
         teacher = build_for_weights(replace(config, dropout=0.0), tensors, path)

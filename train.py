@@ -37,6 +37,7 @@ from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
 from config.planning import open_data
 from config.start import RunConfig, read_start
+from config.students import end, train_all
 from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
@@ -46,7 +47,7 @@ from training.compilation import choose_compile
 from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
-from training.logger import RunLogger, log_end
+from training.logger import RunLogger
 from training.micro_batch import fit_micro_batch, until_it_fits
 from training.optim import clip_gradients, finish_step, learning_rate
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
@@ -59,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the run is complete, STOPPED when a signal ended it early. Raises UserError, also where memory
     runs out and fewer rows do not help."""
     argv = sys.argv[1:] if argv is None else argv
-    has_tries = config.load("train.py", argv).values["try"] is not None
-    return attempt(partial(try_candidates, train_model, argv) if has_tries else partial(train_model, argv))
+    has_tries, train = config.load("train.py", argv).values["try"] is not None, partial(train_all, train_model)
+    return attempt(partial(try_candidates, train, argv) if has_tries else partial(train, argv))
 
 
-def train_model(argv: Sequence[str]) -> int:
-    """The whole run, as main returns and raises."""
+def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
+    """The whole run, as main raises. Returns its exit code, and the arguments of the run to go on with, if any."""
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
         start = read_start(argv, stack)
@@ -73,7 +74,7 @@ def train_model(argv: Sequence[str]) -> int:
         hardware = choose_hardware(start.options.section(HardwareOptions))
         start, dataset, kept = open_data(start, hardware)
         if start.options.section(TrainOptions).plan:
-            return 0
+            return 0, []
         # ---- every `auto` is resolved
         model_config, attention = start.options.section(GPTConfig), start.options.section(HardwareOptions).attention
         train, evals = start.options.section(TrainOptions), start.options.section(EvalOptions)
@@ -93,7 +94,7 @@ def train_model(argv: Sequence[str]) -> int:
         score_text = partial(evaluate, model, token_bytes=dataset.tokenizer.token_bytes, autocast=hardware.autocast)
         score = partial(score_text, dataset.val)
         if evals.eval_only:
-            return setup.print_evaluation(start.source, score(rows=size))
+            return setup.print_evaluation(start.source, score(rows=size)), []
         # ---- optimizer, and the rest of what a checkpoint holds
         stop = stack.enter_context(StopRequest())
         run = setup.open_run(run_options.run, start.default_name(dataset), start.source, stack)
@@ -122,7 +123,7 @@ def train_model(argv: Sequence[str]) -> int:
         score_all = partial(score, rows=batches.size, stop=stop) if evals.leaves_out(len(dataset.val)) else None
         with state.averaged():
             finish(state, budget, logger, evals, score_all, watch, sample, save, stop)
-        return log_end(run, state, budget)
+        return end(start, run, dataset, state, budget)
 
 
 def loop(

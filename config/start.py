@@ -8,6 +8,7 @@ training/ must not import the option loader.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ class Start:
     """Reasons of the automatic choices that a resumed run keeps, by option."""
     argv: list[str] = field(default_factory=list)
     """The command line."""
+    began: float = field(default_factory=time.perf_counter)
 
     @property
     def source(self) -> Checkpoint | ModelFolder | None:
@@ -63,9 +65,15 @@ class Start:
         """Bytes of a resumed run's logs at its checkpoint; none of a new run's."""
         return {} if self.resumed is None else self.resumed.state["logs"]
 
+    @property
+    def command(self) -> list[str]:
+        """The command line that began the run."""
+        return self.argv if self.resumed is None else self.resumed.state.get("command", [])
+
     def record(self, run: Path, options: config.Options, reasons: Mapping[str, str], kept: KeptText) -> RunConfig:
         """The record of the run, in which the weights of the teachers are named."""
         facts = kept.facts() | {"teachers": [teacher.weights_entry() for teacher in self.teachers]}
+        facts |= {"command": self.command}
         return RunConfig(run, config.replace(options, **kept.values), {**reasons, **kept.reasons}, facts)
 
     def default_name(self, dataset: Dataset) -> str:

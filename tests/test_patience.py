@@ -118,12 +118,12 @@ def test_a_time_budget_is_planned_anew_once(monkeypatch, schedule):
     assert "--dropout" in verdicts[0][1]
     if schedule == "wsd":
         assert (budget.plan, state.step) == (Plan(840, 140), 840)
-        assert "about 7:12 of the 10:00 stay unused" in verdicts[0][1]
+        assert "about 7:12 of the 10:00 are left" in verdicts[0][1]
         assert budget.as_options() == {"max_steps": 840, "decay_steps": 140, "budget_minutes": None}
         assert learning_rate(700, budget.plan, options) == options.learning_rate
     else:
         assert state.step == 700
-        assert "about 7:40 of the 10:00 stay unused" in verdicts[0][1]
+        assert "about 7:40 of the 10:00 are left" in verdicts[0][1]
 
 
 def test_a_plan_without_a_length_stays_at_the_peak():

@@ -1,5 +1,6 @@
 """The rules of the plan as pure functions: what grows with the text and the time, and what a flag changes."""
 
+import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -9,8 +10,11 @@ from errors import UserError
 from training.expected import REACHED, Reached, expect
 from training.plan import (
     CONTEXT,
+    FIRST_EPOCHS,
     MAX_EPOCHS,
     MIN_STEPS,
+    STUDENT_EPOCHS,
+    STUDENT_MINUTES,
     TOKENS_PER_PARAMETER,
     Facts,
     Shape,
@@ -101,7 +105,7 @@ def test_more_minutes_give_no_smaller_model_and_no_shorter_steps(tokens):
     plans = [plan(tokens, minutes) for minutes in MINUTES]
     for one, more in pairwise(plans):
         assert one.outlook.parameters <= more.outlook.parameters
-        if one.outlook.shape == more.outlook.shape:
+        if (one.outlook.shape, one.values["students"]) == (more.outlook.shape, more.values["students"]):
             assert one.outlook.tokens_per_step <= more.outlook.tokens_per_step
 
 
@@ -147,10 +151,52 @@ def test_the_context_is_as_long_as_the_text_allows():
 
 
 def test_a_short_text_ends_the_run_before_the_time_does():
-    found = plan(120_000, 600)
+    found = plan(120_000, 600, students=0)
     assert found.values["budget_minutes"] is None
     assert found.values["max_steps"] * found.outlook.tokens_per_step == pytest.approx(MAX_EPOCHS * 120_000, rel=0.01)
-    assert "of 10 h" in describe(found, facts(120_000), {"budget_minutes": 600})[0]
+    assert "of 10 h" in describe(found, facts(120_000), {"budget_minutes": 600, "students": 0})[0]
+
+
+def test_a_text_that_one_model_would_read_often_has_a_student():
+    found, alone = plan(400_000, 15), plan(400_000, 15, students=0)
+    assert alone.epochs > STUDENT_EPOCHS
+    assert (found.values["students"], found.values["budget_minutes"]) == (1, 5.0)
+    assert found.outlook == plan(400_000, 5, students=0).outlook
+    head = describe(found, facts(), {"budget_minutes": 15})[0]
+    assert "in 5 min of 15 min" in head
+    assert "then a second model learns from it in the rest (one model alone would read the text" in head
+    longer = plan(120_000, 60)  # the first one does not need all of its part
+    assert (longer.values["students"], longer.values["budget_minutes"]) == (1, None)
+    assert longer.epochs == pytest.approx(FIRST_EPOCHS, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "minutes", "given"),
+    [
+        (20_000_000, 15, {}),  # which one model reads rarely
+        (120_000, STUDENT_MINUTES / 2, {}),
+        (120_000, None, {"max_steps": 50_000}),
+        (120_000, 15, {"teacher": ("runs/a",)}),
+        (120_000, 15, {"try": 4}),
+    ],
+)
+def test_a_long_text_and_what_is_given_by_hand_has_none(tokens, minutes, given):
+    assert plan(tokens, minutes, **given).values["students"] == 0
+    fine_tuned = choose(facts(tokens, fine_tuning=True), {"budget_minutes": minutes, **given})
+    assert fine_tuned.values["students"] == 0
+
+
+def test_students_share_the_time_and_make_the_shortest_one_longer():
+    found = plan(20_000_000, 21, students=3)
+    assert "students" not in found.values
+    assert found.values["budget_minutes"] == 3.0
+    for students in (0, 2):
+        with pytest.raises(UserError, match="is too short for a plan") as caught:
+            plan(400_000, 0.01, students=students)
+        enough = float(re.search(r"give --budget_minutes=(\S+) or more", str(caught.value))[1])
+        assert plan(400_000, enough, students=students)
+        with pytest.raises(UserError):
+            plan(400_000, enough / 1.5, students=students)
 
 
 def test_without_a_time_the_val_loss_ends_the_run():

@@ -190,8 +190,8 @@ def test_a_stop_of_the_winner_goes_on_too(calls, monkeypatch, capsys, small_text
         trained.append(argv)
         if len(trained) == 2:
             shorter = [arg for arg in argv if not arg.startswith("--budget_minutes")]
-            assert train_script.train_model([*shorter, f"--max_steps={open_latest(Path('run')).step + 2}"]) == 0
-        return STOPPED if len(trained) < 3 else train_script.train_model(argv)
+            assert train_script.train_model([*shorter, f"--max_steps={open_latest(Path('run')).step + 2}"])[0] == 0
+        return STOPPED if len(trained) < 3 else train_script.train_model(argv)[0]
 
     flags = [f"--data={small_text}", "--try=2", *QUICK, "--run=run"]
     for code in (STOPPED, STOPPED, 0):
@@ -210,6 +210,7 @@ def test_a_stop_of_the_winner_goes_on_too(calls, monkeypatch, capsys, small_text
         ("--data=TEXT", "--try=4", "--budget_minutes=none"), ("--resume=run", "--try=4", "--budget_minutes=2"),
         ("--data=TEXT", "--try=4", "--budget_minutes=2", "--schedule=cosine"),
         ("--data=TEXT", "--try=4", "--budget_minutes=2", "--init_from=run"),
+        ("--data=TEXT", "--try=4", "--budget_minutes=2", "--students=1"),
         ("--data=TEXT", "--try=4", "--budget_minutes=2", "quickstart"),
     ],
     ids=" ".join,

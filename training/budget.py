@@ -103,7 +103,7 @@ class Budget:
             effect = f"the run ends here, at step {step}{of}; sample.py takes the checkpoint of step {best['step']}"
         if self.seconds is not None:
             left = self.seconds - (time.perf_counter() - self.start) - decay * self.step_seconds
-            effect += f"; about {format_duration(left)} of the {format_duration(self.seconds)} stay unused"
+            effect += f"; about {format_duration(left)} of the {format_duration(self.seconds)} are left"
         return f"{cause}: {effect}\n  {advice}"
 
     def is_over(self, state: TrainState, now: float) -> bool:

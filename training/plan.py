@@ -32,6 +32,8 @@ CONTEXT = 128  # 0.01 to 0.08 bits per byte better than 256 after 1 to 3 million
 MIN_WINDOWS = 16  # windows of the context in the train split; a shorter text has a shorter context
 TOKENS_PER_PARAMETER = 2.0  # of its blocks: a model sees at least this many
 MAX_EPOCHS = 40.0
+STUDENT_EPOCHS, FIRST_EPOCHS = 20.0, 20.0  # where one model would have the first, a student follows after the second
+STUDENT_MINUTES = 3.0  # of a time budget that has one
 RECENT_EPOCHS = 5.0  # with fewer, untrained heads look at recent tokens: a long text's run is short for its model
 REGULARIZATION = {0: (0.0, 0.1), 4: (0.0, 0.1), 11: (0.0, 1.0), 40: (0.0, 1.0), 80: (0.1, 2.0)}
 """Dropout and weight decay by epochs, with straight lines in between. Only --try comes to the last."""
@@ -200,16 +202,44 @@ def choose(facts: Facts, given: Mapping[str, Any]) -> RunPlan:
 
 def choose_freely(facts: Facts, given: Mapping[str, Any]) -> RunPlan:
     """The same for any time."""
-    outlook = choose_outlook(facts, given)
+    students, why_students = choose_students(facts, given)
+    minutes = _own_minutes(students, given)
+    own = {**given, "students": students, **minutes}
+    outlook = choose_outlook(facts, own)
     epochs = outlook.tokens / facts.train_tokens
-    values, reasons = dict[str, Any](), dict[str, str]()
-    model, steps = _model(outlook, epochs, given), _steps(facts, outlook, given)
-    for part in (model, steps, _optimization(facts, outlook, epochs, given)):
+    values, reasons = {"students": students}, {"students": why_students}
+    model, steps = _model(outlook, epochs, own), _steps(facts, outlook, own)
+    for part in (model, steps, _optimization(facts, outlook, epochs, own)):
         values |= part[0]
         reasons |= part[1]
-    length, why = _length(outlook, epochs, given)
-    values, reasons = _without(values, given) | length, _without(reasons, given) | why
+    length, why = _length(outlook, epochs, own)
+    why = dict.fromkeys(minutes, "the rest of the time is for the student") | why
+    values, reasons = _without(values, given) | minutes | length, _without(reasons, given) | why
     return RunPlan(values, reasons, outlook, epochs)
+
+
+def choose_students(facts: Facts, given: Mapping[str, Any]) -> tuple[int, str]:
+    """How many models follow the first one, and why. What is given by hand has none: a number of steps, weights,
+    teachers, trials."""
+    if "students" in given:
+        return given["students"], "as given"
+    if facts.fine_tuning or given.keys() & {"max_steps", "teacher", "try"}:
+        return 0, "the length, or what it learns from, is given"
+    epochs = choose_outlook(facts, given).tokens / facts.train_tokens
+    is_long = given.get("budget_minutes") is None or given["budget_minutes"] >= STUDENT_MINUTES
+    why = f"one model alone would read the text {epochs:.2g} times; one that learns from another gains by more than"
+    return int(is_long and epochs >= STUDENT_EPOCHS), f"{why} {STUDENT_EPOCHS:g}"
+
+
+def own_share(students: int) -> float:
+    """Of a time: for a model that so many follow. The last one has twice as much as each of the others."""
+    return 1 / (2 * students + 1)
+
+
+def _own_minutes(students: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The time budget of a model that students follow, where there is one."""
+    minutes = given.get("budget_minutes")
+    return {} if minutes is None or students == 0 else {"budget_minutes": float(f"{minutes * own_share(students):.3g}")}
 
 
 def choose_outlook(facts: Facts, given: Mapping[str, Any]) -> Outlook:
@@ -229,16 +259,17 @@ def _fits(outlook: Outlook, facts: Facts) -> bool:
 
 def _refuse_short_time(facts: Facts, given: Mapping[str, Any]) -> None:
     """Raises UserError where the time is too short for the smallest model; one that the user has chosen is tried."""
-    minutes = given.get("budget_minutes")
+    minutes, share = given.get("budget_minutes"), own_share(given.get("students", 0))
     if minutes is None or not given.keys().isdisjoint({"n_layer", "n_embd", "max_steps"}):
         return
+    given = {**given, "budget_minutes": minutes * share}
     outlooks = [look(shape, facts, given) for shape in shapes(choose_context(facts.train_tokens, given), given)]
     shape, tokens, steps, *_ = min(outlooks, key=lambda outlook: outlook.parameters)
     seconds = facts.cost.step_seconds(shape, tokens)
     least = MIN_STEPS * seconds + facts.startup_seconds
-    if steps >= MIN_STEPS or 60 * TRAINING_SHARE * minutes >= least:  # the text may be the limit
+    if steps >= MIN_STEPS or 60 * TRAINING_SHARE * minutes * share >= least:  # the text may be the limit
         return
-    needed = show(math.ceil(120 * least / TRAINING_SHARE / 60) / 100)  # a fifth more
+    needed = show(math.ceil(120 * least / TRAINING_SHARE / 60 / share) / 100)  # a fifth more
     raise UserError(
         f"--budget_minutes={minutes:g} is too short for a plan: the smallest ({MIN_STEPS} steps of {tokens:,}"
         f" tokens, {shape.n_layer} layers, {shape.n_embd} wide) takes about {needed} minutes here; give"
@@ -290,7 +321,7 @@ def look(shape: Shape, facts: Facts, given: Mapping[str, Any]) -> Outlook:
         if max_steps is not None:
             return max_steps
         in_time = int(seconds / facts.cost.step_seconds(shape, tokens))
-        return max(1, min(in_time, int(MAX_EPOCHS * facts.train_tokens / tokens)))
+        return max(1, min(in_time, int(_max_epochs(given) * facts.train_tokens / tokens)))
 
     tokens = choose_step(shape.block_size, facts, given, steps_of)
     steps = steps_of(tokens)
@@ -365,8 +396,13 @@ def _length(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[
         return values, reasons
     is_open = _is_patient(given) and has_patience and given.get("schedule", "wsd") in OPEN_SCHEDULES
     values |= {"max_steps": None if is_open else outlook.steps, "budget_minutes": None}
-    why = "patience ends it" if is_open else f"{MAX_EPOCHS:g} epochs: with more, a model memorizes its text"
+    most = f"{_max_epochs(given):g} epochs: with more, a model memorizes its text"
+    why = "patience ends it" if is_open else most
     return values, reasons | dict.fromkeys(("max_steps", "budget_minutes"), why)
+
+
+def _max_epochs(given: Mapping[str, Any]) -> float:
+    return FIRST_EPOCHS if given.get("students") else MAX_EPOCHS
 
 
 def _is_patient(given: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.option import show
 from training.expected import expect
-from training.plan import Facts, RunPlan, choose_freely
+from training.plan import Facts, RunPlan, choose_freely, own_share
 
 LENGTH = {"budget_minutes", "max_steps"}  # options: another length is another plan, not a change of it
 MAX_CHANGES = 4  # named in the line about flags
@@ -18,8 +18,9 @@ def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Colle
     values, outlook = {**given, **plan.values}, plan.outlook
     shape, why = outlook.shape, plan.reasons
     head = f"plan: {_duration(plan, given)}, {outlook.tokens:,} tokens, {show_epochs(plan.epochs)} epochs"
-    such = expect(facts.train_bytes or 0, outlook.parameters, outlook.tokens)
-    lines = [head + (f"; such runs reached {such}" if such else "")]
+    tokens = round(outlook.tokens / own_share(values["students"]))  # of all models
+    such = expect(facts.train_bytes or 0, outlook.parameters, tokens)
+    lines = [head + _students(plan, given) + (f"; such runs reached {such}" if such else "")]
     lines += [f"  text: {facts.text}"] if facts.text else []
     model = (
         f"  model: {shape.n_layer} layers, {shape.n_embd} channels, {shape.n_head} heads, context {shape.block_size}"
@@ -44,11 +45,23 @@ def _duration(plan: RunPlan, given: Mapping[str, Any]) -> str:
     if outlook.seconds is None:
         return steps
     if minutes is not None and "max_steps" not in plan.values:
-        return f"about {steps} in {show_time(60 * minutes)}"
+        own = plan.values.get("budget_minutes", minutes)
+        return f"about {steps} in {show_time(60 * own)}" + (f" of {show_time(60 * minutes)}" if own < minutes else "")
     about = f"{steps} in about {show_time(outlook.seconds)}"
     if plan.values.get("max_steps") is None:
         return f"until the val loss stops falling, expected within {about}"
     return about if minutes is None else f"{about} of {show_time(60 * minutes)}, as more epochs would be memorized"
+
+
+def _students(plan: RunPlan, given: Mapping[str, Any]) -> str:
+    """What follows the run, "" for nothing."""
+    number = {**plan.values, **given}.get("students", 0)
+    if number == 0:
+        return ""
+    what = "a second model learns" if number == 1 else f"{number} further models learn"
+    why = "" if "students" in given else f" ({plan.reasons['students']})"
+    rest = "" if given.get("budget_minutes") is None else " in the rest"
+    return f"; then {what} from it{rest}{why}"
 
 
 def show_time(seconds: float) -> str:

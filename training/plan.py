@@ -227,8 +227,9 @@ def choose_students(facts: Facts, given: Mapping[str, Any]) -> tuple[int, str]:
         return 0, "the length, or what it learns from, is given"
     epochs = choose_outlook(facts, given).tokens / facts.train_tokens
     is_long = given.get("budget_minutes") is None or given["budget_minutes"] >= STUDENT_MINUTES
-    why = f"one model alone would read the text {epochs:.2g} times; one that learns from another gains by more than"
-    return int(is_long and epochs >= STUDENT_EPOCHS), f"{why} {STUDENT_EPOCHS:g}"
+    memorizes = " and memorize it" if epochs >= STUDENT_EPOCHS else ""
+    why = f"one model alone would read the text {epochs:.2g} times{memorizes}"
+    return int(is_long and epochs >= STUDENT_EPOCHS), why
 
 
 def own_share(students: int) -> float:

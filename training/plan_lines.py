@@ -78,7 +78,8 @@ def show_epochs(epochs: float) -> str:
 
 def _forced(plan: RunPlan, free: RunPlan, given: Mapping[str, Any]) -> list[str]:
     """One line that says what else flags have changed, if they have. free: the plan without them."""
-    forced = {name: value for name, value in free.values.items() if name in given and given[name] != value}
+    named = given.keys() - LENGTH
+    forced = {name: value for name, value in free.values.items() if name in named and given[name] != value}
     before = {name: value for name, value in free.values.items() if plan.values.get(name, value) != value}
     changed = [f"{name}={show(plan.values[name])} (else {show(value)})" for name, value in before.items()]
     epochs, before_epochs = show_epochs(plan.epochs), show_epochs(free.epochs)

@@ -8,7 +8,6 @@ directory of --run, those before it have one beside it.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -73,7 +72,7 @@ def next_command(start: Start, run: Path, dataset: Dataset) -> list[str]:
     if students == 0 or not start.command:
         return []
     flags: dict[str, object] = {"students": students - 1, "seed": seed + 1}
-    if "data" in start.flags or start.resumed is not None:
+    if any(arg.startswith("--data=") for arg in start.command):
         flags["data"] = dataset.folder
     minutes = resolve_length(config.load("train.py", start.command)).section(TrainOptions).budget_minutes
     if minutes is not None:
@@ -89,7 +88,7 @@ def log_teachers(teachers: Sequence[ModelFolder], state: TrainState, dataset: Da
     for teacher in teachers:
         stored = teacher.state() or {}
         folder = teacher.path.parents[2] if teacher.path.parts[-3:-2] == ("checkpoints",) else teacher.path
-        loss, name = stored.get("val_loss"), quote(os.path.relpath(folder))
+        loss, name = stored.get("val_loss"), quote(str(folder))
         if loss is None or stored["dataset"]["fingerprint"] != dataset.fingerprint:
             continue
         better = "" if best < loss else f"; the teacher is better: python sample.py --run={name}"

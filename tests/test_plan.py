@@ -314,7 +314,9 @@ def test_a_plan_names_what_runs_like_it_reached():
 
 def test_the_first_line_of_a_plan_has_what_such_runs_reached():
     found = facts(180_000, train_bytes=REACHED[0].train_bytes)
-    line, *_ = describe(choose(found, {"budget_minutes": 3}), found, {"budget_minutes": 3})
+    line, *_ = describe(choose(found, {"budget_minutes": 2}), found, {"budget_minutes": 2})
     assert f"; such runs reached bits per byte of {REACHED[0].bits_per_byte:.2f} on " in line
+    more, *_ = describe(choose(found, {"budget_minutes": 6}), found, {"budget_minutes": 6})
+    assert f"; such runs reached bits per byte of {REACHED[1].bits_per_byte:.2f} on " in more  # with a student
     vast = facts(10**9, train_bytes=4 * 10**9)  # nothing like it was measured
     assert "bits per byte" not in describe(choose(vast, {"budget_minutes": 1}), vast, {"budget_minutes": 1})[0]

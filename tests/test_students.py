@@ -10,6 +10,7 @@ import pytest
 import train as train_script
 from checkpoint import list_checkpoints, open_checkpoint
 from config import students
+from prepare_data.__main__ import main as prepare
 from tests.test_train import TINY, message_of, read_events, reproducible, tensors_of, train, train_until_cut
 from training.interrupt import STOPPED
 
@@ -59,7 +60,9 @@ def test_the_command_that_is_printed_makes_the_same_run(capsys, small_text):
     assert reproducible("again") == reproducible(f"runs/{runs[1]}")
 
 
-def test_a_preset_keeps_its_name(capsys):
+def test_a_preset_keeps_its_name(capsys, small_text):
+    """The data of the preset has a name, too: that of a dataset."""
+    assert prepare(["text", f"--input={small_text}", "--name=python_stdlib", *FLAGS[-2:]]) == 0
     assert train(*FLAGS, "--students=1", "--max_steps=2") == 0
     assert next_of(capsys.readouterr().out)[0] == "debug"
     assert sorted(path.name for path in Path("runs").iterdir()) == ["debug-1", "debug-2"]

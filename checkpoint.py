@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import glob
 import json
 import os
 import re
@@ -252,6 +253,10 @@ def _no_checkpoint(path: Path) -> str:
         return f"the run {path} {kind}; train first: python train.py --run={name if not path.exists() else 'NEW_NAME'}"
     if (path / "tries").is_dir():
         return f"the settings of the run {path} are still being tried: repeat the command with --try that began it"
+    beside = sorted(path.parent.glob(f"{glob.escape(path.name)}-teacher*"))
+    if teachers := [other for other in beside if list_checkpoints(other)]:
+        resume = f"python train.py --resume={quote(str(teachers[-1]))}"
+        return f"the run {path} has no checkpoint yet; {teachers[-1]}, from which it learns, goes on to it: {resume}"
     if (path / CONFIG).is_file():
         again = quote(str(path / CONFIG))
         return (

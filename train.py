@@ -37,7 +37,7 @@ from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
 from config.planning import open_data
 from config.start import RunConfig, read_start
-from config.students import end, train_all
+from config.students import end_run, open_run, train_all
 from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
-    """The whole run, as main raises. Returns its exit code, and the arguments of the run to go on with, if any."""
+    """One run. Returns its exit code, and the arguments of the run to go on with, if any. Raises UserError."""
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
         start = read_start(argv, stack)
@@ -81,12 +81,12 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         values, reasons = setup.choose_auto(train, model_config, attention, hardware, start.reasons)
         options = config.replace(start.options, **values)
         train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
-        run_options, block_size = options.section(RunOptions), model_config.block_size
+        seed, block_size = options.section(RunOptions).seed, model_config.block_size
         prompt = choose_prompt(dataset, evals)
         rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
-        batches = setup.make_batches(dataset, kept, train, model_config, run_options.seed, hardware)
+        batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
         # ---- model
-        initial = values["attention"], run_options.seed, start.source
+        initial = values["attention"], seed, start.source
         model = setup.build_model(model_config, dataset.tokenizer, *initial).to(hardware.device).train()
         compiles = choose_compile(train, evals, model, batches(0), hardware)
         values, reasons = values | {"compile": compiles.value}, reasons | compiles.reasons
@@ -97,7 +97,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
             return setup.print_evaluation(start.source, score(rows=size)), []
         # ---- optimizer, and the rest of what a checkpoint holds
         stop = stack.enter_context(StopRequest())
-        run = setup.open_run(run_options.run, start.default_name(dataset), start.source, stack)
+        start, run = open_run(start, dataset, stack)
         state = setup.make_state(model, optim, rows, run, start.resumed, start.initial, compiles.value, hardware)
         # ---- records of the run: config.json, logs, checkpoints, samples
         recorded = start.record(run, options, reasons, kept)
@@ -123,7 +123,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         score_all = partial(score, rows=batches.size, stop=stop) if evals.leaves_out(len(dataset.val)) else None
         with state.averaged():
             finish(state, budget, logger, evals, score_all, watch, sample, save, stop)
-        return end(start, run, dataset, state, budget)
+        return end_run(start, run, dataset, state, budget)
 
 
 def loop(

@@ -15,7 +15,7 @@ from common.option import option_names, section_from
 from common.options import HardwareOptions, RunOptions
 from common.tokenizer import bytes_per_token
 from config.start import Start
-from config.students import with_own_share
+from config.students import share_time
 from errors import UserError, quote
 from model import GPTConfig
 from prepare_data import PrepareOptions
@@ -38,7 +38,7 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptTex
     prepared first where it is text; and the old text that is mixed in. Raises UserError."""
     planning = Planning(start, hardware) if start.needs_plan else None
     dataset = open_dataset(start, planning, hardware)
-    start = with_own_share(start if planning is None else planning.choose(dataset))
+    start = share_time(start if planning is None else planning.choose(dataset), start)
     train, block_size = start.options.section(TrainOptions), start.options.section(GPTConfig).block_size
     data, prepare = start.options.section(RunOptions).data, start.options.section(PrepareOptions)
     setup.check_size(dataset, data, train, block_size, start.argv, start.source is not None)

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,20 @@ from training.kept_text import KeptText
 from training.metrics import log
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
+# Options of a run that those which follow it do not take over from its command line, besides those of preparation.
+OF_ONE_RUN = {"run", "data", "resume", "seed", "teacher", "students", "budget_minutes", "max_steps", "plan"}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The runs that follow this one (--students), as its state.json holds them. run: directory of the last one, known
+    from the first step on. arguments: of the next one's command; None: config.json of this one has its options.
+    minutes: a time budget of this one and all that follow."""
+
+    run: str | None
+    arguments: list[str] | None
+    minutes: float | None
+
 
 @dataclass(frozen=True)
 class Start:
@@ -44,7 +58,10 @@ class Start:
     """Reasons of the automatic choices that a resumed run keeps, by option."""
     argv: list[str] = field(default_factory=list)
     """The command line."""
+    chain: Chain | None = None
+    """What follows the run, where anything does."""
     began: float = field(default_factory=time.perf_counter)
+    """Seconds on the clock of time.perf_counter."""
 
     @property
     def source(self) -> Checkpoint | ModelFolder | None:
@@ -65,15 +82,10 @@ class Start:
         """Bytes of a resumed run's logs at its checkpoint; none of a new run's."""
         return {} if self.resumed is None else self.resumed.state["logs"]
 
-    @property
-    def command(self) -> list[str]:
-        """The command line that began the run."""
-        return self.argv if self.resumed is None else self.resumed.state.get("command", [])
-
     def record(self, run: Path, options: config.Options, reasons: Mapping[str, str], kept: KeptText) -> RunConfig:
         """The record of the run, in which the weights of the teachers are named."""
         facts = kept.facts() | {"teachers": [teacher.weights_entry() for teacher in self.teachers]}
-        facts |= {"command": self.command}
+        facts |= {"chain": asdict(self.chain)} if self.chain is not None else {}
         return RunConfig(run, config.replace(options, **kept.values), {**reasons, **kept.reasons}, facts)
 
     def default_name(self, dataset: Dataset) -> str:
@@ -129,7 +141,8 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         stored = resumed.state["auto"]
         reasons = {name: reason for name, reason in stored.items() if options.origin.get(name, "flag") != "flag"}
         teachers = [] if eval_only else same_teachers(resumed, options.section(TrainOptions).teacher)
-        return Start(options, resumed=resumed, teachers=teachers, reasons=reasons, argv=[*argv])
+        chain = same_chain(resumed, options.section(TrainOptions).students, argv)
+        return Start(options, resumed=resumed, teachers=teachers, reasons=reasons, argv=[*argv], chain=chain)
     if train.try_ is None:  # which may go on in a directory that is in use
         refuse_used_run(options.section(RunOptions).run)
     if train.init_from is not None:
@@ -151,7 +164,8 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
 def with_teachers(start: Start) -> Start:
     """The start of a new run with the models of --teacher, whose tokenizer it takes. Raises UserError."""
     given, share = start.options.section(TrainOptions).teacher, start.options.section(TrainOptions).teacher_share
-    if "teacher_share" in start.flags and not given:
+    has_students = start.needs_plan or start.options.section(TrainOptions).students > 0
+    if "teacher_share" in start.flags and not given and not has_students:
         raise UserError(f"--teacher_share={share}: there is no teacher; add --teacher=RUN, or leave it out")
     teachers = [open_model_folder(resolve_model_folder(Path(path))) for path in given]
     models = [*([start.initial] if start.initial else []), *teachers]
@@ -187,6 +201,22 @@ def same_teachers(resumed: Checkpoint, paths: Sequence[str]) -> list[ModelFolder
             raise UserError(f"--teacher={path}, from which this run learns, has other weights than before: {why}")
         found.append(teacher)
     return found
+
+
+def same_chain(resumed: Checkpoint, students: int, argv: Sequence[str]) -> Chain | None:
+    """What follows a resumed run: the flags of the command are passed on. Raises UserError for more students than the
+    run was started with."""
+    recorded = resumed.state["options"].get("students", 0)
+    if students > recorded:
+        raise UserError(
+            f"--students={students}: this run was started with {recorded}, and a resumed one can only have fewer; a new"
+            f" run learns from it with --teacher={quote(str(resumed.path.parents[1]))}"
+        )
+    if students == 0:
+        return None
+    chain = Chain(**resumed.state["chain"])
+    passed_on = [arg for arg in argv if arg.startswith("-") and arg.lstrip("-").partition("=")[0] not in OF_ONE_RUN]
+    return chain if chain.arguments is None else replace(chain, arguments=[*chain.arguments, *passed_on])
 
 
 def resolve_length(options: config.Options) -> config.Options:

@@ -1,29 +1,37 @@
 """--students: models that follow the model of a run, one after another, each of which learns from all before it.
 
-Each is an ordinary run, begun by the command that its predecessor prints: the one that began that, with the finished
-run as a further --teacher, one student fewer, another seed, and the rest of the time budget. The last one has the
-directory of --run, those before it have one beside it.
+Each is an ordinary run, begun in the same process by the command that its predecessor prints. That has the flags of the
+first command, or, where there were presets, config.json of the predecessor; then the prepared text, one --teacher more,
+one student fewer, another seed, and what is left of the time. The last run has the directory RUN, those before it
+RUN-teacher, RUN-teacher-2 …
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import config
-from checkpoint import ModelFolder
+from checkpoint import list_checkpoints
 from common.memory import release_memory
+from common.option import option_names
 from common.options import RunOptions
-from config.start import Start, resolve_length
+from common.run_directory import claim_run
+from config.start import OF_ONE_RUN, Chain, Start
 from errors import quote
+from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
+from training import setup
 from training.budget import Budget
 from training.logger import log_end
 from training.metrics import log
-from training.options import TrainOptions
+from training.options import EvalOptions, LoggingOptions, TrainOptions
 from training.plan import own_share
 from training.state import TrainState
 
@@ -31,65 +39,103 @@ from training.state import TrainState
 def train_all(train: Callable[[Sequence[str]], tuple[int, list[str]]], argv: Sequence[str]) -> int:
     """The run of a command line and those that follow it, by `train`, which returns its exit code and the next command
     line, if there is one. Returns the first exit code that is not 0, else 0."""
-    code, following = train(argv)
-    while code == 0 and following:
+    code, next_argv = train(argv)
+    while code == 0 and next_argv:
         release_memory()
-        code, following = train(following)
+        code, next_argv = train(next_argv)
     return code
 
 
-def with_own_share(start: Start) -> Start:
-    """The start of a new run with its own part of what is shared with its students: the time, where a plan has not done
-    that, and a directory beside that of --run."""
-    students = start.options.section(TrainOptions).students
-    run, minutes = start.options.section(RunOptions).run, start.options.section(TrainOptions).budget_minutes
+def share_time(start: Start, before: Start) -> Start:
+    """The start of a new run with the part of the time that its students leave it, where the plan has not done that
+    already, and with what follows it. before: the start without a plan."""
+    students, minutes = (
+        start.options.section(TrainOptions).students,
+        before.options.section(TrainOptions).budget_minutes,
+    )
     if students == 0 or start.resumed is not None:
         return start
-    changed = dict[str, object]()
-    if run is not None:
-        number = len(start.teachers)
-        changed["run"] = f"{Path(run)}-teacher" + f"-{number + 1}" * (number > 0)
+    chain = Chain(None, None if start.options.presets else _arguments(start), minutes)
     if minutes is not None and not start.needs_plan:
-        changed["budget_minutes"] = minutes * own_share(students)
-    return replace(start, options=config.replace(start.options, **changed))
+        options = config.replace(start.options, budget_minutes=minutes * own_share(students))
+        start = replace(start, options=options)
+    return replace(start, chain=chain, began=time.perf_counter())
 
 
-def end(start: Start, run: Path, dataset: Dataset, state: TrainState, budget: Budget) -> tuple[int, list[str]]:
-    """Logs how a run ended. Returns its exit code, and the arguments of the run to go on with; none where there is
-    none, or this process has only found the run complete."""
-    following = next_command(start, run, dataset) if state.is_finished else []
+def _arguments(start: Start) -> list[str]:
+    """The flags that the next run takes over. The teacher brings the tokenizer, and the text is prepared."""
+    left_out = OF_ONE_RUN - {"max_steps"} | {*option_names(PrepareOptions)} - {"data_dir"}
+    found = []
+    for arg in start.argv:
+        name = arg.removeprefix("--").partition("=")[0]
+        value = start.options.values[name]
+        if name in ("init_from", "data_dir") and value is not None:  # a resumed run may be in another folder
+            arg = f"--{name}={os.path.abspath(value)}"
+        found += [arg] * (name not in left_out)
+    return found
+
+
+def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, Path]:
+    """The directory of the run, locked in `stack` where it is new; with students, that of the last one is made, too.
+    Raises UserError."""
+    run, name = start.options.section(RunOptions).run, start.default_name(dataset)
+    if start.chain is not None and start.resumed is None:
+        last = claim_run(run, name)
+        start, run = replace(start, chain=replace(start.chain, run=str(last.resolve()))), _beside(last)
+    return start, setup.open_run(run, name, start.source, stack)
+
+
+def _beside(run: Path) -> str:
+    names = (f"{run if run.name else run.resolve()}-teacher" + f"-{n}" * (n > 1) for n in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def end_run(start: Start, run: Path, dataset: Dataset, state: TrainState, budget: Budget) -> tuple[int, list[str]]:
+    """Logs how a run ended. Returns its exit code, and the arguments of the run to go on with, if there is one."""
+    argv = next_argv(start, run, dataset) if state.is_finished else []
     if state.is_finished:
-        log_teachers(start.teachers, state, dataset)
-    code = log_end(run, state, budget, following)
-    is_new = start.resumed is None or start.resumed.step < state.step
-    return code, following if is_new else []
+        log_teachers(start, state, dataset)
+    return log_end(run, state, budget, argv, has_teacher=bool(start.teachers)), argv
 
 
-def next_command(start: Start, run: Path, dataset: Dataset) -> list[str]:
-    """The arguments of train.py that begin the next student; none where there is none. The text is named by its
-    dataset, since a pipe is read once."""
-    students, seed = start.options.section(TrainOptions).students, start.options.section(RunOptions).seed
-    if students == 0 or not start.command:
+def next_argv(start: Start, run: Path, dataset: Dataset) -> list[str]:
+    """The arguments of train.py that begin the next run; none where nothing follows, or that is there already."""
+    chain, students = start.chain, start.options.section(TrainOptions).students
+    if chain is None or chain.run is None:
         return []
-    flags: dict[str, object] = {"students": students - 1, "seed": seed + 1}
-    if any(arg.startswith("--data=") for arg in start.command):
-        flags["data"] = dataset.folder
-    minutes = resolve_length(config.load("train.py", start.command)).section(TrainOptions).budget_minutes
-    if minutes is not None:
-        used = minutes * own_share(students) if start.resumed else (time.perf_counter() - start.began) / 60
-        flags["budget_minutes"] = f"{max(minutes - used, minutes / 10):.3g}"
-    kept = [arg for arg in start.command if arg.partition("=")[0].removeprefix("--") not in flags]
-    return [*kept, *(f"--{name}={value}" for name, value in flags.items()), f"--teacher={run}"]
+    if list_checkpoints(Path(chain.run)):
+        name = _shown(chain.run)
+        log(f"{name} learns from this run; to go on with it: python train.py --resume={quote(name)}")
+        return []
+    teachers = [*(str(teacher.path) for teacher in start.teachers), str(run)]
+    flags = [f"--data={_shown(dataset.folder)}", f"--run={_shown(chain.run)}"]
+    flags += [f"--teacher={_shown(path)}" for path in teachers]
+    flags += [f"--students={students - 1}", f"--seed={start.options.section(RunOptions).seed + 1}"]
+    if chain.minutes is not None:
+        own = chain.minutes * own_share(students)
+        used = own if start.resumed else (time.perf_counter() - start.began) / 60
+        flags.append(f"--budget_minutes={max(chain.minutes - used, own):.3g}")
+    if chain.arguments is not None:
+        return [*chain.arguments, *flags]
+    wandb = start.options.section(LoggingOptions).wandb  # which config.json does not pass on
+    return [_shown(run / "config.json"), *([f"--wandb={wandb}"] if wandb else []), *flags]
 
 
-def log_teachers(teachers: Sequence[ModelFolder], state: TrainState, dataset: Dataset) -> None:
-    """Logs the val losses of the teachers that were trained on the same text, beside that of the run."""
+def _shown(path: str | Path) -> str:
+    """The path as it is from here, where that is shorter."""
+    absolute = Path(path).absolute()
+    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+
+
+def log_teachers(start: Start, state: TrainState, dataset: Dataset) -> None:
+    """Logs the val losses of the teachers beside that of the run, where they are of the same tokens."""
     best = min((entry["val_loss"] for entry in state.progress.history), default=math.inf)
-    for teacher in teachers:
+    same = dataset.fingerprint, start.options.section(EvalOptions).eval_tokens
+    for teacher in start.teachers:
         stored = teacher.state() or {}
         folder = teacher.path.parents[2] if teacher.path.parts[-3:-2] == ("checkpoints",) else teacher.path
-        loss, name = stored.get("val_loss"), quote(str(folder))
-        if loss is None or stored["dataset"]["fingerprint"] != dataset.fingerprint:
+        loss, name = stored.get("val_loss"), quote(_shown(folder))
+        if loss is None or (stored["dataset"]["fingerprint"], stored["options"]["eval_tokens"]) != same:
             continue
         better = "" if best < loss else f"; the teacher is better: python sample.py --run={name}"
         log(f"best val loss {best:.4f}, that of the teacher {name} {loss:.4f}{better}")

@@ -164,7 +164,7 @@ def test_a_text_that_one_model_would_read_often_has_a_student():
     assert found.outlook == plan(400_000, 5, students=0).outlook
     head = describe(found, facts(), {"budget_minutes": 15})[0]
     assert "in 5 min of 15 min" in head
-    assert "then a second model learns from it in the rest (one model alone would read the text" in head
+    assert "then another model learns from it in the rest (one model alone would read the text" in head
     longer = plan(120_000, 60)  # the first one does not need all of its part
     assert (longer.values["students"], longer.values["budget_minutes"]) == (1, None)
     assert longer.epochs == pytest.approx(FIRST_EPOCHS, rel=0.01)
@@ -178,12 +178,22 @@ def test_a_text_that_one_model_would_read_often_has_a_student():
         (120_000, None, {"max_steps": 50_000}),
         (120_000, 15, {"teacher": ("runs/a",)}),
         (120_000, 15, {"try": 4}),
+        (120_000, 15, {"students": 0}),
     ],
 )
 def test_a_long_text_and_what_is_given_by_hand_has_none(tokens, minutes, given):
-    assert plan(tokens, minutes, **given).values["students"] == 0
+    assert plan(tokens, minutes, **given).values.get("students", 0) == 0
     fine_tuned = choose(facts(tokens, fine_tuning=True), {"budget_minutes": minutes, **given})
-    assert fine_tuned.values["students"] == 0
+    assert fine_tuned.values.get("students", 0) == 0
+
+
+def test_a_flag_without_a_value_leaves_the_student():
+    assert plan(400_000, 15, **{"max_steps": None, "try": None, "teacher": ()}).values["students"] == 1
+
+
+def test_the_plan_of_a_student_is_not_changed_by_flags_that_say_so():
+    given = {"budget_minutes": 10, "students": 0, "teacher": ("runs/a",), "seed": 2}
+    assert not any("flags:" in line for line in describe(choose(facts(), given), facts(), given, given.keys()))
 
 
 def test_students_share_the_time_and_make_the_shortest_one_longer():
@@ -305,11 +315,15 @@ def test_a_plan_names_what_runs_like_it_reached():
         Reached(1.8, "a novel", 400_000, 10**6, 5 * 10**6),
         Reached(2.1, "a play", 1_000_000, 10**6, 10**7),
         Reached(2.2, "a manual", 9_000_000, 10**6, 10**7),
+        Reached(1.6, "a novel", 400_000, 10**6, 10**7, has_student=True),
     )
-    assert expect(400_000, 10**6, 10**7, runs) == "bits per byte of 1.70 on a novel (0.4 MB), 2.10 on a play (1 MB)"
-    assert expect(400_000, 10**6, 10**6, runs) == "bits per byte of 1.80 on a novel (0.4 MB)"
-    assert expect(9_000_000, 10**6, 10**8, runs) == ""  # ten times the computing of any
-    assert expect(0, 10**6, 10**7, runs) == ""
+    assert expect(400_000, 10**6, 10**7, True, runs) == "bits per byte of 1.60 on a novel (0.4 MB)"
+    assert (
+        expect(400_000, 10**6, 10**7, False, runs) == "bits per byte of 1.70 on a novel (0.4 MB), 2.10 on a play (1 MB)"
+    )
+    assert expect(400_000, 10**6, 10**6, False, runs) == "bits per byte of 1.80 on a novel (0.4 MB)"
+    assert expect(9_000_000, 10**6, 10**8, False, runs) == ""  # ten times the computing of any
+    assert expect(0, 10**6, 10**7, False, runs) == ""
 
 
 def test_the_first_line_of_a_plan_has_what_such_runs_reached():
@@ -317,6 +331,6 @@ def test_the_first_line_of_a_plan_has_what_such_runs_reached():
     line, *_ = describe(choose(found, {"budget_minutes": 2}), found, {"budget_minutes": 2})
     assert f"; such runs reached bits per byte of {REACHED[0].bits_per_byte:.2f} on " in line
     more, *_ = describe(choose(found, {"budget_minutes": 6}), found, {"budget_minutes": 6})
-    assert f"; such runs reached bits per byte of {REACHED[1].bits_per_byte:.2f} on " in more  # with a student
+    assert f"; such runs reached bits per byte of {REACHED[2].bits_per_byte:.2f} on " in more  # with a student
     vast = facts(10**9, train_bytes=4 * 10**9)  # nothing like it was measured
     assert "bits per byte" not in describe(choose(vast, {"budget_minutes": 1}), vast, {"budget_minutes": 1})[0]

@@ -11,22 +11,25 @@ NEAR_SIZE, NEAR_EFFORT = 3.0, 8.0  # factors within which another run tells some
 
 
 class Reached(NamedTuple):
-    """text: for the user. train_bytes: of its train split. Where students follow, the parameters of the first model,
-    and its tokens as if it had the whole time (as training/plan_lines.py asks)."""
+    """text: for the user. train_bytes: of its train split. With a student, bits_per_byte are what that reached, and
+    parameters and tokens are those of the first model."""
 
     bits_per_byte: float
     text: str
     train_bytes: int
     parameters: int
     tokens: int
+    has_student: bool = False
 
 
 REACHED = (
     Reached(1.684, "a novel", 390_069, 919_168, 2_947_072),
-    Reached(1.671, "a novel", 390_069, 705_792, 6_383_616),
-    Reached(1.639, "a novel", 390_069, 1_870_016, 10_665_984),
+    Reached(1.674, "a novel", 390_069, 1_870_016, 5_406_720),
+    Reached(1.671, "a novel", 390_069, 705_792, 2_127_872, has_student=True),
+    Reached(1.639, "a novel", 390_069, 1_870_016, 5_406_720, has_student=True),
     Reached(1.531, "a longer novel", 616_290, 771_328, 3_170_304),
-    Reached(1.485, "a longer novel", 616_290, 984_704, 11_624_448),
+    Reached(1.494, "a longer novel", 616_290, 1_968_320, 7_372_800),
+    Reached(1.485, "a longer novel", 616_290, 984_704, 3_874_816, has_student=True),
     Reached(1.070, "help in German", 618_196, 771_328, 2_486_272),
     Reached(2.026, "plays", 1_003_854, 1_115_776, 2_807_808),
     Reached(1.992, "plays", 1_003_854, 2_164_928, 5_734_400),
@@ -39,11 +42,13 @@ REACHED = (
 )
 
 
-def expect(train_bytes: int, parameters: int, tokens: int, reached: tuple[Reached, ...] = REACHED) -> str:
+def expect(
+    train_bytes: int, parameters: int, tokens: int, has_student: bool, reached: tuple[Reached, ...] = REACHED
+) -> str:
     """What the two nearest texts reached; "" where no measured run is near. Near is what has about as many bytes, and
     took about as much computing: parameters times tokens."""
     near = dict[str, tuple[float, Reached]]()
-    for run in reached:
+    for run in (run for run in reached if run.has_student == has_student):
         size = _distance(run.train_bytes, train_bytes) / math.log(NEAR_SIZE)
         effort = _distance(run.parameters * run.tokens, parameters * tokens) / math.log(NEAR_EFFORT)
         if max(size, effort) <= 1:

@@ -169,9 +169,9 @@ class RunLogger:
         log(f"step {step}: {verdict}")
 
 
-def log_end(run: Path, state: TrainState, budget: Budget, following: Sequence[str]) -> int:
-    """Logs how the run ended and the next commands. Returns the exit code. following: the arguments of the run to go on
-    with, if there is one. Raises UserError where its last step is not saved."""
+def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[str], has_teacher: bool) -> int:
+    """Logs how the run ended and the next commands. Returns the exit code. next_argv: of the run that begins now, if
+    one does. Raises UserError where its last step is not saved."""
     name, step, end = quote(str(run)), state.step, budget.plan.end
     resume, config = f"python train.py --resume={name}", run / "config.json"
     again = f"python train.py {quote(str(config))}"
@@ -191,13 +191,13 @@ def log_end(run: Path, state: TrainState, budget: Budget, following: Sequence[st
         log(f"the time budget was spent at step {step} of {end}: the machine got slower in the decay")
     if is_exhausted or state.progress.early_decay is not None:
         log(f"sample.py takes {find_checkpoint(run, 'best').name}, the best of the run by val loss")
-    if following:
-        log(f"\nnext: a model that learns from this one, too: {' '.join(['python train.py', *map(quote, following)])}")
+    if next_argv:
+        log(f"\nnow a model that learns from this one, too: {' '.join(['python train.py', *map(quote, next_argv)])}")
         return 0
     log(f"\nnext: python sample.py --run={name} --num_samples=3 --top_p=0.95")
     log(f"      python sample.py --run={name} --serve   (a page to try prompts)")
     log(f"      python -m training.report {name}")
-    if is_exhausted or state.progress.early_decay is not None:
+    if not has_teacher and (is_exhausted or state.progress.early_decay is not None):
         log(f"      {again} --teacher={name} --seed=2   (a second model, which learns from this one, too)")
     if is_exhausted and step < end:
         longer = f"--max_steps={2 * step}" if end == math.inf else "--patience=none"

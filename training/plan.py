@@ -223,7 +223,7 @@ def choose_students(facts: Facts, given: Mapping[str, Any]) -> tuple[int, str]:
     teachers, trials."""
     if "students" in given:
         return given["students"], "as given"
-    if facts.fine_tuning or given.keys() & {"max_steps", "teacher", "try"}:
+    if facts.fine_tuning or given.get("max_steps") is not None or given.get("teacher") or given.get("try"):
         return 0, "the length, or what it learns from, is given"
     epochs = choose_outlook(facts, given).tokens / facts.train_tokens
     is_long = given.get("budget_minutes") is None or given["budget_minutes"] >= STUDENT_MINUTES

@@ -7,9 +7,10 @@ from typing import Any
 
 from common.option import show
 from training.expected import expect
-from training.plan import Facts, RunPlan, choose_freely, own_share
+from training.plan import Facts, RunPlan, choose_freely
 
-LENGTH = {"budget_minutes", "max_steps"}  # options: another length is another plan, not a change of it
+# Options with which a plan is another one, and not changed: its length, and the models before and after it.
+LENGTH, ORDER = {"budget_minutes", "max_steps"}, {"students", "teacher"}
 MAX_CHANGES = 4  # named in the line about flags
 
 
@@ -18,8 +19,7 @@ def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Colle
     values, outlook = {**given, **plan.values}, plan.outlook
     shape, why = outlook.shape, plan.reasons
     head = f"plan: {_duration(plan, given)}, {outlook.tokens:,} tokens, {show_epochs(plan.epochs)} epochs"
-    tokens = round(outlook.tokens / own_share(values["students"]))  # of all models
-    such = expect(facts.train_bytes or 0, outlook.parameters, tokens)
+    such = expect(facts.train_bytes or 0, outlook.parameters, outlook.tokens, values["students"] > 0)
     lines = [head + _students(plan, given) + (f"; such runs reached {such}" if such else "")]
     lines += [f"  text: {facts.text}"] if facts.text else []
     model = (
@@ -35,7 +35,7 @@ def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Colle
         f"  dropout {show(values['dropout'])}, weight decay {show(values['weight_decay'])}: by the epochs;"
         f" evaluated each {values['eval_interval']:,} steps on {held_out}"
     )
-    own = {name: value for name, value in given.items() if name not in flags or name in LENGTH}
+    own = {name: value for name, value in given.items() if name not in flags or name in LENGTH | ORDER}
     return lines + _forced(plan, choose_freely(facts, own), given)
 
 
@@ -58,7 +58,7 @@ def _students(plan: RunPlan, given: Mapping[str, Any]) -> str:
     number = {**plan.values, **given}.get("students", 0)
     if number == 0:
         return ""
-    what = "a second model learns" if number == 1 else f"{number} further models learn"
+    what = "another model learns" if number == 1 else f"{number} further models learn"
     why = "" if "students" in given else f" ({plan.reasons['students']})"
     rest = "" if given.get("budget_minutes") is None else " in the rest"
     return f"; then {what} from it{rest}{why}"

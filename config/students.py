@@ -49,12 +49,10 @@ def train_all(train: Callable[[Sequence[str]], tuple[int, list[str]]], argv: Seq
 def share_time(start: Start, before: Start) -> Start:
     """The start of a new run with the part of the time that its students leave it, where the plan has not done that
     already, and with what follows it. before: the start without a plan."""
-    students, minutes = (
-        start.options.section(TrainOptions).students,
-        before.options.section(TrainOptions).budget_minutes,
-    )
+    students = start.options.section(TrainOptions).students
     if students == 0 or start.resumed is not None:
         return start
+    minutes = before.options.section(TrainOptions).budget_minutes
     chain = Chain(None, None if start.options.presets else _arguments(start), minutes)
     if minutes is not None and not start.needs_plan:
         options = config.replace(start.options, budget_minutes=minutes * own_share(students))

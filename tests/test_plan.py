@@ -157,6 +157,14 @@ def test_a_short_text_ends_the_run_before_the_time_does():
     assert "of 10 h" in describe(found, facts(120_000), {"budget_minutes": 600, "students": 0})[0]
 
 
+def test_the_time_of_compiling_is_no_sign_of_a_short_text():
+    found = facts(2_000_000, startup_seconds=14.0)
+    plan = choose(found, {"budget_minutes": 1})
+    assert plan.outlook.seconds == pytest.approx(60, rel=0.02)
+    assert "budget_minutes" not in plan.values
+    assert "in 60 s" in describe(plan, found, {"budget_minutes": 1})[0]
+
+
 def test_a_text_that_one_model_would_read_often_has_a_student():
     found, alone = plan(400_000, 15), plan(400_000, 15, students=0)
     assert alone.epochs > STUDENT_EPOCHS

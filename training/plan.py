@@ -326,9 +326,15 @@ def look(shape: Shape, facts: Facts, given: Mapping[str, Any]) -> Outlook:
 
     tokens = choose_step(shape.block_size, facts, given, steps_of)
     steps = steps_of(tokens)
-    takes = None if max_steps is not None else steps * facts.cost.step_seconds(shape, tokens) / TRAINING_SHARE
+    takes = (facts.startup_seconds + steps * facts.cost.step_seconds(shape, tokens)) / TRAINING_SHARE
     return Outlook(
-        shape, tokens, steps, steps * tokens, takes, facts.cost.parameters(shape), facts.cost.block_parameters(shape)
+        shape,
+        tokens,
+        steps,
+        steps * tokens,
+        None if max_steps is not None else takes,
+        facts.cost.parameters(shape),
+        facts.cost.block_parameters(shape),
     )
 
 

@@ -95,7 +95,7 @@ def run_once(cell: Mapping[str, Any], text: Path, data_dir: Path, folder: Path) 
     # a preset among the flags may name a text of its own, so the text comes after it
     command = [sys.executable, "train.py", *cell["flags"], *data, f"--run={run}", f"--seed={cell['seed']}"]
     result = run_process(command, ROOT)
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    events = read_events(run)
     *_, last = (event for event in events if event["event"] in ("eval", "final"))
     steps = [event for event in events if event["event"] == "step"]
     options = read_json(run / "config.json")["options"]
@@ -107,6 +107,7 @@ def run_once(cell: Mapping[str, Any], text: Path, data_dir: Path, folder: Path) 
         "steps": last["step"],
         "tokens": last["step"] * options["tokens_per_step"],
         "last_train_loss": steps[-1]["loss"] if steps else None,
+        "first_models": [facts_of(other) for other in sorted(run.parent.glob("run-teacher*"))],
         "machine": result["machine"],
         "sprout": commit_of(ROOT),
         "options": options,
@@ -115,6 +116,18 @@ def run_once(cell: Mapping[str, Any], text: Path, data_dir: Path, folder: Path) 
     effort = f"{figures['steps']:,} steps, {result['machine']['seconds']:.0f} s"
     print(f"{cell['text']}, {cell['setting']}, seed {cell['seed']}: {score} after {effort}", flush=True)
     return figures
+
+
+def facts_of(run: Path) -> dict[str, Any]:
+    """The length and size of a run from which the one of a cell learns (--students)."""
+    step = next(event["step"] for event in reversed(read_events(run)) if event["event"] == "step")
+    options = read_json(run / "config.json")["options"]
+    tokens = step * options["tokens_per_step"]
+    return {"steps": step, "tokens": tokens, "n_layer": options["n_layer"], "n_embd": options["n_embd"]}
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def show(runs: Sequence[Mapping[str, Any]]) -> None:

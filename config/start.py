@@ -17,29 +17,33 @@ from typing import Any
 
 import config
 from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder, resolve_run
+from common.option import option_names
 from common.options import RunOptions
 from common.run_directory import RunLock, refuse_used_run
 from config.hints import INIT_FROM
 from config.resume import note_unused_flags, resumed_options, with_model_options
 from errors import UserError, quote
 from files import write_json
+from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
 from training.budget import LENGTHENED
 from training.kept_text import KeptText
 from training.metrics import log
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
-# Options of a run that those which follow it do not take over from its command line, besides those of preparation.
-OF_ONE_RUN = {"run", "data", "resume", "seed", "teacher", "students", "budget_minutes", "max_steps", "plan"}
+# Options of a command that the runs which follow do not take over: each has its own, the text is prepared, and the
+# teacher brings the tokenizer.
+OF_ONE_RUN = {"run", "data", "resume", "seed", "teacher", "students", "budget_minutes", "plan"}
+OF_ONE_RUN |= {*option_names(PrepareOptions)} - {"data_dir"}
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The runs that follow this one (--students), as its state.json holds them. run: directory of the last one, known
-    from the first step on. arguments: of the next one's command; None: config.json of this one has its options.
+    """The runs that follow this one (--students), as its state.json holds them. run: directory of the last one, ""
+    until it is made. arguments: of the next one's command; None: config.json of this one has its options.
     minutes: a time budget of this one and all that follow."""
 
-    run: str | None
+    run: str
     arguments: list[str] | None
     minutes: float | None
 
@@ -141,7 +145,7 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         stored = resumed.state["auto"]
         reasons = {name: reason for name, reason in stored.items() if options.origin.get(name, "flag") != "flag"}
         teachers = [] if eval_only else same_teachers(resumed, options.section(TrainOptions).teacher)
-        chain = same_chain(resumed, options.section(TrainOptions).students, argv)
+        chain = same_chain(resumed, options, argv)
         return Start(options, resumed=resumed, teachers=teachers, reasons=reasons, argv=[*argv], chain=chain)
     if train.try_ is None:  # which may go on in a directory that is in use
         refuse_used_run(options.section(RunOptions).run)
@@ -203,9 +207,10 @@ def same_teachers(resumed: Checkpoint, paths: Sequence[str]) -> list[ModelFolder
     return found
 
 
-def same_chain(resumed: Checkpoint, students: int, argv: Sequence[str]) -> Chain | None:
+def same_chain(resumed: Checkpoint, options: config.Options, argv: Sequence[str]) -> Chain | None:
     """What follows a resumed run: the flags of the command are passed on. Raises UserError for more students than the
     run was started with."""
+    students = options.section(TrainOptions).students
     recorded = resumed.state["options"].get("students", 0)
     if students > recorded:
         raise UserError(
@@ -215,8 +220,23 @@ def same_chain(resumed: Checkpoint, students: int, argv: Sequence[str]) -> Chain
     if students == 0:
         return None
     chain = Chain(**resumed.state["chain"])
-    passed_on = [arg for arg in argv if arg.startswith("-") and arg.lstrip("-").partition("=")[0] not in OF_ONE_RUN]
-    return chain if chain.arguments is None else replace(chain, arguments=[*chain.arguments, *passed_on])
+    if chain.arguments is None:
+        return chain
+    more = [arg for arg in passed_on(argv, options) if not arg.startswith("--max_steps=")]  # that of the resumed run
+    return replace(chain, arguments=[*chain.arguments, *more])
+
+
+def passed_on(argv: Sequence[str], options: config.Options) -> list[str]:
+    """The flags of a command line that the next run takes over, with absolute paths: a resumed run may be in another
+    folder."""
+    found = []
+    for arg in argv:
+        name = arg.removeprefix("--").partition("=")[0]
+        value = options.values[name]
+        if name in ("init_from", "data_dir") and value is not None:
+            arg = f"--{name}={Path(value).absolute()}"
+        found += [arg] * (name not in OF_ONE_RUN)
+    return found
 
 
 def resolve_length(options: config.Options) -> config.Options:

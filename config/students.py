@@ -18,14 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import config
-from checkpoint import list_checkpoints
+from checkpoint import list_checkpoints, run_of
 from common.memory import release_memory
-from common.option import option_names
 from common.options import RunOptions
 from common.run_directory import claim_run
-from config.start import OF_ONE_RUN, Chain, Start
+from config.start import Chain, Start, passed_on
 from errors import quote
-from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
 from training import setup
 from training.budget import Budget
@@ -53,24 +51,11 @@ def share_time(start: Start, before: Start) -> Start:
     if students == 0 or start.resumed is not None:
         return start
     minutes = before.options.section(TrainOptions).budget_minutes
-    chain = Chain(None, None if start.options.presets else _arguments(start), minutes)
+    chain = Chain("", None if start.options.presets else passed_on(start.argv, start.options), minutes)
     if minutes is not None and not start.needs_plan:
         options = config.replace(start.options, budget_minutes=minutes * own_share(students))
         start = replace(start, options=options)
     return replace(start, chain=chain, began=time.perf_counter())
-
-
-def _arguments(start: Start) -> list[str]:
-    """The flags that the next run takes over. The teacher brings the tokenizer, and the text is prepared."""
-    left_out = OF_ONE_RUN - {"max_steps"} | {*option_names(PrepareOptions)} - {"data_dir"}
-    found = []
-    for arg in start.argv:
-        name = arg.removeprefix("--").partition("=")[0]
-        value = start.options.values[name]
-        if name in ("init_from", "data_dir") and value is not None:  # a resumed run may be in another folder
-            arg = f"--{name}={os.path.abspath(value)}"
-        found += [arg] * (name not in left_out)
-    return found
 
 
 def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, Path]:
@@ -90,21 +75,21 @@ def _beside(run: Path) -> str:
 
 def end_run(start: Start, run: Path, dataset: Dataset, state: TrainState, budget: Budget) -> tuple[int, list[str]]:
     """Logs how a run ended. Returns its exit code, and the arguments of the run to go on with, if there is one."""
-    argv = next_argv(start, run, dataset) if state.is_finished else []
+    argv, chain = list[str](), start.chain
     if state.is_finished:
         log_teachers(start, state, dataset)
+    if state.is_finished and chain is not None:
+        if list_checkpoints(Path(chain.run)):
+            name = _shown(chain.run)
+            log(f"{name} learns from this run; to go on with it: python train.py --resume={quote(name)}")
+        else:
+            argv = next_argv(start, chain, run, dataset)
     return log_end(run, state, budget, argv, has_teacher=bool(start.teachers)), argv
 
 
-def next_argv(start: Start, run: Path, dataset: Dataset) -> list[str]:
-    """The arguments of train.py that begin the next run; none where nothing follows, or that is there already."""
-    chain, students = start.chain, start.options.section(TrainOptions).students
-    if chain is None or chain.run is None:
-        return []
-    if list_checkpoints(Path(chain.run)):
-        name = _shown(chain.run)
-        log(f"{name} learns from this run; to go on with it: python train.py --resume={quote(name)}")
-        return []
+def next_argv(start: Start, chain: Chain, run: Path, dataset: Dataset) -> list[str]:
+    """The arguments of train.py that begin the run after `run`."""
+    students = start.options.section(TrainOptions).students
     teachers = [*(str(teacher.path) for teacher in start.teachers), str(run)]
     flags = [f"--data={_shown(dataset.folder)}", f"--run={_shown(chain.run)}"]
     flags += [f"--teacher={_shown(path)}" for path in teachers]
@@ -131,8 +116,7 @@ def log_teachers(start: Start, state: TrainState, dataset: Dataset) -> None:
     same = dataset.fingerprint, start.options.section(EvalOptions).eval_tokens
     for teacher in start.teachers:
         stored = teacher.state() or {}
-        folder = teacher.path.parents[2] if teacher.path.parts[-3:-2] == ("checkpoints",) else teacher.path
-        loss, name = stored.get("val_loss"), quote(_shown(folder))
+        loss, name = stored.get("val_loss"), quote(_shown(run_of(teacher.path) or teacher.path))
         if loss is None or (stored["dataset"]["fingerprint"], stored["options"]["eval_tokens"]) != same:
             continue
         better = "" if best < loss else f"; the teacher is better: python sample.py --run={name}"

@@ -33,10 +33,24 @@ def test_a_grid_is_measured_once(tmp_path, text, capsys):
         assert 2 < run["bits_per_byte"] < 9
         assert run["bits_per_byte"] == pytest.approx(run["last_bits_per_byte"], abs=2e-4)  # the same val split
         assert run["options"]["data"] == str(text)
+        assert run["first_models"] == []
     before, table = path.read_bytes(), capsys.readouterr().out
     assert "*" in table.splitlines()[-3] + table.splitlines()[-2]
     assert grid.main(command) == 0
     assert path.read_bytes() == before
+
+
+def test_a_cell_of_two_models_has_the_length_of_both(tmp_path, text):
+    settings = tmp_path / "settings.txt"
+    settings.write_text("two: debug --n_embd=16 --students=1\n", encoding="utf-8")
+    common = [f"--text={text}", f"--settings={settings}", "--name=trial", f"--results={tmp_path}"]
+    assert (
+        grid.main([*common, f"--data_dir={tmp_path}", "--", "--max_steps=4", "--threads=1", "--sample_tokens=0"]) == 0
+    )
+    (run,) = json.loads((tmp_path / "trial.json").read_text("utf-8"))["runs"]
+    assert len(run["options"]["teacher"]) == 1
+    tokens = 4 * run["options"]["tokens_per_step"]
+    assert run["first_models"] == [{"steps": 4, "tokens": tokens, "n_layer": 2, "n_embd": 16}]
 
 
 @pytest.mark.parametrize("line", ["without a colon", "a: --x=1\na: --x=2"])

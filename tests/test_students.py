@@ -179,10 +179,11 @@ def test_a_planned_run_that_is_cut_goes_on_to_its_student_from_anywhere(monkeypa
     train_until_cut(monkeypatch, "killed", 6, flags)
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    assert train("--resume=../cut-teacher", "--learning_rate=1e-4") == 0
+    again = f"--data={small_text}", "--data_dir=data", "--encoding=utf-8", "--max_steps=10"  # the text once more
+    assert train("--resume=../cut-teacher", "--learning_rate=1e-4", *again) == 0
     monkeypatch.chdir("..")
     assert [options_of(run)["learning_rate"] for run in ("cut-teacher", "cut")] == [1e-4, 1e-4]
-    assert list(Path("elsewhere").iterdir()) == []
+    assert [options_of(run)["max_steps"] for run in ("cut-teacher", "cut")] == [10, 8]
 
 
 def test_a_student_that_is_cut_resumes_as_any_run(monkeypatch, small_text):

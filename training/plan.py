@@ -32,8 +32,8 @@ CONTEXT = 128  # 0.01 to 0.08 bits per byte better than 256 after 1 to 3 million
 MIN_WINDOWS = 16  # windows of the context in the train split; a shorter text has a shorter context
 TOKENS_PER_PARAMETER = 2.0  # of its blocks: a model sees at least this many
 MAX_EPOCHS = 40.0
-STUDENT_EPOCHS, FIRST_EPOCHS = 20.0, 20.0  # where one model would have the first, a student follows after the second
-STUDENT_MINUTES = 3.0  # of a time budget that has one
+STUDENT_EPOCHS, STUDENT_MINUTES = 20.0, 3.0  # from which on a second model learns from the first
+FIRST_EPOCHS = 20.0  # of the first one at most
 RECENT_EPOCHS = 5.0  # with fewer, untrained heads look at recent tokens: a long text's run is short for its model
 REGULARIZATION = {0: (0.0, 0.1), 4: (0.0, 0.1), 11: (0.0, 1.0), 40: (0.0, 1.0), 80: (0.1, 2.0)}
 """Dropout and weight decay by epochs, with straight lines in between. Only --try comes to the last."""

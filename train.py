@@ -6,7 +6,8 @@
     python train.py --resume=runs/quickstart-1             resumes a run, bitwise exact on a CPU
     python train.py --help                                 every option
 
-`train_model` sets a run up, in this order; `loop` trains; `update` is one optimizer step.
+`train_model` sets a run up, in this order; `loop` trains; `update` is one optimizer step, `calculate_gradients` its
+forward and backward pass.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from training.options import EvalOptions, LoggingOptions, OptimizerOptions, Trai
 from training.prompt import choose_prompt
 from training.reference import Reference, read_curves
 from training.state import TrainState
+from training.step_graphs import Gradients
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,8 +113,9 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
             batches.size = fit_micro_batch(size, model, hardware)
         started, fits = time.perf_counter(), partial(until_it_fits, batches, state, "micro_batch_size" not in reasons)
         forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.teachers, train, hardware))
-        update_once = partial(update, forward, state, hardware, train.label_smoothing, optim.grad_clip)
-        step = partial(fits, lambda: update_once(batches(state.step)))
+        gradients = partial(calculate_gradients, forward, state, hardware, train.label_smoothing, optim.grad_clip)
+        steps = setup.make_step(gradients, state, train, hardware)
+        step = partial(fits, lambda: update(*steps, state, batches(state.step)))
         budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, start.stored)
         logger.plan(state.step, budget)
         recorded.change(micro_batch_size=batches.size, compile=state.compiler != "none", **budget.as_options())
@@ -203,15 +206,27 @@ def finish(
 
 
 def update(
-    forward: Callable[..., Tensor], state: TrainState, hardware: Hardware, label_smoothing: float,
-    grad_clip: float | None, batches: Sequence[MicroBatch],
-) -> tuple[float, float]:  # fmt: skip
-    """One optimizer step on the mean loss over all targets of the micro-batches; forward: the model, or its compiled
-    form. Returns that loss (nats) and the gradient norm before clipping; where one of them is not finite, the weights
-    are unchanged."""
-    optimizer: Any = state.optimizer  # as torch's: it has the interface
-    scaler = state.scaler
+    gradients: Gradients, optimizer_step: Callable[[], object], state: TrainState, batches: Sequence[MicroBatch]
+) -> tuple[float, float]:
+    """One optimizer step on the mean loss over all targets of the micro-batches. Returns that loss (nats) and the
+    gradient norm before clipping; where one of them is not finite, the weights are unchanged."""
     n_targets = max(1, sum(batch.n_targets for batch in batches))
+    mean_loss, norm = gradients(batches, n_targets).tolist()  # waits for the device, once per step
+    if math.isfinite(mean_loss) and math.isfinite(norm):
+        finish_step(optimizer_step)
+    if state.scaler.is_enabled():
+        state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return mean_loss, norm
+
+
+def calculate_gradients(
+    forward: Callable[..., Tensor], state: TrainState, hardware: Hardware, label_smoothing: float,
+    grad_clip: float | None, batches: Sequence[MicroBatch], n_targets: int | Tensor,
+) -> Tensor:  # fmt: skip
+    """Forward and backward pass of the micro-batches, and clipping. forward: the model, or its compiled form. Returns
+    the loss divided by n_targets (nats), and the gradient norm before clipping: (2,) float32, on the device."""
+    optimizer: Any = state.optimizer  # as torch's: it has the interface
     total = torch.zeros((), device=hardware.device)
     for x, y, dropout_seed in batches:
         if dropout_seed is not None:
@@ -219,17 +234,11 @@ def update(
         x, y = x.to(hardware.device, non_blocking=True), y.to(hardware.device, non_blocking=True)
         with hardware.autocast():
             loss = forward(x, y, reduction="sum", label_smoothing=label_smoothing) / n_targets
-        scaler.scale(loss).backward()
+        state.scaler.scale(loss).backward()
         total += loss.detach()
-    scaler.unscale_(optimizer)
+    state.scaler.unscale_(optimizer)
     grad_norm = clip_gradients(state.model.parameters(), grad_clip)
-    mean_loss, norm = torch.stack((total, grad_norm.to(total.dtype))).tolist()  # waits for the device, once per step
-    if math.isfinite(mean_loss) and math.isfinite(norm):
-        finish_step(partial(scaler.step, optimizer))
-    if scaler.is_enabled():
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return mean_loss, norm
+    return torch.stack((total, grad_norm.to(total.dtype)))
 
 
 if __name__ == "__main__":

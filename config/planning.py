@@ -158,7 +158,8 @@ class Planning:
         if compiles == "auto":
             compiles = find_obstacle(hardware) is None and saves * seconds > takes
         teachers = [section_from(GPTConfig, teacher.config) for teacher in self.start.teachers]
-        cost = StepCost(model, options.section(OptimizerOptions), hardware, path, saves if compiles else 0.0, teachers)
+        saves = saves if compiles else 0.0
+        cost = StepCost(model, options.section(OptimizerOptions), hardware, path, saves, teachers, train.cuda_graphs)
         if self.given.get("max_steps") is None:
             cost.measure(shapes)
         return cost, takes if compiles else 0.0

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.cuda_graphs import Recorder
 from generation.options import SamplingOptions
 from generation.sampling import draw
 from model import GPT, GPTConfig, KVCache
@@ -58,7 +59,7 @@ class GraphDecoder:
         self.draws: dict[tuple[Any, ...], Callable[[], Tensor]] = {}  # by rows and options
         self.kind: tuple[Any, ...] = ()  # what `lent` compares
         self.last_use = 0
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.recorder = Recorder(device)
 
     def rows_for(self, samples: int) -> int:
         """Rows of the cache that a step of so many samples computes."""
@@ -123,25 +124,13 @@ class GraphDecoder:
         amp: AbstractContextManager[object] = nullcontext()
         if torch.is_autocast_enabled(device.type):  # a graph must not read the weights that autocast casts and frees
             amp = torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False)
-        with torch.cuda.device(device), amp, sdpa_kernel(BACKENDS):
-            self.stream.wait_stream(torch.cuda.current_stream(device))
-            # warm-up: a library's first call allocates memory, which must not be recorded
-            with torch.cuda.stream(self.stream):
+        with amp, sdpa_kernel(BACKENDS):
+            with self.recorder.on_stream():
                 for _ in range(2):
                     before()
                     work()
                 before()
-            torch.cuda.current_stream(device).wait_stream(self.stream)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads, as one that reads training data, may use the GPU meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                result = work()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
+            return self.recorder.record(work)
 
 
 _kept: WeakKeyDictionary[GPT, list[GraphDecoder]] = WeakKeyDictionary()  # those that no generation uses

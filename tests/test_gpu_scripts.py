@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 from tests.conftest import ROOT
 from tests.test_train import read_events, tensors_of
 from training import micro_batch
+from training.step_graphs import StepGraphs
 
 pytestmark = pytest.mark.gpu
 TINY = ("debug", "--max_steps=60", "--eval_interval=20", "--eval_tokens=2000", "--log_interval=5", "--sample_tokens=20")
@@ -82,6 +83,26 @@ def test_other_presets_learn_too(preset, train):
         small += ("--n_hidden=128", "--n_kv_head=1", "--document_mask=true", "--sliding_window=40")
     assert train("notes", *small, preset=(preset, *TINY[1:])) == 0
     assert_it_learned("notes")
+
+
+@pytest.mark.parametrize("flags", [("--dropout=0.3",), ("--optimizer=muon", "--compile=true")], ids=["adamw", "muon"])
+def test_recorded_steps_train_as_others_do(flags, train, device, monkeypatch):
+    recordings, record = [], StepGraphs._record
+
+    def counted(self, batch):
+        record(self, batch)
+        recordings.append(self.replay)
+
+    monkeypatch.setattr(StepGraphs, "_record", counted)
+    flags = (*flags, "--log_interval=1", "--dtype=float32", "--attention=sdpa")
+    if device.type == "cpu":
+        flags += ("--compile=false",)
+    assert train("recorded", *flags) == train("plain", *flags, "--cuda_graphs=false") == 0
+    assert len(recordings) == (device.type == "cuda")
+    assert all(recordings)
+    losses = [[event["loss"] for event in read_events(name, "step")] for name in ("recorded", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert len({*losses[0]}) > 50
 
 
 def test_a_server_answers(train, device, tmp_path):

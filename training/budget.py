@@ -201,13 +201,14 @@ def log_resumed_rate(step: int, stored: Mapping[str, Any], budget: Budget) -> No
 
 
 def measure_step_seconds(update: Callable[[], object], state: TrainState, hardware: Hardware) -> float:
-    """The median seconds of a few updates, the first one (warm-up) left out. Their effect on `state` is undone."""
+    """The median seconds of a few updates, the first one (warm-up, compiling) left out. Their effect on `state` is
+    undone."""
     weights = [parameter.detach().to("cpu", copy=True) for parameter in state.model.parameters()]  # off a full device
     moments = [tensor for values in state.optimizer.state.values() for tensor in values.values()] if state.step else []
     kept = [tensor.to("cpu", copy=True) for tensor in moments]
     scale = state.scaler.state_dict()
     seconds: list[float] = []
-    while len(seconds) < 2 or (len(seconds) < MEASURED_STEPS and sum(seconds) < MEASURED_SECONDS):
+    while len(seconds) < 2 or (len(seconds) < MEASURED_STEPS and sum(seconds[1:]) < MEASURED_SECONDS):
         started = time.perf_counter()
         update()
         if hardware.device.type == "cuda":

@@ -36,13 +36,14 @@ def muon(
     gradients: list[Tensor],
     momentum_buffers: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
     momentum: float,
     steps: int,
     dtype: torch.dtype,
 ) -> None:
-    """One step, in place: updates the matrices and their momentum buffers. steps, dtype: of orthogonalize.
+    """One step, in place: updates the matrices and their momentum buffers. lr: a scalar tensor on the device in a step
+    that is recorded as a CUDA graph. steps, dtype: of orthogonalize.
 
     The RMS of an update is that of AdamW, about 0.2 · lr for any shape (Liu et al. 2025, "Muon is scalable", 2.2), so
     both may share a learning rate and a weight decay. The spectral norm then grows with √width, so the learning rate
@@ -64,4 +65,8 @@ def muon(
     for number, direction in directions.items():
         matrix = matrices[number]
         scale = 0.2 * math.sqrt(direction.shape[1])  # the RMS of a matrix with orthonormal rows is 1 / √columns
-        matrix.add_(direction if direction.shape == matrix.shape else direction.mT, alpha=-lr * scale)
+        direction = direction if direction.shape == matrix.shape else direction.mT
+        if isinstance(lr, Tensor):
+            matrix.addcmul_(direction, lr, value=-scale)
+        else:
+            matrix.add_(direction, alpha=-lr * scale)

@@ -49,6 +49,8 @@ class TrainOptions:
     """Share of each target's probability spread over the vocabulary; raises the logged loss, not the val loss."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the training step; auto: on CUDA and on Linux's CPUs, if it saves more time than it takes."""
+    cuda_graphs: bool = True
+    """On CUDA, record a step of one micro-batch, and let the GPU repeat it without Python."""
     deterministic: bool = False
     """Bitwise reproducible training on a GPU, slower; a CPU always is."""
 

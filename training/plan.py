@@ -46,6 +46,7 @@ FINE_TUNING = 1 / 3  # of the learning rate, for weights that are trained alread
 EMA_HALF_LIFE = 0.1  # of the steps done
 BETA2_HALF_LIFE, MIN_BETA2 = 28_000, 0.95  # tokens
 TOKENS_PER_STEP = {"cpu": 2048, "mps": 4096, "cuda": 8192}
+FREE_STEP = 0.9  # of a run's tokens: as many or more with half as many tokens a step, and it has half as many
 STEPS_PER_TOKEN = 0.7  # a step has 2 * N tokens once the run has this times 2 * N steps: it grows as √tokens of the run
 FEW_STEPS, MIN_STEPS = 300, 100  # with fewer than the first, a step has fewer tokens; the smallest plan has the second
 MAX_ROWS = 512  # of a step
@@ -339,13 +340,17 @@ def look(shape: Shape, facts: Facts, given: Mapping[str, Any]) -> Outlook:
 
 
 def choose_step(context: int, facts: Facts, given: Mapping[str, Any], steps_of: Callable[[int], int]) -> int:
-    """Tokens of a step, whose number of steps is steps_of(tokens)."""
+    """Tokens of a step, whose number of steps is steps_of(tokens). On a GPU they are as few as on a CPU where the text
+    is the run's limit: small steps learn more from a token. They are more where the time is the limit."""
     if "tokens_per_step" in given:
         return given["tokens_per_step"]
     unit = _rows(given) * context
     sizes = [unit * 2**power for power in range(20) if unit * 2**power <= max(unit, MAX_ROWS * context)]
     first = TOKENS_PER_STEP.get(facts.device, TOKENS_PER_STEP["cpu"])
     number = max((i for i, size in enumerate(sizes) if size <= first), default=0)
+    run = [steps_of(size) * size for size in sizes]
+    while number > 0 and sizes[number] > TOKENS_PER_STEP["cpu"] and run[number - 1] >= FREE_STEP * run[number]:
+        number -= 1
     while number > 0 and steps_of(sizes[number]) < FEW_STEPS and given.get("max_steps") is None:
         number -= 1
     while number + 1 < len(sizes) and steps_of(sizes[number + 1]) >= STEPS_PER_TOKEN * sizes[number + 1]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import Checkpoint, ModelFolder
+from common.cuda_graphs import Recorder
 from common.hardware import Hardware, choose_attention, require_determinism
 from common.memory import OutOfMemory, attempt
 from common.run_directory import RunLock, claim_run
@@ -37,6 +38,7 @@ from training.micro_batch import choose_micro_batch
 from training.optim import make_optimizer
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 from training.state import TrainState
+from training.step_graphs import Gradients, StepGraphs, can_be_recorded
 from training.teachers import taught
 
 MIN_CONTEXT = 16  # tokens; with a shorter context a model learns little but frequencies
@@ -157,6 +159,17 @@ def make_forward(
     and of the comparison with teachers. Raises UserError."""
     forward = compile_model(state.model, state, batch, hardware)
     return taught(forward, teachers, train.teacher_share, state.model, hardware)
+
+
+def make_step(
+    gradients: Gradients, state: TrainState, train: TrainOptions, hardware: Hardware
+) -> tuple[Gradients, Callable[[], object]]:
+    """What train.update calls: `gradients`, and the optimizer's step; by CUDA graphs where that is possible."""
+    if train.cuda_graphs and can_be_recorded(state.optimizer, hardware):
+        graphs = StepGraphs(gradients, state, hardware.device, Recorder(hardware.device))
+        return graphs.gradients, graphs.step
+    optimizer: Any = state.optimizer  # as torch's: it has the interface
+    return gradients, partial(state.scaler.step, optimizer)
 
 
 def announce(model: GPT, hardware: Hardware, values: Mapping[str, Any], reasons: Mapping[str, str], why: bool) -> None:

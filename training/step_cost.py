@@ -1,8 +1,10 @@
 """What a training step costs on this machine, by shape: measured with two shapes, calculated for the others.
 
 A pass over a token is taken to cost one constant per FLOP of its matrix products and another one per number that it
-writes (norms, attention weights, logits); the optimizer's step one per FLOP of Muon and another one per weight. Two
-shapes give these constants. The steps are real ones, with random ids; their models are dropped.
+writes (norms, attention weights, logits); the optimizer's step one per FLOP of Muon and another one per weight. On a
+GPU a pass has a constant per layer besides, however few its tokens are, and the optimizer's step has that in place of
+the one per weight: kernels take a time to begin. Two shapes give these constants. The steps are real ones, with random
+ids, recorded as CUDA graphs as training/step_graphs.py does it; their models are dropped.
 """
 
 from __future__ import annotations
@@ -10,37 +12,43 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from common.cuda_graphs import Recorder
 from common.hardware import Hardware
 from common.memory import attempt
 from common.weights import count_parameters, flops_per_token
 from model import GPT, AttentionPath, GPTConfig
 from training.micro_batch import CPU_TOKENS, MEMORY_SHARE
-from training.optim import clip_gradients, make_optimizer
+from training.optim import Optimizer, clip_gradients, make_optimizer
 from training.options import OptimizerOptions
 from training.plan import Shape
+from training.step_graphs import WARM_UP, can_be_recorded
 
-MEASURED_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}  # of the passes that are timed
+MEASURED_TOKENS = {"cpu": (1024,), "mps": (4096,), "cuda": (4096, 16_384)}  # of the passes that are timed
 MEASURED_WIDTH = 512  # of the wider of the two measured models at most
 TIMED_STEPS, TIMED_SECONDS = 8, 0.4  # of a model, whichever comes first, after at least one step
 MAX_SECONDS = 2.0  # of the first model; if it takes longer, there is no second one
 # FLOPs that take as long as writing a number, or as an optimizer's step on a weight: two cores of a Xeon, bfloat16.
 WRITTEN_FLOPS, WEIGHT_FLOPS = 2400.0, 9000.0
 FORWARD_SHARE = 1 / 3  # of a pass
+OPTIMIZER_FLOPS = 50.0  # of Muon's, that take as long on a GPU as its step on a weight: the weight is read and written
 STATE_BYTES = 20  # per weight: the weight, its gradient, two moments, and temporary copies
 NUMBERS_KEPT = 40  # per channel, layer and token, until the backward pass
 CPU_MEMORY_SHARE = 0.7
 
 
 class Counts(NamedTuple):
-    """Of one shape: weights, and those of the blocks; FLOPs and numbers written per token; FLOPs of Muon per step."""
+    """Of one shape: layers, with embedding and head as another one; weights, and those of the blocks; FLOPs and numbers
+    written per token; FLOPs of Muon per step."""
 
+    layers: int
     parameters: int
     block_parameters: int
     flops: int
@@ -49,16 +57,18 @@ class Counts(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Of forward and backward pass per token, and of an optimizer step."""
+    """Of forward and backward pass per token, of an optimizer step, and of a pass without tokens."""
 
     token: float
     update: float
+    empty: float = 0.0
 
 
 @dataclass
 class StepCost:
     """The Cost of training/plan.py. config: the options of the model that no shape changes; saves: the share of a pass
-    that compiled code saves; teachers: models that are evaluated beside it, uncompiled."""
+    that compiled code saves; teachers: models that are evaluated beside it, uncompiled; graphs: steps are recorded
+    where that is possible."""
 
     config: GPTConfig
     optimizer: OptimizerOptions
@@ -66,8 +76,10 @@ class StepCost:
     attention: AttentionPath
     saves: float = 0.0
     teachers: Sequence[GPTConfig] = ()
+    graphs: bool = True
     pass_seconds: tuple[float, float] = (0.0, 0.0)  # per FLOP, per number written
-    update_seconds: tuple[float, float] = (0.0, 0.0)  # per FLOP of Muon, per weight
+    layer_seconds: float = 0.0  # per layer of a pass without tokens
+    update_seconds: tuple[float, float] = (0.0, 0.0)  # per FLOP of Muon, per weight; on a GPU per layer, per the larger
     _counts: dict[Shape, Counts] = field(default_factory=dict)
 
     def parameters(self, shape: Shape) -> int:
@@ -79,18 +91,26 @@ class StepCost:
     def step_seconds(self, shape: Shape, tokens: int) -> float:
         """Predicted seconds of a step of so many tokens."""
         count = self.counts(shape)
-        token = (1 - self.saves) * self._pass_seconds(count)
-        token += sum(FORWARD_SHARE * self._pass_seconds(count) for count in self._teacher_counts)
-        update = self.update_seconds[0] * count.muon_flops + self.update_seconds[1] * count.parameters
-        return tokens * token + update
+        passes = (1 - self.saves) * self._pass(count, tokens)
+        passes += sum(FORWARD_SHARE * self._pass(teacher, tokens) for teacher in self._teacher_counts)
+        return passes + sum(
+            seconds * work for seconds, work in zip(self.update_seconds, self._update(count), strict=True)
+        )
 
     @cached_property
     def _teacher_counts(self) -> list[Counts]:
         return [self._count(teacher) for teacher in self.teachers]
 
-    def _pass_seconds(self, count: Counts) -> float:
-        """Of forward and backward pass per token."""
-        return self.pass_seconds[0] * count.flops + self.pass_seconds[1] * count.written
+    def _pass(self, count: Counts, tokens: int) -> float:
+        """Seconds of forward and backward pass."""
+        token = self.pass_seconds[0] * count.flops + self.pass_seconds[1] * count.written
+        return tokens * token + count.layers * self.layer_seconds
+
+    def _update(self, count: Counts) -> tuple[float, float]:
+        """What update_seconds are multiplied with."""
+        if self.hardware.device.type == "cuda":
+            return count.layers, count.muon_flops + OPTIMIZER_FLOPS * count.parameters
+        return count.muon_flops, count.parameters
 
     def memory_bytes(self, shape: Shape) -> int:
         """Roughly what training takes."""
@@ -113,7 +133,7 @@ class StepCost:
         written += 3 * config.vocab_size
         is_muon = self.optimizer.optimizer == "muon"
         size = count_parameters(model), sum(weight.numel() for weight in model.blocks.parameters())
-        return Counts(*size, flops_per_token(model), written, is_muon * muon)
+        return Counts(config.n_layer + 1, *size, flops_per_token(model), written, is_muon * muon)
 
     def with_shape(self, shape: Shape) -> GPTConfig:
         return replace(self.config, **shape._asdict())
@@ -127,7 +147,8 @@ class StepCost:
             if time.perf_counter() - started < MAX_SECONDS:
                 measured.append((self.counts(shape), measure_shape(self, shape)))
         self.pass_seconds = fit([(count.flops, count.written, took.token) for count, took in measured], WRITTEN_FLOPS)
-        updates = [(count.muon_flops, count.parameters, took.update) for count, took in measured]
+        self.layer_seconds = max(took.empty / count.layers for count, took in measured)
+        updates = [(*self._update(count), took.update) for count, took in measured]
         self.update_seconds = fit(updates, WEIGHT_FLOPS)
 
 
@@ -157,32 +178,60 @@ def fit(points: Sequence[tuple[float, float, float]], ratio: float) -> tuple[flo
 
 
 def measure_shape(cost: StepCost, shape: Shape) -> Seconds:
-    """The medians of a few steps, the first one (warm-up) left out. Raises UserError where memory runs out."""
+    """Medians of a few steps, the first ones (warm-up) left out. Raises UserError where memory runs out."""
     hardware = cost.hardware
     model = GPT(cost.with_shape(shape), 0, cost.attention).to(hardware.device).train()
     optimizer = make_optimizer(model, cost.optimizer, hardware.dtype)
-    rows = max(1, MEASURED_TOKENS[hardware.device.type] // shape.block_size)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(cost.config.vocab_size, (rows, shape.block_size), generator=generator).to(hardware.device)
-    passes, updates = list[float](), list[float]()
+    is_recorded = cost.graphs and can_be_recorded(optimizer, hardware)
+    recorder = Recorder(hardware.device) if is_recorded else None
+    passes, update = list[tuple[int, float]](), 0.0
+    for tokens in MEASURED_TOKENS[hardware.device.type]:
+        rows = max(1, tokens // shape.block_size)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(cost.config.vocab_size, (rows, shape.block_size), generator=generator).to(hardware.device)
 
-    def step() -> None:
+        def forward_and_backward(ids: Tensor = ids) -> None:
+            with hardware.autocast():
+                loss = model(ids, ids)
+            loss.backward()
+            clip_gradients(model.parameters(), 1.0)
+
+        found = attempt(partial(time_step, forward_and_backward, optimizer, hardware, recorder))
+        passes.append((ids.numel(), found[0]))
+        update = found[1]
+    (few, first), (many, last) = passes[0], passes[-1]
+    if few == many:
+        return Seconds(first / few, update)
+    token = max(0.0, last - first) / (many - few)
+    return Seconds(token, update, max(0.0, first - few * token))
+
+
+def time_step(
+    forward_and_backward: Callable[[], None], optimizer: Optimizer, hardware: Hardware, recorder: Recorder | None
+) -> tuple[float, float]:
+    """Median seconds of both passes and of the optimizer's step, recorded where there is a recorder."""
+    run, update = forward_and_backward, optimizer.step
+    if recorder is not None:
+        with recorder.on_stream():
+            for _ in range(WARM_UP):
+                run()
+                update()
+                optimizer.zero_grad()
+        run, update = recorder.record(run), recorder.record(update)
+    seconds = list[tuple[float, float]]()
+    while len(seconds) < 2 or (len(seconds) <= TIMED_STEPS and sum(map(sum, seconds[1:])) < TIMED_SECONDS):
         started = time.perf_counter()
-        with hardware.autocast():
-            loss = model(ids, ids)
-        loss.backward()
-        clip_gradients(model.parameters(), 1.0)
+        run()
         synchronize(hardware)
         passed = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
+        if recorder is None:
+            optimizer.zero_grad()
         synchronize(hardware)
-        passes.append(passed - started)
-        updates.append(time.perf_counter() - passed)
-
-    while len(passes) < 2 or (len(passes) <= TIMED_STEPS and sum(passes[1:] + updates[1:]) < TIMED_SECONDS):
-        attempt(step)
-    return Seconds(statistics.median(passes[1:]) / ids.numel(), statistics.median(updates[1:]))
+        seconds.append((passed - started, time.perf_counter() - passed))
+    optimizer.zero_grad()
+    first, second = zip(*seconds[1:], strict=True)
+    return statistics.median(first), statistics.median(second)
 
 
 def synchronize(hardware: Hardware) -> None:

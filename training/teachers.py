@@ -46,7 +46,7 @@ def taught(forward: Loss, folders: Sequence[ModelFolder], share: float, model: G
         options: dict[str, Any] = {"ignore_index": IGNORED_TARGET, "reduction": reduction}
         hard = F.cross_entropy(logits, flat, label_smoothing=label_smoothing, **options)
         each = -(soft.flatten(0, 1) * torch.log_softmax(logits, dim=-1)).sum(dim=-1)
-        return (1 - share) * hard + share * each[flat != IGNORED_TARGET].sum()
+        return (1 - share) * hard + share * each.masked_fill(flat == IGNORED_TARGET, 0).sum()
 
     return loss
 

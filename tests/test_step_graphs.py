@@ -1,0 +1,126 @@
+"""Recorded training steps, by a recorder that repeats the Python code, as a CPU can; really: test_gpu_scripts.py."""
+
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+
+from common.hardware import Hardware
+from model import GPT, IGNORED_TARGET, GPTConfig
+from train import calculate_gradients, update
+from training.data import MicroBatch
+from training.optim import make_optimizer
+from training.options import OptimizerOptions
+from training.state import TrainState
+from training.step_graphs import WARM_UP, StepGraphs, can_be_recorded
+
+CPU = torch.device("cpu")
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50, eos_id=49, positions="rotary")
+
+
+class Repeats:
+    """What is recorded runs again at each replay. breaks: recordings that fail."""
+
+    def __init__(self, breaks=()):
+        self.breaks, self.count = breaks, 0
+
+    def on_stream(self):
+        return nullcontext()
+
+    def record(self, work):
+        self.count += 1
+        if self.count in self.breaks:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return work
+
+
+def make_state(kind="adamw", config=TINY):
+    model = GPT(config, seed=3).train()
+    optimizer = make_optimizer(model, OptimizerOptions(optimizer=kind, learning_rate=0.01, weight_decay=0.5))
+    return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 4, "")
+
+
+def batch(number, rows=4, seed=None):
+    ids = torch.randint(0, 49, (rows, 17), generator=torch.Generator().manual_seed(number))
+    targets = ids[:, 1:].clone()
+    targets[0, : number % 16] = IGNORED_TARGET
+    return MicroBatch(ids[:, :-1], targets, seed)
+
+
+def trained(state, batches_of_steps, recorder=None):
+    """Losses and gradient norms of the steps, whose learning rate rises."""
+    hardware = Hardware(CPU, torch.float32, 1, {})
+    gradients = partial(calculate_gradients, partial(state.model), state, hardware, 0.0, 1.0)
+    steps = gradients, state.optimizer.step
+    if recorder is not None:
+        graphs = StepGraphs(gradients, state, CPU, recorder)
+        steps = graphs.gradients, graphs.step
+    figures = []
+    for number, batches in enumerate(batches_of_steps):
+        for group in state.optimizer.param_groups:
+            group["lr"] = 0.002 * (number + 1) * group["scale"]
+        figures.append(update(*steps, state, batches))
+    return torch.tensor(figures)
+
+
+def assert_same_training(kind, steps, recorder, config=TINY):
+    plain, recorded = make_state(kind, config), make_state(kind, config)
+    torch.testing.assert_close(trained(recorded, steps, recorder), trained(plain, steps), rtol=1e-4, atol=1e-5)
+    for mine, its in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_recorded_steps_train_as_others_do(kind):
+    """With other tokens, numbers of targets and learning rates in each step."""
+    recorder = Repeats()
+    assert_same_training(kind, [[batch(number)] for number in range(8)], recorder)
+    assert recorder.count == 2
+
+
+def test_dropout_draws_by_the_seed_of_the_step():
+    steps = [[batch(1, seed=number)] for number in range(8)]
+    config = GPTConfig(**{**TINY.to_dict(), "dropout": 0.3})
+    assert_same_training("adamw", steps, Repeats(), config)
+    losses = trained(make_state(config=config), steps, Repeats())[:, 0]
+    assert len(set(losses.tolist())) == 8
+
+
+def test_another_shape_is_recorded_anew():
+    steps = [[batch(number, rows=4 if number < 5 else 2)] for number in range(10)]
+    recorder = Repeats()
+    assert_same_training("muon", steps, recorder)
+    assert recorder.count == 4
+
+
+def test_several_micro_batches_run_as_they_are():
+    recorder = Repeats()
+    assert_same_training("adamw", [[batch(number), batch(number + 20)] for number in range(5)], recorder)
+    assert recorder.count == 0
+
+
+@pytest.mark.parametrize("breaks", [1, 2])
+def test_what_cannot_be_recorded_runs_as_it_is_after_one_line(breaks, capsys):
+    recorder = Repeats([breaks])
+    assert_same_training("muon", [[batch(number)] for number in range(6)], recorder)
+    assert recorder.count == breaks  # no second trial
+    assert capsys.readouterr().out.count("is not recorded as a CUDA graph (operation not permitted when stream") == 1
+
+
+def test_the_learning_rate_is_a_number_again_after_the_recording():
+    state = make_state()
+    trained(state, [[batch(number)] for number in range(WARM_UP + 2)], Repeats())
+    assert all(isinstance(group["lr"], float) for group in state.optimizer.param_groups)
+
+
+def test_only_steps_that_do_not_ask_the_host_are_recorded():
+    gpu, cpu = (Hardware(device, torch.bfloat16, 1, {}) for device in (torch.device("cuda"), CPU))
+    half = Hardware(gpu.device, torch.float16, 1, {})
+    tables = GPTConfig(**{**TINY.to_dict(), "max_ngram": 2, "ngram_rows": 64})
+    assert can_be_recorded(make_state().optimizer, gpu)
+    assert can_be_recorded(make_state("muon").optimizer, gpu)
+    assert not can_be_recorded(make_state("sgd").optimizer, gpu)
+    assert not can_be_recorded(make_state(config=tables).optimizer, gpu)
+    assert not can_be_recorded(make_state().optimizer, half)
+    assert not can_be_recorded(make_state().optimizer, cpu)

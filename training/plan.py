@@ -33,6 +33,7 @@ MIN_WINDOWS = 16  # windows of the context in the train split; a shorter text ha
 TOKENS_PER_PARAMETER = 2.0  # of its blocks: a model sees at least this many
 MAX_EPOCHS = 40.0
 STUDENT_EPOCHS, STUDENT_MINUTES = 20.0, 3.0  # from which on a second model learns from the first
+HALF = 0.5  # of a shorter time: where one model takes less, there is time for the second, too
 FIRST_EPOCHS = 20.0  # of the first one at most
 RECENT_EPOCHS = 5.0  # with fewer, untrained heads look at recent tokens: a long text's run is short for its model
 REGULARIZATION = {0: (0.0, 0.1), 4: (0.0, 0.1), 11: (0.0, 1.0), 40: (0.0, 1.0), 80: (0.1, 2.0)}
@@ -226,8 +227,9 @@ def choose_students(facts: Facts, given: Mapping[str, Any]) -> tuple[int, str]:
         return given["students"], "as given"
     if facts.fine_tuning or given.get("max_steps") is not None or given.get("teacher") or given.get("try"):
         return 0, "the length, or what it learns from, is given"
-    epochs = choose_outlook(facts, given).tokens / facts.train_tokens
-    is_long = given.get("budget_minutes") is None or given["budget_minutes"] >= STUDENT_MINUTES
+    outlook, minutes = choose_outlook(facts, given), given.get("budget_minutes")
+    epochs = outlook.tokens / facts.train_tokens
+    is_long = minutes is None or minutes >= STUDENT_MINUTES or (outlook.seconds or 0.0) < HALF * 60 * minutes
     memorizes = " and memorize it" if epochs >= STUDENT_EPOCHS else ""
     why = f"one model alone would read the text {epochs:.2g} times{memorizes}"
     return int(is_long and epochs >= STUDENT_EPOCHS), why

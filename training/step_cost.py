@@ -34,7 +34,7 @@ from training.step_graphs import WARM_UP, can_be_recorded
 MEASURED_TOKENS = {"cpu": (1024,), "mps": (4096,), "cuda": (4096, 16_384)}  # of the passes that are timed
 MEASURED_WIDTH = 512  # of the wider of the two measured models at most
 TIMED_STEPS, TIMED_SECONDS = 8, 0.4  # of a model, whichever comes first, after at least one step
-MAX_SECONDS = 2.0  # of the first model; if it takes longer, there is no second one
+MAX_STEP_SECONDS = 0.5  # of the first model; if its step takes longer, there is no second one
 # FLOPs that take as long as writing a number, or as an optimizer's step on a weight: two cores of a Xeon, bfloat16.
 WRITTEN_FLOPS, WEIGHT_FLOPS = 2400.0, 9000.0
 FORWARD_SHARE = 1 / 3  # of a pass
@@ -62,6 +62,9 @@ class Seconds(NamedTuple):
     token: float
     update: float
     empty: float = 0.0
+
+    def step(self, tokens: int) -> float:
+        return self.empty + tokens * self.token + self.update
 
 
 @dataclass
@@ -142,10 +145,10 @@ class StepCost:
         """Measures two models of few layers: with the smallest and with a large width of the shapes, or where these
         have one width, with different numbers of layers. On a machine so busy that the first one takes long, only
         that one."""
-        started, measured = time.perf_counter(), list[tuple[Counts, Seconds]]()
-        for shape in shapes_to_measure(shapes):
-            if time.perf_counter() - started < MAX_SECONDS:
-                measured.append((self.counts(shape), measure_shape(self, shape)))
+        first, second = shapes_to_measure(shapes)
+        measured = [(self.counts(first), measure_shape(self, first))]
+        if measured[0][1].step(MEASURED_TOKENS[self.hardware.device.type][-1]) < MAX_STEP_SECONDS:
+            measured.append((self.counts(second), measure_shape(self, second)))
         self.pass_seconds = fit([(count.flops, count.written, took.token) for count, took in measured], WRITTEN_FLOPS)
         self.layer_seconds = max(took.empty / count.layers for count, took in measured)
         updates = [(*self._update(count), took.update) for count, took in measured]

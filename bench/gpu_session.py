@@ -68,8 +68,8 @@ class Part:
 
 def make_parts(options: argparse.Namespace) -> dict[str, Part]:
     """All parts in their order. On an H200 they took: facts 6 s, tests 89 to 101, attention 70, tune 55 to 64,
-    attention_tuned 22 to 25, train with nanoGPT 151, generate 40, short_run as long as it may; profile is an estimate,
-    two thirds of it for compiling, which `train` then need not do again for these two sides."""
+    attention_tuned 22 to 25, profile 81, small_steps about 30 before it compiles, train with nanoGPT 151, generate 40,
+    short_run 30. Half of profile's is compiling, which `train` then need not do again for these two sides."""
 
     def bench(script: str, *arguments: str) -> list[str]:
         return [sys.executable, str(ROOT / "bench" / f"{script}.py"), "--out=OUT", *arguments]
@@ -93,6 +93,7 @@ def make_parts(options: argparse.Namespace) -> dict[str, Part]:
             tuned=True,
         ),
         "profile": Part(bench("gpu_profile", "--minutes=MINUTES", *smoke), 115, 1, tuned=True),
+        "small_steps": Part(bench("gpu_small_steps", "--minutes=MINUTES", *smoke), 40, 0.5),
         "train": Part(
             bench("train_speed", "--steps=8", "--rounds=5", "--minutes=MINUTES", *nanogpt, *smoke), 140, 2, tuned=True
         ),
@@ -101,7 +102,9 @@ def make_parts(options: argparse.Namespace) -> dict[str, Part]:
     }
 
 
-PARTS = ("facts", "tests", "attention", "tune", "attention_tuned", "profile", "train", "generate", "short_run")
+PARTS = (
+    "facts", "tests", "attention", "tune", "attention_tuned", "profile", "small_steps", "train", "generate", "short_run"
+)  # fmt: skip
 
 
 def tests_command() -> list[str]:

@@ -75,7 +75,7 @@ def test_more_is_expected_of_models_with_many_small_operations():
         for dtype in dtypes:
             machine = Hardware(torch.device(kind), dtype, 1, {})
             plain, modern = (compilation.gain(GPTConfig(norm=norm), machine)[1] for norm in ("layernorm", "rmsnorm"))
-            assert 0 < plain < modern < 0.5
+            assert 0 < plain < modern <= 0.5
 
 
 def test_with_a_filled_cache_shorter_runs_are_worth_it(monkeypatch):
@@ -117,10 +117,10 @@ def test_on_a_gpu_the_seconds_saved_decide(monkeypatch):
     monkeypatch.setattr(hardware_module.shutil, "which", lambda name: "/usr/bin/cc")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     pytest.importorskip("triton")
-    for seconds, pays in ((500.0, False), (700.0, True)):
+    for seconds, pays in ((250.0, False), (350.0, True)):
         choice = choose("cuda", dtype=torch.bfloat16, budget_minutes=seconds / 60)
         assert choice.value is pays
-        assert f"about {0.1 * seconds:.0f} s saved against 60 s" in choice.reasons["compile"]
+        assert f"about {0.1 * seconds:.0f} s saved against 30 s" in choice.reasons["compile"]
 
 
 def test_an_evaluation_compiles_nothing():

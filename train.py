@@ -36,9 +36,9 @@ from torch import Tensor
 from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
+from config.chain import end_run, open_run, train_all
 from config.planning import open_data
 from config.start import RunConfig, read_start
-from config.students import end_run, open_run, train_all
 from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
@@ -112,7 +112,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         if "micro_batch_size" in reasons and state.step == 0:
             batches.size = fit_micro_batch(size, model, hardware)
         started, fits = time.perf_counter(), partial(until_it_fits, batches, state, "micro_batch_size" not in reasons)
-        forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.teachers, train, hardware))
+        forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.learns_from, train, hardware))
         gradients = partial(calculate_gradients, forward, state, hardware, train.label_smoothing, optim.grad_clip)
         steps = setup.make_step(gradients, state, train, hardware)
         step = partial(fits, lambda: update(*steps, state, batches(state.step)))

@@ -1,7 +1,7 @@
 """Training steps of the plan's models on a GPU: as Python launches them, recorded as CUDA graphs, compiled as well.
 
     python bench/gpu_small_steps.py [--out=DIR] [--minutes=1.5]
-    python bench/gpu_small_steps.py --smoke     tests this script on a CPU, tiny, recording nothing; written only to --out
+    python bench/gpu_small_steps.py --smoke     tests this script on a CPU, tiny, recording nothing
 
 Medians of forward and backward pass and of the optimizer's step (Muon), bfloat16, random ids, context 128, VOCABULARY
 ids; and what the plan predicts for a recorded step (training/step_cost.py). DIR/DATE-gpu_small_steps.json is written

@@ -119,7 +119,7 @@ def run_once(cell: Mapping[str, Any], text: Path, data_dir: Path, folder: Path) 
 
 
 def facts_of(run: Path) -> dict[str, Any]:
-    """The length and size of a run from which the one of a cell learns (--students)."""
+    """The length and size of a run from which the one of a cell learns (--teachers)."""
     step = next(event["step"] for event in reversed(read_events(run)) if event["event"] == "step")
     options = read_json(run / "config.json")["options"]
     tokens = step * options["tokens_per_step"]

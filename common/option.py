@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 # Removed options and their defaults. Files of earlier versions may hold them: they are skipped when read.
-RETIRED: dict[str, object] = {"zero_init": False, "token_noise": 0.0}
+RETIRED: dict[str, object] = {"zero_init": False, "token_noise": 0.0, "students": 0}
 NEAR = 0.68  # least similarity of a suggested name: --stream is no misspelling of --threads (0.62)
 MAX_INT = 2**63  # integers are below this: they are stored in 64 bits, by torch and numpy too
 

@@ -174,17 +174,17 @@ def refuse_try(options: Options, argv: Sequence[str]) -> None:
     """Raises UserError where --try=N has no plan whose settings it could try, with the command of `argv` changed so
     that it works."""
     number, minutes, schedule = (options.values[name] for name in ("try", "budget_minutes", "schedule"))
-    is_planned = needs_plan(argv) and not options.values["init_from"] and not options.values["students"]
+    is_planned = needs_plan(argv) and not options.values["init_from"] and not options.values["teachers"]
     if is_planned and minutes is not None and schedule in OPEN_SCHEDULES:
         return
-    others = ("--resume", "--init_from", "--keep_share", "--eval_only", "--max_steps", "--schedule", "--students")
+    others = ("--resume", "--init_from", "--keep_share", "--eval_only", "--max_steps", "--schedule", "--teachers")
     kept = [arg for arg in argv if is_flag(arg) and arg.partition("=")[0] not in others]
     kept = [arg for arg in kept if minutes is not None or not arg.startswith("--budget_minutes")]
     for example in ("--data=python_stdlib", "--budget_minutes=15"):
         kept += [example] * (example.partition("=")[0] not in {arg.partition("=")[0] for arg in kept})
     raise UserError(
         f"--try={number} tries settings of a plan, in a part of --budget_minutes: it needs both --data=TEXT and"
-        f" --budget_minutes=N, and no preset, --resume, --init_from, --students, nor a --schedule other than"
+        f" --budget_minutes=N, and no preset, --resume, --init_from, --teachers, nor a --schedule other than"
         f" {', '.join(OPEN_SCHEDULES)}; for example: {' '.join(['python train.py', *map(quote, kept)])}"
     )
 

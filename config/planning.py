@@ -14,8 +14,8 @@ from common.hardware import Hardware, choose_attention
 from common.option import option_names, section_from
 from common.options import HardwareOptions, RunOptions
 from common.tokenizer import bytes_per_token
+from config.chain import share_time
 from config.start import Start
-from config.students import share_time
 from errors import UserError, quote
 from model import GPTConfig
 from prepare_data import PrepareOptions
@@ -157,7 +157,7 @@ class Planning:
         compiles = train.compile
         if compiles == "auto":
             compiles = find_obstacle(hardware) is None and saves * seconds > takes
-        teachers = [section_from(GPTConfig, teacher.config) for teacher in self.start.teachers]
+        teachers = [section_from(GPTConfig, teacher.config) for teacher in self.start.learns_from]
         saves = saves if compiles else 0.0
         cost = StepCost(model, options.section(OptimizerOptions), hardware, path, saves, teachers, train.cuda_graphs)
         if self.given.get("max_steps") is None:

@@ -33,13 +33,13 @@ from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
 # Options of a command that the runs which follow do not take over: each has its own, the text is prepared, and the
 # teacher brings the tokenizer.
-OF_ONE_RUN = {"run", "data", "resume", "seed", "teacher", "students", "budget_minutes", "plan"}
+OF_ONE_RUN = {"run", "data", "resume", "seed", "teacher", "teachers", "budget_minutes", "plan"}
 OF_ONE_RUN |= {*option_names(PrepareOptions)} - {"data_dir"}
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The runs that follow this one (--students), as its state.json holds them. run: directory of the last one, ""
+    """The runs that follow this one (--teachers), as its state.json holds them. run: directory of the last one, ""
     until it is made. arguments: of the next one's command; None: config.json of this one has its options.
     minutes: a time budget of this one and all that follow."""
 
@@ -70,6 +70,11 @@ class Start:
     @property
     def source(self) -> Checkpoint | ModelFolder | None:
         return self.resumed or self.initial
+
+    @property
+    def learns_from(self) -> list[ModelFolder]:
+        """The teachers of this run; one that is trained before others leaves them to the last of these."""
+        return [] if self.options.section(TrainOptions).teachers > 0 else self.teachers
 
     @property
     def with_tokenizer(self) -> ModelFolder | None:
@@ -168,8 +173,8 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
 def with_teachers(start: Start) -> Start:
     """The start of a new run with the models of --teacher, whose tokenizer it takes. Raises UserError."""
     given, share = start.options.section(TrainOptions).teacher, start.options.section(TrainOptions).teacher_share
-    has_students = start.needs_plan or start.options.section(TrainOptions).students > 0
-    if "teacher_share" in start.flags and not given and not has_students:
+    may_follow = start.needs_plan or start.options.section(TrainOptions).teachers > 0
+    if "teacher_share" in start.flags and not given and not may_follow:
         raise UserError(f"--teacher_share={share}: there is no teacher; add --teacher=RUN, or leave it out")
     teachers = [open_model_folder(resolve_model_folder(Path(path))) for path in given]
     models = [*([start.initial] if start.initial else []), *teachers]
@@ -208,16 +213,16 @@ def same_teachers(resumed: Checkpoint, paths: Sequence[str]) -> list[ModelFolder
 
 
 def same_chain(resumed: Checkpoint, options: config.Options, argv: Sequence[str]) -> Chain | None:
-    """What follows a resumed run: the flags of the command are passed on. Raises UserError for more students than the
-    run was started with."""
-    students = options.section(TrainOptions).students
-    recorded = resumed.state["options"].get("students", 0)
-    if students > recorded:
+    """What follows a resumed run: the flags of the command are passed on. Raises UserError for a larger --teachers than
+    the run was started with."""
+    teachers = options.section(TrainOptions).teachers
+    recorded = resumed.state["options"].get("teachers", 0)
+    if teachers > recorded:
         raise UserError(
-            f"--students={students}: this run was started with {recorded}, and a resumed one can only have fewer; a new"
+            f"--teachers={teachers}: this run was started with {recorded}, and a resumed one can only have fewer; a new"
             f" run learns from it with --teacher={quote(str(resumed.path.parents[1]))}"
         )
-    if students == 0:
+    if teachers == 0:
         return None
     chain = Chain(**resumed.state["chain"])
     if chain.arguments is None:

@@ -42,7 +42,7 @@ def test_a_grid_is_measured_once(tmp_path, text, capsys):
 
 def test_a_cell_of_two_models_has_the_length_of_both(tmp_path, text):
     settings = tmp_path / "settings.txt"
-    settings.write_text("two: debug --n_embd=16 --students=1\n", encoding="utf-8")
+    settings.write_text("two: debug --n_embd=16 --teachers=1\n", encoding="utf-8")
     common = [f"--text={text}", f"--settings={settings}", "--name=trial", f"--results={tmp_path}"]
     assert (
         grid.main([*common, f"--data_dir={tmp_path}", "--", "--max_steps=4", "--threads=1", "--sample_tokens=0"]) == 0

@@ -13,8 +13,8 @@ from training.plan import (
     FIRST_EPOCHS,
     MAX_EPOCHS,
     MIN_STEPS,
-    STUDENT_EPOCHS,
-    STUDENT_MINUTES,
+    TEACHER_EPOCHS,
+    TEACHER_MINUTES,
     TOKENS_PER_PARAMETER,
     Facts,
     Shape,
@@ -105,7 +105,7 @@ def test_more_minutes_give_no_smaller_model_and_no_shorter_steps(tokens):
     plans = [plan(tokens, minutes) for minutes in MINUTES]
     for one, more in pairwise(plans):
         assert one.outlook.parameters <= more.outlook.parameters
-        if (one.outlook.shape, one.values["students"]) == (more.outlook.shape, more.values["students"]):
+        if (one.outlook.shape, one.values["teachers"]) == (more.outlook.shape, more.values["teachers"]):
             assert one.outlook.tokens_per_step <= more.outlook.tokens_per_step
 
 
@@ -151,10 +151,10 @@ def test_the_context_is_as_long_as_the_text_allows():
 
 
 def test_a_short_text_ends_the_run_before_the_time_does():
-    found = plan(120_000, 600, students=0)
+    found = plan(120_000, 600, teachers=0)
     assert found.values["budget_minutes"] is None
     assert found.values["max_steps"] * found.outlook.tokens_per_step == pytest.approx(MAX_EPOCHS * 120_000, rel=0.01)
-    assert "of 10 h" in describe(found, facts(120_000), {"budget_minutes": 600, "students": 0})[0]
+    assert "of 10 h" in describe(found, facts(120_000), {"budget_minutes": 600, "teachers": 0})[0]
 
 
 def test_the_time_of_compiling_is_no_sign_of_a_short_text():
@@ -166,55 +166,71 @@ def test_the_time_of_compiling_is_no_sign_of_a_short_text():
 
 
 def test_a_text_that_one_model_would_read_often_has_a_student():
-    found, alone = plan(400_000, 15), plan(400_000, 15, students=0)
-    assert alone.epochs > STUDENT_EPOCHS
-    assert (found.values["students"], found.values["budget_minutes"]) == (1, 5.0)
-    assert found.outlook == plan(400_000, 5, students=0).outlook
+    found, alone = plan(400_000, 15), plan(400_000, 15, teachers=0)
+    assert alone.epochs > TEACHER_EPOCHS
+    assert (found.values["teachers"], found.values["budget_minutes"]) == (1, 5.0)
+    assert found.outlook == plan(400_000, 5, teachers=0).outlook
     head = describe(found, facts(), {"budget_minutes": 15})[0]
     assert "in 5 min of 15 min" in head
     assert "then another model learns from it in the rest (one model alone would read the text" in head
-    longer = plan(120_000, 60)  # the first one does not need all of its part
-    assert (longer.values["students"], longer.values["budget_minutes"]) == (1, None)
+    longer = plan(120_000, 10)  # the first one does not need all of its part
+    assert (longer.values["teachers"], longer.values["budget_minutes"]) == (1, None)
     assert longer.epochs == pytest.approx(FIRST_EPOCHS, rel=0.01)
+
+
+def test_more_time_than_a_text_needs_is_for_more_teachers():
+    found = [plan(120_000, minutes) for minutes in (10, 18, 60, 600, None)]
+    assert [each.values["teachers"] for each in found] == [1, 2, 4, 4, 4]
+    assert found[2].epochs == pytest.approx(FIRST_EPOCHS, rel=0.01)
+    head = describe(found[2], facts(120_000), {"budget_minutes": 60})[0]
+    assert "; then 3 more like it, and another model learns from them all in the rest (one model alone" in head
+
+
+def test_a_model_with_teachers_is_larger():
+    own, taught = (plan(400_000, 600, teachers=0, teacher=teacher) for teacher in ((), ("runs/a",)))
+    assert taught.outlook.block_parameters > own.outlook.block_parameters
+    assert "sees 1.5 tokens" in taught.reasons["n_layer"]
+    with_more = plan(400_000, 600, teachers=2, teacher=("runs/a",))  # leaves it to the last one
+    assert "sees 2 tokens" in with_more.reasons["n_layer"]
 
 
 @pytest.mark.parametrize(
     ("tokens", "minutes", "given"),
     [
         (20_000_000, 15, {}),  # which one model reads rarely
-        (120_000, STUDENT_MINUTES / 2, {}),
+        (120_000, TEACHER_MINUTES / 2, {}),
         (120_000, None, {"max_steps": 50_000}),
         (120_000, 15, {"teacher": ("runs/a",)}),
         (120_000, 15, {"try": 4}),
-        (120_000, 15, {"students": 0}),
+        (120_000, 15, {"teachers": 0}),
     ],
 )
 def test_a_long_text_and_what_is_given_by_hand_has_none(tokens, minutes, given):
-    assert plan(tokens, minutes, **given).values.get("students", 0) == 0
+    assert plan(tokens, minutes, **given).values.get("teachers", 0) == 0
     fine_tuned = choose(facts(tokens, fine_tuning=True), {"budget_minutes": minutes, **given})
-    assert fine_tuned.values.get("students", 0) == 0
+    assert fine_tuned.values.get("teachers", 0) == 0
 
 
 def test_a_flag_without_a_value_leaves_the_student():
-    assert plan(400_000, 15, **{"max_steps": None, "try": None, "teacher": ()}).values["students"] == 1
+    assert plan(400_000, 15, **{"max_steps": None, "try": None, "teacher": ()}).values["teachers"] == 1
 
 
 def test_the_plan_of_a_student_is_not_changed_by_flags_that_say_so():
-    given = {"budget_minutes": 10, "students": 0, "teacher": ("runs/a",), "seed": 2}
+    given = {"budget_minutes": 10, "teachers": 0, "teacher": ("runs/a",), "seed": 2}
     assert not any("flags:" in line for line in describe(choose(facts(), given), facts(), given, given.keys()))
 
 
 def test_students_share_the_time_and_make_the_shortest_one_longer():
-    found = plan(20_000_000, 21, students=3)
-    assert "students" not in found.values
-    assert found.values["budget_minutes"] == 3.0
+    found = plan(20_000_000, 21, teachers=3)
+    assert "teachers" not in found.values
+    assert found.values["budget_minutes"] == 4.2  # of 21; the last one has twice as much as each of the three
     for students in (0, 2):
         with pytest.raises(UserError, match="is too short for a plan") as caught:
-            plan(400_000, 0.01, students=students)
+            plan(400_000, 0.01, teachers=students)
         enough = float(re.search(r"give --budget_minutes=(\S+) or more", str(caught.value))[1])
-        assert plan(400_000, enough, students=students)
+        assert plan(400_000, enough, teachers=students)
         with pytest.raises(UserError):
-            plan(400_000, enough / 1.5, students=students)
+            plan(400_000, enough / 1.5, teachers=students)
 
 
 def test_without_a_time_the_val_loss_ends_the_run():
@@ -323,7 +339,7 @@ def test_a_plan_names_what_runs_like_it_reached():
         Reached(1.8, "a novel", 400_000, 10**6, 5 * 10**6),
         Reached(2.1, "a play", 1_000_000, 10**6, 10**7),
         Reached(2.2, "a manual", 9_000_000, 10**6, 10**7),
-        Reached(1.6, "a novel", 400_000, 10**6, 10**7, has_student=True),
+        Reached(1.6, "a novel", 400_000, 10**6, 10**7, has_teacher=True),
     )
     assert expect(400_000, 10**6, 10**7, True, runs) == "bits per byte of 1.60 on a novel (0.4 MB)"
     assert (

@@ -152,7 +152,7 @@ def test_too_short_a_time_is_refused_with_what_is_enough(minutes, number, tokens
 
 def test_the_plan_is_the_one_for_the_time_that_the_winner_has():
     planned = plan_tries(facts(20_000_000), {"budget_minutes": 60}, 4)
-    own = choose_freely(facts(20_000_000), {"budget_minutes": 60 * tries.winner_share(4), "students": 0})
+    own = choose_freely(facts(20_000_000), {"budget_minutes": 60 * tries.winner_share(4), "teachers": 0})
     assert planned.plan.values == own.values
     assert planned.seconds == pytest.approx(3600, rel=0.02)
 

@@ -210,7 +210,7 @@ def test_a_stop_of_the_winner_goes_on_too(calls, monkeypatch, capsys, small_text
         ("--data=TEXT", "--try=4", "--budget_minutes=none"), ("--resume=run", "--try=4", "--budget_minutes=2"),
         ("--data=TEXT", "--try=4", "--budget_minutes=2", "--schedule=cosine"),
         ("--data=TEXT", "--try=4", "--budget_minutes=2", "--init_from=run"),
-        ("--data=TEXT", "--try=4", "--budget_minutes=2", "--students=1"),
+        ("--data=TEXT", "--try=4", "--budget_minutes=2", "--teachers=1"),
         ("--data=TEXT", "--try=4", "--budget_minutes=2", "quickstart"),
     ],
     ids=" ".join,

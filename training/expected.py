@@ -19,17 +19,17 @@ class Reached(NamedTuple):
     train_bytes: int
     parameters: int
     tokens: int
-    has_student: bool = False
+    has_teacher: bool = False
 
 
 REACHED = (
     Reached(1.684, "a novel", 390_069, 919_168, 2_947_072),
     Reached(1.674, "a novel", 390_069, 1_870_016, 5_406_720),
-    Reached(1.671, "a novel", 390_069, 705_792, 2_127_872, has_student=True),
-    Reached(1.639, "a novel", 390_069, 1_870_016, 5_406_720, has_student=True),
+    Reached(1.671, "a novel", 390_069, 705_792, 2_127_872, has_teacher=True),
+    Reached(1.639, "a novel", 390_069, 1_870_016, 5_406_720, has_teacher=True),
     Reached(1.531, "a longer novel", 616_290, 771_328, 3_170_304),
     Reached(1.494, "a longer novel", 616_290, 1_968_320, 7_372_800),
-    Reached(1.485, "a longer novel", 616_290, 984_704, 3_874_816, has_student=True),
+    Reached(1.485, "a longer novel", 616_290, 984_704, 3_874_816, has_teacher=True),
     Reached(1.070, "help in German", 618_196, 771_328, 2_486_272),
     Reached(2.026, "plays", 1_003_854, 1_115_776, 2_807_808),
     Reached(1.992, "plays", 1_003_854, 2_164_928, 5_734_400),
@@ -43,12 +43,12 @@ REACHED = (
 
 
 def expect(
-    train_bytes: int, parameters: int, tokens: int, has_student: bool, reached: tuple[Reached, ...] = REACHED
+    train_bytes: int, parameters: int, tokens: int, has_teacher: bool, reached: tuple[Reached, ...] = REACHED
 ) -> str:
     """What the two nearest texts reached; "" where no measured run is near. Near is what has about as many bytes, and
     took about as much computing: parameters times tokens."""
     near = dict[str, tuple[float, Reached]]()
-    for run in (run for run in reached if run.has_student == has_student):
+    for run in (run for run in reached if run.has_teacher == has_teacher):
         size = _distance(run.train_bytes, train_bytes) / math.log(NEAR_SIZE)
         effort = _distance(run.parameters * run.tokens, parameters * tokens) / math.log(NEAR_EFFORT)
         if max(size, effort) <= 1:

@@ -192,7 +192,8 @@ def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[st
     if is_exhausted or state.progress.early_decay is not None:
         log(f"sample.py takes {find_checkpoint(run, 'best').name}, the best of the run by val loss")
     if next_argv:
-        log(f"\nnow a model that learns from this one, too: {' '.join(['python train.py', *map(quote, next_argv)])}")
+        what = "a model that learns from this one, too" if "--teachers=0" in next_argv else "another teacher"
+        log(f"\nnow {what}: {' '.join(['python train.py', *map(quote, next_argv)])}")
         return 0
     log(f"\nnext: python sample.py --run={name} --num_samples=3 --top_p=0.95")
     log(f"      python sample.py --run={name} --serve   (a page to try prompts)")

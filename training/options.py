@@ -30,9 +30,9 @@ class TrainOptions:
     the targets (knowledge distillation), and its tokenizer is taken. May be repeated: the mean of them."""
     teacher_share: Annotated[float, Interval(gt=0, le=1)] = fixed(0.7)
     """That part. The logged train loss includes it, the val loss does not."""
-    students: Annotated[int, Interval(ge=0, le=100)] = 0
-    """Models that follow this one, one after another, and learn from all before them (see teacher). They share
-    budget_minutes: the last one has twice as much as each of the others. 0: none."""
+    teachers: Annotated[int, Interval(ge=0, le=100)] = 0
+    """Train so many models first, one after another, and then one that learns from them all, and from those of teacher.
+    They share budget_minutes: the last one has twice as much as each of the others."""
     max_steps: Annotated[int, Ge(0)] | None = 2000
     """Number of optimizer steps; none: as many as --patience allows (schedule wsd, constant or inverse_sqrt)."""
     budget_minutes: Annotated[float, Interval(gt=0, le=1_000_000)] | None = None

@@ -32,9 +32,13 @@ CONTEXT = 128  # 0.01 to 0.08 bits per byte better than 256 after 1 to 3 million
 MIN_WINDOWS = 16  # windows of the context in the train split; a shorter text has a shorter context
 TOKENS_PER_PARAMETER = 2.0  # of its blocks: a model sees at least this many
 MAX_EPOCHS = 40.0
-STUDENT_EPOCHS, STUDENT_MINUTES = 20.0, 3.0  # from which on a second model learns from the first
-HALF = 0.5  # of a shorter time: where one model takes less, there is time for the second, too
-FIRST_EPOCHS = 20.0  # of the first one at most
+TEACHER_EPOCHS, TEACHER_MINUTES = 20.0, 3.0  # of one model alone, from which on another one is trained before it
+HALF = 0.5  # of a shorter time: where one model takes less, there is time for another one, too
+ALL = 0.95  # of the epochs: a step or two may be missing
+MORE_TEACHERS = (4, 2)  # where the time suffices for as many, and for all epochs of all models
+FIRST_EPOCHS = 20.0  # of a teacher at most
+STUDENT_TOKENS = 1.5  # TOKENS_PER_PARAMETER of a model with teachers, of which a token tells more
+TEACHER_COST = 0.5  # of a pass: what each teacher adds to it
 RECENT_EPOCHS = 5.0  # with fewer, untrained heads look at recent tokens: a long text's run is short for its model
 REGULARIZATION = {0: (0.0, 0.1), 4: (0.0, 0.1), 11: (0.0, 1.0), 40: (0.0, 1.0), 80: (0.1, 2.0)}
 """Dropout and weight decay by epochs, with straight lines in between. Only --try comes to the last."""
@@ -204,66 +208,76 @@ def choose(facts: Facts, given: Mapping[str, Any]) -> RunPlan:
 
 def choose_freely(facts: Facts, given: Mapping[str, Any]) -> RunPlan:
     """The same for any time."""
-    students, why_students = choose_students(facts, given)
-    minutes = _own_minutes(students, given)
-    own = {**given, "students": students, **minutes}
+    teachers, why_teachers = choose_teachers(facts, given)
+    minutes = _own_minutes(teachers, given)
+    own = {**given, "teachers": teachers, **minutes}
     outlook = choose_outlook(facts, own)
     epochs = outlook.tokens / facts.train_tokens
-    values, reasons = {"students": students}, {"students": why_students}
+    values, reasons = {"teachers": teachers}, {"teachers": why_teachers}
     model, steps = _model(outlook, epochs, own), _steps(facts, outlook, own)
     for part in (model, steps, _optimization(facts, outlook, epochs, own)):
         values |= part[0]
         reasons |= part[1]
     length, why = _length(outlook, epochs, own)
-    why = dict.fromkeys(minutes, "the rest of the time is for the student") | why
+    why = dict.fromkeys(minutes, "the rest of the time is for the models that follow") | why
     values, reasons = _without(values, given) | minutes | length, _without(reasons, given) | why
     return RunPlan(values, reasons, outlook, epochs)
 
 
-def choose_students(facts: Facts, given: Mapping[str, Any]) -> tuple[int, str]:
-    """How many models follow the first one, and why. What is given by hand has none: a number of steps, weights,
-    teachers, trials."""
-    if "students" in given:
-        return given["students"], "as given"
+def choose_teachers(facts: Facts, given: Mapping[str, Any]) -> tuple[int, str]:
+    """How many models are trained first, from which another one learns, and why. What is given by hand has none: a
+    number of steps, weights, teachers, trials."""
+    if "teachers" in given:
+        return given["teachers"], "as given"
     if facts.fine_tuning or given.get("max_steps") is not None or given.get("teacher") or given.get("try"):
         return 0, "the length, or what it learns from, is given"
-    outlook, minutes = choose_outlook(facts, given), given.get("budget_minutes")
-    epochs = outlook.tokens / facts.train_tokens
-    is_long = minutes is None or minutes >= STUDENT_MINUTES or (outlook.seconds or 0.0) < HALF * 60 * minutes
-    memorizes = " and memorize it" if epochs >= STUDENT_EPOCHS else ""
-    why = f"one model alone would read the text {epochs:.2g} times{memorizes}"
-    return int(is_long and epochs >= STUDENT_EPOCHS), why
+    alone, minutes = choose_outlook(facts, given), given.get("budget_minutes")
+    epochs, seconds = alone.tokens / facts.train_tokens, alone.seconds or 0.0
+    is_long = minutes is None or minutes >= TEACHER_MINUTES or seconds < HALF * 60 * minutes
+    if not is_long or epochs < TEACHER_EPOCHS:
+        return 0, f"one model alone would read the text {epochs:.2g} times"
+    why = f"one model alone would read the text {epochs:.2g} times and memorize it"
+    for number in MORE_TEACHERS:
+        each = choose_outlook(facts, {**given, "teachers": number, **_own_minutes(number, given)})
+        is_whole = min(epochs / MAX_EPOCHS, each.tokens / facts.train_tokens / FIRST_EPOCHS) > ALL
+        takes = number * (each.seconds or 0.0) + (1 + TEACHER_COST * number) * seconds
+        if is_whole and takes <= 60 * (PATIENT_MINUTES if minutes is None else minutes):
+            return number, why
+    return 1, why
 
 
-def own_share(students: int) -> float:
-    """Of a time: for a model that so many follow. The last one has twice as much as each of the others."""
-    return 1 / (2 * students + 1)
+def own_share(teachers: int) -> float:
+    """Of a time: for the first of so many models that are trained before the last one, which has twice as much."""
+    return 1 / (teachers + 2) if teachers else 1.0
 
 
-def _own_minutes(students: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The time budget of a model that students follow, where there is one."""
+def _own_minutes(teachers: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The time budget of a model that is trained before others, where there is one."""
     minutes = given.get("budget_minutes")
-    return {} if minutes is None or students == 0 else {"budget_minutes": float(f"{minutes * own_share(students):.3g}")}
+    return {} if minutes is None or teachers == 0 else {"budget_minutes": float(f"{minutes * own_share(teachers):.3g}")}
 
 
 def choose_outlook(facts: Facts, given: Mapping[str, Any]) -> Outlook:
-    """The largest shape that sees TOKENS_PER_PARAMETER in the time, of at most MAX_EPOCHS; else the smallest."""
+    """The largest shape that sees tokens_per_parameter in the time, of at most MAX_EPOCHS; else the smallest."""
     outlooks = [look(shape, facts, given) for shape in shapes(choose_context(facts.train_tokens, given), given)]
     outlooks.sort(key=lambda outlook: outlook.parameters)
-    fitting = [outlook for outlook in outlooks if _fits(outlook, facts)]
+    fitting = [outlook for outlook in outlooks if _fits(outlook, facts, tokens_per_parameter(given))]
     return fitting[-1] if fitting else outlooks[0]
 
 
-def _fits(outlook: Outlook, facts: Facts) -> bool:
+def tokens_per_parameter(given: Mapping[str, Any]) -> float:
+    has_teacher = given.get("teacher") and not given.get("teachers")
+    return STUDENT_TOKENS if has_teacher else TOKENS_PER_PARAMETER
+
+
+def _fits(outlook: Outlook, facts: Facts, least: float) -> bool:
     has_memory = facts.free_bytes is None or facts.cost.memory_bytes(outlook.shape) <= facts.free_bytes
-    return (
-        has_memory and outlook.steps >= MIN_STEPS and outlook.tokens >= TOKENS_PER_PARAMETER * outlook.block_parameters
-    )
+    return has_memory and outlook.steps >= MIN_STEPS and outlook.tokens >= least * outlook.block_parameters
 
 
 def _refuse_short_time(facts: Facts, given: Mapping[str, Any]) -> None:
     """Raises UserError where the time is too short for the smallest model; one that the user has chosen is tried."""
-    minutes, share = given.get("budget_minutes"), own_share(given.get("students", 0))
+    minutes, share = given.get("budget_minutes"), own_share(given.get("teachers", 0))
     if minutes is None or not given.keys().isdisjoint({"n_layer", "n_embd", "max_steps"}):
         return
     given = {**given, "budget_minutes": minutes * share}
@@ -362,9 +376,9 @@ def choose_step(context: int, facts: Facts, given: Mapping[str, Any], steps_of: 
 
 def _model(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     shape, per_parameter = outlook.shape, outlook.tokens / outlook.block_parameters
-    each = "for each parameter of its blocks"
-    size = f"the largest that sees {TOKENS_PER_PARAMETER:g} tokens {each}; it sees {per_parameter:.2g}"
-    if per_parameter < TOKENS_PER_PARAMETER:
+    each, least = "for each parameter of its blocks", tokens_per_parameter(given)
+    size = f"the largest that sees {least:g} tokens {each}; it sees {per_parameter:.2g}"
+    if per_parameter < least:
         size = f"the smallest; it sees {per_parameter:.2g} tokens {each}"
     reasons = {"n_layer": size, "n_embd": size, "n_head": f"heads of about {HEAD_SIZE} channels"}
     full = shape.block_size >= CONTEXT
@@ -416,7 +430,7 @@ def _length(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[
 
 
 def _max_epochs(given: Mapping[str, Any]) -> float:
-    return FIRST_EPOCHS if given.get("students") else MAX_EPOCHS
+    return FIRST_EPOCHS if given.get("teachers") else MAX_EPOCHS
 
 
 def _is_patient(given: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from training.expected import expect
 from training.plan import Facts, RunPlan, choose_freely
 
 # Options with which a plan is another one, and not changed: its length, and the models before and after it.
-LENGTH, ORDER = {"budget_minutes", "max_steps"}, {"students", "teacher"}
+LENGTH, ORDER = {"budget_minutes", "max_steps"}, {"teachers", "teacher"}
 MAX_CHANGES = 4  # named in the line about flags
 
 
@@ -19,8 +19,8 @@ def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Colle
     values, outlook = {**given, **plan.values}, plan.outlook
     shape, why = outlook.shape, plan.reasons
     head = f"plan: {_duration(plan, given)}, {outlook.tokens:,} tokens, {show_epochs(plan.epochs)} epochs"
-    such = expect(facts.train_bytes or 0, outlook.parameters, outlook.tokens, values["students"] > 0)
-    lines = [head + _students(plan, given) + (f"; such runs reached {such}" if such else "")]
+    such = expect(facts.train_bytes or 0, outlook.parameters, outlook.tokens, values["teachers"] > 0)
+    lines = [head + _followers(plan, given) + (f"; such runs reached {such}" if such else "")]
     lines += [f"  text: {facts.text}"] if facts.text else []
     model = (
         f"  model: {shape.n_layer} layers, {shape.n_embd} channels, {shape.n_head} heads, context {shape.block_size}"
@@ -53,15 +53,15 @@ def _duration(plan: RunPlan, given: Mapping[str, Any]) -> str:
     return about if minutes is None else f"{about} of {show_time(60 * minutes)}, as more epochs would be memorized"
 
 
-def _students(plan: RunPlan, given: Mapping[str, Any]) -> str:
+def _followers(plan: RunPlan, given: Mapping[str, Any]) -> str:
     """What follows the run, "" for nothing."""
-    number = {**plan.values, **given}.get("students", 0)
+    number = {**plan.values, **given}.get("teachers", 0)
     if number == 0:
         return ""
-    what = "another model learns" if number == 1 else f"{number} further models learn"
-    why = "" if "students" in given else f" ({plan.reasons['students']})"
+    before, them = ("", "it") if number == 1 else (f"{number - 1} more like it, and ", "them all")
+    why = "" if "teachers" in given else f" ({plan.reasons['teachers']})"
     rest = "" if given.get("budget_minutes") is None else " in the rest"
-    return f"; then {what} from it{rest}{why}"
+    return f"; then {before}another model learns from {them}{rest}{why}"
 
 
 def show_time(seconds: float) -> str:

@@ -92,7 +92,7 @@ def plan_tries(facts: Facts, given: Mapping[str, Any], number: int) -> TryPlan:
 def _plan(facts: Facts, given: Mapping[str, Any], number: int, minutes: float) -> tuple[RunPlan, dict[str, Any], float]:
     """The plan for the winner's part of the time; what is given, with that time; the seconds of all."""
     share = winner_share(number)
-    own = {**given, "budget_minutes": minutes * share, "students": 0}
+    own = {**given, "budget_minutes": minutes * share, "teachers": 0}
     plan = choose_freely(facts, own)
     assert plan.outlook.seconds is not None
     return plan, own, min(60 * minutes, plan.outlook.seconds / share)  # a short text does not need all minutes

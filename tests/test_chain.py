@@ -1,4 +1,4 @@
-"""--students: ordinary runs, one after another, each begun by the command that the one before it printed."""
+"""--teachers: ordinary runs, one after another, each begun by the command that the one before it printed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import train as train_script
 from checkpoint import list_checkpoints, open_latest
 from common.run_directory import newest_run
-from config import students
+from config import chain
 from prepare_data.__main__ import main as prepare
 from tests.test_train import TINY, message_of, read_events, reproducible, tensors_of, train, train_until_cut
 from training.interrupt import STOPPED
@@ -44,17 +44,19 @@ def next_of(out):
 # ---- the order of the runs
 
 
-def test_each_model_learns_from_all_before_it(capsys, small_text):
-    assert train(*FLAGS, f"--data={small_text}", "--run=my runs/x", "--students=2") == 0
+def test_the_last_model_learns_from_all_before_it(capsys, small_text):
+    assert train(*FLAGS, f"--data={small_text}", "--run=my runs/x", "--teachers=2") == 0
     runs = ["x-teacher", "x-teacher-2", "x"]
     assert sorted(path.name for path in Path("my runs").iterdir()) == sorted(runs)
     assert [teachers_of(f"my runs/{run}") for run in runs] == [[], runs[:1], runs[:2]]
     assert [options_of(f"my runs/{run}")["seed"] for run in runs] == [1337, 1338, 1339]
-    assert [options_of(f"my runs/{run}")["students"] for run in runs] == [2, 1, 0]
+    assert [options_of(f"my runs/{run}")["teachers"] for run in runs] == [2, 1, 0]
     assert len({options_of(f"my runs/{run}")["data"] for run in runs[1:]}) == 1
     out = capsys.readouterr().out
     assert out.count("next: python sample.py") == 1
-    assert out.index("now a model") < out.index('next: python sample.py --run="my runs/x"')
+    assert out.count("70% of the targets are its probabilities") == 1
+    lines = ("now another teacher: ", "now a model that learns", 'next: python sample.py --run="my runs/x"')
+    assert sorted(map(out.index, lines)) == [*map(out.index, lines)]
     assert newest_run(Path("my runs")).name == "x"
     assert len(list(Path("data").iterdir())) == 1  # the text is prepared once
 
@@ -63,7 +65,7 @@ def test_without_a_name_the_result_has_the_usual_one(capsys):
     """The data of the preset is that of quickstart, too, but here its name is that of a small dataset."""
     Path("text.txt").write_text("some words and " * 2000)
     assert prepare(["text", "--input=text.txt", "--name=python_stdlib", *FLAGS[-2:]]) == 0
-    assert train(*FLAGS, "--students=1", "--max_steps=2") == 0
+    assert train(*FLAGS, "--teachers=1", "--max_steps=2") == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == ["debug-1", "debug-1-teacher"]
     assert newest_run(Path("runs")).name == "debug-1"
     assert train(*FLAGS, "--max_steps=2") == 0
@@ -72,7 +74,7 @@ def test_without_a_name_the_result_has_the_usual_one(capsys):
 
 @pytest.mark.parametrize("planned", [True, False], ids=["plan", "preset"])
 def test_the_command_that_is_printed_makes_the_same_run(capsys, small_text, planned):
-    flags = (*PLANNED, "--students=1") if planned else (*FLAGS, "--students=1")
+    flags = (*PLANNED, "--teachers=1") if planned else (*FLAGS, "--teachers=1")
     assert train(*flags, f"--data={small_text}", "--run=x") == 0
     argv = next_of(capsys.readouterr().out)
     assert argv[0] == ("--n_layer=1" if planned else str(Path("x-teacher", "config.json")))
@@ -85,7 +87,7 @@ def test_the_command_that_is_printed_makes_the_same_run(capsys, small_text, plan
 @pytest.mark.parametrize("flag", ["--vocab_size=30000", "--tokenizer=bytes", "--val_fraction=0.2", "--split=tail"])
 def test_flags_about_the_text_are_for_the_first_run(small_text, flag):
     """With 30,000 ids asked for, the text gives fewer."""
-    assert train(*PLANNED, "--students=1", f"--data={small_text}", "--run=x", flag) == 0
+    assert train(*PLANNED, "--teachers=1", f"--data={small_text}", "--run=x", flag) == 0
     assert teachers_of("x") == ["x-teacher"]
 
 
@@ -93,25 +95,25 @@ def test_a_pipe_is_read_once(small_text):
     read, write = os.pipe()
     Path("part.txt").write_bytes(small_text.read_bytes()[:20_000])
     threading.Thread(target=lambda: (os.write(write, Path("part.txt").read_bytes()), os.close(write))).start()
-    assert train(*PLANNED, "--students=1", f"--data=/dev/fd/{read}", "--run=x") == 0
+    assert train(*PLANNED, "--teachers=1", f"--data=/dev/fd/{read}", "--run=x") == 0
     assert teachers_of("x") == ["x-teacher"]
 
 
 def test_weights_to_start_from_are_those_of_each_model(small_text):
     assert train(*FLAGS, f"--data={small_text}", "--run=old") == 0
-    flags = ("--max_steps=3", "--keep_share=0", "--students=1", "--run=x", f"--data={small_text}")
+    flags = ("--max_steps=3", "--keep_share=0", "--teachers=1", "--run=x", f"--data={small_text}")
     assert train("--init_from=old", *flags) == 0
     assert all(Path(options_of(run)["init_from"]).name == "old" for run in ("x-teacher", "x"))
 
 
 def test_a_share_of_the_teacher_is_for_the_students(small_text):
-    assert train(*FLAGS, f"--data={small_text}", "--run=x", "--students=1", "--teacher_share=0.5") == 0
+    assert train(*FLAGS, f"--data={small_text}", "--run=x", "--teachers=1", "--teacher_share=0.5") == 0
     assert options_of("x")["teacher_share"] == 0.5
 
 
 def test_the_config_of_a_first_run_repeats_that_run_alone(small_text, capsys):
-    assert train(*FLAGS, f"--data={small_text}", "--run=x", "--students=1") == 0
-    assert "students" not in capsys.readouterr().out.partition("now a model")[2].partition("--students=0")[0]
+    assert train(*FLAGS, f"--data={small_text}", "--run=x", "--teachers=1") == 0
+    assert "teachers" not in capsys.readouterr().out.partition("now a model")[2].partition("--teachers=0")[0]
     assert train("x-teacher/config.json", "--run=again") == 0
     assert tensors_of("again", 20) == tensors_of("x-teacher", 20)
     assert not Path("again-teacher").exists()
@@ -140,11 +142,11 @@ def test_the_time_is_shared_and_what_the_first_leaves_is_the_students(monkeypatc
         return train_script.train_model(argv) if len(trained) == 1 else (STOPPED, [])
 
     flags = [flag for flag in FLAGS if flag != "--max_steps=20"]
-    flags += [f"--data={small_text}", "--students=1", "--schedule=wsd", "--budget_minutes=0.15"]
-    clock = students.time.perf_counter
-    monkeypatch.setattr(students, "end_run", ending_after(60 * used, students.end_run, clock))
-    monkeypatch.setattr(train_script, "end_run", students.end_run)
-    assert students.train_all(stopped, flags) == STOPPED
+    flags += [f"--data={small_text}", "--teachers=1", "--schedule=wsd", "--budget_minutes=0.15"]
+    clock = chain.time.perf_counter
+    monkeypatch.setattr(chain, "end_run", ending_after(60 * used, chain.end_run, clock))
+    monkeypatch.setattr(train_script, "end_run", chain.end_run)
+    assert chain.train_all(stopped, flags) == STOPPED
     assert "budget 0:03: " in capsys.readouterr().out  # a third
     assert f"--budget_minutes={left}" in trained[1]
 
@@ -159,7 +161,7 @@ def ending_after(seconds, end_run, clock):
 
 @pytest.mark.parametrize("how", ["killed", "SIGTERM"])
 def test_a_first_run_that_is_cut_goes_on_to_its_student_from_anywhere(monkeypatch, small_text, how):
-    flags = [*FLAGS, f"--data={small_text}", "--save_interval=4", "--students=1"]
+    flags = [*FLAGS, f"--data={small_text}", "--save_interval=4", "--teachers=1"]
     assert train(*flags, "--run=whole") == 0
     train_until_cut(monkeypatch, how, 13, [*flags, "--run=cut"])
     assert not list_checkpoints(Path("cut"))
@@ -175,7 +177,7 @@ def test_a_first_run_that_is_cut_goes_on_to_its_student_from_anywhere(monkeypatc
 
 
 def test_a_planned_run_that_is_cut_goes_on_to_its_student_from_anywhere(monkeypatch, small_text):
-    flags = [*PLANNED, "--eval_interval=4", f"--data={small_text}", "--students=1", "--run=cut"]
+    flags = [*PLANNED, "--eval_interval=4", f"--data={small_text}", "--teachers=1", "--run=cut"]
     train_until_cut(monkeypatch, "killed", 6, flags)
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
@@ -187,7 +189,7 @@ def test_a_planned_run_that_is_cut_goes_on_to_its_student_from_anywhere(monkeypa
 
 
 def test_a_student_that_is_cut_resumes_as_any_run(monkeypatch, small_text):
-    flags = [*FLAGS, f"--data={small_text}", "--save_interval=4", "--students=1"]
+    flags = [*FLAGS, f"--data={small_text}", "--save_interval=4", "--teachers=1"]
     assert train(*flags, "--run=whole") == 0
     train_until_cut(monkeypatch, "killed", 33, [*flags, "--run=cut"])
     assert train("--resume=cut") == 0
@@ -196,9 +198,9 @@ def test_a_student_that_is_cut_resumes_as_any_run(monkeypatch, small_text):
 
 def test_a_student_that_had_not_begun_is_begun_by_its_teacher(monkeypatch, small_text):
     """Ctrl-C after the last step of the first run, or while the second one is planned and compiled."""
-    flags = [*FLAGS, f"--data={small_text}", "--students=1", "--run=x"]
+    flags = [*FLAGS, f"--data={small_text}", "--teachers=1", "--run=x"]
     with monkeypatch.context() as patch:
-        patch.setattr(students, "release_memory", interrupt)
+        patch.setattr(chain, "release_memory", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(*flags)
     assert open_latest(Path("x-teacher")).step == 20
@@ -212,7 +214,7 @@ def interrupt():
 
 
 def test_a_student_that_exists_is_named_and_not_begun_again(capsys, small_text):
-    assert train(*FLAGS, f"--data={small_text}", "--run=x", "--students=1") == 0
+    assert train(*FLAGS, f"--data={small_text}", "--run=x", "--teachers=1") == 0
     capsys.readouterr()
     for more in ((), ("--max_steps=24",)):
         assert train("--resume=x-teacher", *more) == 0
@@ -221,20 +223,20 @@ def test_a_student_that_exists_is_named_and_not_begun_again(capsys, small_text):
 
 
 def test_a_resumed_run_may_have_fewer_students_and_not_more(monkeypatch, small_text, capsys):
-    flags = [*FLAGS, f"--data={small_text}", "--save_interval=4", "--students=1", "--run=cut"]
+    flags = [*FLAGS, f"--data={small_text}", "--save_interval=4", "--teachers=1", "--run=cut"]
     train_until_cut(monkeypatch, "killed", 13, flags)
     assert "was started with 1, and a resumed one can only have fewer" in message_of(
-        "--resume=cut-teacher", "--students=2"
+        "--resume=cut-teacher", "--teachers=2"
     )
-    assert train("--resume=cut-teacher", "--students=0") == 0
+    assert train("--resume=cut-teacher", "--teachers=0") == 0
     assert not list_checkpoints(Path("cut"))
     assert "next: python sample.py" in capsys.readouterr().out
     assert train(*FLAGS, f"--data={small_text}", "--run=alone") == 0
-    assert "a new run learns from it with --teacher=alone" in message_of("--resume=alone", "--students=1")
+    assert "a new run learns from it with --teacher=alone" in message_of("--resume=alone", "--teachers=1")
 
 
 def test_a_first_run_that_fails_has_no_student(small_text):
-    flags = [*FLAGS, f"--data={small_text}", "--run=x", "--students=1"]
+    flags = [*FLAGS, f"--data={small_text}", "--run=x", "--teachers=1"]
     assert "no finite gradient" in message_of(*flags, "--learning_rate=1e30", "--grad_clip=none", "--warmup_steps=0")
     assert not list_checkpoints(Path("x"))
 
@@ -245,10 +247,10 @@ def test_a_first_run_that_fails_has_no_student(small_text):
 def test_a_directory_in_use_is_refused_and_one_beside_it_left_alone(small_text):
     assert train(*FLAGS, f"--data={small_text}", "--run=x-teacher") == 0
     kept = tensors_of("x-teacher", 20)
-    assert train(*FLAGS, f"--data={small_text}", "--run=x", "--students=1") == 0
+    assert train(*FLAGS, f"--data={small_text}", "--run=x", "--teachers=1") == 0
     assert teachers_of("x") == ["x-teacher-2"]
     assert tensors_of("x-teacher", 20) == kept
-    message = message_of(*FLAGS, f"--data={small_text}", "--run=x", "--students=1")
+    message = message_of(*FLAGS, f"--data={small_text}", "--run=x", "--teachers=1")
     assert "--run=x holds a run already" in message
     assert not Path("x-teacher-3").exists()
 
@@ -256,10 +258,10 @@ def test_a_directory_in_use_is_refused_and_one_beside_it_left_alone(small_text):
 def test_here_is_a_directory_too(monkeypatch, small_text):
     Path("here").mkdir()
     monkeypatch.chdir("here")
-    assert train(*FLAGS, f"--data={small_text}", "--data_dir=../data", "--run=.", "--students=1") == 0
+    assert train(*FLAGS, f"--data={small_text}", "--data_dir=../data", "--run=.", "--teachers=1") == 0
     assert teachers_of(".") == ["here-teacher"]
 
 
 def test_nothing_is_made_by_a_plan(small_text):
-    assert train(*PLANNED, f"--data={small_text}", "--run=x", "--students=1", "--plan") == 0
+    assert train(*PLANNED, f"--data={small_text}", "--run=x", "--teachers=1", "--plan") == 0
     assert not Path("x").exists()

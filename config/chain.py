@@ -1,9 +1,9 @@
-"""--students: models that follow the model of a run, one after another, each of which learns from all before it.
+"""--teachers: models that are trained before the model of a run, one after another, from which it then learns.
 
 Each is an ordinary run, begun in the same process by the command that its predecessor prints. That has the flags of the
-first command, or, where there were presets, config.json of the predecessor; then the prepared text, one --teacher more,
-one student fewer, another seed, and what is left of the time. The last run has the directory RUN, those before it
-RUN-teacher, RUN-teacher-2 …
+first command, or, where there were presets, config.json of the predecessor; then the prepared text, one teacher fewer,
+one --teacher more, another seed, and what is left of the time. A run with --teachers only hands its --teacher on; the
+last one, which has none, learns from them all. It has the directory RUN, those before it RUN-teacher, RUN-teacher-2 …
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ def train_all(train: Callable[[Sequence[str]], tuple[int, list[str]]], argv: Seq
 
 
 def share_time(start: Start, before: Start) -> Start:
-    """The start of a new run with the part of the time that its students leave it, where the plan has not done that
-    already, and with what follows it. before: the start without a plan."""
-    students = start.options.section(TrainOptions).students
-    if students == 0 or start.resumed is not None:
+    """The start of a new run with its part of the time, where it is trained before others and the plan has not done
+    that already, and with what follows it. before: the start without a plan."""
+    teachers = start.options.section(TrainOptions).teachers
+    if teachers == 0 or start.resumed is not None:
         return start
     minutes = before.options.section(TrainOptions).budget_minutes
     chain = Chain("", None if start.options.presets else passed_on(start.argv, start.options), minutes)
     if minutes is not None and not start.needs_plan:
-        options = config.replace(start.options, budget_minutes=minutes * own_share(students))
+        options = config.replace(start.options, budget_minutes=minutes * own_share(teachers))
         start = replace(start, options=options)
     return replace(start, chain=chain, began=time.perf_counter())
 
 
 def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, Path]:
-    """The directory of the run, locked in `stack` where it is new; with students, that of the last one is made, too.
-    Raises UserError."""
+    """The directory of the run, locked in `stack` where it is new; where others follow, that of the last one is made,
+    too. Raises UserError."""
     run, name = start.options.section(RunOptions).run, start.default_name(dataset)
     if start.chain is not None and start.resumed is None:
         last = claim_run(run, name)
@@ -84,18 +84,17 @@ def end_run(start: Start, run: Path, dataset: Dataset, state: TrainState, budget
             log(f"{name} learns from this run; to go on with it: python train.py --resume={quote(name)}")
         else:
             argv = next_argv(start, chain, run, dataset)
-    return log_end(run, state, budget, argv, has_teacher=bool(start.teachers)), argv
+    return log_end(run, state, budget, argv, has_teacher=bool(start.learns_from)), argv
 
 
 def next_argv(start: Start, chain: Chain, run: Path, dataset: Dataset) -> list[str]:
     """The arguments of train.py that begin the run after `run`."""
-    students = start.options.section(TrainOptions).students
-    teachers = [*(str(teacher.path) for teacher in start.teachers), str(run)]
+    teachers = start.options.section(TrainOptions).teachers
     flags = [f"--data={_shown(dataset.folder)}", f"--run={_shown(chain.run)}"]
-    flags += [f"--teacher={_shown(path)}" for path in teachers]
-    flags += [f"--students={students - 1}", f"--seed={start.options.section(RunOptions).seed + 1}"]
+    flags += [f"--teacher={_shown(path)}" for path in (*(teacher.path for teacher in start.teachers), run)]
+    flags += [f"--teachers={teachers - 1}", f"--seed={start.options.section(RunOptions).seed + 1}"]
     if chain.minutes is not None:
-        own = chain.minutes * own_share(students)
+        own = chain.minutes * own_share(teachers)
         used = own if start.resumed else (time.perf_counter() - start.began) / 60
         flags.append(f"--budget_minutes={max(chain.minutes - used, own):.3g}")
     if chain.arguments is not None:
@@ -114,7 +113,7 @@ def log_teachers(start: Start, state: TrainState, dataset: Dataset) -> None:
     """Logs the val losses of the teachers beside that of the run, where they are of the same tokens."""
     best = min((entry["val_loss"] for entry in state.progress.history), default=math.inf)
     same = dataset.fingerprint, start.options.section(EvalOptions).eval_tokens
-    for teacher in start.teachers:
+    for teacher in start.learns_from:
         stored = teacher.state() or {}
         loss, name = stored.get("val_loss"), quote(_shown(run_of(teacher.path) or teacher.path))
         if loss is None or (stored["dataset"]["fingerprint"], stored["options"]["eval_tokens"]) != same:

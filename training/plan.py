@@ -36,6 +36,7 @@ TEACHER_EPOCHS, TEACHER_MINUTES = 20.0, 3.0  # of one model alone, from which on
 HALF = 0.5  # of a shorter time: where one model takes less, there is time for another one, too
 ALL = 0.95  # of the epochs: a step or two may be missing
 MORE_TEACHERS = (4, 2)  # where the time suffices for as many, and for all epochs of all models
+UNASKED_MINUTES = 30.0  # that time where none is given
 FIRST_EPOCHS = 20.0  # of a teacher at most
 STUDENT_TOKENS = 1.5  # TOKENS_PER_PARAMETER of a model with teachers, of which a token tells more
 TEACHER_COST = 0.5  # of a pass: what each teacher adds to it
@@ -241,7 +242,7 @@ def choose_teachers(facts: Facts, given: Mapping[str, Any]) -> tuple[int, str]:
         each = choose_outlook(facts, {**given, "teachers": number, **_own_minutes(number, given)})
         is_whole = min(epochs / MAX_EPOCHS, each.tokens / facts.train_tokens / FIRST_EPOCHS) > ALL
         takes = number * (each.seconds or 0.0) + (1 + TEACHER_COST * number) * seconds
-        if is_whole and takes <= 60 * (PATIENT_MINUTES if minutes is None else minutes):
+        if is_whole and takes <= 60 * (UNASKED_MINUTES if minutes is None else minutes):
             return number, why
     return 1, why
 

@@ -162,7 +162,9 @@ def profile_training(
 ) -> None:
     device, tiny = x.device, result["smoke"]
     warm_up, timed, profiled = (1, 1, 1) if tiny else (WARM_UP, WALL_STEPS, STEPS)
-    side = train_speed.make_ours(preset, "triton", not tiny, tiny)  # compiling takes most of a trial
+    side = train_speed.make_ours(
+        preset, "triton", "eager" if tiny else "compiled", tiny
+    )  # compiling takes most of a trial
     step = train_speed.make_step(side, x, y)
     begin = time.perf_counter()
     for _ in range(warm_up):

@@ -7,7 +7,7 @@
 
 A step is train.py's with one micro-batch (--rows, 32 of 1,024 tokens): forward and backward under bfloat16 autocast,
 gradient clipping, one wait for the device, the preset's optimizer (modern_124m: Muon). `eager` or `compiled`: the model
-as it is, or by torch.compile. The peers' models get the same step, AdamW and data, so only the models differ. nanoGPT
+as it is, or by torch.compile; `recorded`: compiled, and its steps replayed as CUDA graphs. The peers' models get the same step, AdamW and data, so only the models differ. nanoGPT
 pads its vocabulary to 50,304 as its train.py does; llm.c's attention is SDPA as with its --flash=1. The sides take
 turns in blocks of steps, in reverse order in every other round. A side that runs out of memory is reported with the
 reason. DIR/DATE-train_speed.json is written after each side and each round.
@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,13 @@ from bench.gpu import (  # noqa: E402
 )
 from bench.hardware import RESULTS, commit_of, hardware, new_result, save_results  # noqa: E402
 from bench.peer import import_model  # noqa: E402
+from common.cuda_graphs import Recorder  # noqa: E402
 from common.hardware import vendor_flops  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, AttentionPath, GPTConfig  # noqa: E402
 from training.optim import clip_gradients, make_optimizer  # noqa: E402
 from training.options import OptimizerOptions  # noqa: E402
+from training.step_graphs import WARM_UP  # noqa: E402
 
 MODERN: dict[str, Any] = {
     "n_hidden": 2048,
@@ -71,7 +74,7 @@ MODERN: dict[str, Any] = {
 # As in config/, which needs more packages.
 PRESETS = {"gpt2_124m": GPTConfig(), "modern_124m": GPTConfig(**MODERN)}
 OPTIMIZERS = {"modern_124m": OptimizerOptions(optimizer="muon")}  # others: AdamW
-MODES = ("compiled", "eager")  # in this order: a run uses compiled steps
+MODES = ("recorded", "compiled", "eager")  # in this order: a run uses compiled steps, recorded as CUDA graphs
 COMPILE_SHARE = 0.6  # of the time at most goes into compiling ahead; what is not complete then is lost
 START_SHARE = 0.75  # of the time: after it no further side is started, so that those that are warm get their rounds
 PEER_VOCABULARY = {"nanogpt": 50_304, "llmc": 50_257}
@@ -87,6 +90,7 @@ class Side:
     shape: GPTConfig  # depth, width and context, by which FLOP are counted
     compiled: bool
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    recorded: bool = False
 
 
 def make_sides(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
@@ -95,19 +99,20 @@ def make_sides(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
     for mode in arguments.modes:
         for preset in arguments.presets:
             for path in arguments.attention:
-                build = partial(make_ours, preset, path, mode == "compiled", arguments.smoke)
-                sides[f"{preset}, {path}, {mode}"] = build
+                if mode == "recorded" and path != "triton":
+                    continue
+                sides[f"{preset}, {path}, {mode}"] = partial(make_ours, preset, path, mode, arguments.smoke)
         for name, checkout, file in (
             ("nanogpt", arguments.peer_nanogpt, "model.py"),
             ("llmc", arguments.peer_llmc, "train_gpt2.py"),
         ):
-            if checkout is not None:
+            if checkout is not None and mode != "recorded":
                 module = import_model(checkout, file, name)
                 sides[f"{name}, {mode}"] = partial(make_peer, name, module, mode == "compiled", arguments.smoke)
     return sides
 
 
-def make_ours(preset: str, attention: AttentionPath, compiled: bool, tiny: bool) -> Side:
+def make_ours(preset: str, attention: AttentionPath, mode: str, tiny: bool) -> Side:
     shape = replace(PRESETS[preset], **TINY, n_hidden=64) if tiny else PRESETS[preset]
     optimizer = OPTIMIZERS.get(preset, OptimizerOptions())
 
@@ -115,7 +120,7 @@ def make_ours(preset: str, attention: AttentionPath, compiled: bool, tiny: bool)
         total: Tensor = model(x, y, reduction="sum")
         return total / y.numel()
 
-    return Side(GPT(shape, attention=attention), loss, shape, compiled, optimizer)
+    return Side(GPT(shape, attention=attention), loss, shape, mode != "eager", optimizer, mode == "recorded")
 
 
 def make_peer(name: str, module: Any, compiled: bool, tiny: bool) -> Side:
@@ -140,17 +145,39 @@ def make_step(side: Side, x: Tensor, y: Tensor, backend: Any = None) -> Callable
         backend = backend or ("inductor" if x.device.type == "cuda" else "aot_eager")
         model = torch.compile(side.model, dynamic=False, backend=backend)
 
-    def step() -> float:
+    def gradients() -> Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             loss = side.loss(model, x, y)
         loss.backward()
         norm = clip_gradients(side.model.parameters(), side.optimizer.grad_clip)
-        mean, _ = torch.stack((loss.detach(), norm.to(loss.dtype))).tolist()  # waits for the device, as train.py does
+        return torch.stack((loss.detach(), norm.to(loss.dtype)))
+
+    def step() -> float:
+        mean, _ = gradients().tolist()  # waits for the device, as train.py does
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(mean)
 
-    return step
+    return recorded(step, gradients, optimizer.step, x.device) if side.recorded and x.device.type == "cuda" else step
+
+
+def recorded(
+    step: Callable[[], float], gradients: Callable[[], Tensor], update: Callable[[], None], device: torch.device
+) -> Callable[[], float]:
+    """`step` for the first times, then its two parts recorded, as training/step_graphs.py does it."""
+    recorder, replays, calls = Recorder(device), list[Callable[[], Any]](), count(1)
+
+    def replayed() -> float:
+        if not replays and next(calls) <= WARM_UP:
+            with recorder.on_stream():
+                return step()
+        if not replays:
+            replays.extend(recorder.record(part) for part in (gradients, update))
+        mean, _ = replays[0]().tolist()
+        replays[1]()
+        return float(mean)
+
+    return replayed
 
 
 # ---- Compiling ahead -------------------------------------------------------------------------------------------------
@@ -274,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     ids = torch.randint(GPTConfig().vocab_size - 1, (B, T + 1)).to(device)  # without the last id, which ends documents
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     if arguments.compile_only:
-        compile_only(make_ours(arguments.presets[0], arguments.attention[0], True, arguments.smoke), x, y)
+        compile_only(make_ours(arguments.presets[0], arguments.attention[0], "compiled", arguments.smoke), x, y)
         return 0
     facts, peaks = {**hardware(), **card(device)}, ceilings(device)
     print({**facts, **peaks})
@@ -301,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         if path is not None:
             save_results(path, {**result, "sides": measured.figures, "unavailable": measured.refused})
 
-    if "compiled" in arguments.modes and not arguments.smoke:
+    if arguments.modes != ["eager"] and not arguments.smoke:
         compile_ahead(arguments, COMPILE_SHARE * deadline.left())
         lower_both_passes()
     steps = 1 if arguments.smoke else arguments.steps
@@ -346,7 +373,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the figures (default: bench/results)")
     parser.add_argument("--presets", default=",".join(PRESETS), help="presets of Sprout, separated by commas")
     parser.add_argument("--attention", default="triton,sdpa", help="triton, sdpa, or both")
-    parser.add_argument("--modes", default=",".join(MODES), help="eager, compiled, or both")
+    parser.add_argument("--modes", default=",".join(MODES), help="some of recorded, compiled, eager")
     parser.add_argument("--launches", type=Path, help="use the launches of this result of bench/tune_attention.py")
     parser.add_argument("--peer-nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--peer-llmc", type=Path, help="a checkout of llm.c")

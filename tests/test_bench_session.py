@@ -485,7 +485,7 @@ def test_compiling_ahead_compiles_both_passes_and_runs_nothing(monkeypatch):
 
     compiled = []
     monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, **options: compiled.append(graph))
-    side = train_speed.make_ours("modern_124m", "sdpa", compiled=True, tiny=True)
+    side = train_speed.make_ours("modern_124m", "sdpa", "compiled", tiny=True)
     before = side.model.embed.weight.clone()
     x = torch.zeros(2, 32, dtype=torch.int64)
     with functorch_config.patch(force_non_lazy_backward_lowering=False):

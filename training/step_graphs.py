@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from common.memory import is_out_of_memory, release_memory
 from training.data import MicroBatch
 from training.metrics import log
 from training.optim import Optimizer
-from training.state import TrainState
+
+if TYPE_CHECKING:
+    from training.state import TrainState  # which needs more packages than GPU machines have
 
 T = TypeVar("T")
 Gradients = Callable[[Sequence[MicroBatch], int | Tensor], Tensor]

@@ -218,6 +218,12 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return list(dict(_complete_paths(run_dir)).values())
 
 
+def teacher_runs(run: Path) -> list[Path]:
+    """The runs RUN-teacher, RUN-teacher-2 … beside a run that have a checkpoint, in this order."""
+    beside = run.parent.glob(f"{glob.escape(run.name)}-teacher*")
+    return [path for path in sorted(beside, key=lambda path: (len(path.name), path.name)) if list_checkpoints(path)]
+
+
 def find_checkpoint(run_dir: Path, which: str) -> Path:
     """The checkpoint `latest`, `best` or `step-N` of a run. Raises UserError if there is none.
 
@@ -253,8 +259,7 @@ def _no_checkpoint(path: Path) -> str:
         return f"the run {path} {kind}; train first: python train.py --run={name if not path.exists() else 'NEW_NAME'}"
     if (path / "tries").is_dir():
         return f"the settings of the run {path} are still being tried: repeat the command with --try that began it"
-    beside = sorted(path.parent.glob(f"{glob.escape(path.name)}-teacher*"))
-    if teachers := [other for other in beside if list_checkpoints(other)]:
+    if teachers := teacher_runs(path):
         resume = f"python train.py --resume={quote(str(teachers[-1]))}"
         return f"the run {path} has no checkpoint yet; {teachers[-1]}, from which it learns, goes on to it: {resume}"
     if (path / CONFIG).is_file():

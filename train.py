@@ -84,8 +84,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         options = config.replace(start.options, **values)
         train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
         seed, block_size = options.section(RunOptions).seed, model_config.block_size
-        prompt = choose_prompt(dataset, evals)
-        rows, size = train.tokens_per_step // block_size, int(train.micro_batch_size)
+        prompt, rows = choose_prompt(dataset, evals), train.tokens_per_step // block_size
         batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
         # ---- model
         initial = values["attention"], seed, start.source
@@ -96,7 +95,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         score_text = partial(evaluate, model, token_bytes=dataset.tokenizer.token_bytes, autocast=hardware.autocast)
         score = partial(score_text, dataset.val)
         if evals.eval_only:
-            return setup.print_evaluation(start.source, score(rows=size)), []
+            return setup.print_evaluation(start.source, score(rows=batches.size)), []
         # ---- optimizer, and the rest of what a checkpoint holds
         stop = stack.enter_context(StopRequest())
         start, run = open_run(start, dataset, stack)
@@ -110,9 +109,9 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         sample = setup.make_sampler(partial(sample_texts, model, dataset.tokenizer, prompt), evals, hardware)
         # ---- length: a number of steps, or a time
         if "micro_batch_size" in reasons and state.step == 0:
-            batches.size = fit_micro_batch(size, model, hardware)
+            batches.size = fit_micro_batch(batches.size, model, hardware)
         started, fits = time.perf_counter(), partial(until_it_fits, batches, state, "micro_batch_size" not in reasons)
-        forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.learns_from, train, hardware))
+        forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.teachers, train, hardware))
         gradients = partial(calculate_gradients, forward, state, hardware, train.label_smoothing, optim.grad_clip)
         steps = setup.make_step(gradients, state, train, hardware)
         step = partial(fits, lambda: update(*steps, state, batches(state.step)))

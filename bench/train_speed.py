@@ -7,10 +7,11 @@
 
 A step is train.py's with one micro-batch (--rows, 32 of 1,024 tokens): forward and backward under bfloat16 autocast,
 gradient clipping, one wait for the device, the preset's optimizer (modern_124m: Muon). `eager` or `compiled`: the model
-as it is, or by torch.compile; `recorded`: compiled, and its steps replayed as CUDA graphs. The peers' models get the same step, AdamW and data, so only the models differ. nanoGPT
-pads its vocabulary to 50,304 as its train.py does; llm.c's attention is SDPA as with its --flash=1. The sides take
-turns in blocks of steps, in reverse order in every other round. A side that runs out of memory is reported with the
-reason. DIR/DATE-train_speed.json is written after each side and each round.
+as it is, or by torch.compile; `recorded`: compiled, and its steps replayed as CUDA graphs. The peers' models get the
+same step, AdamW and data, so only the models differ. nanoGPT pads its vocabulary to 50,304 as its train.py does;
+llm.c's attention is SDPA as with its --flash=1. The sides take turns in blocks of steps, in reverse order in every
+other round. A side that runs out of memory is reported with the reason. DIR/DATE-train_speed.json is written after each
+side and each round.
 
 FLOP of a token: 6 · N + 12 · n_layer · T · C, where N counts all parameters except the table of positions. `of_matmul`
 is the rate relative to a large square bfloat16 product measured in the same run, `mfu` relative to the vendor's figure.

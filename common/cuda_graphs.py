@@ -34,12 +34,17 @@ class Recorder:
         """A function that repeats `work` on the same memory, and returns the tensors that `work` returned here. Nothing
         is computed yet. Raises RuntimeError where `work` waits for the device."""
         graph: Any = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream(self.device)
         # thread_local: other threads, as one that reads training data, may use the GPU meanwhile
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
-        ):
-            result = work()
+        try:
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                result = work()
+        except RuntimeError:
+            torch.cuda.set_stream(before)  # torch leaves the other one where the end of the recording fails, too
+            raise
 
         def replay() -> T:
             graph.replay()

@@ -291,7 +291,7 @@ def _field_docstrings(section: type) -> dict[str, str]:
 def no_such_option(name: str, names: Iterable[str], flag: str = "") -> str:
     """The message for an unknown option: that it was removed, or the nearest of `names`."""
     if name in RETIRED:
-        return "this option was removed; leave it out"
+        return f"this option was removed; {'see --teachers' if name == 'students' else 'leave it out'}"
     return f"no such option{did_you_mean(name, names, flag)}"
 
 

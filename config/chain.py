@@ -2,8 +2,8 @@
 
 Each is an ordinary run, begun in the same process by the command that its predecessor prints. That has the flags of the
 first command, or, where there were presets, config.json of the predecessor; then the prepared text, one teacher fewer,
-one --teacher more, another seed, and what is left of the time. A run with --teachers only hands its --teacher on; the
-last one, which has none, learns from them all. It has the directory RUN, those before it RUN-teacher, RUN-teacher-2 …
+one --teacher more, another seed, and what is left of the time. A run with --teachers hands its --teacher on; the last
+one, without, learns from them all. It has the directory RUN, those before it RUN-teacher, RUN-teacher-2 …
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import config
-from checkpoint import list_checkpoints, run_of
+from checkpoint import list_checkpoints, open_latest, run_of, teacher_runs
 from common.memory import release_memory
+from common.option import show
 from common.options import RunOptions
 from common.run_directory import claim_run
 from config.start import Chain, Start, passed_on
@@ -51,7 +52,10 @@ def share_time(start: Start, before: Start) -> Start:
     if teachers == 0 or start.resumed is not None:
         return start
     minutes = before.options.section(TrainOptions).budget_minutes
-    chain = Chain("", None if start.options.presets else passed_on(start.argv, start.options), minutes)
+    arguments = None if start.options.presets else passed_on(start.argv, start.options)
+    length = ["decay_steps"] + ["max_steps"] * (minutes is None)
+    flags = [f"--{name}={show(start.options.values[name])}" for name in length]
+    chain = Chain("", arguments, flags, minutes, [str(teacher.path.resolve()) for teacher in start.handed_on])
     if minutes is not None and not start.needs_plan:
         options = config.replace(start.options, budget_minutes=minutes * own_share(teachers))
         start = replace(start, options=options)
@@ -79,19 +83,32 @@ def end_run(start: Start, run: Path, dataset: Dataset, state: TrainState, budget
     if state.is_finished:
         log_teachers(start, state, dataset)
     if state.is_finished and chain is not None:
-        if list_checkpoints(Path(chain.run)):
-            name = _shown(chain.run)
-            log(f"{name} learns from this run; to go on with it: python train.py --resume={quote(name)}")
+        if (follows := following(run, chain)) is not None:
+            name = _shown(follows)
+            log(f"{name} follows this run; to go on with it: python train.py --resume={quote(name)}")
         else:
             argv = next_argv(start, chain, run, dataset)
-    return log_end(run, state, budget, argv, has_teacher=bool(start.learns_from)), argv
+    return log_end(run, state, budget, argv, has_teacher=bool(start.teachers)), argv
+
+
+def following(run: Path, chain: Chain) -> Path | None:
+    """The directory of the run that was begun after `run`, where that has a checkpoint."""
+    last = Path(chain.run)
+    if list_checkpoints(last):
+        return last
+    for other in teacher_runs(last):
+        known = open_latest(other).state.get("chain") or {"run": None, "teachers": []}
+        runs = [run_of(Path(path)) for path in known["teachers"]]
+        if known["run"] == chain.run and run.resolve() in [path.resolve() for path in runs if path is not None]:
+            return other
+    return None
 
 
 def next_argv(start: Start, chain: Chain, run: Path, dataset: Dataset) -> list[str]:
     """The arguments of train.py that begin the run after `run`."""
     teachers = start.options.section(TrainOptions).teachers
     flags = [f"--data={_shown(dataset.folder)}", f"--run={_shown(chain.run)}"]
-    flags += [f"--teacher={_shown(path)}" for path in (*(teacher.path for teacher in start.teachers), run)]
+    flags += [f"--teacher={_shown(path)}" for path in [*chain.teachers, str(run)]]
     flags += [f"--teachers={teachers - 1}", f"--seed={start.options.section(RunOptions).seed + 1}"]
     if chain.minutes is not None:
         own = chain.minutes * own_share(teachers)
@@ -100,7 +117,7 @@ def next_argv(start: Start, chain: Chain, run: Path, dataset: Dataset) -> list[s
     if chain.arguments is not None:
         return [*chain.arguments, *flags]
     wandb = start.options.section(LoggingOptions).wandb  # which config.json does not pass on
-    return [_shown(run / "config.json"), *([f"--wandb={wandb}"] if wandb else []), *flags]
+    return [_shown(run / "config.json"), *chain.length, *([f"--wandb={wandb}"] if wandb else []), *flags]
 
 
 def _shown(path: str | Path) -> str:
@@ -113,7 +130,7 @@ def log_teachers(start: Start, state: TrainState, dataset: Dataset) -> None:
     """Logs the val losses of the teachers beside that of the run, where they are of the same tokens."""
     best = min((entry["val_loss"] for entry in state.progress.history), default=math.inf)
     same = dataset.fingerprint, start.options.section(EvalOptions).eval_tokens
-    for teacher in start.learns_from:
+    for teacher in start.teachers:
         stored = teacher.state() or {}
         loss, name = stored.get("val_loss"), quote(_shown(run_of(teacher.path) or teacher.path))
         if loss is None or (stored["dataset"]["fingerprint"], stored["options"]["eval_tokens"]) != same:

@@ -28,6 +28,7 @@ from training.kept_text import KeptText, open_kept
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 from training.plan_lines import describe
 from training.step_cost import StepCost, free_bytes
+from training.teachers import check_context
 
 # Options that existing weights determine, or a prepared dataset.
 TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
@@ -40,6 +41,8 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptTex
     dataset = open_dataset(start, planning, hardware)
     start = share_time(start if planning is None else planning.choose(dataset), start)
     train, block_size = start.options.section(TrainOptions), start.options.section(GPTConfig).block_size
+    for teacher in (*start.teachers, *start.handed_on):
+        check_context(teacher, block_size)
     data, prepare = start.options.section(RunOptions).data, start.options.section(PrepareOptions)
     setup.check_size(dataset, data, train, block_size, start.argv, start.source is not None)
     if start.options.section(EvalOptions).eval_only:
@@ -72,7 +75,10 @@ class Planning:
         if start.with_tokenizer is not None:
             names |= {*TOKENIZER}
         self.given = {name: start.options.values[name] for name in names}
-        self.options = config.replace(start.options, **rules.first_values(self.given))
+        contexts = [teacher.config["block_size"] for teacher in (*start.teachers, *start.handed_on)]
+        if "block_size" not in names and contexts and min(contexts) < rules.CONTEXT:
+            self.given["block_size"] = min(contexts)
+        self.options = config.replace(start.options, **self.given, **rules.first_values(self.given))
 
     def prepare(self, counts: Counts) -> PrepareOptions:
         """How the text is prepared. Raises UserError where it is too short."""
@@ -157,7 +163,7 @@ class Planning:
         compiles = train.compile
         if compiles == "auto":
             compiles = find_obstacle(hardware) is None and saves * seconds > takes
-        teachers = [section_from(GPTConfig, teacher.config) for teacher in self.start.learns_from]
+        teachers = [section_from(GPTConfig, teacher.config) for teacher in self.start.teachers]
         saves = saves if compiles else 0.0
         cost = StepCost(model, options.section(OptimizerOptions), hardware, path, saves, teachers, train.cuda_graphs)
         if self.given.get("max_steps") is None:

@@ -40,12 +40,15 @@ OF_ONE_RUN |= {*option_names(PrepareOptions)} - {"data_dir"}
 @dataclass(frozen=True)
 class Chain:
     """The runs that follow this one (--teachers), as its state.json holds them. run: directory of the last one, ""
-    until it is made. arguments: of the next one's command; None: config.json of this one has its options.
-    minutes: a time budget of this one and all that follow."""
+    until it is made. arguments: of the next one's command; None: config.json of this one has its options, but for
+    length: flags that its own course changes there. minutes: a time budget of this one and all that follow. teachers:
+    weights from which the last one learns beside those of the runs from this one on."""
 
     run: str
     arguments: list[str] | None
+    length: list[str]
     minutes: float | None
+    teachers: list[str]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Start:
     initial: ModelFolder | None = None
     teachers: list[ModelFolder] = field(default_factory=list)
     """Trained models to learn from, of --teacher."""
+    handed_on: list[ModelFolder] = field(default_factory=list)
+    """The same of a run that others follow: the last of them learns from these."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Reasons of the automatic choices that a resumed run keeps, by option."""
     argv: list[str] = field(default_factory=list)
@@ -72,14 +77,9 @@ class Start:
         return self.resumed or self.initial
 
     @property
-    def learns_from(self) -> list[ModelFolder]:
-        """The teachers of this run; one that is trained before others leaves them to the last of these."""
-        return [] if self.options.section(TrainOptions).teachers > 0 else self.teachers
-
-    @property
     def with_tokenizer(self) -> ModelFolder | None:
         """The model whose tokenizer a new run takes, if there is one."""
-        return self.initial or next(iter(self.teachers), None)
+        return self.initial or next(iter([*self.teachers, *self.handed_on]), None)
 
     @property
     def stored(self) -> dict[str, Any] | None:
@@ -188,6 +188,8 @@ def with_teachers(start: Start) -> Start:
         return start
     vocabulary = {"vocab_size": teachers[0].config.get("vocab_size")}
     options = with_model_options(start.options, f"--teacher={given[0]}", vocabulary, teachers[0].tokenizer)
+    if options.section(TrainOptions).teachers > 0:
+        return replace(start, options=config.replace(options, teacher=()), handed_on=teachers)
     options = config.replace(options, teacher=tuple(str(teacher.path.resolve()) for teacher in teachers))
     return replace(start, options=options, teachers=teachers)
 

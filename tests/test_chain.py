@@ -48,7 +48,7 @@ def test_the_last_model_learns_from_all_before_it(capsys, small_text):
     assert train(*FLAGS, f"--data={small_text}", "--run=my runs/x", "--teachers=2") == 0
     runs = ["x-teacher", "x-teacher-2", "x"]
     assert sorted(path.name for path in Path("my runs").iterdir()) == sorted(runs)
-    assert [teachers_of(f"my runs/{run}") for run in runs] == [[], runs[:1], runs[:2]]
+    assert [teachers_of(f"my runs/{run}") for run in runs] == [[], [], runs[:2]]
     assert [options_of(f"my runs/{run}")["seed"] for run in runs] == [1337, 1338, 1339]
     assert [options_of(f"my runs/{run}")["teachers"] for run in runs] == [2, 1, 0]
     assert len({options_of(f"my runs/{run}")["data"] for run in runs[1:]}) == 1
@@ -128,6 +128,37 @@ def test_the_losses_of_the_teachers_stand_beside_the_student(capsys, small_text)
     assert f"{worse} --run=teacher\n" in capsys.readouterr().out
     assert train(*flags, "--run=longer", "--teacher=student", "--max_steps=60") == 0
     assert "the teacher is better" not in capsys.readouterr().out
+
+
+def test_teachers_that_exist_are_those_of_the_last_run_alone(small_text, capsys):
+    """The runs before it neither learn from them nor need them, and repeat without them."""
+    assert train(*FLAGS, f"--data={small_text}", "--run=old") == 0
+    assert train(*FLAGS, f"--data={small_text}", "--run=x", "--teacher=old", "--teachers=2") == 0
+    assert [teachers_of(run) for run in ("x-teacher", "x-teacher-2", "x")] == [
+        [],
+        [],
+        ["old", "x-teacher", "x-teacher-2"],
+    ]
+    assert train("x-teacher-2/config.json", "--run=again", "--seed=1338") == 0
+    assert tensors_of("again", 20) == tensors_of("x-teacher-2", 20)
+
+
+def test_a_teacher_with_a_short_context_is_refused_before_anything_is_trained(small_text):
+    assert train(*FLAGS, f"--data={small_text}", "--run=short") == 0
+    flags = ("--run=x", "--teacher=short", "--teachers=1", "--block_size=64", "--tokens_per_step=256")
+    message = message_of(*FLAGS, f"--data={small_text}", *flags)
+    assert "its context of 32 is shorter than --block_size=64" in message
+    assert not Path("x-teacher").exists()
+
+
+def test_the_course_of_a_first_run_is_not_the_length_of_the_next(small_text):
+    """With presets, whose options the next run has from config.json of the one before."""
+    flags = [flag for flag in FLAGS if not flag.startswith("--max_steps")]
+    flags += [f"--data={small_text}", "--schedule=wsd", "--max_steps=none", "--patience=1", "--eval_interval=4"]
+    assert train(*flags, "--run=x", "--teachers=1", "--learning_rate=0.1") == 0
+    assert options_of("x-teacher")["max_steps"] is not None  # patience has begun its decay
+    begun = next(event for event in read_events("x", "patience"))
+    assert begun["step"] > 0
 
 
 # ---- the time
@@ -213,12 +244,33 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+def test_each_of_several_runs_goes_on_to_the_next_one(monkeypatch, small_text, capsys):
+    flags = [*FLAGS, f"--data={small_text}", "--save_interval=4", "--teachers=2"]
+    assert train(*flags, "--run=whole") == 0
+    train_until_cut(monkeypatch, "killed", 33, [*flags, "--run=cut"])  # in the second one
+    capsys.readouterr()
+    assert train("--resume=cut-teacher") == 0
+    assert (
+        "cut-teacher-2 follows this run; to go on with it: python train.py --resume=cut-teacher-2"
+        in capsys.readouterr().out
+    )
+    assert "goes on to it: python train.py --resume=cut-teacher-2" in message_of("--resume=cut")
+    assert train("--resume=cut-teacher-2") == 0
+    for run in ("{}-teacher", "{}-teacher-2", "{}"):
+        assert tensors_of(run.format("cut"), 20) == tensors_of(run.format("whole"), 20)
+    assert sorted(path.name for path in Path().iterdir() if path.name.startswith("cut")) == [
+        "cut",
+        "cut-teacher",
+        "cut-teacher-2",
+    ]
+
+
 def test_a_student_that_exists_is_named_and_not_begun_again(capsys, small_text):
     assert train(*FLAGS, f"--data={small_text}", "--run=x", "--teachers=1") == 0
     capsys.readouterr()
     for more in ((), ("--max_steps=24",)):
         assert train("--resume=x-teacher", *more) == 0
-        assert "x learns from this run; to go on with it: python train.py --resume=x\n" in capsys.readouterr().out
+        assert "x follows this run; to go on with it: python train.py --resume=x\n" in capsys.readouterr().out
     assert sorted(path.name for path in Path().iterdir() if path.name != "data") == ["x", "x-teacher"]
 
 

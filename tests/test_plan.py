@@ -182,6 +182,7 @@ def test_more_time_than_a_text_needs_is_for_more_teachers():
     found = [plan(120_000, minutes) for minutes in (10, 18, 60, 600, None)]
     assert [each.values["teachers"] for each in found] == [1, 2, 4, 4, 4]
     assert found[2].epochs == pytest.approx(FIRST_EPOCHS, rel=0.01)
+    assert found[4].values["max_steps"] == found[4].outlook.steps  # also where no time is given
     head = describe(found[2], facts(120_000), {"budget_minutes": 60})[0]
     assert "; then 3 more like it, and another model learns from them all in the rest (one model alone" in head
 
@@ -234,9 +235,9 @@ def test_students_share_the_time_and_make_the_shortest_one_longer():
 
 
 def test_without_a_time_the_val_loss_ends_the_run():
-    found = plan(120_000, None)
+    found = plan(120_000, None, teachers=0)
     assert (found.values["max_steps"], found.values["patience"]) == (None, 5)
-    assert describe(found, facts(), {})[0].startswith("plan: until the val loss stops falling")
+    assert describe(found, facts(), {"teachers": 0})[0].startswith("plan: until the val loss stops falling")
 
 
 @pytest.mark.parametrize("given", [{"schedule": "cosine"}, {"patience": None}], ids=str)

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from common.hardware import Hardware
+from errors import UserError
 from model import GPT, IGNORED_TARGET, GPTConfig
 from train import calculate_gradients, update
 from training.data import MicroBatch
 from training.optim import make_optimizer
 from training.options import OptimizerOptions
 from training.state import TrainState
-from training.step_graphs import WARM_UP, StepGraphs, can_be_recorded
+from training.step_graphs import WARM_UP, StepGraphs, obstacle
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50, eos_id=49, positions="rotary")
@@ -87,17 +88,26 @@ def test_dropout_draws_by_the_seed_of_the_step():
     assert len(set(losses.tolist())) == 8
 
 
-def test_another_shape_is_recorded_anew():
-    steps = [[batch(number, rows=4 if number < 5 else 2)] for number in range(10)]
+def test_another_shape_runs_as_it_is(capsys):
+    """Memory ran out after the recording, beside an evaluation for instance: a micro-batch has half the rows."""
+    steps = [[batch(number)] if number < 5 else [batch(number, 2), batch(number + 20, 2)] for number in range(10)]
     recorder = Repeats()
     assert_same_training("muon", steps, recorder)
-    assert recorder.count == 4
+    assert recorder.count == 2
+    assert capsys.readouterr().out.count("is not recorded as a CUDA graph: memory ran out") == 1
 
 
-def test_several_micro_batches_run_as_they_are():
+def test_a_shape_that_changes_before_is_recorded():
+    recorder = Repeats()
+    assert_same_training("muon", [[batch(number, rows=4 if number < 2 else 2)] for number in range(8)], recorder)
+    assert recorder.count == 2
+
+
+def test_several_micro_batches_run_as_they_are(capsys):
     recorder = Repeats()
     assert_same_training("adamw", [[batch(number), batch(number + 20)] for number in range(5)], recorder)
     assert recorder.count == 0
+    assert capsys.readouterr().out.count("it has several micro-batches") == 1
 
 
 @pytest.mark.parametrize("breaks", [1, 2])
@@ -105,7 +115,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_after_one_line(breaks, capsys):
     recorder = Repeats([breaks])
     assert_same_training("muon", [[batch(number)] for number in range(6)], recorder)
     assert recorder.count == breaks  # no second trial
-    assert capsys.readouterr().out.count("is not recorded as a CUDA graph (operation not permitted when stream") == 1
+    assert capsys.readouterr().out.count("is not recorded as a CUDA graph: operation not permitted when stream") == 1
 
 
 def test_the_learning_rate_is_a_number_again_after_the_recording():
@@ -118,9 +128,64 @@ def test_only_steps_that_do_not_ask_the_host_are_recorded():
     gpu, cpu = (Hardware(device, torch.bfloat16, 1, {}) for device in (torch.device("cuda"), CPU))
     half = Hardware(gpu.device, torch.float16, 1, {})
     tables = GPTConfig(**{**TINY.to_dict(), "max_ngram": 2, "ngram_rows": 64})
-    assert can_be_recorded(make_state().optimizer, gpu)
-    assert can_be_recorded(make_state("muon").optimizer, gpu)
-    assert not can_be_recorded(make_state("sgd").optimizer, gpu)
-    assert not can_be_recorded(make_state(config=tables).optimizer, gpu)
-    assert not can_be_recorded(make_state().optimizer, half)
-    assert not can_be_recorded(make_state().optimizer, cpu)
+    assert obstacle(make_state().optimizer, gpu) is None
+    assert obstacle(make_state("muon").optimizer, gpu) is None
+    assert obstacle(make_state("sgd").optimizer, gpu) == "the optimizer's sgd cannot be"
+    assert "adamw_rows" in obstacle(make_state(config=tables).optimizer, gpu)
+    assert "float16" in obstacle(make_state().optimizer, half)
+    assert obstacle(make_state().optimizer, cpu)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_recorded_steps_are_those_that_are_not_to_the_bit(kind):
+    """As a resumed run needs it, whose first steps are not recorded."""
+    steps, states = [[batch(number)] for number in range(8)], [make_state(kind), make_state(kind)]
+    figures = [trained(state, steps, Repeats(breaks)) for state, breaks in zip(states, ((), (1,)), strict=True)]
+    assert torch.equal(*figures)
+    for mine, its in zip(*(state.model.parameters() for state in states), strict=True):
+        assert torch.equal(mine, its)
+
+
+class HalfRecords(Repeats):
+    """The optimizer's step fails after its first group."""
+
+    def record(self, work):
+        self.count += 1
+        if self.count == 2:
+            group = work.__self__.param_groups[1]
+            kind, group["kind"] = group["kind"], "gone"
+            try:
+                work()
+            except KeyError:
+                raise RuntimeError("CUDA error: out of memory") from None
+            finally:
+                group["kind"] = kind
+        return work
+
+
+def test_a_step_whose_recording_ended_halfway_is_done_as_a_whole(capsys):
+    steps, states = [[batch(number)] for number in range(WARM_UP + 1)], [make_state("muon"), make_state("muon")]
+    recorder = HalfRecords()
+    trained(states[0], steps[:-1], Repeats([1]))
+    trained(states[1], steps[:-1], recorder)
+    before = [parameter.detach().clone() for parameter in states[1].model.parameters()]
+    graphs_of_last_step(states[1], steps, recorder)
+    assert "out of memory" in capsys.readouterr().out
+    changed = [not torch.equal(old, new) for old, new in zip(before, states[1].model.parameters(), strict=True)]
+    assert all(changed)
+
+
+def graphs_of_last_step(state, steps, recorder):
+    hardware = Hardware(CPU, torch.float32, 1, {})
+    graphs = StepGraphs(
+        partial(calculate_gradients, partial(state.model), state, hardware, 0.0, 1.0), state, CPU, recorder
+    )
+    for batches in steps:
+        update(graphs.gradients, graphs.step, state, batches)
+
+
+def test_a_step_with_dropout_that_cannot_be_recorded_is_one_clear_error():
+    """A generator that was in use by a failed recording cannot draw any more."""
+    config = GPTConfig(**{**TINY.to_dict(), "dropout": 0.3})
+    with pytest.raises(UserError, match="--cuda_graphs=false"):
+        trained(make_state(config=config), [[batch(1, seed=number)] for number in range(5)], Repeats([1]))

@@ -125,6 +125,10 @@ class Optimizer:
             self._done += 1
         self._done = 0
 
+    def abandon_step(self) -> None:
+        """Another call of `step` begins with the first group, also where memory ran out in the last one."""
+        self._done = 0
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:

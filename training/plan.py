@@ -424,6 +424,7 @@ def _length(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[
     if seconds is None or (minutes is not None and seconds > 0.9 * 60 * minutes):
         return values, reasons
     is_open = _is_patient(given) and has_patience and given.get("schedule", "wsd") in OPEN_SCHEDULES
+    is_open = is_open and not given.get("teachers")  # whose last steps would only memorize
     values |= {"max_steps": None if is_open else outlook.steps, "budget_minutes": None}
     most = f"{_max_epochs(given):g} epochs: with more, a model memorizes its text"
     why = "patience ends it" if is_open else most

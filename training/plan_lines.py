@@ -19,7 +19,9 @@ def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Colle
     values, outlook = {**given, **plan.values}, plan.outlook
     shape, why = outlook.shape, plan.reasons
     head = f"plan: {_duration(plan, given)}, {outlook.tokens:,} tokens, {show_epochs(plan.epochs)} epochs"
-    such = expect(facts.train_bytes or 0, outlook.parameters, outlook.tokens, values["teachers"] > 0)
+    such = ""
+    if not values.get("teacher"):  # what was measured counts from the first teacher on
+        such = expect(facts.train_bytes or 0, outlook.parameters, outlook.tokens, values["teachers"] > 0)
     lines = [head + _followers(plan, given) + (f"; such runs reached {such}" if such else "")]
     lines += [f"  text: {facts.text}"] if facts.text else []
     model = (
@@ -58,7 +60,8 @@ def _followers(plan: RunPlan, given: Mapping[str, Any]) -> str:
     number = {**plan.values, **given}.get("teachers", 0)
     if number == 0:
         return ""
-    before, them = ("", "it") if number == 1 else (f"{number - 1} more like it, and ", "them all")
+    before = f"{number - 1} more like it, and " if number > 1 else ""
+    them = {1: "it", 2: "both"}.get(number, "them all")
     why = "" if "teachers" in given else f" ({plan.reasons['teachers']})"
     rest = "" if given.get("budget_minutes") is None else " in the rest"
     return f"; then {before}another model learns from {them}{rest}{why}"

@@ -38,7 +38,7 @@ from training.micro_batch import choose_micro_batch
 from training.optim import make_optimizer
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 from training.state import TrainState
-from training.step_graphs import Gradients, StepGraphs, can_be_recorded
+from training.step_graphs import Gradients, StepGraphs, obstacle
 from training.teachers import taught
 
 MIN_CONTEXT = 16  # tokens; with a shorter context a model learns little but frequencies
@@ -165,9 +165,13 @@ def make_step(
     gradients: Gradients, state: TrainState, train: TrainOptions, hardware: Hardware
 ) -> tuple[Gradients, Callable[[], object]]:
     """What train.update calls: `gradients`, and the optimizer's step; by CUDA graphs where that is possible."""
-    if train.cuda_graphs and can_be_recorded(state.optimizer, hardware):
+    reason = obstacle(state.optimizer, hardware)
+    if train.cuda_graphs and reason is None:
+        torch.cuda.reset_peak_memory_stats(hardware.device)  # of an earlier run of this process
         graphs = StepGraphs(gradients, state, hardware.device, Recorder(hardware.device))
         return graphs.gradients, graphs.step
+    if train.cuda_graphs and hardware.device.type == "cuda":
+        log(f"steps are not recorded as CUDA graphs: {reason}")
     optimizer: Any = state.optimizer  # as torch's: it has the interface
     return gradients, partial(state.scaler.step, optimizer)
 

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from common.cuda_graphs import Recorder
 from common.hardware import Hardware
-from common.memory import attempt
+from common.memory import attempt, is_out_of_memory, release_memory
 from common.weights import count_parameters, flops_per_token
 from model import GPT, AttentionPath, GPTConfig
 from training.micro_batch import CPU_TOKENS, MEMORY_SHARE
 from training.optim import Optimizer, clip_gradients, make_optimizer
 from training.options import OptimizerOptions
 from training.plan import Shape
-from training.step_graphs import WARM_UP, can_be_recorded
+from training.step_graphs import WARM_UP, obstacle
 
 MEASURED_TOKENS = {"cpu": (1024,), "mps": (4096,), "cuda": (4096, 16_384)}  # of the passes that are timed
 MEASURED_WIDTH = 512  # of the wider of the two measured models at most
@@ -153,6 +153,7 @@ class StepCost:
         self.layer_seconds = max(took.empty / count.layers for count, took in measured)
         updates = [(*self._update(count), took.update) for count, took in measured]
         self.update_seconds = fit(updates, WEIGHT_FLOPS)
+        release_memory()
 
 
 def shapes_to_measure(shapes: Sequence[Shape]) -> tuple[Shape, Shape]:
@@ -185,7 +186,7 @@ def measure_shape(cost: StepCost, shape: Shape) -> Seconds:
     hardware = cost.hardware
     model = GPT(cost.with_shape(shape), 0, cost.attention).to(hardware.device).train()
     optimizer = make_optimizer(model, cost.optimizer, hardware.dtype)
-    is_recorded = cost.graphs and can_be_recorded(optimizer, hardware)
+    is_recorded = cost.graphs and obstacle(optimizer, hardware) is None
     recorder = Recorder(hardware.device) if is_recorded else None
     passes, update = list[tuple[int, float]](), 0.0
     for tokens in MEASURED_TOKENS[hardware.device.type]:
@@ -220,7 +221,13 @@ def time_step(
                 run()
                 update()
                 optimizer.zero_grad()
-        run, update = recorder.record(run), recorder.record(update)
+        try:
+            run, update = recorder.record(run), recorder.record(update)
+        except RuntimeError as error:  # training says it
+            if is_out_of_memory(error):
+                raise
+            optimizer.abandon_step()
+            recorder, run, update = None, forward_and_backward, optimizer.step
     seconds = list[tuple[float, float]]()
     while len(seconds) < 2 or (len(seconds) <= TIMED_STEPS and sum(map(sum, seconds[1:])) < TIMED_SECONDS):
         started = time.perf_counter()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.hardware import Hardware
 from common.memory import is_out_of_memory, release_memory
+from errors import UserError
 from training.data import MicroBatch
 from training.metrics import log
 from training.optim import Optimizer
@@ -40,16 +41,20 @@ class Records(Protocol):
     def record(self, work: Callable[[], T]) -> Callable[[], T]: ...
 
 
-def can_be_recorded(optimizer: Optimizer, hardware: Hardware) -> bool:
-    """Whether a step asks nothing of the host: what the loss scale of float16 does, and most optimizers do."""
-    kinds = {group["kind"] for group in optimizer.param_groups}
-    return hardware.device.type == "cuda" and hardware.dtype != torch.float16 and kinds <= {*RECORDED_KINDS}
+def obstacle(optimizer: Optimizer, hardware: Hardware) -> str | None:
+    """What of a step asks the host for something, so that it cannot be recorded; None where nothing does."""
+    kinds = {group["kind"] for group in optimizer.param_groups} - {*RECORDED_KINDS}
+    if hardware.device.type != "cuda":
+        return f"there are none on {hardware.device.type}"
+    if hardware.dtype == torch.float16:
+        return "the loss scale of float16 asks for infinite gradients"
+    return f"the optimizer's {' and '.join(sorted(kinds))} cannot be" if kinds else None
 
 
 class StepGraphs:
-    """`gradients` and `step`, as they are for WARM_UP updates with batches of one shape, then recorded and replayed. A
-    step of several micro-batches, or one that cannot be recorded, runs as it is. In both ways number of targets and
-    learning rates are tensors, so that the result is the same to the bit."""
+    """`gradients` and `step`, as they are for WARM_UP updates, then recorded and replayed. A step of several
+    micro-batches, or one that cannot be recorded, runs as it is, after a line that says so. In both ways number of
+    targets and learning rates are tensors, so that the result is the same to the bit."""
 
     def __init__(self, gradients: Gradients, state: TrainState, device: torch.device, recorder: Records) -> None:
         self.run, self.optimizer, self.device, self.recorder = gradients, state.optimizer, device, recorder
@@ -57,19 +62,22 @@ class StepGraphs:
         self.n_targets = torch.ones((), device=device)
         self.rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         self.shapes: list[torch.Size] = []  # of the micro-batches that `calls` counts
-        self.calls, self.fails = 0, False
+        self.calls, self.is_given_up = 0, False
         self.replay: Callable[[], Tensor] | None = None
         self.replay_step: Callable[[], object] | None = None
+        self.kept: list[Tensor | None] = []  # what the recordings use beside their own memory
 
     def gradients(self, batches: Sequence[MicroBatch], n_targets: int | Tensor) -> Tensor:
         """Like the function that is recorded."""
         shapes = [batch.x.shape for batch in batches]
         if shapes != self.shapes:
-            self.shapes, self.calls, self.replay, self.replay_step = shapes, 0, None, None
+            if self.replay is not None:
+                self._give_up("memory ran out")
+            self.shapes, self.calls = shapes, 0
         self.calls += 1
         self.n_targets.fill_(n_targets)
-        if self.replay is None and self._may_record():
-            self._record(batches[0])
+        if self.replay is None and self.calls > WARM_UP and not self.is_given_up:
+            self._try_to_record(batches)
         if self.replay is None:
             with self.recorder.on_stream():
                 return self.run(batches, self.n_targets)
@@ -101,18 +109,18 @@ class StepGraphs:
             for group, value in zip(self.optimizer.param_groups, values, strict=True):
                 group["lr"] = value
 
-    def _may_record(self) -> bool:
-        if self.fails or self.calls <= WARM_UP or len(self.shapes) != 1:
-            return False
-        if self.device.type != "cuda":
-            return True
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        return torch.cuda.max_memory_allocated(self.device) <= MEMORY_SHARE * total
-
-    def _record(self, batch: MicroBatch) -> None:
-        """Records both graphs, for batches of this shape. Where that fails, logs a line: all steps run as they are."""
+    def _try_to_record(self, batches: Sequence[MicroBatch]) -> None:
+        """Records both graphs for batches of this shape. Raises UserError where a step with dropout cannot be recorded,
+        since torch's generator cannot be used after that."""
+        if len(batches) > 1:
+            self._give_up("it has several micro-batches")
+            return
+        if self._takes_too_much():
+            self._give_up(f"it takes more than {MEMORY_SHARE:.0%} of the memory")
+            return
         self.optimizer.zero_grad(set_to_none=True)  # the recorded pass is to write gradients, not to add to them
-        self.x, self.y = (torch.zeros(x.shape, dtype=x.dtype, device=self.device) for x in (batch.x, batch.y))
+        x, y, dropout_seed = batches[0]
+        self.x, self.y = (torch.zeros(ids.shape, dtype=ids.dtype, device=self.device) for ids in (x, y))
         try:
             replay = self.recorder.record(lambda: self.run([MicroBatch(self.x, self.y, None)], self.n_targets))
             self.kept = [parameter.grad for parameter in self.parameters]  # the second graph reads them
@@ -120,9 +128,25 @@ class StepGraphs:
                 self.replay_step = self.recorder.record(self.optimizer.step)
             self.replay = replay
         except RuntimeError as error:
-            self.fails = True
             reason = "out of memory" if is_out_of_memory(error) else str(error).strip().splitlines()[0]
-            log(f"the step is not recorded as a CUDA graph ({reason}); --cuda_graphs=false leaves the trial out")
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        self.optimizer.abandon_step()
+        self._give_up(reason)
+        if dropout_seed is not None:
+            raise UserError(f"the step cannot be recorded as a CUDA graph ({reason}); give --cuda_graphs=false")
+
+    def _takes_too_much(self) -> bool:
+        if self.device.type != "cuda":
+            return False
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return torch.cuda.max_memory_allocated(self.device) > MEMORY_SHARE * total
+
+    def _give_up(self, reason: str) -> None:
+        """From here on steps run as they are."""
+        log(f"the step is not recorded as a CUDA graph: {reason}")
         self.optimizer.zero_grad(set_to_none=True)
-        if self.fails:
-            release_memory()
+        self.is_given_up, self.kept, self.replay, self.replay_step = True, [], None, None
+        self.x = self.y = torch.zeros(0)
+        release_memory()

@@ -61,14 +61,19 @@ def mean_probabilities(teachers: Sequence[GPT], x: Tensor) -> Tensor:
     return total / len(teachers)
 
 
+def check_context(folder: ModelFolder, block_size: int) -> None:
+    """Raises UserError for a teacher that cannot read windows of block_size."""
+    if (context := section_from(GPTConfig, folder.config).block_size) < block_size:
+        raise UserError(
+            f"--teacher={folder.path}: its context of {context} is shorter than --block_size={block_size} of this run;"
+            f" give --block_size={context}, or another teacher"
+        )
+
+
 def load_teacher(folder: ModelFolder, student: GPT, hardware: Hardware) -> GPT:
     """The teacher, to be evaluated, on the hardware; by PyTorch's attention if the student is. Raises UserError."""
+    check_context(folder, student.config.block_size)
     config = section_from(GPTConfig, folder.config)
-    if config.block_size < student.config.block_size:
-        raise UserError(
-            f"--teacher={folder.path}: its context of {config.block_size} is shorter than --block_size="
-            f"{student.config.block_size} of this run; give --block_size={config.block_size}, or another teacher"
-        )
     wanted: AttentionPath | Literal["auto"] = "sdpa" if student.attention == "sdpa" else "auto"
     path = choose_attention(wanted, hardware.device, hardware.dtype, config.head_size).value
     tensors = folder.model_tensors()

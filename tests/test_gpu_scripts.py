@@ -87,13 +87,13 @@ def test_other_presets_learn_too(preset, train):
 
 @pytest.mark.parametrize("flags", [("--dropout=0.3",), ("--optimizer=muon", "--compile=true")], ids=["adamw", "muon"])
 def test_recorded_steps_train_as_others_do(flags, train, device, monkeypatch):
-    recordings, record = [], StepGraphs._record
+    recordings, record = [], StepGraphs._try_to_record
 
-    def counted(self, batch):
-        record(self, batch)
+    def counted(self, batches):
+        record(self, batches)
         recordings.append(self.replay)
 
-    monkeypatch.setattr(StepGraphs, "_record", counted)
+    monkeypatch.setattr(StepGraphs, "_try_to_record", counted)
     flags = (*flags, "--log_interval=1", "--dtype=float32", "--attention=sdpa")
     if device.type == "cpu":
         flags += ("--compile=false",)

@@ -106,7 +106,7 @@ def test_weights_to_start_from_are_those_of_each_model(small_text):
     assert all(Path(options_of(run)["init_from"]).name == "old" for run in ("x-teacher", "x"))
 
 
-def test_a_share_of_the_teacher_is_for_the_students(small_text):
+def test_a_share_of_the_teacher_is_for_the_last_run(small_text):
     assert train(*FLAGS, f"--data={small_text}", "--run=x", "--teachers=1", "--teacher_share=0.5") == 0
     assert options_of("x")["teacher_share"] == 0.5
 
@@ -165,7 +165,7 @@ def test_the_course_of_a_first_run_is_not_the_length_of_the_next(small_text):
 
 
 @pytest.mark.parametrize(("used", "left"), [(0.04, "0.11"), (0.05, "0.1"), (0.5, "0.05")])
-def test_the_time_is_shared_and_what_the_first_leaves_is_the_students(monkeypatch, small_text, capsys, used, left):
+def test_the_time_is_shared_and_what_the_first_leaves_is_for_the_last(monkeypatch, small_text, capsys, used, left):
     trained = []
 
     def stopped(argv):
@@ -274,7 +274,7 @@ def test_a_student_that_exists_is_named_and_not_begun_again(capsys, small_text):
     assert sorted(path.name for path in Path().iterdir() if path.name != "data") == ["x", "x-teacher"]
 
 
-def test_a_resumed_run_may_have_fewer_students_and_not_more(monkeypatch, small_text, capsys):
+def test_a_resumed_run_may_have_fewer_teachers_and_not_more(monkeypatch, small_text, capsys):
     flags = [*FLAGS, f"--data={small_text}", "--save_interval=4", "--teachers=1", "--run=cut"]
     train_until_cut(monkeypatch, "killed", 13, flags)
     assert "was started with 1, and a resumed one can only have fewer" in message_of(

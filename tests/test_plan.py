@@ -221,17 +221,17 @@ def test_the_plan_of_a_student_is_not_changed_by_flags_that_say_so():
     assert not any("flags:" in line for line in describe(choose(facts(), given), facts(), given, given.keys()))
 
 
-def test_students_share_the_time_and_make_the_shortest_one_longer():
+def test_teachers_share_the_time_and_make_the_shortest_one_longer():
     found = plan(20_000_000, 21, teachers=3)
     assert "teachers" not in found.values
     assert found.values["budget_minutes"] == 4.2  # of 21; the last one has twice as much as each of the three
-    for students in (0, 2):
+    for teachers in (0, 2):
         with pytest.raises(UserError, match="is too short for a plan") as caught:
-            plan(400_000, 0.01, teachers=students)
+            plan(400_000, 0.01, teachers=teachers)
         enough = float(re.search(r"give --budget_minutes=(\S+) or more", str(caught.value))[1])
-        assert plan(400_000, enough, teachers=students)
+        assert plan(400_000, enough, teachers=teachers)
         with pytest.raises(UserError):
-            plan(400_000, enough / 1.5, teachers=students)
+            plan(400_000, enough / 1.5, teachers=teachers)
 
 
 def test_without_a_time_the_val_loss_ends_the_run():

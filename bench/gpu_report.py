@@ -23,6 +23,7 @@ def report(result: dict[str, Any]) -> str:
     lines += [*errors(part(parts, "attention_tuned").get("errors", [])), *tuned(part(parts, "tune"))]
     lines += [
         *profile(part(parts, "profile")),
+        *small_steps(part(parts, "small_steps").get("rows", [])),
         *train(part(parts, "train")),
         *generate(part(parts, "generate")),
         *short_run(part(parts, "short_run")),
@@ -158,6 +159,22 @@ def kinds(row: dict[str, Any], unit: float, name: str) -> Iterable[str]:
     for group in [*row["groups"], idle]:
         launches = f"{group['launches']:8.1f} launches" if "launches" in group else ""
         yield f"  {group['group']:34} {group['us'] / unit:9.2f} {name} {group['share']:6.1%}{launches}"
+
+
+def small_steps(rows: list[dict[str, Any]]) -> list[str]:
+    """ms of a step by shape and tokens: launched by Python, recorded, compiled as well; predicted for recorded ones."""
+    kinds = ("eager", "recorded", "compiled")
+    found: dict[tuple[int, int, int], dict[str, float]] = {}
+    for row in rows:
+        shape = found.setdefault((row["layers"], row["width"], row["tokens"]), {"predicted": row["predicted_ms"]})
+        shape[row["kind"]] = row["passes_ms"] + row["optimizer_ms"]
+    title = f"{'steps of small models, ms':32}" + "".join(f" {kind:>10}" for kind in (*kinds, "predicted"))
+    lines = [
+        f"{layers} x {width}, {tokens:,} tokens".ljust(32)
+        + "".join(f" {show(row.get(kind), '.2f'):>10}" for kind in (*kinds, "predicted"))
+        for (layers, width, tokens), row in found.items()
+    ]
+    return ["", title, *lines] if lines else []
 
 
 def train(figures: dict[str, Any]) -> list[str]:

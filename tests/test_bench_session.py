@@ -256,6 +256,9 @@ def recorded():
     choice = {"table": "LAUNCHES", "kernel": "forward", "D": 64, "present_behind": 0.052}
     wrong = [{"error": 9.0, "unavailable": "wrong results"}, {"error": 0.5}, {"unavailable": "no memory"}]
     tuning = {"rows": ["LAUNCHES: (a row),"], "chosen": [choice], "launches": wrong, "variants": []}
+    step = {"layers": 4, "width": 192, "tokens": 2048, "predicted_ms": 1.9}
+    small = [{**step, "kind": "eager", "passes_ms": 15.9, "optimizer_ms": 2.8}]
+    small += [{**step, "kind": "recorded", "passes_ms": 1.5, "optimizer_ms": 0.5}]
     error = {"contender": "triton", "T": 1024, "D": 64, "out": 0.002, "dq": 0.004, "dk": 0.003, "dv": 0.001}
     errors = [{**error, "of_flash": 1.02}, {"contender": "cudnn", "T": 1024, "D": 64, "unavailable": "not here"}]
     return {
@@ -267,6 +270,7 @@ def recorded():
             "tune": {"status": "out of time", "seconds": 20.0, "limit_seconds": 20, "result": tuning},
             "attention_tuned": done({"speed": [], "errors": errors}),
             "profile": done(profiled),
+            "small_steps": done({"rows": small}),
             "train": done({"sides": sides, "unavailable": {"modern_124m, sdpa, compiled": "out of time"}}),
             "generate": done({"bench": "generate", "124m": shape}),
             "short_run": done({**run, "seconds_to_1.47": 48.2}),
@@ -307,6 +311,8 @@ def test_the_table_of_a_recorded_result(tmp_path, capsys):
         "190 launches, device busy 520.00 µs",
         "decoding, 16 samples: 1151 µs a step",
         "a: not measured: no kernels",
+        "steps of small models, ms eager recorded compiled predicted",
+        "4 x 192, 2,048 tokens 18.70 2.00 - 1.90",
         "gpt2_124m, triton, compiled 612,345 52.3% 20.5 GiB",
         "modern_124m, sdpa, compiled not measured: out of time",
         "sprout 4,200 tokens/s, 25% of the bandwidth bound 17,000; first request 1.50 s",

@@ -198,7 +198,8 @@ def test_a_whole_run_in_tiny_sizes_writes_nothing(script, arguments, tmp_path, m
         assert any(line.startswith('LAUNCHES: ("other", 2, 64): (Launch(') for line in lines)
         assert any(line.startswith('TMA_LAUNCHES: ("other", 2, 64): (Launch(') for line in lines)
     else:
-        assert sum("tokens_per_second" in line for line in lines) == 5, lines  # two attention paths, eager and compiled; the kernel recorded
+        sides = [line for line in lines if "tokens_per_second" in line]
+        assert len(sides) == 5, lines  # two attention paths, eager and compiled; that of the kernel recorded, too
 
 
 @needs_interpreter

@@ -33,8 +33,8 @@ MIN_WINDOWS = 16  # windows of the context in the train split; a shorter text ha
 TOKENS_PER_PARAMETER = 2.0  # of its blocks: a model sees at least this many
 MAX_EPOCHS = 40.0
 TEACHER_EPOCHS, TEACHER_MINUTES = 20.0, 3.0  # of one model alone, from which on another one is trained before it
-HALF = 0.5  # of a shorter time: where one model takes less, there is time for another one, too
-ALL = 0.95  # of the epochs: a step or two may be missing
+TEACHER_ROOM = 0.5  # of a shorter time: where one model alone takes less, there is room for another one, too
+WHOLE = 0.95  # of the epochs: a step or two may be missing
 MORE_TEACHERS = (4, 2)  # where the time suffices for as many, and for all epochs of all models
 UNASKED_MINUTES = 30.0  # that time where none is given
 FIRST_EPOCHS = 20.0  # of a teacher at most
@@ -234,13 +234,13 @@ def choose_teachers(facts: Facts, given: Mapping[str, Any]) -> tuple[int, str]:
         return 0, "the length, or what it learns from, is given"
     alone, minutes = choose_outlook(facts, given), given.get("budget_minutes")
     epochs, seconds = alone.tokens / facts.train_tokens, alone.seconds or 0.0
-    is_long = minutes is None or minutes >= TEACHER_MINUTES or seconds < HALF * 60 * minutes
+    is_long = minutes is None or minutes >= TEACHER_MINUTES or seconds < TEACHER_ROOM * 60 * minutes
     if not is_long or epochs < TEACHER_EPOCHS:
         return 0, f"one model alone would read the text {epochs:.2g} times"
     why = f"one model alone would read the text {epochs:.2g} times and memorize it"
     for number in MORE_TEACHERS:
         each = choose_outlook(facts, {**given, "teachers": number, **_own_minutes(number, given)})
-        is_whole = min(epochs / MAX_EPOCHS, each.tokens / facts.train_tokens / FIRST_EPOCHS) > ALL
+        is_whole = min(epochs / MAX_EPOCHS, each.tokens / facts.train_tokens / FIRST_EPOCHS) > WHOLE
         takes = number * (each.seconds or 0.0) + (1 + TEACHER_COST * number) * seconds
         if is_whole and takes <= 60 * (UNASKED_MINUTES if minutes is None else minutes):
             return number, why

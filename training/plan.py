@@ -267,8 +267,7 @@ def choose_outlook(facts: Facts, given: Mapping[str, Any]) -> Outlook:
 
 
 def tokens_per_parameter(given: Mapping[str, Any]) -> float:
-    has_teacher = given.get("teacher") and not given.get("teachers")
-    return STUDENT_TOKENS if has_teacher else TOKENS_PER_PARAMETER
+    return STUDENT_TOKENS if given.get("teacher") else TOKENS_PER_PARAMETER
 
 
 def _fits(outlook: Outlook, facts: Facts, least: float) -> bool:

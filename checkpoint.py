@@ -114,6 +114,34 @@ def save_checkpoint(
     return final
 
 
+def write_model_folder(
+    path: Path, model: dict[str, Tensor], config: dict, tokenizer: dict, others: Mapping[str, dict]
+) -> None:
+    """Writes a model folder that is not part of a checkpoint, under a temporary name first. others: further JSON files,
+    by name without .json. Raises UserError where it exists, or cannot be written, and then leaves nothing behind."""
+    contents: dict[str, bytes | dict[str, Tensor]] = {
+        WEIGHTS: model, CONFIG: json_bytes(config), TOKENIZER: json_bytes(tokenizer),
+    }  # fmt: skip
+    contents |= {f"{name}.json": json_bytes(value) for name, value in others.items()}
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        _check_space(path.parent, contents)
+        temporary.mkdir()
+        for name, content in contents.items():
+            write_parts(temporary / name, [content] if isinstance(content, bytes) else _safetensors(content))
+        sync_directory(temporary)
+        if path.exists():
+            raise UserError(f"{path} exists; remove it, or give another folder")
+        os.rename(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def prune_checkpoints(run_dir: Path) -> None:
     """Removes all but the newest two checkpoints and the best one, and the leftovers of killed processes.
 

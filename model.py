@@ -41,20 +41,31 @@ class GPTConfig:
     """Key/value heads per block (grouped-query attention), divides n_head; none: as many as n_head."""
     n_embd: Annotated[int, Ge(1)] = 768
     """Channels: the width of the residual stream."""
+    head_dim: Annotated[int, Ge(1)] | None = None
+    """Channels of a head; none: n_embd / n_head."""
     block_size: Annotated[int, Ge(1)] = 1024
     """Context length in tokens: the longest sequence that the model takes."""
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     """Position encoding: a learned table, fixed sine waves, or rotated queries and keys (RoPE)."""
     rope_theta: Annotated[float, Gt(0)] = 10_000.0
     """Base of the rotary wavelengths; larger for longer contexts."""
+    rope_factor: Annotated[float, Ge(1)] | None = None
+    """Llama 3.1's scaling of rotary wavelengths: those beyond rope_original_context are so many times longer. none: no
+    scaling."""
+    rope_original_context: Annotated[int, Ge(1)] = 8192
+    """With rope_factor: the context, in tokens, of the model before it was extended."""
+    rotary_dim: Annotated[int, Ge(2)] | None = None
+    """Channels of a head that are rotated, the first ones (GPT-NeoX); none: all."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalization: LayerNorm, or RMSNorm (no mean, no bias)."""
     norm_eps: Annotated[float, Gt(0)] = 1e-5
     """Added to the variance before the square root."""
     norm_position: Literal["pre", "post"] = "pre"
     """Normalize the input of a sublayer (GPT-2 and later), or its sum with the residual (the 2017 paper)."""
-    mlp: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"
-    """Nonlinearity of the MLP: GELU (tanh form), ReLU, squared ReLU, or SiLU-gated."""
+    parallel_residual: bool = False
+    """Attention and MLP of a block both read its input, and their outputs are added together (GPT-NeoX)."""
+    mlp: Literal["gelu", "gelu_exact", "relu", "relu2", "swiglu"] = "gelu"
+    """Nonlinearity of the MLP: GELU (tanh form, or exact), ReLU, squared ReLU, or SiLU-gated."""
     n_hidden: Annotated[int, Ge(1)] | None = None
     """Width of the MLP; none: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 64."""
     qk_norm: bool = False
@@ -63,6 +74,9 @@ class GPTConfig:
     """Where untrained heads look: anywhere, or (recent; positions=rotary) one, two or three tokens back, in turn."""
     bias: bool = True
     """Biases in the linear layers and in LayerNorm."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values, where they differ from the other layers' (Qwen2: they alone have them). none:
+    as bias."""
     tie_embeddings: bool = True
     """Use the token embedding as the output head too."""
     scale_embeddings: bool = False
@@ -84,7 +98,16 @@ class GPTConfig:
 
     @property
     def head_size(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def rotated_size(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.rotary_dim or self.head_size
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def kv_heads(self) -> int:
@@ -103,14 +126,22 @@ class GPTConfig:
 
     def problems(self) -> list[str]:
         """The violated rules that involve several options, one line each."""
-        ratio, eos = f"n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}", self.eos_id
+        head, eos = f"head_dim={self.head_dim}", self.eos_id
+        if self.head_dim is None:
+            head = f"n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}"
         sinusoidal, rotary = self.positions == "sinusoidal", self.positions == "rotary"
+        partly, recent = self.rotary_dim is not None, self.first_attention == "recent"
         violated = {
-            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": self.n_embd % self.n_head,
+            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": not self.head_dim
+            and self.n_embd % self.n_head,
             f"n_head={self.n_head} is not divisible by n_kv_head={self.kv_heads}": self.n_head % self.kv_heads,
-            f"positions=rotary needs an even head size; {ratio}": rotary and self.head_size % 2,
+            f"positions=rotary needs an even head size; {head}": rotary and not partly and self.head_size % 2,
+            f"rotary_dim={self.rotary_dim} is odd, or above the head size; {head}": partly
+            and (self.rotated_size % 2 or self.rotated_size > self.head_size),
+            "rope_factor and rotary_dim need positions=rotary": (partly or self.rope_factor is not None) and not rotary,
             f"positions=sinusoidal needs an even n_embd; it is {self.n_embd}": sinusoidal and self.n_embd % 2,
-            "first_attention=recent needs positions=rotary": self.first_attention == "recent" and not rotary,
+            "first_attention=recent needs positions=rotary, without rotary_dim": recent and (partly or not rotary),
+            "parallel_residual=true needs norm_position=pre": self.parallel_residual and self.norm_position == "post",
             "document_mask=true needs a tokenizer with an end-of-sequence id": self.document_mask and eos is None,
             f"eos_id={eos} lies outside the vocabulary of {self.vocab_size}": not 0 <= (eos or 0) < self.vocab_size,
         }
@@ -202,15 +233,34 @@ def sinusoidal_table(length: int, channels: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).view(length, channels)
 
 
-def rotary_table(length: int, head_size: int, theta: float) -> Tensor:
-    """(length, 2, D/2): cosines and sines of the angles t · theta^(−2i/D) (Su et al. 2021)."""
-    angles = torch.arange(length)[:, None] * theta ** (torch.arange(0, head_size, 2) * (-1.0 / head_size))
+def rotary_table(
+    length: int, head_size: int, theta: float, factor: float | None = None, original_context: int = 1
+) -> Tensor:
+    """(length, 2, D/2): cosines and sines of the angles t · theta^(−2i/D) (Su et al. 2021), with a factor scaled as in
+    Llama 3.1 for contexts longer than the original one."""
+    frequencies = theta ** (torch.arange(0, head_size, 2) * (-1.0 / head_size))
+    if factor is not None:
+        frequencies = scaled_frequencies(frequencies, factor, original_context)
+    angles = torch.arange(length)[:, None] * frequencies
     return torch.stack((angles.cos(), angles.sin()), dim=1)
+
+
+def scaled_frequencies(frequencies: Tensor, factor: float, original_context: int) -> Tensor:
+    """Frequencies (D/2,) in radians a token: those that turn less than once in the original context are divided by the
+    factor, those that turn four times or more are kept, and in between the kept share grows linearly (Hugging Face's
+    rope_type "llama3", with its usual low_freq_factor 1 and high_freq_factor 4)."""
+    turns = original_context * frequencies / (2 * math.pi)
+    kept = ((turns - 1) / 3).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """x (B, T, heads, D), rows of rotary_table (T, 2, D/2) or (B, T, 2, D/2) → x in its dtype, with the pairs
-    (x[i], x[i + D/2]) of every head rotated: the layout of Llama and Qwen checkpoints."""
+    (x[i], x[i + D/2]) of every head rotated: the layout of Llama and Qwen checkpoints. Of a table for fewer channels
+    the others are not rotated."""
+    if 2 * table.shape[-1] < x.shape[-1]:
+        rotated, others = x.tensor_split((2 * table.shape[-1],), dim=-1)
+        return torch.cat((rotate(rotated, table), others), dim=-1)
     cos, sin = table[..., None, 0, :], table[..., None, 1, :]
     first, second = x.unflatten(-1, (2, -1)).unbind(-2)  # halves: torch.compile cannot vectorize x.roll on a CPU
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-2).to(x.dtype)
@@ -236,15 +286,14 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.heads, self.kv_heads, self.head_size = layer, config.n_head, config.kv_heads, config.head_size
-        self.qkv = Linear(config.n_embd, (self.heads + 2 * self.kv_heads) * self.head_size, bias=config.bias)
-        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, (self.heads + 2 * self.kv_heads) * self.head_size, config.has_qkv_bias)
+        self.proj = Linear(self.heads * self.head_size, config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        B, T, C = x.shape
         out = attention(*self.queries_keys_values(x, context.rotation), context, self.layer)  # (B, T, H, D)
-        return self.proj(out.reshape(B, T, C))
+        return self.proj(out.flatten(2))
 
     def queries_keys_values(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) → q (B, T, H, D), k and v (B, T, K, D), with QK-norm and rotation; views of one projection."""
@@ -282,7 +331,9 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, value = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * value)
-        x = F.gelu(x, approximate="tanh") if self.kind == "gelu" else F.relu(x)
+        if self.kind in ("gelu", "gelu_exact"):
+            return self.down(F.gelu(x, approximate="tanh" if self.kind == "gelu" else "none"))
+        x = F.relu(x)
         return self.down(x.square() if self.kind == "relu2" else x)
 
 
@@ -291,7 +342,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.post_norm = config.norm_position == "post"
+        self.post_norm, self.parallel = config.norm_position == "post", config.parallel_residual
         self.attn_norm, self.attn = make_norm(config), Attention(config, layer)
         self.mlp_norm, self.mlp = make_norm(config), MLP(config)
         self.dropout = Dropout(config.dropout)
@@ -300,6 +351,8 @@ class Block(nn.Module):
         if self.post_norm:
             x = self.attn_norm(x + self.dropout(self.attn(x, context)))
             return self.mlp_norm(x + self.dropout(self.mlp(x)))
+        if self.parallel:
+            return x + self.dropout(self.attn(self.attn_norm(x), context)) + self.dropout(self.mlp(self.mlp_norm(x)))
         x = x + self.dropout(self.attn(self.attn_norm(x), context))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -329,7 +382,8 @@ class GPT(nn.Module):
         with torch.device("cpu"):  # on the meta device these operations import torch's compiler, which takes a second
             table = sinusoidal_table(config.block_size, C) if config.positions == "sinusoidal" else None
             if config.positions == "rotary":
-                table = rotary_table(config.block_size, config.head_size, config.rope_theta)
+                scaling = config.rope_factor, config.rope_original_context
+                table = rotary_table(config.block_size, config.rotated_size, config.rope_theta, *scaling)
         self.register_buffer("table", table, persistent=False)
         if seed is not None:
             self.init_weights(seed)

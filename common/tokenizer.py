@@ -1,8 +1,9 @@
 """Text ↔ token ids. Every tokenizer has an end-of-sequence id (EOS), which `encode` never returns.
 
 `Tokenizer` wraps tiktoken: the published encodings, `bpe` (trained with rustbpe) and `bytes` (256 single bytes).
-`CharTokenizer` has one id per character of a corpus. Both are stored whole as JSON (`to_dict`) and validated when read
-(`tokenizer_from_dict`). Split patterns are stored by name, so that nothing in a file is compiled or executed.
+`CharTokenizer` has one id per character of a corpus. imported_tokenizer.py has the tokenizers of other programs. All
+are stored whole as JSON (`to_dict`) and validated when read (`tokenizer_from_dict`). Split patterns of these are stored
+by name, so that nothing in a file is compiled or executed.
 Knows neither datasets nor models. Reading order: patterns and cutting, the two classes, the constructors.
 """
 
@@ -108,7 +109,7 @@ class Tokenizer:
         self.name = name
         self.pattern = pattern
         self.vocab_size = len(tokens)
-        self.eos_id = eos_id
+        self.eos_id = self.start_id = eos_id  # start_id begins a text
         self.token_bytes = [token or b"" for token in tokens]
 
     def encode(self, text: str) -> np.ndarray:
@@ -272,6 +273,10 @@ def tokenizer_from_dict(content: Any) -> Tokenizer:
         f"expected version {VERSION}, found {content.get('version')!r}; a newer Sprout may read it",
     )
     name, eos_id = content.get("name"), content.get("eos_id")
+    if name == "imported":
+        from common.imported_tokenizer import from_dict  # which imports this module
+
+        return from_dict(content)
     expect(name in ("bpe", "bytes", "char", *PUBLISHED), f"unknown name {name!r}")
     expect(type(eos_id) is int, f"eos_id is {eos_id!r}, expected an integer")
     if name == "char":

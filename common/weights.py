@@ -23,7 +23,7 @@ def build_for_weights(config: GPTConfig, tensors: Mapping[str, Tensor], attentio
     config that belongs to other weights."""
     if config.n_layer > len(tensors):
         raise ValueError(f"n_layer={config.n_layer}: the weights have {len(tensors)} tensors, too few for the layers")
-    table_width = {"rotary": 2 * config.head_size, "sinusoidal": config.n_embd}.get(config.positions, 0)
+    table_width = {"rotary": 2 * config.rotated_size, "sinusoidal": config.n_embd}.get(config.positions, 0)
     try:
         with torch.device("meta"):
             check_weights(GPT(replace(config, block_size=1) if table_width else config, seed=None), tensors)
@@ -74,7 +74,7 @@ def count_parameters(model: GPT) -> int:
 
 def flops_per_token(model: GPT) -> int:
     """FLOPs of forward and backward pass per token at full context: 6 per weight of every matrix (Kaplan et al. 2020)
-    and 12 · L · T · C for attention, masked scores included (Chowdhery et al. 2022, B)."""
+    and 12 · L · T · H · D for attention, masked scores included (Chowdhery et al. 2022, B)."""
     c = model.config
     matrices = sum(parameter.numel() for parameter in model.blocks.parameters()) + c.vocab_size * c.n_embd
-    return 6 * matrices + 12 * c.n_layer * c.block_size * c.n_embd
+    return 6 * matrices + 12 * c.n_layer * c.block_size * c.n_head * c.head_size

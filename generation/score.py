@@ -174,7 +174,7 @@ class Scorer:
 
     def _chunks(self) -> Iterator[tuple[Row, np.ndarray]]:
         """The ids of all documents, with their rows, which are made here."""
-        eos = np.array([self.tokenizer.eos_id])
+        start, eos = np.array([self.tokenizer.start_id]), np.array([self.tokenizer.eos_id])
         for source in self.sources:
             row, number, last = None, 0, -1
             for file, text, ends in source.pieces_by_file():
@@ -183,7 +183,7 @@ class Scorer:
                     number, last = (number + 1 if file == last else 1), file
                     row = Row(name, number if self.by_document else None, " ".join(text[:1000].split())[:BEGINNING])
                     self.rows.append(row)
-                    yield row, eos
+                    yield row, start
                 yield row, self.tokenizer.encode(self._known(text, name))
                 if ends and self.script.score_end:
                     yield row, eos

@@ -86,7 +86,7 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, prepend_eos: bool) -> list[int]:
     """Raises UserError if there are no ids to start from, or a character is not in the vocabulary."""
-    ids = [tokenizer.eos_id] * prepend_eos + tokenizer.encode(prompt).tolist()
+    ids = [tokenizer.start_id] * prepend_eos + tokenizer.encode(prompt).tolist()
     if not ids:
         raise UserError(
             "an empty prompt with --prepend_eos=false leaves no token to start from; give a --prompt or remove the flag"

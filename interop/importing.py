@@ -1,0 +1,114 @@
+"""A model of another program → a model folder of ours. `import_model` is the whole way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint import write_model_folder
+from common.weights import build_for_weights
+from errors import UserError
+from interop import classes
+from interop.layouts import Entry, join
+from interop.sources import FLOATS, IGNORED, Source
+from model import GPT, GPTConfig
+
+
+def import_model(source: Source, out: Path, block_size: int | None = None) -> GPTConfig:
+    """Writes the model folder `out`, which must not exist. block_size: a shorter context than the model's own. Raises
+    UserError, and then leaves nothing behind."""
+    options = source.options
+    if block_size is not None:
+        options = options | {"block_size": block_size}
+        if block_size > source.options["block_size"]:
+            raise UserError(f"--block_size={block_size}: the model's context is {source.options['block_size']}")
+    config = classes.to_config(options, source.tokenizer.vocab_size, source.tokenizer.eos_id)
+    tensors = read_tensors(source, config)
+    write_model_folder(out, tensors, config.to_dict(), source.tokenizer.to_dict(), {"source": source.facts})
+    return config
+
+
+def read_tensors(source: Source, config: GPTConfig) -> dict[str, Tensor]:
+    """Our tensors by name, in the dtypes of the file. Raises UserError where theirs are not those of the config."""
+    with torch.device("meta"):
+        model = GPT(config, seed=None)
+    expected = {name: tuple(model.unpad(name, parameter).shape) for name, parameter in model.named_parameters()}
+    used, found = set[str](), dict[str, Tensor]()
+    entries = {entry.ours: entry for entry in source.layout(config)}
+    for name, shape in expected.items():
+        theirs = [actual_name(part, source.names) for part in entries[name].theirs]
+        missing = [part for part, actual in zip(entries[name].theirs, theirs, strict=True) if actual is None]
+        if missing and name.endswith("bias"):
+            found[name] = torch.zeros(shape)  # their class has no bias there
+            continue
+        if missing:
+            raise UserError(f"the weights lack {missing[0]!r}, which a {source.kind} of this config has")
+        used |= {part for part in theirs if part is not None}
+        found[name] = read_entry(entries[name], [part for part in theirs if part], source, config, shape)
+    refuse_extra(source, used, entries.values(), config, found)
+    return found
+
+
+def actual_name(name: str, names: set[str]) -> str | None:
+    """The name in a file, which may lack the first part (the prefix of the model without its head)."""
+    short = name.partition(".")[2]
+    return name if name in names else short if short in names else None
+
+
+def read_entry(entry: Entry, names: list[str], source: Source, config: GPTConfig, shape: tuple[int, ...]) -> Tensor:
+    """Our tensor of an entry, with the rows of the vocabulary and the positions that the model has. Raises
+    UserError."""
+    given = [source.read(name) for name in names]
+    for name, tensor in zip(names, given, strict=True):
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{name!r} is {tensor.dtype}, expected float32, float16 or bfloat16: quantized?")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name!r} holds NaN or infinity; copy the file again from its source")
+    try:
+        joined = join(entry, given, config)
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
+        raise UserError(f"{names[0]!r}: the shapes {shapes} do not fit the config") from None
+    if entry.ours in ("embed.weight", "head.weight", "position.weight") and len(joined) >= shape[0]:
+        joined = joined[: shape[0]].clone()
+    elif entry.ours in ("embed.weight", "head.weight"):
+        raise UserError(
+            f"{names[0]!r} has {len(joined)} rows, and the tokenizer {shape[0]} ids: they do not belong together"
+        )
+    if tuple(joined.shape) != shape:
+        raise UserError(f"{names[0]!r} becomes {tuple(joined.shape)}, and the config says {shape}")
+    return joined.float() if joined.dtype == torch.float64 else joined.contiguous()
+
+
+def refuse_extra(
+    source: Source, used: set[str], entries: Iterable[Entry], config: GPTConfig, found: Mapping[str, Tensor]
+) -> None:
+    """Raises UserError where tensors are left over, which a model of this config does not use."""
+    extra = {name for name in source.names - used if not IGNORED.fullmatch(name)}
+    head = next((name for entry in entries if entry.ours == "head.weight" for name in entry.theirs), "")
+    if config.tie_embeddings and head in extra:  # a copy of the embedding
+        rows = source.read(head)[: config.vocab_size]
+        if rows.shape != found["embed.weight"].shape or not torch.equal(rows, found["embed.weight"]):
+            raise UserError(f"{head!r} differs from the embedding, and the config ties the two (tie_word_embeddings)")
+        extra.remove(head)
+    zeros = {name for name in extra if name.endswith("bias") and not source.read(name).any()}
+    if extra := extra - zeros:
+        name = sorted(extra)[0]
+        raise UserError(f"the weights hold {name!r}, which model.py does not use here ({len(extra)} too many)")
+
+
+def describe(config: GPTConfig, tokenizer: Any) -> str:
+    """One line: parameters, layers, width, context, vocabulary."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in GPT(config, seed=None).parameters())
+    return (
+        f"{count:,} parameters, {config.n_layer} layers, {config.n_embd} channels, context {config.block_size:,},"
+        f" {tokenizer.vocab_size:,} ids, end-of-sequence {tokenizer.eos_id}"
+    )
+
+
+__all__ = ["build_for_weights", "describe", "import_model"]

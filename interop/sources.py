@@ -1,0 +1,354 @@
+"""Opens a model of another program: what it is, the names of its tensors, its tokenizer.
+
+`open_source` tells the kinds apart: a transformers folder, a GGUF file (gguf_source.py), a checkpoint that torch.save
+wrote (nanoGPT's ckpt.pt, pytorch_model.bin; only with pickle allowed), llm.c's .bin. Code in a folder is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.imported_tokenizer import ImportedTokenizer, backend, read_tokenizer_json
+from common.tokenizer import Tokenizer, named_tokenizer
+from errors import UserError, quote
+from files import DamagedFile, read_json
+from interop import classes, layouts
+
+IGNORED = re.compile(  # buffers in older files: masks, and frequencies of the rotation
+    r".*(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)|lm_head\.bias\b.*zero"
+)
+FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+
+
+@dataclass
+class Source:
+    """A model of another program. options: of GPTConfig, without the vocabulary. read: a tensor by its name there.
+    facts: what is known of its origin, for the model card of an export."""
+
+    kind: str
+    options: dict[str, Any]
+    layout: layouts.Layout
+    names: set[str]
+    read: Callable[[str], Tensor]
+    bytes: int
+    tokenizer: Tokenizer
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def open_source(path: Path, *, pickle: bool, tokenizer: str | None, eos: str | None) -> Source:
+    """The model in a folder or file. pickle: torch.save's files may be read, by torch's restricted unpickler.
+    tokenizer: for files that have none. eos: the name of the end-of-sequence token, where another one is wanted. Raises
+    UserError."""
+    if path.is_dir():
+        return open_transformers(path, pickle, eos)
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file or folder. Expected a folder with config.json and model.safetensors, a .gguf file,"
+            " nanoGPT's ckpt.pt or llm.c's .bin; a model of the Hugging Face hub needs --download"
+        )
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head[:4] == b"GGUF":
+        from interop.gguf_source import open_gguf
+
+        return open_gguf(path, eos)
+    if int.from_bytes(head[:4], "little") == LLMC_MAGIC:
+        return open_llmc(path, head, tokenizer)
+    if head[:4] == b"PK\3\4" or path.suffix in (".pt", ".pth", ".bin"):
+        return open_nanogpt(path, pickle, tokenizer)
+    raise UserError(f"{path}: neither GGUF, nor a checkpoint of nanoGPT or llm.c; a transformers model is a folder")
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+def open_transformers(folder: Path, pickle: bool, eos: str | None) -> Source:
+    """A folder of transformers' save_pretrained. Raises UserError."""
+    if not (folder / "config.json").is_file():
+        ours = "; it is a run or model folder of Sprout already" if (folder / "checkpoints").is_dir() else ""
+        raise UserError(f"{folder}: has no config.json, so it is no transformers model{ours}")
+    config = read_json((folder / "config.json").resolve())
+    if (folder / "sprout_tokenizer.json").is_file():
+        again = f"python sample.py --run={quote(str(folder))}"
+        raise UserError(f"{folder}: is a model folder of Sprout already: {again}")
+    if config.get("quantization_config"):
+        method = (
+            config["quantization_config"].get("quant_method") if isinstance(config["quantization_config"], dict) else ""
+        )
+        raise UserError(f"{folder}: its weights are quantized ({method}); import the original, or a GGUF of it")
+    notes = []
+    if config.get("auto_map") or any(folder.glob("*.py")):
+        notes.append("the folder holds code of its own (auto_map or .py files), which is not run")
+    name = classes.class_of(config)
+    options = classes.read_config(config, name)
+    names, read, size = open_safetensors(folder) or open_pickled(folder, pickle)
+    facts = {"class": name, "config": config, **_facts(folder)}
+    return Source(
+        name,
+        options,
+        classes.CLASSES[name].layout,
+        names,
+        read,
+        size,
+        read_tokenizer(folder, config, eos),
+        facts,
+        notes,
+    )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    generation = folder / "generation_config.json"
+    return {"generation_config": read_json(generation.resolve())} if generation.is_file() else {}
+
+
+def open_safetensors(folder: Path) -> tuple[set[str], Callable[[str], Tensor], int] | None:
+    """(names, reader, bytes) of model.safetensors or of the files that its index names; None where there is neither.
+    Raises UserError."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        files = {single}
+    elif index.is_file():
+        listed = read_json(index.resolve()).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise DamagedFile(index, "has no weight_map")
+        if outside := [file for file in listed.values() if Path(file).name != file]:
+            raise DamagedFile(index, f"names {outside[0]!r}, which is not a file of this folder")
+        files = {folder / file for file in listed.values()}
+    else:
+        return None
+    place = dict[str, Path]()
+    for file in sorted(files):
+        if not file.is_file():
+            raise DamagedFile(file, "is missing; the download is not complete")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                place |= dict.fromkeys(tensors.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise DamagedFile(file, f"damaged, or not complete ({error})") from None
+
+    def read(name: str) -> Tensor:
+        with safe_open(place[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    return set(place), read, sum(file.stat().st_size for file in files)
+
+
+def open_pickled(folder: Path, allowed: bool) -> tuple[set[str], Callable[[str], Tensor], int]:
+    """The same of pytorch_model.bin. Raises UserError."""
+    files = sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+    tensors = dict[str, Tensor]()
+    for file in files:
+        content = load_pickled(file, allowed)
+        if not all(isinstance(value, Tensor) for value in content.values()):
+            raise DamagedFile(file, "holds something else than tensors by name")
+        tensors |= content
+    return set(tensors), tensors.__getitem__, sum(file.stat().st_size for file in files)
+
+
+def read_tokenizer(folder: Path, config: Mapping[str, Any], eos: str | None) -> Tokenizer:
+    """The tokenizer of a transformers folder. Raises UserError."""
+    path, vocab = folder / "tokenizer.json", folder / "vocab.json"
+    if path.is_file():
+        definition = path.read_text("utf-8")
+    elif vocab.is_file() and (folder / "merges.txt").is_file():
+        definition = gpt2_definition(folder)
+    else:
+        found = "a SentencePiece model, which is not covered" if (folder / "tokenizer.model").is_file() else "none"
+        raise UserError(
+            f"{folder}: expected tokenizer.json, or vocab.json and merges.txt, for its tokenizer; found {found}"
+        )
+    content, settings = read_tokenizer_json(definition), dict[str, Any]()
+    if (folder / "tokenizer_config.json").is_file():
+        settings = read_json((folder / "tokenizer_config.json").resolve())
+    template, file = settings.get("chat_template"), folder / "chat_template.jinja"
+    if file.is_file():
+        template = file.read_text("utf-8")
+    named = [eos, settings.get("eos_token"), config.get("eos_token_id")]
+    return make_tokenizer(definition, content, named, template if isinstance(template, str) else None)
+
+
+def make_tokenizer(
+    definition: str, content: Mapping[str, Any], named: list[Any], template: str | None = None
+) -> ImportedTokenizer:
+    """named: what may name the end-of-sequence token, the first that does counts: its text, a dict with it as
+    `content`, an id or a list of ids. Raises UserError."""
+    made = backend(definition)
+    vocab = made.get_vocab(with_added_tokens=True)
+    for name in [*named, "<|endoftext|>"]:
+        name = name.get("content") if isinstance(name, dict) else name[0] if isinstance(name, list) and name else name
+        eos_id = name if type(name) is int else vocab.get(name) if isinstance(name, str) else None
+        if eos_id is not None:
+            break
+        if name is not None and name is named[0]:
+            raise UserError(f"--eos={name}: the tokenizer has no such token; special ones are {_special(content)}")
+    else:
+        raise UserError(
+            f"the tokenizer does not say which token ends a text; name it with --eos=TOKEN: {_special(content)}"
+        )
+    with_start, without = (made.encode("x", add_special_tokens=flag).ids for flag in (True, False))
+    start = with_start[: with_start.index(without[0])] if without and without[0] in with_start else []
+    return ImportedTokenizer(definition, eos_id, start[0] if start else None, template)
+
+
+def _special(content: Mapping[str, Any]) -> str:
+    names = [token.get("content", "") for token in content.get("added_tokens") or [] if token.get("special")]
+    return ", ".join(map(repr, names[:12])) or "none"
+
+
+def gpt2_definition(folder: Path) -> str:
+    """A tokenizer.json of vocab.json and merges.txt, as GPT-2's tokenizer was published."""
+    vocab = read_json((folder / "vocab.json").resolve())
+    lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    special = [token for token in ("<|endoftext|>",) if token in vocab]
+    return bpe_definition(vocab, [line.split(" ") for line in merges], special)
+
+
+def bpe_definition(
+    vocab: Mapping[str, int], merges: list[list[str]], special: list[str], before: list[dict[str, Any]] | None = None,
+    *, added: list[str] | None = None, use_regex: bool = False, ignore_merges: bool = False,
+    normalizer: dict[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """A tokenizer.json of byte-level BPE. special, added: tokens that are never merged; the former stand for no text.
+    before: the pre-tokenizers before the one for bytes, which has GPT-2's pattern with use_regex or where there are
+    none."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level |= {"use_regex": use_regex or before is None}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    kinds = dict.fromkeys(special, True) | dict.fromkeys(added or [], False)
+    listed = [{"id": vocab[token], "content": token, **flags, "special": kinds[token]} for token in kinds]
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges}
+    content = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": sorted(listed, key=lambda token: token["id"]),
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*before, byte_level]} if before else byte_level,
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {**model, "vocab": dict(vocab), "merges": merges},
+    }  # fmt: skip
+    return json.dumps(content, ensure_ascii=False)
+
+
+# ---- nanoGPT ---------------------------------------------------------------------------------------------------------
+
+
+def load_pickled(path: Path, allowed: bool) -> dict[str, Any]:
+    """The dict that torch.save wrote. Raises UserError."""
+    if not allowed:
+        raise UserError(
+            f"{path}: a pickle file, which Sprout reads only when asked: add --pt. torch's restricted unpickler then"
+            " reads tensors and plain values, and refuses everything else"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=path.stat().st_size > 2**20)
+    except (RuntimeError, ValueError, EOFError, OSError, AttributeError, KeyError, pickle_error()) as error:
+        raise UserError(f"{path}: torch's restricted unpickler does not read it ({str(error)[:300]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
+    return content
+
+
+def pickle_error() -> type[Exception]:
+    import pickle
+
+    return pickle.UnpicklingError
+
+
+def open_nanogpt(path: Path, pickle: bool, tokenizer: str | None) -> Source:
+    """nanoGPT's ckpt.pt. Raises UserError."""
+    content = load_pickled(path, pickle)
+    arguments, weights = content.get("model_args"), content.get("model")
+    if not isinstance(arguments, dict) or not isinstance(weights, dict):
+        found = ", ".join(sorted(map(str, content))[:6])
+        raise UserError(f"{path}: not a checkpoint of nanoGPT: expected entries model and model_args; found {found}")
+    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
+    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path}: model holds something else than tensors")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > 1.05 * path.stat().st_size + 2**20:
+        raise UserError(
+            f"{path}: its tensors would take {size:,} bytes, the file has {path.stat().st_size:,}: not read"
+        )
+    names = {"n_layer", "n_head", "n_embd", "block_size", "bias"}
+    if missing := sorted(names - arguments.keys()):
+        raise UserError(f"{path}: model_args lacks {missing[0]!r}")
+    options = {name: arguments[name] for name in names} | {"mlp": "gelu_exact"}
+    made = own_tokenizer(path, tokenizer, arguments.get("vocab_size"))
+    facts = {"class": "nanoGPT", "config": {name: arguments[name] for name in sorted(names)}}
+    return Source("nanoGPT", options, layouts.nanogpt, set(tensors), tensors.__getitem__, size, made, facts)
+
+
+def own_tokenizer(path: Path, name: str | None, vocab_size: object) -> Tokenizer:
+    """The tokenizer of a checkpoint that has none: GPT-2's where the vocabulary is its, else `name`. Raises
+    UserError."""
+    if name is not None:
+        return named_tokenizer(name)
+    if vocab_size in (50_257, 50_304):
+        return named_tokenizer("gpt2")
+    raise UserError(
+        f"{path}: a vocabulary of {vocab_size} ids, and the file does not say of which tokenizer: add"
+        " --tokenizer=FILE (for nanoGPT's characters: the dataset.json of the same text, prepared by python -m"
+        " prepare_data text --tokenizer=char, which gives the same ids)"
+    )
+
+
+# ---- llm.c -----------------------------------------------------------------------------------------------------------
+
+LLMC_MAGIC, LLMC_DTYPES = 20240326, {3: torch.float32, 5: torch.bfloat16}
+
+
+def open_llmc(path: Path, head: bytes, tokenizer: str | None) -> Source:
+    """llm.c's checkpoint of GPT-2: 256 int32 of header, then the tensors one after another. Raises UserError."""
+    version = int.from_bytes(head[4:], "little")
+    if version not in LLMC_DTYPES:
+        raise UserError(f"{path}: llm.c's version {version}; expected 3 (float32) or 5 (bfloat16)")
+    header = torch.from_file(str(path), size=256, dtype=torch.int32).tolist() if path.stat().st_size >= 1024 else []
+    if min(header[2:8], default=0) < 1:
+        raise DamagedFile(path, "no header of llm.c's checkpoints")
+    T, V, L, H, C, padded = header[2:8]
+    shapes = {"wte.weight": (padded, C), "wpe.weight": (T, C)}
+    for name, shape in {
+        "ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),
+        "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,), "mlp.c_proj.weight": (C, 4 * C),
+        "mlp.c_proj.bias": (C,),
+    }.items():  # fmt: skip
+        shapes |= {f"h.{layer}.{name}": shape for layer in range(L)}
+    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    dtype = LLMC_DTYPES[version]
+    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+    if path.stat().st_size != 1024 + sum(sizes) * dtype.itemsize:
+        raise DamagedFile(
+            path, f"{path.stat().st_size} bytes, but its header says {1024 + sum(sizes) * dtype.itemsize}"
+        )
+    numbers = torch.from_file(str(path), size=512 * (4 // dtype.itemsize) // 2 + sum(sizes), dtype=dtype)
+    values = numbers[1024 // dtype.itemsize :].split(sizes)
+    tensors = {
+        f"transformer.{name}": value.view(shape) for (name, shape), value in zip(shapes.items(), values, strict=True)
+    }
+    options = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": T}
+    made = own_tokenizer(path, tokenizer, V)
+    return Source(
+        "llm.c",
+        options,
+        layouts.nanogpt,
+        set(tensors),
+        tensors.__getitem__,
+        path.stat().st_size,
+        made,
+        {"class": "llm.c"},
+    )

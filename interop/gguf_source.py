@@ -34,8 +34,8 @@ def _splits(pattern: str) -> list[dict[str, Any]]:
     return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}]
 
 
-# tokenizer.ggml.pre → the pre-tokenizers before the bytes, None for GPT-2's pattern; and Llama 3's ignore_merges, Qwen's
-# normalizer
+# tokenizer.ggml.pre → the pre-tokenizers before the bytes, None for GPT-2's pattern; and further arguments of
+# bpe_definition
 PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]] | None, dict[str, Any]]] = {
     "gpt-2": (None, {}),
     "default": (None, {}),

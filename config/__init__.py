@@ -23,7 +23,18 @@ from server.options import ServerOptions
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 from training.plan import OPEN_SCHEDULES, first_values
 
-__all__ = ["HELP", "SCRIPTS", "SECTIONS", "Options", "check_command_line", "dump", "fixed_names", "load", "replace"]
+__all__ = [
+    "HELP",
+    "PLANNED",
+    "SCRIPTS",
+    "SECTIONS",
+    "Options",
+    "check_command_line",
+    "dump",
+    "fixed_names",
+    "load",
+    "replace",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,6 +107,9 @@ FOR_SCORES = {"score_end", "eval_stride", *option_names(TextOptions)}
 """Options of sample.py that concern --score alone."""
 WITH_SCORE = {"run", "checkpoint", "quantize", "output", "score", *FOR_SCORES, *option_names(HardwareOptions)}
 
+PLANNED = "finetune"
+"""The preset that leaves to a plan what it does not give."""
+
 USAGE = {
     "train.py": """
 usage: python train.py [PRESET ...] [--option=value ...]
@@ -108,6 +122,7 @@ With --data and no preset, a plan chooses all options that are not given; it is 
   python train.py --data=my_novel.txt --budget_minutes=15     the best model that 15 minutes give
   python train.py --data=my_novel.txt --plan             only print the plan
   python train.py --data=my_novel.txt --budget_minutes=60 --try=4    short runs first, which may find better settings
+  python train.py finetune --init_from=models/gpt2 --data=my_novel.txt --budget_minutes=30     a model that exists
   python train.py shakespeare_char --max_steps=500       use a preset and change an option
   python train.py --resume=runs/quickstart-1             resume a run
   python sample.py --prompt="Once"                       sample from the newest run
@@ -164,10 +179,11 @@ def load(script: str, argv: Sequence[str]) -> Options:
 
 
 def needs_plan(argv: Sequence[str]) -> bool:
-    """Whether a command of train.py names a text and no preset, so that a plan chooses the other options."""
+    """Whether a command of train.py names a text and no preset but PLANNED, so that a plan chooses the other
+    options."""
     names = {arg.partition("=")[0] for arg in argv if arg.lower() not in ("--eval_only=false", "--resume=none")}
     others = {"--resume", "--eval_only", *HELP}
-    return "--data" in names and names.isdisjoint(others) and not _loader.has_preset(argv)
+    return "--data" in names and names.isdisjoint(others) and not _loader.has_preset(argv, besides=PLANNED)
 
 
 def refuse_try(options: Options, argv: Sequence[str]) -> None:

@@ -188,11 +188,11 @@ HINTS = {
     script: {name: text for text, names in table.items() for name in names.split()} for script, table in _HINTS.items()
 }
 
-_PUBLISHED = "published weights are not loaded; `python train.py gpt2_124m` trains a model of that shape"
+_PUBLISHED = "import it first: python -m interop import {} --download; then --init_from=models/{}"
 INIT_FROM = {
     "scratch": "leave the flag out: a new run starts from random weights",
     "resume": "write --resume=RUN",
-    **dict.fromkeys(["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"], _PUBLISHED),
+    **{name: _PUBLISHED.format(name, name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
 }
 """What to do in place of nanoGPT's values of --init_from, which names a run here."""
 

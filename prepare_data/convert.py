@@ -73,21 +73,18 @@ def convert_out(
     _refuse_unfit(dataset, target)
     splits = with_convention(dataset, target, {} if is_own else boundaries(dataset))
     files = files_for(target, splits, shard_tokens)
-    is_there = final.is_dir() and any(final.iterdir())
-    if final.exists() and (not final.is_dir() or final.samefile(folder) or final.samefile(".")):
-        raise UserError(f"--out={out}: is a file, the folder to be converted or the current folder; choose another one")
-    if is_there and overwrite:
-        _refuse_other_files(final)
-    elif is_there:
+    if not _is_free(out, final, folder) and not overwrite:
         _check_equal(final, files)
-        print(f"{final}: already converted ({_sizes(splits)})")
+        print(f"{out}: already converted ({_sizes(splits)})")
         return
+    if final.exists():
+        _refuse_other_files(final)
     if not _write_and_rename(final, partial(_write_files, files=files), final.exists(), "--out"):
         _check_equal(final, files)
     last = f" … {files[-1].name}" if len(files) > 2 else f", {files[-1].name}"
-    print(f"converted {folder} → {final} for {target.program}: {files[0].name}{last} ({_sizes(splits)})")
+    print(f"converted {folder} → {out} for {target.program}: {files[0].name}{last} ({_sizes(splits)})")
     print(f"  {describe_change(splits)}")
-    print(f"  {_advice(target, dataset, final)}")
+    print(f"  {_advice(target, dataset)}")
 
 
 def find_input(data: str, data_dir: Path) -> Path:
@@ -132,7 +129,7 @@ def boundaries(dataset: Dataset) -> dict[str, Ids]:
 
     A split lacks one in front where the other one ends with EOS, and one at its end where the other begins with EOS;
     otherwise its first document began, or its last one goes on, in the other split. So whole documents get theirs in
-    either convention, FineWeb's train split that goes on where val ends gets none, and neither does a text without EOS.
+    either convention, FineWeb's train split, which goes on where val ends, gets none in front, a text without EOS none.
     """
     eos_id, splits = dataset.tokenizer.eos_id, (dataset.train, dataset.val)
     begins = [int(split.read(0, 1)[0]) == eos_id for split in splits]
@@ -183,6 +180,20 @@ def _refuse_unfit(dataset: Dataset, target: Target) -> None:
             f"{dataset.folder}: {target.program}'s ids have 16 bits, which {size:,} ids do not fit in"
             f" ({dataset.tokenizer.name}); --to=llmc-uint32 has 32, or prepare the text with a smaller vocabulary"
         )
+
+
+def _is_free(out: Path, final: Path, source: Path) -> bool:
+    """Whether the folder to be made does not exist or is empty. Raises UserError where it can never be replaced."""
+    try:
+        if not final.exists():
+            return True
+        if not final.is_dir() or final.samefile(source) or final.samefile("."):
+            raise UserError(
+                f"--out={out}: is a file, the folder to be converted or the current folder; choose another one"
+            )
+        return not any(final.iterdir())
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be used ({error.strerror or error}); choose another one") from None
 
 
 def _refuse_other_files(final: Path) -> None:
@@ -277,15 +288,15 @@ def _sizes(splits: Mapping[str, Ids]) -> str:
     return f"{len(splits['train']):,} + {len(splits['val']):,} tokens"
 
 
-def _advice(target: Target, dataset: Dataset, final: Path) -> str:
+def _advice(target: Target, dataset: Dataset) -> str:
     """What has to be set in the other program."""
     tokenizer = dataset.tokenizer
     if tokenizer.name == "gpt2" and target.dtype == "uint16":
         return f"{target.program} expects gpt2's ids: nothing has to be set for them"
-    size = f"{tokenizer.vocab_size:,} ids of {tokenizer.name} with end-of-sequence {tokenizer.eos_id}"
-    enough = "more than enough" if target.rows > tokenizer.vocab_size else "too few"
-    enough = "as many" if target.rows == tokenizer.vocab_size else enough
+    size = tokenizer.vocab_size
+    enough = f"enough; for exactly {size}, set {target.setting}"
+    too_few = f"too few: set {target.setting} to {size}"
     return (
-        f"these are {size}; {target.program}'s model has {target.rows:,} ids, {enough}:"
-        f" set {target.setting} to {tokenizer.vocab_size}"
+        f"these are {size:,} ids of {tokenizer.name}, end-of-sequence {tokenizer.eos_id}; {target.program}'s model has"
+        f" {target.rows:,}, {enough if target.rows >= size else too_few}"
     )

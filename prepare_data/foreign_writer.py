@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from files import write_parts
-from prepare_data.shard_format import HEADER_BYTES, HEADERS
+from prepare_data.shard_format import header
 from prepare_data.shards import Split
 
 BLOCK = 1 << 20  # ids that are read and written at a time
@@ -44,12 +44,6 @@ class Target:
         return bool(re.fullmatch(self.pattern.replace(".", r"\.").format(split="(train|val)", number=r"\d{6}"), name))
 
 
-def _shard_header(dtype: str, tokens: int) -> bytes:
-    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = *HEADERS[dtype], tokens
-    return header.tobytes()
-
-
 def _numpy_header(tokens: int) -> bytes:
     file = BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
@@ -62,13 +56,13 @@ TARGETS = {
         "nanoGPT", "uint16", "{split}.bin", lambda tokens: b"", False, 50_304, "meta_vocab_size in its train.py"
     ),
     "llmc": Target(
-        "llm.c", "uint16", _SHARD, partial(_shard_header, "uint16"), True, 50_257, "vocab_size in its train_gpt2.cu"
+        "llm.c", "uint16", _SHARD, partial(header, "uint16"), True, 50_257, "vocab_size in its train_gpt2.cu"
     ),
     "llmc-uint32": Target(
-        "llm.c", "uint32", _SHARD, partial(_shard_header, "uint32"), True, 128_256, "vocab_size in its train_llama3.py"
+        "llm.c", "uint32", _SHARD, partial(header, "uint32"), True, 128_256, "vocab_size in its train_llama3.py"
     ),
     "modded-nanogpt": Target(
-        "modded-nanogpt", "uint16", _SHARD, partial(_shard_header, "uint16"), True, 50_257,
+        "modded-nanogpt", "uint16", _SHARD, partial(header, "uint16"), True, 50_257,
         "vocab_size, and BOS_ID where there is one, in its train_gpt.py",
     ),
     "build-nanogpt": Target(

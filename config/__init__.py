@@ -18,7 +18,7 @@ from common.options import HardwareOptions, RunOptions
 from config.loader import HELP, Loader, Options, dump, is_flag, replace
 from errors import UserError, quote, run_script
 from generation.options import SampleScriptOptions, SamplingOptions
-from prepare_data import PrepareOptions, SourceOptions, TextOptions
+from prepare_data import ConvertOptions, PrepareOptions, SourceOptions, TextOptions
 from server.options import ServerOptions
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 from training.plan import OPEN_SCHEDULES, first_values
@@ -62,6 +62,7 @@ ModelOptions = class_alone(ROOT / "model.py", "GPTConfig")
 SECTIONS: dict[str, type] = {
     "run": RunOptions,
     "source": SourceOptions,
+    "converting": ConvertOptions,
     "what to sample from": SampleScriptOptions,
     "sampling": SamplingOptions,
     "server": ServerOptions,
@@ -88,7 +89,7 @@ SCRIPTS: dict[str, tuple[type, ...]] = {
         LoggingOptions,
     ),
     "sample.py": (RunOptions, SampleScriptOptions, SamplingOptions, ServerOptions, TextOptions, HardwareOptions),
-    "prepare_data": (SourceOptions, TextOptions, PrepareOptions),
+    "prepare_data": (SourceOptions, ConvertOptions, TextOptions, PrepareOptions),
 }
 
 NEEDS: dict[str, tuple[str, Any]] = {
@@ -154,6 +155,11 @@ Turns text into a dataset of tokens in data/NAME. train.py does this automatical
   python -m prepare_data text --input=folder/ --name=notes --tokenizer=bpe --vocab_size=8192
   python -m prepare_data text --input=novel.txt --dry_run=true      only count and show a sample
   python train.py --data=notes                                      then train on it
+
+convert turns the token shards of other programs into a dataset, and a dataset into their shards.
+
+  python -m prepare_data convert --input=fineweb10B --name=fineweb --tokenizer=gpt2
+  python -m prepare_data convert --input=notes --to=nanogpt --out=nanoGPT/data/notes
 """,
 }
 

@@ -181,7 +181,7 @@ _HINTS = {
             "data data_path data_file data_root dataset text text_file corpus input_file input_dir file files filename "
             "path source train_file"
         ),
-        "--name=": "out output output_dir out_dir dataset_name",
+        "--name=": "output output_dir out_dir dataset_name",
     },
 }
 HINTS = {

@@ -252,6 +252,8 @@ def _read_prompts(value: Any, served: ServedModel) -> list[Prompt]:
 def _read_prompt(value: Any, where: str, served: ServedModel) -> Prompt:
     prepend_eos = served.sampling.prepend_eos
     try:
+        if isinstance(value, str) and value.startswith(END_NAME):
+            value = encode_text(served.tokenizer, value)  # a second one is not added
         if isinstance(value, str):
             return Prompt(value, prompt_ids(served.tokenizer, value, prepend_eos), int(prepend_eos))
     except UserError as error:
@@ -262,6 +264,13 @@ def _read_prompt(value: Any, where: str, served: ServedModel) -> Prompt:
         )
     check_ids(value, where, "prompt", served.tokenizer.vocab_size)
     return Prompt(served.tokenizer.decode(value), value, 0)
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text. END_NAME at its start is the end-of-sequence token, as clients write it that decode ids to send
+    them; further on it is text, as in training, so that no text can end a document. Raises UserError."""
+    ids = tokenizer.encode(text.removeprefix(END_NAME)).tolist()
+    return [tokenizer.eos_id] * text.startswith(END_NAME) + ids
 
 
 def check_ids(ids: list[Any], where: str, param: str, vocab_size: int) -> None:

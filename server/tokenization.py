@@ -1,8 +1,4 @@
-"""vLLM's tokenizer endpoints: the tokenizer of the served model for programs that have no copy of it. Knows no HTTP.
-
-The name of the end-of-sequence token is that token where it is a whole prompt, which is how clients ask for its id.
-Within a text it is text, as it was in training, so that no text can end a document.
-"""
+"""vLLM's tokenizer endpoints: the tokenizer of the served model for programs that have no copy of it. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -11,21 +7,31 @@ from typing import Any
 
 from common.option import show
 from errors import UserError
-from server.completions import END_NAME, RequestError, ServedModel, check_ids, flag, read_fields, token_name
+from server.completions import (
+    END_NAME,
+    RequestError,
+    ServedModel,
+    check_ids,
+    encode_text,
+    flag,
+    read_fields,
+    token_name,
+)
 
 
 def tokenize(body: bytes, served: ServedModel) -> dict[str, Any]:
-    """The response of POST /tokenize. Like a prompt of /v1/completions, a text begins with end-of-sequence unless
-    `add_special_tokens` is false. Raises RequestError."""
+    """The response of POST /tokenize: the ids that /v1/completions reads for the same prompt; without the
+    end-of-sequence that it adds at the start if `add_special_tokens` is false. Raises RequestError."""
     fields = read_fields(body, ("model", "prompt", "add_special_tokens", "return_token_strs"), served)
     prompt, tokenizer = fields.get("prompt"), served.tokenizer
     if not isinstance(prompt, str):
         raise RequestError(f"prompt = {show(repr(prompt))}: expected a text", param="prompt")
     try:
-        ids = [tokenizer.eos_id] if prompt == END_NAME else tokenizer.encode(prompt).tolist()
+        ids = encode_text(tokenizer, prompt)
     except UserError as error:
         raise RequestError(f"prompt: {error}", param="prompt") from None
-    if flag(fields, "add_special_tokens", default=True) and served.sampling.prepend_eos:
+    adds_eos = flag(fields, "add_special_tokens", default=True) and served.sampling.prepend_eos
+    if adds_eos and not prompt.startswith(END_NAME):
         ids = [tokenizer.eos_id, *ids]
     names = [token_name(tokenizer, id) for id in ids] if flag(fields, "return_token_strs") else None
     return {

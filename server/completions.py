@@ -267,8 +267,8 @@ def _read_prompt(value: Any, where: str, served: ServedModel) -> Prompt:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text. END_NAME at its start is the end-of-sequence token, as clients write it that decode ids to send
-    them; further on it is text, as in training, so that no text can end a document. Raises UserError."""
+    """The ids of a text. END_NAME at its start is the end-of-sequence token: so /detokenize writes it. Further on it is
+    text, as in training, so that no text can end a document. Raises UserError."""
     ids = tokenizer.encode(text.removeprefix(END_NAME)).tolist()
     return [tokenizer.eos_id] * text.startswith(END_NAME) + ids
 

@@ -102,8 +102,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Facts:
-    """A prepared text and the machine. free_bytes: memory for the training, None where it is not known. context:
-    that of weights that are trained already, None where there are none. train_bytes: of the train split, None where they are not known."""
+    """A prepared text and the machine. free_bytes: memory for the training, None where it is not known. context: that
+    of weights that are trained already, None where there are none. train_bytes: of the train split, None where they are
+    not known."""
 
     train_tokens: int
     val_tokens: int

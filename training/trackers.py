@@ -163,7 +163,7 @@ class TrackioLog:
     """trackio's database on this machine, in its own folder (TRACKIO_DIR), where `trackio show` finds all runs.
 
     Its Run is used and not its init, which would follow TRACKIO_SPACE_ID to the network. Nothing is sent, served or
-    shown. A thread of trackio writes twice a second; a failure there is a warning of trackio's.
+    shown. A thread of trackio writes twice a second, so a failure is known when the next values come.
     """
 
     name = "trackio"
@@ -182,20 +182,30 @@ class TrackioLog:
 
     def start(self, first_step: int) -> None:
         storage = self._trackio.SQLiteStorage
-        if storage.get_project_db_path(self._project).exists():
+        path = storage.get_project_db_path(self._project)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
             with closing(sqlite3.connect(storage.init_db(self._project), timeout=30)) as database, database:
                 database.execute("DELETE FROM metrics WHERE run_id = ? AND step >= ?", (self._id, first_step))
         self._run = self._trackio.Run(
             url=None, client=None, project=self._project, name=self._name, run_id=self._id, config=self._settings
         )
+        self._failures: list[str] = []
+        self._run._warn_once = lambda _, message: self._failures.append(message)  # where it would give a warning
 
     def log(self, values: Mapping[str, Value], step: int) -> None:
         if numbers := {name: value for name, value in values.items() if isinstance(value, int | float)}:
             self._run.log(numbers, step=step)
+        self._raise_failure()
 
     def finish(self) -> None:
         with redirect_stdout(io.StringIO()):  # "Uploading logs": to the database
             self._run.finish()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failures:
+            raise OSError(self._failures[0])
 
 
 def _identity(run: Path) -> str:

@@ -120,7 +120,8 @@ class RunLogger:
         }
         step, is_final = state.step, event == "final"
         self.files.metrics(event, step, timing={"train_seconds": round(self.clock.seconds(), 3)}, **fields)
-        self.trackers.log({f"val/{name}": value for name, value in fields.items() if value is not None}, step)
+        folder = "final" if is_final else "val"
+        self.trackers.log({f"{folder}/{name}": value for name, value in fields.items() if value is not None}, step)
         compared = None if is_final else self.reference.describe(step, result.loss, plan)
         scored = "whole val split: " if is_final else ""
         log(f"step {step}: {scored}{result.describe()}" + (f"; {compared}" if compared else ""))

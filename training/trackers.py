@@ -107,8 +107,9 @@ class WandbLog:
             self._run = self._init(**self._options)
 
     def log(self, values: Mapping[str, Value], step: int) -> None:
-        if numbers := {name: value for name, value in values.items() if not isinstance(value, str)}:
-            self._run.log(numbers, step=step)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        if numbers:  # the final evaluation takes the place of the last one: there is one value for each step
+            self._run.log({name.replace("final/", "val/"): value for name, value in numbers.items()}, step=step)
 
     def finish(self) -> None:
         with redirect_stderr(Unchanged(sys.stderr)):
@@ -163,7 +164,8 @@ class TrackioLog:
     """trackio's database on this machine, in its own folder (TRACKIO_DIR), where `trackio show` finds all runs.
 
     Its Run is used and not its init, which would follow TRACKIO_SPACE_ID to the network. Nothing is sent, served or
-    shown. A thread of trackio writes twice a second, so a failure is known when the next values come.
+    shown. A thread of trackio writes twice a second: a failure is known when the next values come, and a killed process
+    loses half a second of records, which are missing where its last checkpoint was saved in that time.
     """
 
     name = "trackio"

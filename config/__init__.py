@@ -101,6 +101,7 @@ NEEDS: dict[str, tuple[str, Any]] = {
     "host": ("serve", True),
     "port": ("serve", True),
     "api_token": ("serve", True),
+    "trackio_project": ("trackio", True),
 }
 """Options that have an effect only with a certain value of another one, in the scripts that have that."""
 

@@ -22,7 +22,9 @@ _HINTS = {
             "model model_type model_name"
         ),
         "--seed=": "random_seed manual_seed rng_seed data_seed",
-        "--wandb=online or --wandb=offline": "wandb_log use_wandb report_to log_to_wandb",
+        "--wandb=online or --wandb=offline": "wandb_log use_wandb log_to_wandb",
+        "--tensorboard, --trackio or --wandb=offline": "report_to logger loggers tracker tracking log_with",
+        "--tensorboard": "use_tensorboard tensorboard_log log_to_tensorboard tb",
         "--wandb_project=": "project project_name",
         "leave it out: checkpoints are always saved; --save_interval=STEPS says how often": (
             "always_save_checkpoint save_checkpoint save_strategy save_model do_save"

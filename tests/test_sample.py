@@ -406,7 +406,7 @@ def test_a_sample_imports_nothing_that_it_does_not_use(runs):
     imported = set(out.splitlines()[-1].split())
     unused = {"anyio", "charset_normalizer", "filelock", "inspection", "matplotlib", "requests", "rustbpe", "starlette"}
     assert {"torch", "tiktoken"} <= imported
-    assert not imported & (unused | {"sympy", "triton", "uvicorn", "wandb"})
+    assert not imported & (unused | {"sympy", "tensorboard", "trackio", "triton", "uvicorn", "wandb"})
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary", "sinusoidal"])

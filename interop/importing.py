@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from checkpoint import write_model_folder
-from common.weights import count_parameters
+from common.weights import count_parameters, meta_model
 from errors import UserError
 from interop import classes
 from interop.layouts import Entry, join
 from interop.sources import FLOATS, IGNORED, Source
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 MEMORY_MARGIN = 2**28  # bytes: a tensor at a time in its other form, and Python
 
@@ -36,8 +36,10 @@ def import_model(source: Source, out: Path, block_size: int | None = None) -> GP
 
 def read_tensors(source: Source, config: GPTConfig) -> dict[str, Tensor]:
     """Our tensors by name, in the dtypes of the file. Raises UserError where theirs are not those of the config."""
-    with torch.device("meta"):
-        model = GPT(config, seed=None)
+    try:
+        model = meta_model(config, len(source.names))
+    except ValueError as error:
+        raise UserError(f"config.json and the weights do not belong together: {error}") from None
     expected = {name: tuple(model.unpad(name, parameter).shape) for name, parameter in model.named_parameters()}
     used, found = set[str](), dict[str, Tensor]()
     entries = {entry.ours: entry for entry in source.layout(config)}
@@ -105,8 +107,7 @@ def refuse_extra(
 
 def describe(config: GPTConfig) -> str:
     """One line: parameters, layers, width, context, vocabulary."""
-    with torch.device("meta"):
-        count = count_parameters(GPT(config, seed=None))
+    count = count_parameters(meta_model(config, config.n_layer))
     return (
         f"{count:,} parameters, {config.n_layer} layers, {config.n_embd} channels, context {config.block_size:,},"
         f" {config.vocab_size:,} ids, end-of-sequence {config.eos_id}"

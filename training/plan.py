@@ -414,7 +414,7 @@ def _model(
 def _steps(facts: Facts, outlook: Outlook, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Tokens of a step, evaluations and log lines."""
     count = PATIENT_EVALUATIONS if _is_patient(given) else EVALUATIONS
-    tokens = max(MIN_EVAL_TOKENS, nearest_power(3 * EVALUATION_SHARE * outlook.tokens / count))
+    tokens = nearest_power(max(MIN_EVAL_TOKENS, 3 * EVALUATION_SHARE * outlook.tokens / count))
     values = {
         "tokens_per_step": outlook.tokens_per_step,
         "eval_interval": round_down(outlook.steps / count),

@@ -120,7 +120,7 @@ class Planning:
     @property
     def is_by_hand(self) -> bool:
         """Whether the user has chosen what short texts need, or weights that exist."""
-        return "block_size" in self.given
+        return "block_size" in self.given or self.start.initial is not None
 
     def _too_short(self, found: str, needed: str) -> UserError:
         flag = f"--data={quote(self.data)}"

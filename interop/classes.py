@@ -227,7 +227,9 @@ def to_config(options: Mapping[str, Any], vocab_size: int, eos_id: int) -> GPTCo
 
 # ---- Writers ---------------------------------------------------------------------------------------------------------
 
-PRESETS = "quickstart, modern_124m and qwen3_char_cpu (Qwen3), gpt2_124m and shakespeare_char (GPT-2), vaswani2017 (OPT)"
+PRESETS = (
+    "quickstart, modern_124m and qwen3_char_cpu (Qwen3), gpt2_124m and shakespeare_char (GPT-2), vaswani2017 (OPT)"
+)
 HF_ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu", "relu2": "relu2"}
 
 

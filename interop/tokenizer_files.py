@@ -10,8 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from common.imported_tokenizer import CHARACTER_OF, ImportedTokenizer
-from common.tokenizer import CharTokenizer, Tokenizer
+from common.imported_tokenizer import CHARACTER_OF, ImportedTokenizer, backend
+from common.tokenizer import PATTERNS, CharTokenizer, Tokenizer
 from interop.sources import bpe_definition
 
 EOS = "<|endoftext|>"
@@ -21,9 +21,7 @@ SPLITS = {
     "gpt2": None,
     "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]|\s+(?!\S)|\s",
-    "gpt4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt4o": PATTERNS["gpt4o"],
 }
 
 
@@ -127,6 +125,15 @@ def token_name(tokenizer: Tokenizer, id: int) -> str:
     content = json.loads(tokenizer.definition)
     added = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
     return added.get(id) or next(token for token, other in content["model"]["vocab"].items() if other == id)
+
+
+def prepended_id(tokenizer: Tokenizer) -> int | None:
+    """The id with which the written tokenizer begins a text, if any: for an imported one what its own file says."""
+    if not isinstance(tokenizer, ImportedTokenizer):
+        return tokenizer.eos_id
+    made = backend(tokenizer.definition)
+    with_start, without = (made.encode("x", add_special_tokens=flag).ids for flag in (True, False))
+    return with_start[0] if with_start[-len(without) :] == without and len(with_start) > len(without) else None
 
 
 def tokenizer_config(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:

@@ -96,10 +96,9 @@ def run_export(arguments: argparse.Namespace) -> int:
     shown = quote(str(path))
     print(f"wrote {path}; next:")
     if arguments.to == "hf":
-        print(
-            f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', {str(path)!r})('Once'))\""
-        )
-        print(f"  hf upload YOUR_NAME/{path.name} {shown}   (fill in the license in README.md first)")
+        code = f"from transformers import pipeline; print(pipeline('text-generation', {str(path)!r})('Once'))"
+        print(f'  python -c "{code}"')
+        print(f"  hf upload YOUR_NAME/{path.name} {shown}   (first fill in the license in its README.md)")
     else:
         print(f"  ollama create {path.name.lower()} -f {quote(str(path / 'Modelfile'))}")
     return 0

@@ -32,6 +32,10 @@ from model import GPT, GPTConfig, sinusoidal_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_FILE = 5 * 10**9  # bytes of a safetensors file, as transformers has it
+MARKS = (
+    "not the same in llama.cpp: words with combining marks (decomposed accents, Hindi, vowel points) get other ids, as"
+    " its version of the split pattern gpt4o ends words before them; tokenizers of --split_pattern=gpt2 are the same"
+)
 MARGIN = 10**7  # bytes for the small files
 
 
@@ -275,6 +279,8 @@ def write_gguf(model: Model, folder: Path, name: str, dtype: str | None) -> list
     tolerance = llama_cpp_tolerance(reference, architecture, dtype)
     if (checked := proof.check_llama_cpp(path, reference, model.tokenizer, tolerance)) is not None:
         found.append(checked)
+    if getattr(model.tokenizer, "pattern", "") == "gpt4o":
+        found.append(MARKS)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     kind = f"GGUF {architecture} ({dtype})"
     card = model_card(name, kind, model.config, parameters, model.folder, model.tokenizer.name, found)
@@ -283,4 +289,7 @@ def write_gguf(model: Model, folder: Path, name: str, dtype: str | None) -> list
 
 
 def llama_cpp_tolerance(reference: proof.Reference, architecture: str, dtype: str) -> float:
-    return max(reference.tolerance(), reference.spread() * {"f32": 0.0, "f16": 0.02, "q8_0": 0.2}[dtype])
+    """The largest difference of logits that llama.cpp's arithmetic explains, by what was measured: with 16-bit and
+    8-bit weights it rounds the activations in the same way, and its GELU comes from a table of 16-bit numbers."""
+    share = {"f32": 0.005 if architecture == "gpt2" else 0.0, "f16": 0.02, "q8_0": 0.3}[dtype]
+    return max(reference.tolerance(), share * reference.spread())

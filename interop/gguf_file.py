@@ -65,8 +65,8 @@ def tokenizer_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     elif isinstance(tokenizer, CharTokenizer):
         if others := [char for char in tokenizer.chars if ord(char) > 127]:
             raise UserError(
-                f"--to=gguf: characters outside ASCII ({''.join(others[:10])!r}) are several bytes, and llama.cpp has no"
-                " tokenizer of characters; --to=hf writes this model, and --tokenizer=bpe or bytes trains one that fits"
+                f"--to=gguf: characters outside ASCII ({''.join(others[:10])!r}) are several bytes, and llama.cpp has"
+                " no tokenizer of characters; --to=hf writes this model; one with --tokenizer=bpe or bytes fits"
             )
         tokens = [*(written(char.encode()) for char in tokenizer.chars), EOS]
         fields = {"pre": "gpt-2", "tokens": tokens, "merges": [], "types": [*[NORMAL] * len(tokenizer.chars), CONTROL]}

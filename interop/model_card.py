@@ -28,9 +28,9 @@ def model_card(
 ) -> str:
     """kind: the class or architecture; proof: what was compared, a line each."""
     state, run = folder.state() or {}, run_of(folder.path)
-    options = state.get("options") if isinstance(state.get("options"), dict) else {}
+    options = dictionary(state.get("options"))
     sections = [
-        front_matter(),
+        front_matter(kind),
         f"# {name}",
         f"A decoder-only Transformer of {parameters:,} parameters, trained with Sprout and exported as {kind}.",
         "License: to be filled in by whoever publishes this model (and in the lines at the top).",
@@ -41,16 +41,18 @@ def model_card(
         section("Origin", origin_rows(folder.path, options)),
         samples_section(run),
         section("Checked", [f"{line}." for line in proof]),
-        "Every text begins with the end-of-sequence token, which the tokenizer adds."
-        if tokenizer != "imported"
-        else "",
     ]
     return "\n\n".join(part for part in sections if part) + "\n"
 
 
-def front_matter() -> str:
-    lines = ["---", "license: other  # fill in", "library_name: transformers", "pipeline_tag: text-generation", "---"]
-    return "\n".join(lines)
+def dictionary(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def front_matter(kind: str) -> str:
+    """What the hub reads."""
+    where = ["tags:", "- gguf"] if kind.startswith("GGUF") else ["library_name: transformers"]
+    return "\n".join(["---", "license: other  # fill in", *where, "pipeline_tag: text-generation", "---"])
 
 
 def section(title: str, rows: list[str]) -> str:
@@ -62,9 +64,11 @@ def model_rows(config: GPTConfig, kind: str, tokenizer: str) -> list[str]:
     if config.kv_heads != config.n_head:
         heads += f" ({config.kv_heads} of keys and values)"
     return [
-        f"{kind}: {config.n_layer} layers, {heads}, {config.n_embd} channels, MLP {config.mlp} {config.hidden_size} wide",
+        f"{kind}: {config.n_layer} layers, {heads}, {config.n_embd} channels",
+        f"MLP: {config.mlp}, {config.hidden_size} wide",
         f"context of {config.block_size:,} tokens, {config.positions} positions",
-        f"vocabulary of {config.vocab_size:,}; tokenizer: {tokenizer}",
+        f"vocabulary of {config.vocab_size:,}; tokenizer: {tokenizer}"
+        + ("" if tokenizer == "imported" else ", which begins every text with the end-of-sequence token"),
     ]
 
 
@@ -78,8 +82,7 @@ def data_rows(state: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]
     except DamagedFile:  # prepared elsewhere, or removed
         return rows
     sizes = [f"{content[key]:,} {key}" for key in ("documents", "bytes") if isinstance(content.get(key), int)]
-    shards = content.get("shards") if isinstance(content.get("shards"), dict) else {}
-    for split, files in shards.items():
+    for split, files in dictionary(content.get("shards")).items():
         sizes.append(f"{sum(file.get('tokens', 0) for file in files):,} tokens in the {split} split")
     return [*rows, ", ".join(sizes)]
 

@@ -1,12 +1,16 @@
 """Compares an exported model with ours: logits on fixed prompts, greedy ids, the ids of texts.
 
-A `Reference` is what our model says. `check_transformers`, `check_llama_cpp` and `check_files` compare with the target's
-own code, or with the files as our importer reads them, and return what they found equal; they raise ProofFailed.
+A `Reference` is what our model says. check_transformers, check_llama_cpp and check_files compare it with what the
+target's own code says, or our importer reads, and return what they found equal; they raise ProofFailed.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import multiprocessing
 from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +42,8 @@ class ProofFailed(Exception):
 
 
 class Reference(NamedTuple):
-    """prompts: ids; logits: (n, V) float32 of the last MAX_ROWS positions of each; greedy: the ids that the first prompt goes on with, and
-    greedy_logits (n, V), from which each was taken."""
+    """prompts: ids; logits: (n, V) float32 of the last MAX_ROWS positions of each; greedy: the ids that continue the
+    first prompt, and greedy_logits (n, V), from which each was taken."""
 
     prompts: list[list[int]]
     logits: list[Tensor]
@@ -177,47 +181,68 @@ def _within(difference: float, tolerance: float) -> str:
 # ---- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
+class Answers(NamedTuple):
+    """What llama.cpp says: the logits of the last positions of each prompt, the greedy ids, the ids of each text."""
+
+    logits: list[np.ndarray]
+    greedy: list[int]
+    texts: list[list[int]]
+
+
 def check_llama_cpp(path: Path, reference: Reference, tokenizer: Tokenizer, tolerance: float) -> str | None:
-    """Opens the file in llama.cpp, through the package cyllama; None where it is not installed. Raises ProofFailed."""
-    try:
-        import cyllama
-        from cyllama.llama import llama_cpp
-    except ImportError:
+    """Opens the file in llama.cpp, through the package cyllama; None where it is not installed. Raises ProofFailed.
+
+    It runs in a process of its own, since llama.cpp ends the process on what it does not expect."""
+    if importlib.util.find_spec("cyllama") is None:
         return None
+    prompts, texts = reference.prompts, known_texts(tokenizer)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            answers = pool.submit(ask_llama_cpp, str(path), prompts, len(reference.greedy), texts).result()
+        except BrokenExecutor:
+            raise ProofFailed("llama.cpp ended its process while it read the file") from None
+        except (ValueError, RuntimeError) as error:
+            raise ProofFailed(f"llama.cpp does not read it: {error}") from None
+    ids = dict(zip(texts, answers.texts, strict=True))
+    compared = compare_texts(tokenizer, ids.__getitem__)
+    rows = iter(answers.logits)
+    difference = compare_logits(reference, lambda _: torch.from_numpy(next(rows)), tolerance)
+    greedy = compare_greedy(reference, answers.greedy, difference)
+    version = importlib.metadata.version("cyllama")
+    return f"llama.cpp (cyllama {version}): {_within(difference, tolerance)}, {greedy}, {compared}"
+
+
+def ask_llama_cpp(path: str, prompts: list[list[int]], count: int, texts: list[str]) -> Answers:
+    """count: of greedy ids after the first prompt. Raises ValueError, RuntimeError."""
+    from cyllama.llama import llama_cpp
 
     class Model(llama_cpp.LlamaModel):
         n_vocab = property(lambda self: self.get_vocab().n_vocab)  # get_logits_ith needs it
 
     llama_cpp.disable_logging()
-    settings, size = llama_cpp.LlamaModelParams(), max(map(len, reference.prompts)) + len(reference.greedy)
+    settings, options = llama_cpp.LlamaModelParams(), llama_cpp.LlamaContextParams()
     settings.n_gpu_layers = 0
-    try:
-        model = Model(str(path), settings)
-    except (ValueError, RuntimeError) as error:
-        raise ProofFailed(f"llama.cpp does not open it: {error}") from None
-    options = llama_cpp.LlamaContextParams()
-    options.n_ctx = options.n_batch = options.n_ubatch = size + 16
+    options.n_ctx = options.n_batch = options.n_ubatch = max(map(len, prompts)) + count + 16
     options.flash_attn_type = 0  # off: it rounds to 16 bits
     options.type_k = options.type_v = 0  # keys and values in float32
+    model = Model(path, settings)
     context, vocab = llama_cpp.LlamaContext(model, options), model.get_vocab()
 
-    def read(ids: Sequence[int], start: int = 0) -> Tensor:
+    def read(ids: list[int], start: int = 0) -> np.ndarray:
         if start == 0:
             context.kv_cache_clear()
         batch = llama_cpp.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
-        batch.set_batch(list(ids), start, True)
+        batch.set_batch(ids, start, True)
         context.decode(batch)
         rows = range(max(0, len(ids) - MAX_ROWS), len(ids))
-        return torch.from_numpy(np.array([context.get_logits_ith(i) for i in rows], dtype=np.float32))
+        return np.array([context.get_logits_ith(i) for i in rows], dtype=np.float32)
 
-    texts = compare_texts(tokenizer, lambda text: list(vocab.tokenize(text, True, False)))
-    difference, found = compare_logits(reference, read, tolerance), list[int]()
-    rows = read(reference.prompts[0])
-    for n in range(len(reference.greedy)):
-        found.append(int(rows[-1].argmax()))
-        rows = read(found[-1:], len(reference.prompts[0]) + n)
-    greedy = compare_greedy(reference, found, difference)
-    return f"llama.cpp (cyllama {cyllama.__version__}): {_within(difference, tolerance)}, {greedy}, {texts}"
+    logits, greedy = [read(ids) for ids in prompts], list[int]()
+    rows = read(prompts[0])
+    for n in range(count):
+        greedy.append(int(rows[-1].argmax()))
+        rows = read(greedy[-1:], len(prompts[0]) + n)
+    return Answers(logits, greedy, [list(vocab.tokenize(text, True, False)) for text in texts])
 
 
 # ---- The files read back ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from common.imported_tokenizer import CHARACTER_OF, ImportedTokenizer, backend
@@ -82,7 +83,7 @@ def merge_to_two(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The parts of a token before its last merge; more than two where the merges end earlier."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        found = [ranks.get(left + right) for left, right in zip(parts, parts[1:], strict=False)]
+        found = [ranks.get(left + right) for left, right in pairwise(parts)]
         known = [rank for rank in found if rank is not None]
         if not known:
             break

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,10 @@ def hard_texts(count: int) -> list[str]:
         "the ", "Hello", " world", "don't", "DON'T", "'S", "\u017f", "it'\u017f", " 12", "1234567", "3.14", "  ", "   ",
         "\n", "\n\n", "\r\n", "\t", " \t ", "\u00a0", "\u3000", "\u2028", "你好", "世界。", "日本語", "한국어",
         "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f3f3\ufe0f\u200d\U0001f308", "é", "e\u0301", "ß", "İ",
-        "\x00", "\x1b[0m", "\x7f", "\u200b", "\ufeff", "<|endoftext|>", "<|reserved_5|>", "def f(x):\n    return x**2\n",
-        "{}[]();", "//", "http://a.b/c?d=e", "__init__", "ा", "नमस्ते", "مرحبا", "שלום", "Ⅷ", "²", "½", "١٢٣", "\U0010ffff",
-        "\ue000", "ǅ", "ʰ", "x\u0308\u0301", "'ll", "’s", "—", "...", "!!!", "\x85", "\x0b", "\x0c", "\x1c",
+        "\x00", "\x1b[0m", "\x7f", "\u200b", "\ufeff", "<|endoftext|>", "<|reserved_5|>",
+        "def f(x):\n    return x**2\n", "{}[]();", "//", "http://a.b/c?d=e", "__init__", "ा", "नमस्ते", "مرحبا", "שלום",
+        "Ⅷ", "²", "½", "١٢٣", "\U0010ffff", "\ue000", "ǅ", "ʰ", "x\u0308\u0301", "'ll", "’s", "—", "...", "!!!",
+        "\x85", "\x0b", "\x0c", "\x1c",
     ]  # fmt: skip
 
     def draw() -> str:
@@ -491,10 +493,14 @@ def test_llama_cpp_reads_our_tokenizers(name, tmp_path):
     tokenizer = tokenizer_named(name)
     folder = make_folder(tmp_path / "model", LLAMA, tokenizer)
     out, _ = export_model(folder, "gguf", tmp_path / "out", None, "best")
-    vocab = llama_cpp.LlamaModel(str(out / "model.gguf"), llama_cpp.LlamaModelParams()).get_vocab()
-    different = 0
-    for text in hard_texts(1500):
-        if name == "ascii":
-            text = "".join(char for char in text if char in tokenizer.chars)
+    opened = llama_cpp.LlamaModel(str(out / "model.gguf"), llama_cpp.LlamaModelParams())
+    vocab = opened.get_vocab()  # which needs the model to be kept
+    different, texts = 0, hard_texts(1500)
+    if name == "ascii":
+        texts = ["".join(char for char in text if char in tokenizer.chars) for text in texts]
+    if "gpt4o" in name:  # its pattern splits before combining marks, ours does not; the export says so
+        texts = [text for text in texts if not any(unicodedata.category(char)[0] == "M" for char in text)]
+        assert len(texts) > 800
+    for text in texts:
         different += vocab.tokenize(text, True, False) != [tokenizer.eos_id, *tokenizer.encode(text).tolist()]
-    assert different <= (15 if "gpt4o" in name else 0)  # its tables of Unicode are others
+    assert different <= (len(texts) // 100 if "gpt4o" in name else 0)  # tables of letter case differ

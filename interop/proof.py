@@ -41,6 +41,19 @@ class ProofFailed(Exception):
     """The exported model is not ours; what differs."""
 
 
+class Tolerance(NamedTuple):
+    """Of the logits on one prompt: the largest difference; or, with is_rms, the root mean square of all, without what
+    is added to all logits of a position: where the other program rounds activations, single logits say little."""
+
+    allowed: float
+    is_rms: bool = False
+
+    def measure(self, difference: Tensor) -> float:
+        if not self.is_rms:
+            return float(difference.abs().max())
+        return float((difference - difference.mean(dim=-1, keepdim=True)).square().mean().sqrt())
+
+
 class Reference(NamedTuple):
     """prompts: ids; logits: (n, V) float32 of the last MAX_ROWS positions of each; greedy: the ids that continue the
     first prompt, and greedy_logits (n, V), from which each was taken."""
@@ -50,9 +63,9 @@ class Reference(NamedTuple):
     greedy: list[int]
     greedy_logits: Tensor
 
-    def tolerance(self) -> float:
+    def tolerance(self) -> Tolerance:
         """1e-4, and for logits above 10 as much more as float32's steps are larger there."""
-        return 1e-4 * max(1.0, max(float(logits.abs().max()) for logits in self.logits) / 10)
+        return Tolerance(1e-4 * max(1.0, max(float(logits.abs().max()) for logits in self.logits) / 10))
 
     def spread(self) -> float:
         """The standard deviation of the logits of a token, on average."""
@@ -100,19 +113,27 @@ def greedy_ids(model: GPT, prompt: Sequence[int], count: int) -> tuple[list[int]
     return ids[1:], torch.stack(rows) if rows else torch.empty(0, model.config.vocab_size)
 
 
-def compare_logits(reference: Reference, theirs: Callable[[list[int]], Tensor], tolerance: float) -> float:
-    """theirs: ids → logits (n, V) of the last positions by the other program. The largest difference. Raises
-    ProofFailed where it is above the tolerance."""
-    largest = 0.0
+class Difference(NamedTuple):
+    """Of logits: the largest one, and the one that was compared with the tolerance, as text."""
+
+    largest: float
+    text: str
+
+
+def compare_logits(reference: Reference, theirs: Callable[[list[int]], Tensor], tolerance: Tolerance) -> Difference:
+    """theirs: ids → logits (n, V) of the last positions by the other program. Raises ProofFailed."""
+    largest, measured, kind = 0.0, 0.0, " (root mean square)" * tolerance.is_rms
     for ids, ours in zip(reference.prompts, reference.logits, strict=True):
         found = theirs(ids)
         if found.shape != ours.shape:
             raise ProofFailed(f"the logits have the shape {tuple(found.shape)}, ours {tuple(ours.shape)}")
-        difference = float((found - ours).abs().max())
-        if not difference <= tolerance:  # also where it is NaN
-            raise ProofFailed(f"logits differ by {difference:.2g} on the ids {ids[:8]} …; allowed are {tolerance:.1g}")
-        largest = max(largest, difference)
-    return largest
+        difference = tolerance.measure(found - ours)
+        if not difference <= tolerance.allowed:  # also where it is NaN
+            raise ProofFailed(
+                f"logits differ by {difference:.2g}{kind}, allowed {tolerance.allowed:.1g}, on the ids {ids[:8]} …"
+            )
+        largest, measured = max(largest, float((found - ours).abs().max())), max(measured, difference)
+    return Difference(largest, f"logits within {measured:.1e}{kind}, allowed {tolerance.allowed:.1e}")
 
 
 def compare_greedy(reference: Reference, found: Sequence[int], difference: float) -> str:
@@ -162,20 +183,15 @@ def check_transformers(folder: Path, reference: Reference, tokenizer: Tokenizer)
     def logits(ids: list[int]) -> Tensor:
         return model(torch.tensor([ids])).logits[0, -MAX_ROWS:].float()
 
-    tolerance = reference.tolerance()
     with torch.inference_mode():
-        difference = compare_logits(reference, logits, tolerance)
+        difference = compare_logits(reference, logits, reference.tolerance())
         model.generation_config.eos_token_id = None  # goes on after the end of a text, as the reference does
         prompt = torch.tensor([reference.prompts[0]])
         settings = {"do_sample": False, "max_new_tokens": max(1, len(reference.greedy)), "pad_token_id": 0}
         made = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
         found = made[0, prompt.shape[1] :].tolist()[: len(reference.greedy)]
-    greedy = compare_greedy(reference, found, difference)
-    return f"transformers {transformers.__version__}: {_within(difference, tolerance)}, {greedy}, {texts}"
-
-
-def _within(difference: float, tolerance: float) -> str:
-    return f"logits within {difference:.1e} (allowed {tolerance:.1e})"
+    greedy = compare_greedy(reference, found, difference.largest)
+    return f"transformers {transformers.__version__}: {difference.text}, {greedy}, {texts}"
 
 
 # ---- llama.cpp -------------------------------------------------------------------------------------------------------
@@ -189,7 +205,7 @@ class Answers(NamedTuple):
     texts: list[list[int]]
 
 
-def check_llama_cpp(path: Path, reference: Reference, tokenizer: Tokenizer, tolerance: float) -> str | None:
+def check_llama_cpp(path: Path, reference: Reference, tokenizer: Tokenizer, tolerance: Tolerance) -> str | None:
     """Opens the file in llama.cpp, through the package cyllama; None where it is not installed. Raises ProofFailed.
 
     It runs in a process of its own, since llama.cpp ends the process on what it does not expect."""
@@ -207,9 +223,9 @@ def check_llama_cpp(path: Path, reference: Reference, tokenizer: Tokenizer, tole
     compared = compare_texts(tokenizer, ids.__getitem__)
     rows = iter(answers.logits)
     difference = compare_logits(reference, lambda _: torch.from_numpy(next(rows)), tolerance)
-    greedy = compare_greedy(reference, answers.greedy, difference)
+    greedy = compare_greedy(reference, answers.greedy, difference.largest)
     version = importlib.metadata.version("cyllama")
-    return f"llama.cpp (cyllama {version}): {_within(difference, tolerance)}, {greedy}, {compared}"
+    return f"llama.cpp (cyllama {version}): {difference.text}, {greedy}, {compared}"
 
 
 def ask_llama_cpp(path: str, prompts: list[list[int]], count: int, texts: list[str]) -> Answers:

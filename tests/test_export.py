@@ -325,15 +325,11 @@ def test_an_existing_folder_is_refused_and_kept(tmp_path):
 def test_a_failed_proof_is_an_error_that_says_what_differs(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "model", LLAMA)
 
-    def damaged(*arguments):
-        reference = proof.make_reference(*arguments)
-        return reference._replace(logits=[logits + 0.1 for logits in reference.logits])
+    def check(_, reference, tokenizer):
+        answers = iter(reference.logits)
+        return proof.compare_logits(reference, lambda _: next(answers) + 0.1, reference.tolerance()).text
 
-    monkeypatch.setattr(exporting.proof, "check_transformers", lambda folder, reference, tokenizer: (
-        proof.compare_logits(damaged_once, lambda ids: reference.logits[reference.prompts.index(ids)], 1e-4)
-    ))  # fmt: skip
-    model = exporting.open_model(folder, "best")
-    damaged_once = damaged(model.config, model.folder.model_tensors(), model.tokenizer)
+    monkeypatch.setattr(proof, "check_transformers", check)
     with pytest.raises(UserError, match=r"not the same as ours: logits differ by 0\.1") as error:
         run("export", folder, "--to=hf", f"--out={tmp_path / 'out'}")
     assert "out-unproved" in str(error.value)
@@ -374,6 +370,19 @@ def test_wrong_arguments(tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             run(*arguments)
+
+
+def test_what_is_added_to_all_logits_is_no_difference_where_activations_are_rounded():
+    rows = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    reference = proof.Reference([[0]], [rows], [], rows)
+    noise = torch.tensor([0.1, -0.1]).repeat(4, 5)
+    found = proof.compare_logits(reference, lambda _: rows + 5 + noise, proof.Tolerance(0.11, is_rms=True))
+    assert found.largest == pytest.approx(5.1)
+    for tolerance in (proof.Tolerance(0.09, is_rms=True), proof.Tolerance(0.11)):
+        with pytest.raises(proof.ProofFailed, match="logits differ by"):
+            proof.compare_logits(reference, lambda _: rows + 5 + noise, tolerance)
+    with pytest.raises(proof.ProofFailed, match="logits differ by nan"):
+        proof.compare_logits(reference, lambda _: rows * torch.nan, proof.Tolerance(1.0))
 
 
 def test_near_ties_may_flip_a_greedy_id_and_others_may_not():

@@ -35,12 +35,30 @@ def make_parser() -> Parser:
     importing.add_argument("--tokenizer", metavar="NAME", help="for files that have none: gpt2, or a tokenizer's file")
     importing.add_argument("--eos", metavar="TOKEN", help="the end-of-sequence token, in place of the model's own")
     importing.add_argument("--block_size", type=int, metavar="N", help="a shorter context than the model's own")
+    add_export(commands)
     return parser
+
+
+def add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
+    exporting = commands.add_parser(
+        "export", allow_abbrev=False, help="a run → a folder for other programs",
+        description="Writes a folder that transformers opens (--to=hf; so do vLLM, the hub and lm_eval), or a GGUF file"
+        " for llama.cpp and Ollama (--to=gguf). Before it is done, the written model is compared with ours: logits,"
+        " greedy ids and the tokenizer, in transformers or llama.cpp where they are installed.",
+    )  # fmt: skip
+    exporting.add_argument("run", metavar="RUN", help="a run, a checkpoint or a model folder")
+    exporting.add_argument("--to", required=True, choices=("hf", "gguf"), help="the format")
+    exporting.add_argument("--out", metavar="DIR", help="the new folder; default: exports/NAME-FORMAT")
+    exporting.add_argument(
+        "--dtype", metavar="DTYPE",
+        help="of the weights; hf: float32, bfloat16, float16 (default: as stored); gguf: f32, f16, q8_0 (default: f32)",
+    )  # fmt: skip
+    exporting.add_argument("--checkpoint", default="best", help="of a run: best (default), latest or step-N")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    return run_import(arguments)
+    return run_export(arguments) if arguments.command == "export" else run_import(arguments)
 
 
 def run_import(arguments: argparse.Namespace) -> int:
@@ -65,6 +83,26 @@ def run_import(arguments: argparse.Namespace) -> int:
     print(f"{source.kind}: {describe(config)}")
     print(f'wrote {out}; next:\n  python sample.py --run={shown} --prompt="Once upon a time"')
     print(f"  python train.py finetune --init_from={shown} --data=my_novel.txt --budget_minutes=30")
+    return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from interop.exporting import export_model
+
+    out = None if arguments.out is None else Path(arguments.out).expanduser()
+    path, proved = export_model(
+        Path(arguments.run).expanduser(), arguments.to, out, arguments.dtype, arguments.checkpoint
+    )
+    for line in proved:
+        print(line)
+    shown = quote(str(path))
+    print(f"wrote {path}; next:")
+    if arguments.to == "hf":
+        code = f"from transformers import pipeline; print(pipeline('text-generation', {str(path)!r})('Once'))"
+        print(f'  python -c "{code}"')
+        print(f"  hf upload YOUR_NAME/{path.name} {shown}   (first fill in the license in its README.md)")
+    else:
+        print(f"  ollama create {path.name.lower()} -f {quote(str(path / 'Modelfile'))}")
     return 0
 
 

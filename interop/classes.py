@@ -134,7 +134,10 @@ def read_qwen3(config: Config) -> dict[str, Any]:
     return found | {"qk_norm": True, "bias": bool(config.get("attention_bias")), "sliding_window": window}
 
 
-GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact", "relu": "relu"}
+GELUS = {
+    "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact", "relu": "relu",
+    "relu2": "relu2",
+}  # fmt: skip
 
 
 def read_gpt2(config: Config) -> dict[str, Any]:
@@ -220,3 +223,144 @@ def to_config(options: Mapping[str, Any], vocab_size: int, eos_id: int) -> GPTCo
         return section_from(GPTConfig, {**options, "vocab_size": vocab_size, "eos_id": eos_id})
     except ValueError as error:
         raise UserError(f"config.json: {error}") from None
+
+
+# ---- Writers ---------------------------------------------------------------------------------------------------------
+
+PRESETS = (
+    "quickstart, modern_124m and qwen3_char_cpu (Qwen3), gpt2_124m and shakespeare_char (GPT-2), vaswani2017 (OPT)"
+)
+HF_ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu", "relu2": "relu2"}
+
+
+def to_transformers(config: GPTConfig) -> tuple[str, dict[str, Any]]:
+    """The class of transformers that computes what a model of these options does, and its config.json without dtype and
+    special ids. Raises UserError that names the options which no class has."""
+    name, problems = choose_class(config)
+    problems = {
+        f"max_ngram={config.max_ngram}: no class has a table of n-grams; the preset qwen3_char_cpu does without": (
+            config.max_ngram > 1
+        ),
+        "document_mask=true: other programs would show a document those before it": config.document_mask,
+    } | problems
+    if found := [problem for problem, exists in problems.items() if exists]:
+        listed = "".join(f"\n  {problem}" for problem in found)
+        raise UserError(f"this model does not fit a class of transformers:{listed}\nPresets that export: {PRESETS}")
+    kind = next(kind for kind, named in MODEL_TYPES.items() if named == name)
+    head = {"architectures": [name], "model_type": kind, "vocab_size": config.vocab_size}
+    # a scaled embedding is written as it is after scaling, and then it is not the head's
+    head |= {"tie_word_embeddings": config.tie_embeddings and not config.scale_embeddings}
+    return name, head | {"use_cache": True} | WRITERS[name](config)
+
+
+def choose_class(c: GPTConfig) -> tuple[str, dict[str, bool]]:
+    """The nearest class, and what it lacks: the option → whether this model has it."""
+    if c.norm == "rmsnorm":
+        problems = {
+            f"positions={c.positions} with norm=rmsnorm; with rotary it exports": c.positions != "rotary",
+            "norm_position=post with norm=rmsnorm": c.norm_position == "post",
+            "parallel_residual=true with norm=rmsnorm": c.parallel_residual,
+            f"rotary_dim={c.rotary_dim} with norm=rmsnorm": c.rotated_size != c.head_size,
+            f"mlp={c.mlp} with norm=rmsnorm; swiglu and relu2 export": c.mlp not in ("swiglu", "relu2"),
+        }
+        windowed, biased = c.sliding_window is not None, c.bias or c.has_qkv_bias
+        if c.mlp == "relu2":
+            lacks = {"qk_norm=true with mlp=relu2": c.qk_norm, "sliding_window with mlp=relu2": windowed}
+            return "ArceeForCausalLM", problems | lacks
+        if c.qk_norm:
+            return "Qwen3ForCausalLM", problems | {"bias=true with qk_norm=true": c.bias}
+        if windowed and not biased:
+            return "MistralForCausalLM", problems
+        if not c.bias and c.has_qkv_bias:
+            return "Qwen2ForCausalLM", problems
+        return "LlamaForCausalLM", problems | {"sliding_window with bias=true": windowed}
+    problems = {
+        f"n_kv_head={c.n_kv_head} with norm=layernorm": c.kv_heads != c.n_head,
+        f"head_dim={c.head_dim} with norm=layernorm": c.head_size * c.n_head != c.n_embd,
+        "qk_norm=true with norm=layernorm": c.qk_norm,
+        "sliding_window with norm=layernorm": c.sliding_window is not None,
+        "mlp=swiglu with norm=layernorm": c.mlp == "swiglu",
+    }
+    if c.positions == "rotary":
+        return "GPTNeoXForCausalLM", problems | {"norm_position=post with positions=rotary": c.norm_position == "post"}
+    problems |= {f"parallel_residual=true with positions={c.positions}": c.parallel_residual}
+    if c.norm_position == "pre" and c.mlp in ("gelu", "gelu_exact"):
+        return "GPT2LMHeadModel", problems
+    return "OPTForCausalLM", problems | {f"norm_eps={c.norm_eps:g} (OPT has 1e-05 only)": c.norm_eps != 1e-5}
+
+
+def _rope_parameters(c: GPTConfig) -> dict[str, Any]:
+    found = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if c.rope_factor is not None:
+        found |= {"rope_type": "llama3", "factor": c.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        found |= {"original_max_position_embeddings": c.rope_original_context}
+    return found
+
+
+def write_llama(c: GPTConfig) -> dict[str, Any]:
+    """What Llama, Mistral, Qwen2, Qwen3 and Arcee have in common. Older versions read rope_theta and rope_scaling."""
+    rope = _rope_parameters(c)
+    scaling = None if c.rope_factor is None else {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {
+        "num_hidden_layers": c.n_layer, "hidden_size": c.n_embd, "intermediate_size": c.hidden_size,
+        "num_attention_heads": c.n_head, "num_key_value_heads": c.kv_heads, "head_dim": c.head_size,
+        "hidden_act": "relu2" if c.mlp == "relu2" else "silu", "max_position_embeddings": c.block_size,
+        "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "rope_scaling": scaling, "rope_parameters": rope,
+        "attention_dropout": 0.0,
+    }  # fmt: skip
+
+
+def write_llama_biases(c: GPTConfig) -> dict[str, Any]:
+    return write_llama(c) | {"attention_bias": c.bias or c.has_qkv_bias, "mlp_bias": c.bias}
+
+
+def write_qwen(c: GPTConfig) -> dict[str, Any]:
+    """Qwen2, Qwen3. attention_bias is Qwen3's: of the output projection too, written as zeros."""
+    kind = "full_attention" if c.sliding_window is None else "sliding_attention"
+    window = {"use_sliding_window": c.sliding_window is not None, "sliding_window": c.sliding_window}
+    found = write_llama(c) | window | {"max_window_layers": 0, "layer_types": [kind] * c.n_layer}
+    return found | ({"attention_bias": c.has_qkv_bias} if c.qk_norm else {})
+
+
+def write_mistral(c: GPTConfig) -> dict[str, Any]:
+    return write_llama(c) | {"sliding_window": c.sliding_window}
+
+
+def write_gpt2(c: GPTConfig) -> dict[str, Any]:
+    return {
+        "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.hidden_size,
+        "n_positions": c.block_size, "n_ctx": c.block_size, "layer_norm_epsilon": c.norm_eps,
+        "activation_function": HF_ACTIVATIONS[c.mlp], "scale_attn_weights": True,
+        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+    }  # fmt: skip
+
+
+def write_neox(c: GPTConfig) -> dict[str, Any]:
+    share = c.rotated_size / c.head_size
+    while int(c.head_size * share) < c.rotated_size:  # transformers rounds the product down
+        share += 1e-9
+    rope = _rope_parameters(c) | {"partial_rotary_factor": share}
+    return {
+        "num_hidden_layers": c.n_layer, "hidden_size": c.n_embd, "intermediate_size": c.hidden_size,
+        "num_attention_heads": c.n_head, "hidden_act": HF_ACTIVATIONS[c.mlp], "max_position_embeddings": c.block_size,
+        "layer_norm_eps": c.norm_eps, "use_parallel_residual": c.parallel_residual, "attention_bias": True,
+        "rotary_emb_base": c.rope_theta, "rotary_pct": share, "rope_parameters": rope,
+        "attention_dropout": 0.0, "hidden_dropout": 0.0,
+    }  # fmt: skip
+
+
+def write_opt(c: GPTConfig) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": c.n_layer, "hidden_size": c.n_embd, "word_embed_proj_dim": c.n_embd,
+        "ffn_dim": c.hidden_size, "num_attention_heads": c.n_head, "max_position_embeddings": c.block_size,
+        "do_layer_norm_before": c.norm_position == "pre", "activation_function": HF_ACTIVATIONS[c.mlp],
+        "enable_bias": True, "layer_norm_elementwise_affine": True, "dropout": 0.0, "attention_dropout": 0.0,
+        "layerdrop": 0.0, "pad_token_id": None,
+    }  # fmt: skip
+
+
+WRITERS: dict[str, Callable[[GPTConfig], dict[str, Any]]] = {
+    "GPT2LMHeadModel": write_gpt2, "LlamaForCausalLM": write_llama_biases, "MistralForCausalLM": write_mistral,
+    "Qwen2ForCausalLM": write_qwen, "Qwen3ForCausalLM": write_qwen, "ArceeForCausalLM": write_llama_biases,
+    "GPTNeoXForCausalLM": write_neox, "OPTForCausalLM": write_opt,
+}  # fmt: skip

@@ -24,7 +24,7 @@ ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", layouts.gguf_llama),
     "qwen2": ("Qwen2ForCausalLM", layouts.gguf_qwen),
     "qwen3": ("Qwen3ForCausalLM", layouts.gguf_qwen),
-    "arcee": ("ArceeForCausalLM", layouts.gguf_qwen),
+    "arcee": ("ArceeForCausalLM", layouts.gguf_llama),
     "gpt2": ("GPT2LMHeadModel", layouts.gguf_gpt2),
 }
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"

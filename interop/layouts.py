@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 
     rows: concatenated along the first dimension. transposed: a matrix (in, out), as GPT-2's Conv1D. heads: the rows of
     queries, keys and values of each head stand together (GPT-NeoX). positions: two more rows at the beginning (OPT).
-    pairs: of queries and keys the rows (i, i + D/2) of each head stand together, as GGUF's architecture "llama" has it.
+    pairs: of queries and keys the rows (i, i + D/2) of each head stand together, as GGUF's architectures llama and arcee have it.
     """
 
     ours: str
@@ -152,7 +152,7 @@ def opt(config: GPTConfig) -> Iterator[Entry]:
 
 
 def gguf_llama(config: GPTConfig, kind: Kind = "pairs") -> Iterator[Entry]:
-    """GGUF's architectures llama, and with kind="rows" qwen2, qwen3 and arcee."""
+    """GGUF's architectures llama and arcee, and with kind="rows" qwen2 and qwen3."""
     yield Entry("embed.weight", ("token_embd.weight",))
     for i in range(config.n_layer):
         own, block = f"blocks.{i}", f"blk.{i}"

@@ -11,6 +11,9 @@ from string import ascii_letters
 import pytest
 import torch
 
+from checkpoint import write_model_folder
+from common.weights import export_weights
+from interop import __main__ as interop
 from server.options import ServerOptions
 from tests.test_server import EOS, SERVED, TOKENIZER, ending_model, greedy_end, ids_of, running
 
@@ -141,3 +144,26 @@ def test_whole_texts_are_scored_in_windows(model, model_args, tmp_path):
     texts = ["a short one", "one of several windows, " * 5, greedy_end(model, [EOS])]
     found = harness(tmp_path, WHOLE, [{"text": text} for text in texts], "local-completions", **model_args)
     assert found == pytest.approx([score_whole(model, text) for text in texts], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PAIRS, WHOLE], ids=["pairs", "whole"])
+def test_the_exported_model_gets_the_same_numbers(model, model_args, kind, tmp_path):
+    """lm_eval's own Hugging Face model on the exported folder, in windows as long as the server's."""
+    pytest.importorskip("transformers")
+    tensors, config = export_weights(model), model.config.to_dict()
+    write_model_folder(tmp_path / "m", tensors, config, TOKENIZER.to_dict(), {})
+    assert interop.main(["export", str(tmp_path / "m"), "--to=hf", f"--out={tmp_path / 'exported'}"]) == 0
+    texts = ["a short one", "one of several windows, " * 5, "Es wär schön"]
+    pairs = [("Once upon", " a time"), ("", "Once"), greedy_pair(model, []), ("A long context, " * 3, "cut")]
+    documents = [{"context": context, "continuation": continuation} for context, continuation in pairs]
+    documents = documents if kind is PAIRS else [{"text": text} for text in texts]
+    served = harness(tmp_path / "one", kind, documents, "local-completions", **model_args)
+    own = harness(
+        tmp_path / "other", kind, documents, "hf", pretrained=str(tmp_path / "exported"), max_length=MAX_LENGTH - 2,
+        dtype="float32",
+    )  # fmt: skip
+    if kind is WHOLE:
+        assert own == pytest.approx(served, abs=1e-3)
+        return
+    assert [nats for nats, _ in own] == pytest.approx([nats for nats, _ in served], abs=1e-3)
+    assert [greedy for _, greedy in own] == [greedy for _, greedy in served]

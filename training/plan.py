@@ -61,6 +61,7 @@ STEPS_PER_TOKEN = 0.7  # a step has 2 * N tokens once the run has this times 2 *
 FEW_STEPS, MIN_STEPS = 300, 100  # with fewer than the first, a step has fewer tokens; the smallest plan has the second
 MAX_ROWS = 512  # of a step
 EVALUATIONS, PATIENT_EVALUATIONS = 10, 30  # of a run; the second without a time budget
+LARGE_EVALUATIONS = 5  # of a LARGE model with one: each, with its samples and checkpoint, took 3 % of 15 minutes
 EVALUATION_SHARE, MIN_EVAL_TOKENS = 0.05, 4096  # of the run's time
 FEW_EPOCHS, PATIENCE = 2, 5  # with more epochs, so many evaluations without a better val loss end a run
 OPEN_SCHEDULES = ("wsd", "constant", "inverse_sqrt")  # whose rate does not depend on the length
@@ -413,7 +414,8 @@ def _model(
 
 def _steps(facts: Facts, outlook: Outlook, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Tokens of a step, evaluations and log lines."""
-    count = PATIENT_EVALUATIONS if _is_patient(given) else EVALUATIONS
+    is_large = _is_large(outlook.shape, facts)
+    count = PATIENT_EVALUATIONS if _is_patient(given) else LARGE_EVALUATIONS if is_large else EVALUATIONS
     tokens = nearest_power(max(MIN_EVAL_TOKENS, 3 * EVALUATION_SHARE * outlook.tokens / count))
     values = {
         "tokens_per_step": outlook.tokens_per_step,
@@ -451,9 +453,14 @@ def _length(
 
 
 def _max_epochs(shape: Shape, facts: Facts, given: Mapping[str, Any]) -> float:
-    if facts.fine_tuning and facts.cost.block_parameters(shape) > LARGE * facts.train_tokens:
+    if _is_large(shape, facts):
         return LARGE_EPOCHS
     return FIRST_EPOCHS if given.get("teachers") else MAX_EPOCHS
+
+
+def _is_large(shape: Shape, facts: Facts) -> bool:
+    """Whether trained weights are many for the text."""
+    return facts.fine_tuning and facts.cost.block_parameters(shape) > LARGE * facts.train_tokens
 
 
 def _is_patient(given: Mapping[str, Any]) -> bool:

@@ -103,7 +103,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         # ---- records of the run: config.json, logs, checkpoints, samples
         recorded = start.record(run, options, reasons, kept)
         reference, lengths = Reference(dataset.fingerprint, options.flat(), read_curves()), start.log_lengths
-        logger = RunLogger(run, options.section(LoggingOptions), options.flat(), hardware, model, reference, lengths)
+        logger = RunLogger(run, options.section(LoggingOptions), options.flat(), hardware, state, reference, lengths)
         stack.enter_context(logger)
         save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
         sample = setup.make_sampler(partial(sample_texts, model, dataset.tokenizer, prompt), evals, hardware)

@@ -1,7 +1,7 @@
 """Tokenizers of other programs: a tokenizer.json of Hugging Face's library `tokenizers`, which does the work.
 
-`read_tokenizer_json` accepts what gives every id its own bytes: byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM …) with any
-split pattern, added and special tokens, end-of-sequence anywhere and missing bytes, and WordLevel without separators.
+`read_tokenizer_json` accepts what gives every id its own bytes: byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM …) with
+any split pattern, added and special tokens, end-of-sequence anywhere and missing bytes, and WordLevel of characters.
 Others are refused with the reason. As everywhere in Sprout, `encode` reads the names of special tokens as text.
 The file is data: patterns in it are compiled as regular expressions, nothing is executed.
 """

@@ -16,7 +16,7 @@ from errors import UserError, quote
 from files import DamagedFile, read_json, write_json
 
 FILES = {"run.json", "lock", "config.json", "metrics.jsonl", "samples.txt", "checkpoints", "wandb"}  # of a run
-FILES |= {"report.html", "loss.png", "run.json.writing", "config.json.writing"}
+FILES |= {"tensorboard", "report.html", "loss.png", "run.json.writing", "config.json.writing"}
 
 
 def claim_run(run: str | None, default_name: str, runs_dir: Path = Path("runs")) -> Path:

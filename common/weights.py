@@ -21,19 +21,25 @@ def export_weights(model: GPT) -> dict[str, Tensor]:
 def build_for_weights(config: GPTConfig, tensors: Mapping[str, Tensor], attention: AttentionPath = "sdpa") -> GPT:
     """A model without initial weights, for tensors that fit. Raises ValueError, before it takes memory or time for a
     config that belongs to other weights."""
-    if config.n_layer > len(tensors):
-        raise ValueError(f"n_layer={config.n_layer}: the weights have {len(tensors)} tensors, too few for the layers")
+    check_weights(meta_model(config, len(tensors)), tensors)
+    return GPT(config, None, attention)
+
+
+def meta_model(config: GPTConfig, n_tensors: int) -> GPT:
+    """A model without memory, which has the names and shapes of its parameters, for weights of so many tensors. Raises
+    ValueError for a config that belongs to other weights, or whose table of positions would be too large."""
+    if config.n_layer > n_tensors:
+        raise ValueError(f"n_layer={config.n_layer}: the weights have {n_tensors} tensors, too few for the layers")
     table_width = {"rotary": 2 * config.rotated_size, "sinusoidal": config.n_embd}.get(config.positions, 0)
-    try:
-        with torch.device("meta"):
-            check_weights(GPT(replace(config, block_size=1) if table_width else config, seed=None), tensors)
-    except RuntimeError as error:  # more bytes than 64 bits count
-        raise ValueError(f"the sizes of its config are impossible ({str(error)[:200]})") from error
     table_bytes = 4 * config.block_size * table_width
     if table_bytes > MAX_TABLE_BYTES:
         size = f"{table_bytes / 2**30:.0f} GiB (maximum {MAX_TABLE_BYTES / 2**30:.0f})"
         raise ValueError(f"block_size={config.block_size}: its table of positions takes {size}")
-    return GPT(config, None, attention)
+    try:
+        with torch.device("meta"):
+            return GPT(replace(config, block_size=1) if table_width else config, seed=None)
+    except RuntimeError as error:  # more bytes than 64 bits count
+        raise ValueError(f"the sizes of its config are impossible ({str(error)[:200]})") from error
 
 
 def check_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:

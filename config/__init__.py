@@ -18,12 +18,23 @@ from common.options import HardwareOptions, RunOptions
 from config.loader import HELP, Loader, Options, dump, is_flag, replace
 from errors import UserError, quote, run_script
 from generation.options import SampleScriptOptions, SamplingOptions
-from prepare_data import PrepareOptions, SourceOptions, TextOptions
+from prepare_data import ConvertOptions, PrepareOptions, SourceOptions, TextOptions
 from server.options import ServerOptions
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 from training.plan import OPEN_SCHEDULES, first_values
 
-__all__ = ["HELP", "SCRIPTS", "SECTIONS", "Options", "check_command_line", "dump", "fixed_names", "load", "replace"]
+__all__ = [
+    "HELP",
+    "PLANNED",
+    "SCRIPTS",
+    "SECTIONS",
+    "Options",
+    "check_command_line",
+    "dump",
+    "fixed_names",
+    "load",
+    "replace",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,6 +62,7 @@ ModelOptions = class_alone(ROOT / "model.py", "GPTConfig")
 SECTIONS: dict[str, type] = {
     "run": RunOptions,
     "source": SourceOptions,
+    "converting": ConvertOptions,
     "what to sample from": SampleScriptOptions,
     "sampling": SamplingOptions,
     "server": ServerOptions,
@@ -77,7 +89,7 @@ SCRIPTS: dict[str, tuple[type, ...]] = {
         LoggingOptions,
     ),
     "sample.py": (RunOptions, SampleScriptOptions, SamplingOptions, ServerOptions, TextOptions, HardwareOptions),
-    "prepare_data": (SourceOptions, TextOptions, PrepareOptions),
+    "prepare_data": (SourceOptions, ConvertOptions, TextOptions, PrepareOptions),
 }
 
 NEEDS: dict[str, tuple[str, Any]] = {
@@ -89,12 +101,16 @@ NEEDS: dict[str, tuple[str, Any]] = {
     "host": ("serve", True),
     "port": ("serve", True),
     "api_token": ("serve", True),
+    "trackio_project": ("trackio", True),
 }
 """Options that have an effect only with a certain value of another one, in the scripts that have that."""
 
 FOR_SCORES = {"score_end", "eval_stride", *option_names(TextOptions)}
 """Options of sample.py that concern --score alone."""
 WITH_SCORE = {"run", "checkpoint", "quantize", "output", "score", *FOR_SCORES, *option_names(HardwareOptions)}
+
+PLANNED = "finetune"
+"""The preset that leaves to a plan what it does not give."""
 
 USAGE = {
     "train.py": """
@@ -108,6 +124,7 @@ With --data and no preset, a plan chooses all options that are not given; it is 
   python train.py --data=my_novel.txt --budget_minutes=15     the best model that 15 minutes give
   python train.py --data=my_novel.txt --plan             only print the plan
   python train.py --data=my_novel.txt --budget_minutes=60 --try=4    short runs first, which may find better settings
+  python train.py finetune --init_from=models/gpt2 --data=my_novel.txt --budget_minutes=30     a model that exists
   python train.py shakespeare_char --max_steps=500       use a preset and change an option
   python train.py --resume=runs/quickstart-1             resume a run
   python sample.py --prompt="Once"                       sample from the newest run
@@ -139,6 +156,11 @@ Turns text into a dataset of tokens in data/NAME. train.py does this automatical
   python -m prepare_data text --input=folder/ --name=notes --tokenizer=bpe --vocab_size=8192
   python -m prepare_data text --input=novel.txt --dry_run=true      only count and show a sample
   python train.py --data=notes                                      then train on it
+
+convert turns the token shards of other programs into a dataset, and a dataset into their shards.
+
+  python -m prepare_data convert --input=fineweb10B --name=fineweb --tokenizer=gpt2
+  python -m prepare_data convert --input=notes --to=nanogpt --out=nanoGPT/data/notes
 """,
 }
 
@@ -164,10 +186,11 @@ def load(script: str, argv: Sequence[str]) -> Options:
 
 
 def needs_plan(argv: Sequence[str]) -> bool:
-    """Whether a command of train.py names a text and no preset, so that a plan chooses the other options."""
+    """Whether a command of train.py names a text and no preset but PLANNED, so that a plan chooses the other
+    options."""
     names = {arg.partition("=")[0] for arg in argv if arg.lower() not in ("--eval_only=false", "--resume=none")}
     others = {"--resume", "--eval_only", *HELP}
-    return "--data" in names and names.isdisjoint(others) and not _loader.has_preset(argv)
+    return "--data" in names and names.isdisjoint(others) and not _loader.has_preset(argv, besides=PLANNED)
 
 
 def refuse_try(options: Options, argv: Sequence[str]) -> None:

@@ -116,8 +116,9 @@ def next_argv(start: Start, chain: Chain, run: Path, dataset: Dataset) -> list[s
         flags.append(f"--budget_minutes={max(chain.minutes - used, own):.3g}")
     if chain.arguments is not None:
         return [*chain.arguments, *flags]
-    wandb = start.options.section(LoggingOptions).wandb  # which config.json does not pass on
-    return [_shown(run / "config.json"), *chain.length, *([f"--wandb={wandb}"] if wandb else []), *flags]
+    trackers = start.options.section(LoggingOptions).trackers  # which config.json does not pass on
+    flags = [f"--{name}={show(value)}" for name, value in trackers.items()] + flags
+    return [_shown(run / "config.json"), *chain.length, *flags]
 
 
 def _shown(path: str | Path) -> str:

@@ -22,7 +22,9 @@ _HINTS = {
             "model model_type model_name"
         ),
         "--seed=": "random_seed manual_seed rng_seed data_seed",
-        "--wandb=online or --wandb=offline": "wandb_log use_wandb report_to log_to_wandb",
+        "--wandb=online or --wandb=offline": "wandb_log use_wandb log_to_wandb",
+        "--tensorboard, --trackio or --wandb=offline": "report_to logger loggers tracker tracking log_with",
+        "--tensorboard": "use_tensorboard tensorboard_log log_to_tensorboard tb",
         "--wandb_project=": "project project_name",
         "leave it out: checkpoints are always saved; --save_interval=STEPS says how often": (
             "always_save_checkpoint save_checkpoint save_strategy save_model do_save"
@@ -181,18 +183,18 @@ _HINTS = {
             "data data_path data_file data_root dataset text text_file corpus input_file input_dir file files filename "
             "path source train_file"
         ),
-        "--name=": "out output output_dir out_dir dataset_name",
+        "--name=": "output output_dir out_dir dataset_name",
     },
 }
 HINTS = {
     script: {name: text for text, names in table.items() for name in names.split()} for script, table in _HINTS.items()
 }
 
-_PUBLISHED = "published weights are not loaded; `python train.py gpt2_124m` trains a model of that shape"
+_PUBLISHED = "import it first: python -m interop import {} --download; then --init_from=models/{}"
 INIT_FROM = {
     "scratch": "leave the flag out: a new run starts from random weights",
     "resume": "write --resume=RUN",
-    **dict.fromkeys(["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"], _PUBLISHED),
+    **{name: _PUBLISHED.format(name, name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
 }
 """What to do in place of nanoGPT's values of --init_from, which names a run here."""
 

@@ -132,7 +132,7 @@ class Loader:
         complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> Options:  # fmt: skip
         """Reads presets and flags from left to right; the last one wins, and repeatable flags add up. complete: from
-        the values of the flags to those of other options, which then have the origin "plan".
+        the values that are given to those of other options, which then have the origin "plan".
 
         Raises one UserError with all problems. --help prints and exits with 0.
         """
@@ -176,7 +176,7 @@ class Loader:
         if complete and problems:
             refused |= own.keys()
         elif complete:
-            chosen = complete({name: value for name, value in values.items() if origin[name] == "flag"})
+            chosen = complete({name: value for name, value in values.items() if origin[name] != "default"})
             values, origin = values | chosen, origin | dict.fromkeys(chosen, "plan")
         if values.get("resume") is not None:  # the rules wait for the run's own options
             refused |= {name for name in own if own[name].section is not own["resume"].section}
@@ -221,8 +221,9 @@ class Loader:
         """Whether the argument is a flag or a preset, and not the value of the flag before it."""
         return is_flag(arg) or self._find(arg) is not None
 
-    def has_preset(self, argv: Sequence[str]) -> bool:
-        return any(self._find(arg) for arg in argv if not is_flag(arg))
+    def has_preset(self, argv: Sequence[str], besides: str = "") -> bool:
+        """Whether arguments name presets, others than `besides`."""
+        return any(self._find(arg) for arg in argv if not is_flag(arg) and arg != besides)
 
     def _find(self, arg: str) -> Path | None:
         """The file of a preset or saved config that an argument names."""

@@ -69,9 +69,9 @@ class Planning:
     def __init__(self, start: Start, hardware: Hardware) -> None:
         self.start, self.hardware = start, hardware
         self.data, self.reasons = start.options.section(RunOptions).data, dict[str, str]()
-        names = set(start.flags)
+        names = start.chosen
         if start.initial is not None:
-            names |= {*option_names(GPTConfig)} - ({"dropout"} - start.flags)
+            names |= {*option_names(GPTConfig)} - ({"dropout", "block_size"} - start.flags)
         if start.with_tokenizer is not None:
             names |= {*TOKENIZER}
         self.given = {name: start.options.values[name] for name in names}
@@ -104,11 +104,14 @@ class Planning:
         tokens = len(dataset.train)
         if tokens < rules.MIN_TOKENS and not self.is_by_hand:
             raise self._too_short(f"{tokens:,} tokens to train on", f"{rules.MIN_TOKENS:,}")
-        cost, startup = self._cost(dataset)
-        return rules.Facts(
-            tokens, len(dataset.val), cost, self._describe(dataset), _train_bytes(dataset),
-            self.hardware.device.type, startup, free_bytes(self.hardware), self.start.initial is not None,
+        initial = self.start.initial
+        facts = rules.Facts(
+            tokens, len(dataset.val), rules.NoCost(), self._describe(dataset), _train_bytes(dataset),
+            self.hardware.device.type, free_bytes=free_bytes(self.hardware),
+            context=None if initial is None else initial.config["block_size"],
         )  # fmt: skip
+        cost, startup = self._cost(dataset, rules.choose_context(facts, self.given))
+        return replace(facts, cost=cost, startup_seconds=startup)
 
     def with_values(self, dataset: Dataset, values: Mapping[str, Any]) -> config.Options:
         """The options with the values of a plan."""
@@ -117,7 +120,7 @@ class Planning:
     @property
     def is_by_hand(self) -> bool:
         """Whether the user has chosen what short texts need, or weights that exist."""
-        return "block_size" in self.given
+        return "block_size" in self.given or self.start.initial is not None
 
     def _too_short(self, found: str, needed: str) -> UserError:
         flag = f"--data={quote(self.data)}"
@@ -147,11 +150,10 @@ class Planning:
         name = f"{tokenizer.name} of {tokenizer.vocab_size:,} ids"
         return f"{size} to train on, {len(dataset.train):,} tokens, {name} ({why})"
 
-    def _cost(self, dataset: Dataset) -> tuple[StepCost, float]:
+    def _cost(self, dataset: Dataset, context: int) -> tuple[StepCost, float]:
         """What a step costs, measured unless the number of steps is given, and the seconds before the first one."""
         options, hardware = self.options, self.hardware
         size = {"vocab_size": dataset.tokenizer.vocab_size, "eos_id": dataset.tokenizer.eos_id}
-        context = rules.choose_context(len(dataset.train), self.given)
         shapes = rules.shapes(context, self.given)
         own = {name: value for name, value in options.values.items() if name in option_names(GPTConfig)}
         model = GPTConfig(**{**own, **shapes[0]._asdict(), **size, "dropout": 0.0})

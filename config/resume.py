@@ -70,7 +70,8 @@ def note_unused_flags(options: config.Options) -> config.Options:
 def with_model_options(
     options: config.Options, source: str, model_options: Mapping[str, Any], tokenizer: Mapping[str, Any]
 ) -> config.Options:
-    """`options` with the model options and the tokenizer of --init_from, which override presets; dropout may differ.
+    """`options` with the model options and the tokenizer of --init_from, which override presets; dropout may differ,
+    and the context be shorter.
     source: the flag and its value. With model_options of the vocabulary alone the tokenizer is all that is taken.
 
     Raises UserError on a flag that differs from them.
@@ -80,6 +81,13 @@ def with_model_options(
         own |= {"vocab_size": model_options.get("vocab_size"), "split_pattern": tokenizer.get("pattern")}
     values = own | {name: model_options[name] for name in option_names(GPTConfig) if name in model_options}
     values.pop("dropout", None)
+    context = options.flat()["block_size"]
+    if (
+        "block_size" in options.origin
+        and options.origin["block_size"] == "flag"
+        and context < values.get("block_size", 0)
+    ):
+        values.pop("block_size")  # a shorter one is cut from the weights'
     refused = []
     for name in dict.fromkeys([*TOKENIZER, *values]):
         value = options.flat()[name]

@@ -113,6 +113,11 @@ class Start:
         return "plan" in self.options.origin.values()
 
     @property
+    def chosen(self) -> set[str]:
+        """Names of the options that flags or presets give: a plan obeys them."""
+        return {name for name, origin in self.options.origin.items() if origin not in ("default", "plan")}
+
+    @property
     def flags(self) -> set[str]:
         """Names of the options given on the command line."""
         return {name for name, origin in self.options.origin.items() if origin == "flag"}
@@ -152,6 +157,11 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         teachers = [] if eval_only else same_teachers(resumed, options.section(TrainOptions).teacher)
         chain = same_chain(resumed, options, argv)
         return Start(options, resumed=resumed, teachers=teachers, reasons=reasons, argv=[*argv], chain=chain)
+    if config.PLANNED in options.presets and not (train.init_from and options.origin["data"] == "flag"):
+        raise UserError(
+            f"{config.PLANNED} trains a model that exists on a text: python train.py {config.PLANNED} --init_from=MODEL"
+            " --data=TEXT. MODEL is a run of yours, or a model folder that python -m interop import made"
+        )
     if train.try_ is None:  # which may go on in a directory that is in use
         refuse_used_run(options.section(RunOptions).run)
     if train.init_from is not None:

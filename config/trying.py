@@ -45,7 +45,7 @@ from training.tries import Result, Trial, TryPlan, choose_winner, show_changes
 FOLDER, STATE = "tries", "tries.json"
 # Of a trial, in the place of what the run that continues it has.
 TRIAL = {"budget_minutes": None, "decay_steps": 1, "patience": None, "sample_tokens": 0, "final_samples": 0}
-TRIAL |= {"final_eval": False, "save_interval": None, "wandb": None}
+TRIAL |= {"final_eval": False, "save_interval": None, "wandb": None, "tensorboard": False, "trackio": False}
 LENGTH = ("max_steps", "budget_minutes", "eval_interval")  # options that each process of a run has of its own
 
 

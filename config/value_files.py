@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.option import RETIRED, show, without_retired
+from training.options import TRACKERS
 
-RUN_SPECIFIC = ("run", "resume", "teachers", "wandb")  # not taken over from a saved config.json
+RUN_SPECIFIC = ("run", "resume", "teachers", *TRACKERS)  # not taken over from a saved config.json
 # Nor these where they were chosen automatically: they suit that machine. What a plan has chosen is taken over.
 MACHINE_SPECIFIC = ("device", "dtype", "threads", "attention", "micro_batch_size", "compile")
 
@@ -114,7 +115,9 @@ def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) ->
     ]
     options = without_retired(options)
     left_out = [name for name in options if name in RUN_SPECIFIC or (name in auto and name in MACHINE_SPECIFIC)]
-    if named := [name for name in left_out if options[name] is not None and (name != "teachers" or options[name])]:
+    if named := [
+        name for name in left_out if options[name] is not None and (options[name] or name in MACHINE_SPECIFIC)
+    ]:
         notes.append(
             f"{shown}: not taken over, because they belong to that run or were chosen automatically: {', '.join(named)}"
         )

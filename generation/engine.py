@@ -34,7 +34,7 @@ SMALL_PRODUCT = 2**21  # multiplications with cached matrices; below this a seco
 
 
 class Event(NamedTuple):
-    """A token of a sample, or its end: either `token` or `reason` is None.
+    """A token of a sample, the reason of its end, or both: the end-of-sequence that ends it.
 
     If the options ask for log-probabilities (natural, before any filter), `logprob` is the token's, and `top` has the
     likeliest ids with theirs.
@@ -90,10 +90,10 @@ def generate(
     stopped: Set[int] = frozenset(),
 ) -> Iterator[Event]:
     """Continues each prompt (at least one id) as a separate sample. Yields every token when it is drawn, then the
-    end.
+    end; an end-of-sequence that ends the sample is both in one event.
 
-    A sample's draws depend only on the seed, its entry in `draws` (None: 0, 1, …) and the position. An end-of-sequence
-    that ends the sample is not yielded as a token. A sample that the caller adds to `stopped` ends without an event.
+    A sample's draws depend only on the seed, its entry in `draws` (None: 0, 1, …) and the position. A sample that the
+    caller adds to `stopped` ends without an event.
     batch_size: samples generated together (None: as many as CACHE_BYTES hold); the ids do not depend on it. The model
     must be in eval mode. Under autocast, enter it around the whole loop.
     """
@@ -225,7 +225,7 @@ def _decode_loop(
         for sample, (token, logprobs) in drawn.items():
             if options.stop_at_eos and token == model.config.eos_id:
                 ended.add(sample)
-                yield Event(sample, None, END_OF_SEQUENCE)
+                yield Event(sample, token, END_OF_SEQUENCE, *logprobs)
             else:
                 live[sample].append(token)
                 yield Event(sample, token, None, *logprobs)

@@ -134,7 +134,8 @@ def print_jsonl(
 ) -> int:
     """Prints each sample as a JSON line once it and all before it have ended, and returns the number of tokens.
 
-    Sample i belongs to prompts[i // num_samples]. ids, logprobs and top_logprobs are of tokens that start in the text.
+    Sample i belongs to prompts[i // num_samples]. ids, logprobs and top_logprobs are of tokens that start in the text,
+    and of an end-of-sequence that ended it.
     more: (prompt, text) → further fields.
     """
     tokens = 0

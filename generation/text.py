@@ -40,7 +40,7 @@ class Piece(NamedTuple):
     """What one drawn token adds to a sample's text.
 
     text: complete UTF-8 characters outside any stop string; "" while a character or a stop string is pending.
-    tokens: those that start in `text`.
+    tokens: those that start in `text`; at its end also an end-of-sequence that ended the sample and has no text.
     reason: why the sample ended, on its last piece, else None.
     """
 
@@ -123,12 +123,13 @@ class _SampleDecoder:
         self.held, self.tokens = "", list[Token]()
 
     def add(self, event: Event) -> Piece:
+        ends = event.reason is not None
         data = b"" if event.token is None else self.tokenizer.token_bytes[event.token]
+        new = self.decoder.decode(data, final=ends)
         if event.token is not None:
-            self.tokens.append(
-                Token(event.token, data.decode("utf-8", errors="replace"), self.length, event.logprob, event.top)
-            )
-        new = self.decoder.decode(data, final=event.token is None)
+            start = self.length + len(new) * ends  # an end-of-sequence comes after a character that is incomplete
+            text = data.decode("utf-8", errors="replace")
+            self.tokens.append(Token(event.token, text, start, event.logprob, event.top))
         self.length += len(new)
         self.held += new
         reason, cut = event.reason, find_stop(self.held, self.stop)

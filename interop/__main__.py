@@ -28,7 +28,9 @@ def make_parser() -> Parser:
     )  # fmt: skip
     importing.add_argument("source", metavar="PATH", help="folder or file; with --download a name of the hub: gpt2")
     importing.add_argument("--out", metavar="DIR", help="the new model folder; default: models/NAME")
-    importing.add_argument("--download", action="store_true", help="fetch PATH from the Hugging Face hub first")
+    importing.add_argument(
+        "--download", action="store_true", help="PATH is a model of the Hugging Face hub: fetch it first"
+    )
     importing.add_argument("--pt", action="store_true", help="allow pickle files (.pt, pytorch_model.bin), restricted")
     importing.add_argument("--tokenizer", metavar="NAME", help="for files that have none: gpt2, or a tokenizer's file")
     importing.add_argument("--eos", metavar="TOKEN", help="the end-of-sequence token, in place of the model's own")
@@ -67,7 +69,7 @@ def run_import(arguments: argparse.Namespace) -> int:
     if arguments.download:
         from interop.hub import fetch
 
-        path = fetch(given)
+        path = fetch(given, arguments.pt)
     else:
         path = Path(given).expanduser()
     out = Path(arguments.out or f"models/{name_for(given)}")
@@ -78,7 +80,7 @@ def run_import(arguments: argparse.Namespace) -> int:
         print(f"note: {note}")
     config = import_model(source, out, arguments.block_size)
     shown = quote(str(out))
-    print(f"{source.kind}: {describe(config, source.tokenizer)}")
+    print(f"{source.kind}: {describe(config)}")
     print(f'wrote {out}; next:\n  python sample.py --run={shown} --prompt="Once upon a time"')
     print(f"  python train.py finetune --init_from={shown} --data=my_novel.txt --budget_minutes=30")
     return 0

@@ -18,6 +18,7 @@ from errors import UserError
 from files import DamagedFile
 from interop import classes, layouts
 from interop.sources import Source, bpe_definition, make_tokenizer
+from model import scaled_frequencies
 
 ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", layouts.gguf_llama),
@@ -34,8 +35,8 @@ def _splits(pattern: str) -> list[dict[str, Any]]:
     return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}]
 
 
-# tokenizer.ggml.pre → the pre-tokenizers before the bytes, None for GPT-2's pattern; and Llama 3's ignore_merges, Qwen's
-# normalizer
+# tokenizer.ggml.pre → the pre-tokenizers before the bytes, None for GPT-2's pattern; and further arguments of
+# bpe_definition
 PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]] | None, dict[str, Any]]] = {
     "gpt-2": (None, {}),
     "default": (None, {}),
@@ -73,7 +74,8 @@ def open_gguf(path: Path, eos: str | None) -> Source:
         return dequantized(tensors[wanted], path)
 
     if "rope_freqs.weight" in tensors:
-        options |= rope_scaling(read("rope_freqs.weight"))
+        original = fields.get(f"{architecture}.rope.scaling.original_context_length", 8192)
+        options |= rope_scaling(read("rope_freqs.weight"), options["rope_theta"], original)
     facts = {"class": name, "gguf": {key: value for key, value in fields.items() if key.startswith("general.")}}
     kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors})
     notes = (
@@ -127,13 +129,19 @@ def as_transformers(fields: Mapping[str, Any], architecture: str, tensors: Mappi
     return {key: value for key, value in config.items() if value is not None}
 
 
-def rope_scaling(factors: Tensor) -> dict[str, Any]:
-    """The options for rope_freqs.weight: what GGUF has of Llama 3.1's scaling is the result, (D/2,) divisors of the
-    frequencies. Raises UserError."""
-    raise UserError(
-        f"GGUF: rope_freqs.weight, a table of {len(factors)} scaled frequencies, is not read; import the transformers"
-        " folder of this model"
-    )
+def rope_scaling(divisors: Tensor, theta: float, original: int) -> dict[str, Any]:
+    """The options for rope_freqs.weight: GGUF has Llama 3.1's scaling as the divisors of the frequencies, (D/2,).
+    original: the context before it was extended, where the file says it. Raises UserError for another scaling."""
+    factor = float(divisors.max())
+    frequencies = theta ** (torch.arange(len(divisors)) * (-1.0 / len(divisors)))
+    between = (divisors > 1.0001) & (divisors < 0.9999 * factor)
+    if between.any():
+        kept = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
+        original = round(float(((1 + 3 * kept) * 2 * torch.pi / frequencies[between]).median()))
+    expected = frequencies / scaled_frequencies(frequencies, factor, original)
+    if not torch.allclose(expected, divisors, rtol=1e-3):
+        raise UserError("GGUF: rope_freqs.weight is another scaling of the rotation than Llama 3.1's")
+    return {"rope_factor": factor, "rope_original_context": original}
 
 
 def dequantized(tensor: Any, path: Path) -> Tensor:

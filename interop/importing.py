@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoint import write_model_folder
-from common.weights import build_for_weights
+from common.weights import count_parameters, meta_model
 from errors import UserError
 from interop import classes
 from interop.layouts import Entry, join
 from interop.sources import FLOATS, IGNORED, Source
-from model import GPT, GPTConfig
+from model import GPTConfig
+
+MEMORY_MARGIN = 2**28  # bytes: a tensor at a time in its other form, and Python
 
 
 def import_model(source: Source, out: Path, block_size: int | None = None) -> GPTConfig:
@@ -27,6 +28,7 @@ def import_model(source: Source, out: Path, block_size: int | None = None) -> GP
         if block_size > source.options["block_size"]:
             raise UserError(f"--block_size={block_size}: the model's context is {source.options['block_size']}")
     config = classes.to_config(options, source.tokenizer.vocab_size, source.tokenizer.eos_id)
+    check_memory(source.bytes + MEMORY_MARGIN)
     tensors = read_tensors(source, config)
     write_model_folder(out, tensors, config.to_dict(), source.tokenizer.to_dict(), {"source": source.facts})
     return config
@@ -34,8 +36,10 @@ def import_model(source: Source, out: Path, block_size: int | None = None) -> GP
 
 def read_tensors(source: Source, config: GPTConfig) -> dict[str, Tensor]:
     """Our tensors by name, in the dtypes of the file. Raises UserError where theirs are not those of the config."""
-    with torch.device("meta"):
-        model = GPT(config, seed=None)
+    try:
+        model = meta_model(config, len(source.names))
+    except ValueError as error:
+        raise UserError(f"config.json and the weights do not belong together: {error}") from None
     expected = {name: tuple(model.unpad(name, parameter).shape) for name, parameter in model.named_parameters()}
     used, found = set[str](), dict[str, Tensor]()
     entries = {entry.ours: entry for entry in source.layout(config)}
@@ -101,14 +105,24 @@ def refuse_extra(
         raise UserError(f"the weights hold {name!r}, which model.py does not use here ({len(extra)} too many)")
 
 
-def describe(config: GPTConfig, tokenizer: Any) -> str:
+def describe(config: GPTConfig) -> str:
     """One line: parameters, layers, width, context, vocabulary."""
-    with torch.device("meta"):
-        count = sum(p.numel() for p in GPT(config, seed=None).parameters())
+    count = count_parameters(meta_model(config, config.n_layer))
     return (
         f"{count:,} parameters, {config.n_layer} layers, {config.n_embd} channels, context {config.block_size:,},"
-        f" {tokenizer.vocab_size:,} ids, end-of-sequence {tokenizer.eos_id}"
+        f" {config.vocab_size:,} ids, end-of-sequence {config.eos_id}"
     )
 
 
-__all__ = ["build_for_weights", "describe", "import_model"]
+def check_memory(needed: int) -> None:
+    """Raises UserError where so many bytes are more than the free memory of this machine."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:  # other systems do not say
+        return
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), needed)
+    if free < needed:
+        raise UserError(
+            f"the weights take {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free; end other programs,"
+            " or import a smaller model"
+        )

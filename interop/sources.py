@@ -224,12 +224,14 @@ def bpe_definition(
     """A tokenizer.json of byte-level BPE. special, added: tokens that are never merged; the former stand for no text.
     before: the pre-tokenizers before the one for bytes, which has GPT-2's pattern with use_regex or where there are
     none."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level |= {"use_regex": use_regex or before is None}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     kinds = dict.fromkeys(special, True) | dict.fromkeys(added or [], False)
-    listed = [{"id": vocab[token], "content": token, **flags, "special": kinds[token]} for token in kinds]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    listed: list[dict[str, Any]] = [
+        {"id": vocab[token], "content": token, **flags, "special": kinds[token]} for token in kinds
+    ]
+    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges}
     content = {
         "version": "1.0", "truncation": None, "padding": None,
@@ -320,7 +322,7 @@ def open_llmc(path: Path, head: bytes, tokenizer: str | None) -> Source:
     if min(header[2:8], default=0) < 1:
         raise DamagedFile(path, "no header of llm.c's checkpoints")
     T, V, L, H, C, padded = header[2:8]
-    shapes = {"wte.weight": (padded, C), "wpe.weight": (T, C)}
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (padded, C), "wpe.weight": (T, C)}
     for name, shape in {
         "ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
         "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),

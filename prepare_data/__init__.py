@@ -1,8 +1,8 @@
 """Raw text → tokenized shards. This file only declares the options, so that --help is fast.
 
 Reading order: sources/ (documents), split.py (train and val), shards.py (the format and its reader), shard_writer.py,
-folders.py (names, atomic renames), pipeline.py (the order of these steps), resolve.py (--data). Tokenizers are in
-common/tokenizer.py.
+folders.py (names, atomic renames), pipeline.py (the order of these steps), resolve.py (--data). convert.py turns the
+shards of other programs into a dataset and back. Tokenizers are in common/tokenizer.py.
 """
 
 from __future__ import annotations
@@ -65,13 +65,31 @@ class PrepareOptions(TextOptions):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What `python -m prepare_data SOURCE` reads and writes; SOURCE is text, shakespeare or python_stdlib."""
+    """What `python -m prepare_data SOURCE` reads and writes; SOURCE is text, shakespeare, python_stdlib or convert."""
 
     input: str | None = path(None)
-    """Source text: a file, a folder, a quoted glob, or - for standard input. Gzip files are decompressed."""
+    """Source text: a file, a folder, a quoted glob, or - for standard input. Gzip files are decompressed. With convert:
+    a folder of token shards, or a dataset's name or folder."""
     name: str | None = None
     """Name of the dataset, a folder under --data_dir. Default: the input's name without extension, or the source's."""
     dry_run: bool = False
     """Print counts and a decoded sample without writing anything."""
     overwrite: bool = False
-    """Replace a dataset of the same name that has other content or other options."""
+    """Replace a dataset of the same name, or what convert wrote in --out, that has other content or other options."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What `python -m prepare_data convert` writes for other programs."""
+
+    to: Literal["nanogpt", "llmc", "llmc-uint32", "modded-nanogpt", "build-nanogpt"] | None = None
+    """Convert to the token shards of this program, which are written to --out. none: convert shards to a dataset."""
+    out: str | None = path(None)
+    """Folder that convert makes for the other program's files."""
+
+    def problems(self) -> list[str]:
+        if self.to and not self.out:
+            return [f"--to={self.to} needs the folder to write: --out=DIR"]
+        if self.out and not self.to:
+            return [f"--out={self.out} is the folder for another program's files: add --to=nanogpt, for example"]
+        return []

@@ -45,6 +45,15 @@ class ContentCheck:
         if self._found is not None:
             raise self._found
 
+    def complete(self) -> None:
+        """Checks everything now, in this thread: for what reads the split once, from its beginning to its end."""
+        with self._lock:
+            self.in_background = False
+            if not self.is_complete:
+                self._run()
+            self._is_started = True
+        self()
+
     def _run(self) -> None:
         try:
             for shard in self.shards:

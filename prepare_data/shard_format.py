@@ -23,6 +23,13 @@ def dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 65_535 else "uint32"
 
 
+def header(dtype: str, tokens: int) -> bytes:
+    """The header of a shard of so many ids."""
+    numbers = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    numbers[:3] = *HEADERS[dtype], tokens
+    return numbers.tobytes()
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file of ids whose header and size have been checked by `open_dataset`."""
@@ -58,9 +65,9 @@ def read_header(path: Path) -> tuple[str, int]:
             f"{path}: has {size} bytes, but a shard's header alone has {HEADER_BYTES}: truncated; {PREPARE_AGAIN}"
         )
     magic, version, tokens = np.frombuffer(data, "<i4")[:3].tolist()
-    dtype = next((name for name, header in HEADERS.items() if header[0] == magic), None)
+    dtype = next((name for name, numbers in HEADERS.items() if numbers[0] == magic), None)
     if dtype is None:
-        known = " or ".join(str(header[0]) for header in HEADERS.values())
+        known = " or ".join(str(numbers[0]) for numbers in HEADERS.values())
         raise UserError(f"{path}: not a token shard: magic number {magic}, expected {known}; {PREPARE_AGAIN}")
     if version != HEADERS[dtype][1]:
         raise UserError(f"{path}: shard version {version}, expected {HEADERS[dtype][1]}; {PREPARE_AGAIN}")

@@ -1,4 +1,6 @@
-"""The only writer of shards (format: shard_format.py) and of dataset.json. The caller makes and renames the folder."""
+"""The only writer of a dataset's shards (format: shard_format.py) and its dataset.json. The caller makes and
+renames the folder.
+"""
 
 import json
 import os
@@ -12,7 +14,7 @@ import numpy as np
 from common.tokenizer import Tokenizer
 from errors import UserError
 from files import sync_directory
-from prepare_data.shard_format import HEADER_BYTES, HEADERS, dtype_for
+from prepare_data.shard_format import HEADER_BYTES, dtype_for, header
 from prepare_data.shards import FORMAT, VERSION, fingerprint
 
 BUFFER = 1 << 20  # tokens kept in memory before a write
@@ -111,10 +113,8 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         if self._file is None:
             return
-        header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-        header[:3] = *HEADERS[self.dtype], self.entries[-1]["tokens"]
         self._file.seek(0)
-        _write_all(self._file, header.tobytes())
+        _write_all(self._file, header(self.dtype, self.entries[-1]["tokens"]))
         for file in (self._file, self._mask_file):
             if file:
                 os.fsync(file.fileno())

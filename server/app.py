@@ -1,4 +1,5 @@
-"""The local server of sample.py --serve: HTTP routes around completions.py, and the page, on Starlette and uvicorn.
+"""The local server of sample.py --serve: HTTP routes around completions.py and tokenization.py, and the page, on
+Starlette and uvicorn.
 
 Read in this order: AccessControl, the routes, serve; queue.py has the generating thread. No part of a request is used
 as a file path: the routes are fixed, and the only file sent is page.html beside this module, read once.
@@ -34,6 +35,7 @@ from prepare_data.novelty import Novelty
 from server.completions import RequestError, ResponseBuilder, ServedModel, generate_pieces, parse_request
 from server.options import ServerOptions
 from server.queue import Job, Queue
+from server.tokenization import detokenize, tokenize, tokenizer_info
 
 try:
     import uvicorn
@@ -52,7 +54,10 @@ except ImportError as error:
     ) from None
 
 PAGE = Path(__file__).with_name("page.html")
-ROUTES = "GET /, /health, /v1/models, /v1/models/NAME and POST /v1/completions (a base model: no chat endpoint)"
+ROUTES = (
+    "GET /, /health, /v1/models, /v1/models/NAME, /tokenizer_info and POST /v1/completions, /tokenize, /detokenize "
+    "(a base model: no chat endpoint)"
+)
 MAX_BODY = 2**22  # bytes
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -112,10 +117,7 @@ class Completions:
         self.served, self.queue = served, queue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await read_body(Request(scope, receive))
-        except ClientDisconnect:
-            return
+        body = await read_body(Request(scope, receive))
         request = await run_in_threadpool(parse_request, body, self.served)
         job, builder = self.queue.add(generate_pieces(self.served, request)), ResponseBuilder(self.served, request)
         watcher = asyncio.create_task(cancel_on_disconnect(receive, job))
@@ -228,10 +230,31 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return response
 
 
+async def on_disconnect(_: Request, error: Exception) -> Response:
+    return Response()  # that nobody reads
+
+
 async def on_failure(_: Request, error: Exception) -> Response:
     return error_response(
         RequestError(f"internal server error ({type(error).__name__}); see the server's output", status=500)
     )
+
+
+def tokenizer_routes(served: ServedModel) -> list[Route]:
+    async def info(_: Request) -> Response:
+        return json_response(tokenizer_info(served))
+
+    async def to_ids(request: Request) -> Response:
+        return json_response(await run_in_threadpool(tokenize, await read_body(request), served))
+
+    async def to_text(request: Request) -> Response:
+        return json_response(await run_in_threadpool(detokenize, await read_body(request), served))
+
+    return [
+        Route("/tokenizer_info", info),
+        Route("/tokenize", to_ids, methods=["POST"]),
+        Route("/detokenize", to_text, methods=["POST"]),
+    ]
 
 
 def make_app(served: ServedModel, options: ServerOptions, queue: Queue, page_defaults: Mapping[str, Any]) -> Starlette:
@@ -271,12 +294,14 @@ def make_app(served: ServedModel, options: ServerOptions, queue: Queue, page_def
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/v1/completions", Completions(served, queue), methods=["POST"]),
+            *tokenizer_routes(served),
         ],
         middleware=[Middleware(AccessControl, options)],
         exception_handlers={
             RequestError: on_error,
             UserError: on_error,
             HTTPException: on_http_error,
+            ClientDisconnect: on_disconnect,
             Exception: on_failure,
         },
         lifespan=lifespan,

@@ -140,19 +140,7 @@ class Completion:
 
 def parse_request(body: bytes, served: ServedModel) -> Completion:
     """Raises RequestError, which names what was found and what was expected."""
-    fields = _read_object(body)
-    if unknown := sorted(fields.keys() - SAMPLING_FIELDS.keys() - set(OTHER_FIELDS)):
-        name, known = unknown[0], [*SAMPLING_FIELDS, *OTHER_FIELDS]
-        raise RequestError(
-            f"unknown field {show(repr(name))}{did_you_mean(name, known)}; known fields are {', '.join(known)}",
-            param=name,
-        )
-    fields = {name: value for name, value in fields.items() if value is not None}  # null means absent
-    if (name := fields.get("model", served.name)) != served.name:
-        message = (
-            f"model = {show(repr(name))}: this server has one model, {served.name!r}; use that or remove the field"
-        )
-        raise RequestError(message, param="model", status=404, code="model_not_found")
+    fields = read_fields(body, [*SAMPLING_FIELDS, *OTHER_FIELDS], served)
     n = _checked("n", "num_samples", fields.get("n", 1))
     if fields.get("best_of", n) not in (1, n):
         raise RequestError(
@@ -170,15 +158,34 @@ def parse_request(body: bytes, served: ServedModel) -> Completion:
         n=n,
         options=_read_options(fields, served.sampling),
         seed=_checked("seed", "seed", fields["seed"]) if "seed" in fields else secrets.randbelow(2**31),
-        echo=_flag(fields, "echo"),
-        stream=_flag(fields, "stream"),
-        include_usage=_flag(stream_options, "include_usage"),
-        novelty=_flag(fields, "novelty"),
+        echo=flag(fields, "echo"),
+        stream=flag(fields, "stream"),
+        include_usage=flag(stream_options, "include_usage"),
+        novelty=flag(fields, "novelty"),
     )
     if completion.novelty and not isinstance(served.novelty, Novelty):
         raise RequestError(served.novelty or "novelty: start sample.py --serve with --novelty", param="novelty")
     _check_size(completion, served)
     return completion
+
+
+def read_fields(body: bytes, known: Sequence[str], served: ServedModel) -> dict[str, Any]:
+    """The fields of a request but for those that are null, which means absent. Raises RequestError for unknown ones and
+    for another model."""
+    fields = _read_object(body)
+    if unknown := sorted(fields.keys() - set(known)):
+        name = unknown[0]
+        raise RequestError(
+            f"unknown field {show(repr(name))}{did_you_mean(name, known)}; known fields are {', '.join(known)}",
+            param=name,
+        )
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if (name := fields.get("model", served.name)) != served.name:
+        message = (
+            f"model = {show(repr(name))}: this server has one model, {served.name!r}; use that or remove the field"
+        )
+        raise RequestError(message, param="model", status=404, code="model_not_found")
+    return fields
 
 
 def _read_object(body: bytes) -> dict[str, Any]:
@@ -201,8 +208,8 @@ def _checked(name: str, option: str, value: object) -> Any:
         raise RequestError(str(error).replace(option, name, 1), param=name) from None
 
 
-def _flag(fields: dict[str, Any], name: str) -> bool:
-    value = fields.get(name)
+def flag(fields: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = fields.get(name, default)
     if not isinstance(value, bool | None):
         raise RequestError(f"{name} = {show(repr(value))}: expected true or false", param=name)
     return bool(value)
@@ -243,8 +250,10 @@ def _read_prompts(value: Any, served: ServedModel) -> list[Prompt]:
 
 
 def _read_prompt(value: Any, where: str, served: ServedModel) -> Prompt:
-    vocab_size, prepend_eos = served.tokenizer.vocab_size, served.sampling.prepend_eos
+    prepend_eos = served.sampling.prepend_eos
     try:
+        if isinstance(value, str) and value.startswith(END_NAME):
+            value = encode_text(served.tokenizer, value)  # a second one is not added
         if isinstance(value, str):
             return Prompt(value, prompt_ids(served.tokenizer, value, prepend_eos), int(prepend_eos))
     except UserError as error:
@@ -253,12 +262,23 @@ def _read_prompt(value: Any, where: str, served: ServedModel) -> Prompt:
         raise RequestError(
             f"{where} = {show(repr(value))}: expected a text, or a list of at least one token id", param="prompt"
         )
-    for i, token in enumerate(value):
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise RequestError(
-                f"{where}[{i}] = {show(repr(token))}: expected a token id, 0 to {vocab_size - 1}", param="prompt"
-            )
+    check_ids(value, where, "prompt", served.tokenizer.vocab_size)
     return Prompt(served.tokenizer.decode(value), value, 0)
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text. END_NAME at its start is the end-of-sequence token: so /detokenize writes it. Further on it is
+    text, as in training, so that no text can end a document. Raises UserError."""
+    ids = tokenizer.encode(text.removeprefix(END_NAME)).tolist()
+    return [tokenizer.eos_id] * text.startswith(END_NAME) + ids
+
+
+def check_ids(ids: list[Any], where: str, param: str, vocab_size: int) -> None:
+    """Raises RequestError for what is no token id."""
+    for i, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < vocab_size:
+            message = f"{where}[{i}] = {show(repr(token))}: expected a token id, 0 to {vocab_size - 1}"
+            raise RequestError(message, param=param)
 
 
 def _check_size(request: Completion, served: ServedModel) -> None:
@@ -393,7 +413,7 @@ class ResponseBuilder:
 
     def _logprobs(self, tokens: Sequence[tuple[Token, int]]) -> dict[str, list[Any]]:
         return {
-            "tokens": [self._name(token.id) for token, _ in tokens],
+            "tokens": [token_name(self.served.tokenizer, token.id) for token, _ in tokens],
             "token_logprobs": [token.logprob for token, _ in tokens],
             "top_logprobs": [self._top_logprobs(token) for token, _ in tokens],
             "text_offset": [offset for _, offset in tokens],
@@ -403,14 +423,16 @@ class ResponseBuilder:
         """The likeliest tokens and the drawn one; None for the first id of a prompt."""
         if token.logprob is None:
             return None
-        return {self._name(id): logprob for id, logprob in (*token.top, (token.id, token.logprob))}
+        named = (*token.top, (token.id, token.logprob))
+        return {token_name(self.served.tokenizer, id): logprob for id, logprob in named}
 
-    def _name(self, id: int) -> str:
-        r"""A token as text, or as bytes:\xe4 (OpenAI's notation) if it is an incomplete character."""
-        data = self.served.tokenizer.token_bytes[id]
-        if id == self.served.tokenizer.eos_id:
-            return END_NAME
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+def token_name(tokenizer: Tokenizer, id: int) -> str:
+    r"""A token as text, or as bytes:\xe4 (OpenAI's notation) if it is an incomplete character."""
+    if id == tokenizer.eos_id:
+        return END_NAME
+    data = tokenizer.token_bytes[id]
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -155,7 +155,7 @@ def test_prepare_data_names_the_form_for_a_path():
         (["my novel.txt", "--name=x"], 'write python -m prepare_data text --input="my novel.txt" --name=x'),
         (["--input=a.txt"], "the source comes first: python -m prepare_data text --input=a.txt"),
         (["txt"], "no such source; did you mean text?"),
-        (["book"], "no such source; expected one of text, shakespeare, python_stdlib"),
+        (["book"], "no such source; expected one of text, shakespeare, python_stdlib, convert"),
     ):
         with pytest.raises(UserError) as caught:
             prepare_main(argv)

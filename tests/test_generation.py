@@ -38,14 +38,12 @@ def tiny_model(dtype=torch.float64, scale=15.0, **changes):
 
 
 def run(model, prompts, options, seed=0, batch_size=None):
-    """Per sample: the generated ids and the reason of the end."""
+    """Per sample: the drawn ids, an end-of-sequence that ends it included, and the reason of the end."""
     ids, reasons = [[] for _ in prompts], [None] * len(prompts)
     for sample, token, reason, *_ in generate(model, prompts, options, seed, batch_size=batch_size):
         assert reasons[sample] is None, "an event after the end"
-        if token is None:
-            reasons[sample] = reason
-        else:
-            ids[sample].append(token)
+        reasons[sample] = reason
+        ids[sample] += [] if token is None else [token]
     return list(zip(ids, reasons, strict=True))
 
 
@@ -265,7 +263,7 @@ def test_draws_selects_the_random_numbers_of_samples():
     model = tiny_model(scale=5.0)
     usual = run(model, [[30, 1]] * 4, SAMPLED, seed=5)
     events = list(generate(model, [[30, 1]] * 2, SAMPLED, 5, draws=[3, 1]))
-    assert [[e.token for e in events if e.sample == sample and e.reason is None] for sample in (0, 1)] == [
+    assert [[e.token for e in events if e.sample == sample and e.token is not None] for sample in (0, 1)] == [
         usual[3][0],
         usual[1][0],
     ]
@@ -288,6 +286,13 @@ def test_log_probabilities_are_those_before_all_filters():
             )
             text.append(event.token)
     assert len(text) == 27
+    ending = replace(options, min_new_tokens=0, top_k=None, temperature=1.0)
+    (*_, token), reason = run(model, [[30, 1]], ending, 1)[0]
+    last = list(generate(model, [[30, 1]], ending, 1))[-1]
+    assert (token, reason, last.reason) == (30, END_OF_SEQUENCE, END_OF_SEQUENCE)
+    text = [30, 1, *(e.token for e in generate(model, [[30, 1]], ending, 1))][:-1]
+    expected = next_logits(model, text, 1).log_softmax(-1)
+    assert last.logprob == pytest.approx(float(expected[30]), abs=1e-9)  # of the end-of-sequence
     assert next((e.logprob, e.top) for e in generate(model, [[30]], replace(options, logprobs=None), 0)) == (None, ())
 
 
@@ -302,7 +307,7 @@ def test_ends():
     assert any(30 in ids for ids, _ in going_on)
     for (ids, reason), (cut, why) in zip(going_on, stopped, strict=True):
         assert (len(ids), reason) == (25, LENGTH)
-        assert (cut, why) == ((ids[: ids.index(30)], END_OF_SEQUENCE) if 30 in ids else (ids, LENGTH))
+        assert (cut, why) == ((ids[: ids.index(30) + 1], END_OF_SEQUENCE) if 30 in ids else (ids, LENGTH))
     assert run(model, [[1], [2, 3]], replace(SAMPLED, max_new_tokens=0)) == [([], LENGTH)] * 2
 
 
@@ -310,10 +315,10 @@ def test_no_end_of_sequence_before_min_new_tokens():
     model = tiny_model(scale=5.0)
     prompts = [[30, i] for i in range(12)]
     free = run(model, prompts, SAMPLED)
-    assert any(len(ids) < 6 for ids, _ in free)
+    assert any(30 in ids[:6] for ids, _ in free)
     longer = run(model, prompts, replace(SAMPLED, min_new_tokens=6))
-    assert all(len(ids) >= 6 and 30 not in ids for ids, _ in longer)
-    assert any(6 <= len(ids) < 25 for ids, _ in longer)
+    assert all(len(ids) > 6 and 30 not in ids[:6] for ids, _ in longer)
+    assert any(30 in ids for ids, _ in longer)
     for options in (replace(GREEDY, stop_at_eos=True), SAMPLED):
         assert all(
             30 not in ids[:6] for ids, _ in run(model, prompts, replace(options, min_new_tokens=6, stop_at_eos=False))

@@ -16,6 +16,7 @@ import pytest
 
 import train
 from checkpoint import list_checkpoints, open_checkpoint
+from config import PLANNED
 from config.loader import NOT_PRESETS
 
 GOLDEN = Path(__file__).with_name("golden_steps.json")
@@ -72,7 +73,7 @@ def test_three_steps_give_the_recorded_numbers(preset, tmp_path, monkeypatch):
 
 def test_every_preset_has_recorded_numbers():
     presets = {path.stem for path in (GOLDEN.parent.parent / "config").glob("*.py")}
-    assert set(PRESETS) == presets - set(NOT_PRESETS)
+    assert set(PRESETS) == presets - {*NOT_PRESETS, PLANNED}  # which has no model of its own
 
 
 if __name__ == "__main__":

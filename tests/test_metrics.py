@@ -1,4 +1,4 @@
-"""Logs: reproducible lines, truncated on resume; Weights & Biases only on request and never with a prompt."""
+"""Logs: reproducible lines, truncated on resume."""
 
 import json
 import subprocess
@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
 from tests.conftest import ROOT
-from training.metrics import RunLog, WandbLog, console_line, format_duration
-from training.options import LoggingOptions
+from training.metrics import RunLog, console_line, format_duration
 
 
 def test_logs_are_truncated_to_the_checkpoint(tmp_path):
@@ -43,36 +41,6 @@ def test_a_full_disk_is_reported_once_and_stops_nothing(tmp_path, capsys):
     for step in range(3):
         log.metrics("step", step, loss=1.0)
     assert capsys.readouterr().err.count("No space left") == 1
-
-
-def test_wandb_is_not_imported_without_the_option(tmp_path):
-    before = set(sys.modules)
-    WandbLog(tmp_path, LoggingOptions(), {}).log({"loss": 1.0}, 1)
-    assert not {name for name in set(sys.modules) - before if name.startswith("wandb")}
-
-
-def test_wandb_offline_needs_no_account(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    log = WandbLog(tmp_path, LoggingOptions(wandb="offline"), {"n_layer": 2})
-    log.log({"train/loss": 1.5}, 1)
-    log.finish()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_wandb_online_without_a_key_is_an_error_not_a_prompt(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("a prompt"))
-    with pytest.raises(UserError, match="wandb login"):
-        WandbLog(tmp_path, LoggingOptions(wandb="online"), {})
-
-
-def test_a_missing_wandb_names_the_pip_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        WandbLog(tmp_path, LoggingOptions(wandb="offline"), {})
 
 
 def test_console_lines_have_fixed_columns():

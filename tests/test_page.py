@@ -13,7 +13,7 @@ from prepare_data.passage_index import Source
 from prepare_data.passages import Passage
 from server import completions
 from server.options import ServerOptions
-from tests.test_server import SERVED, ids_of, post, running, wait_for, written
+from tests.test_server import EOS, SERVED, ids_of, post, running, wait_for, written
 
 pytestmark = pytest.mark.slow
 MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>&lt;b&gt;"
@@ -162,6 +162,24 @@ def test_the_card_of_a_token_shows_its_probability_and_alternatives(server, open
     before = "".join(page.locator(".token").all_text_contents()[: len(set(offsets[: at + 1]))])
     expect(page.locator("#prompt")).to_have_value("a" + before)
     expect(card).to_be_hidden()
+
+
+def test_a_drawn_end_of_text_is_shown_with_its_probability(server, open_page, monkeypatch):
+    parts = [
+        Piece(0, "Hi", (Token(72, "H", 0, -0.5, ()), Token(105, "i", 1, -3.0, ())), None),
+        Piece(0, "", (Token(EOS, "", 2, -0.5, ((EOS, -0.5), (33, -1.5))),), "end of sequence"),
+    ]
+    monkeypatch.setattr(completions, "stream_texts", lambda *_, **__: iter(parts))
+    page = open_page(server[0])
+    fill(page, "Oh ", n=1)
+    page.click("#generate")
+    wait_until_ended(page)
+    expect(page.locator(".top")).to_contain_text("3 tokens, end of document")
+    assert texts(page) == ["Hi"]
+    page.locator(".token.last").hover()
+    expect(page.locator("#card h3")).to_have_text("end of text61 %")
+    page.locator("#card li button").last.click()
+    assert page.input_value("#prompt") == "Oh Hi!"
 
 
 def test_tapping_an_alternative_continues_the_prompt_with_it(server, open_page, monkeypatch):

@@ -143,8 +143,8 @@ def test_untrained_heads_look_at_recent_tokens_where_a_run_has_few_epochs():
 
 
 def test_the_context_is_as_long_as_the_text_allows():
-    assert choose_context(10**6, {}) == CONTEXT
-    assert choose_context(1000, {}) < 1000 / 8
+    assert choose_context(facts(10**6), {}) == CONTEXT
+    assert choose_context(facts(1000), {}) < 1000 / 8
 
 
 # ---- length
@@ -206,7 +206,7 @@ def test_a_model_with_teachers_is_larger():
 )
 def test_a_long_text_and_what_is_given_by_hand_has_none(tokens, minutes, given):
     assert plan(tokens, minutes, **given).values.get("teachers", 0) == 0
-    fine_tuned = choose(facts(tokens, fine_tuning=True), {"budget_minutes": minutes, **given})
+    fine_tuned = choose(facts(tokens, context=CONTEXT), {"budget_minutes": minutes, **given})
     assert fine_tuned.values.get("teachers", 0) == 0
 
 
@@ -264,7 +264,7 @@ def test_what_does_not_fit_into_memory_is_not_chosen():
 
 def test_weights_that_exist_have_a_lower_rate():
     fixed = {"n_layer": 3, "n_embd": 96, "n_head": 3, "block_size": 100, "budget_minutes": 3}
-    one, other = (choose(facts(fine_tuning=tuned), fixed) for tuned in (False, True))
+    one, other = (choose(facts(context=CONTEXT if tuned else None), fixed) for tuned in (False, True))
     assert other.values["learning_rate"] < one.values["learning_rate"]
     assert other.values.keys().isdisjoint(fixed)
     assert other.outlook.tokens_per_step % 100 == 0

@@ -95,7 +95,9 @@ def test_an_evaluation_names_the_flags_that_concern_training_alone(run, capsys):
 
 @pytest.mark.parametrize("value", ["scratch", "resume", "gpt2", "gpt2-xl"])
 def test_values_of_init_from_in_nanogpt_are_explained(project, value):
-    expected = {"scratch": "leave the flag out", "resume": "write --resume=RUN"}.get(value, "published weights")
+    expected = {"scratch": "leave the flag out", "resume": "write --resume=RUN"}.get(
+        value, f"python -m interop import {value} --download"
+    )
     assert expected in message_of(f"--init_from={value}")
 
 

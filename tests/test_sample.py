@@ -179,12 +179,15 @@ def test_json_lines_in_and_out(runs, capsys, tmp_path, monkeypatch):
         text, reason = texts[line["sample"]]
         assert (line["prompt"] + line["text"], line["finish_reason"]) == (text, reason)
         assert tokenizer.decode(line["ids"]) == line["text"]
+        assert (tokenizer.eos_id in line["ids"][-1:]) == (reason == "end of sequence")
+        assert tokenizer.eos_id not in line["ids"][:-1]
         assert len(line["ids"]) == len(line["logprobs"]) == len(line["top_logprobs"])
         for logprob, top in zip(line["logprobs"], line["top_logprobs"], strict=True):
             assert logprob <= top[0]["logprob"] + 1e-6 <= 0.000001
             assert [alternative["text"] for alternative in top] == [
                 tokenizer.decode([alternative["id"]]) for alternative in top
             ]
+    assert "end of sequence" in {line["finish_reason"] for line in lines}
     assert f"{sum(len(line['ids']) for line in lines)} tokens in" in err
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
     assert start(capsys, *flags, "--prompts=-", "--logprobs=2").out == out
@@ -403,7 +406,7 @@ def test_a_sample_imports_nothing_that_it_does_not_use(runs):
     imported = set(out.splitlines()[-1].split())
     unused = {"anyio", "charset_normalizer", "filelock", "inspection", "matplotlib", "requests", "rustbpe", "starlette"}
     assert {"torch", "tiktoken"} <= imported
-    assert not imported & (unused | {"sympy", "triton", "uvicorn", "wandb"})
+    assert not imported & (unused | {"sympy", "tensorboard", "trackio", "triton", "uvicorn", "wandb"})
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary", "sinusoidal"])

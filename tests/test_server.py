@@ -1,6 +1,7 @@
 """The local server over real connections: the openai package, errors, the queue, access control, shutdown."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -18,12 +19,12 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import config
 import sample
-from common.tokenizer import bytes_tokenizer
+from common.tokenizer import bytes_tokenizer, char_tokenizer
 from errors import UserError
 from generation.options import SamplingOptions
 from generation.text import stream_texts
@@ -32,6 +33,8 @@ from server import completions
 from server.app import MAX_BODY, PAGE, Queue, Server, listen, make_app
 from server.completions import MAX_PROMPT_TOKENS, MAX_SAMPLES, RequestError, ServedModel, parse_request
 from server.options import ServerOptions
+from server.tokenization import detokenize, tokenize
+from tests.test_generation import tiny_model
 from tests.test_sample import save
 
 TOKENIZER = bytes_tokenizer()
@@ -252,6 +255,80 @@ def test_logprobs_and_echo_agree_with_the_model(url):
     assert by_ids["logprobs"]["top_logprobs"][:1] == [None]
 
 
+def greedy_end(model, before=()):
+    """A text after which (and after the ids `before`) the model's likeliest token is EOS."""
+    texts = list(map("".join, itertools.product("abcdefghij", repeat=3)))
+    ids = torch.tensor([[*before, *TOKENIZER.encode(text).tolist()] for text in texts])
+    return texts[(model(ids)[:, -1].argmax(-1) == EOS).nonzero()[0].item()]
+
+
+def ending_model():
+    """A model whose likeliest token varies with the text and is EOS after a few percent of texts."""
+    sizes = {"vocab_size": 257, "eos_id": EOS, "block_size": 32, "tie_embeddings": False}
+    model = tiny_model(torch.float32, scale=5.0, **sizes)
+    with torch.no_grad():
+        model.head.weight[EOS] *= 3
+    return model
+
+
+@pytest.fixture(scope="module")
+def ending():
+    """A server and its model."""
+    model = ending_model()
+    with running(replace(SERVED, model=model)) as (address, _):
+        yield address, model
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_drawn_end_of_text_is_a_token_without_text(ending, stream):
+    url, model = ending
+    text = greedy_end(model, [EOS])
+    ids = ids_of(text)
+    expected = model(torch.tensor([ids]))[0].log_softmax(-1)
+    scores = [expected[t, ids[t + 1]].item() for t in range(len(ids) - 1)] + [expected[-1, EOS].item()]
+    request = {"prompt": [text, ids[1:]], "max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 1}
+    if stream:
+        data = ask(url, "POST", body=request | {"stream": True, "stream_options": {"include_usage": True}})[2].decode()
+        *chunks, last, _ = [event.removeprefix("data: ") for event in data.removesuffix("\n\n").split("\n\n")]
+        parts = [part for chunk in chunks for part in json.loads(chunk)["choices"] if part["index"] == 0]
+        choice = parts[-1] | {"text": "".join(part["text"] for part in parts)}
+        choice["logprobs"] = {
+            name: [entry for part in parts for entry in part["logprobs"][name]] for name in choice["logprobs"]
+        }
+        usage, others = json.loads(last)["usage"], None
+    else:
+        answer = post(url, **request)
+        (choice, others), usage = answer["choices"], answer["usage"]
+    found = choice["logprobs"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (text, "stop", "end of sequence")
+    assert found["tokens"] == [*text, "<|endoftext|>"]
+    assert found["text_offset"] == [*range(len(text)), len(text)]
+    assert found["token_logprobs"] == pytest.approx(scores, abs=1e-5)
+    assert found["top_logprobs"][-1] == {"<|endoftext|>": found["token_logprobs"][-1]}
+    if others is not None:  # the ids alone: no EOS before them
+        assert others["logprobs"]["tokens"][: len(text)] == list(text)
+        drawn = sum(len(one["logprobs"]["tokens"]) - len(text) for one in answer["choices"])
+        assert usage == {"prompt_tokens": 7, "completion_tokens": drawn, "total_tokens": 7 + drawn}
+    alone = post(url, prompt=text, max_tokens=3, temperature=0)
+    assert (alone["choices"][0]["text"], alone["usage"]["completion_tokens"]) == ("", 1)
+    none = post(url, prompt=text, max_tokens=0, echo=True, logprobs=1)  # nothing is drawn
+    assert none["choices"][0]["logprobs"]["tokens"] == list(text)
+    assert (none["choices"][0]["finish_reason"], none["usage"]["completion_tokens"]) == ("length", 0)
+
+
+def test_one_drawn_token_follows_every_prompt_of_a_batch(ending):
+    """What lm-evaluation-harness relies on: it leaves out the last token and sums those after the context."""
+    url, model = ending
+    prompts = [ids_of(text)[1:] for text in (greedy_end(model), "né", "x" * 32)]
+    answer = post(url, prompt=prompts, max_tokens=1, temperature=0, echo=True, logprobs=1)
+    assert answer["choices"][0]["logprobs"]["tokens"][-1] == "<|endoftext|>"
+    for ids, choice in zip(prompts, answer["choices"], strict=True):
+        expected = model(torch.tensor([ids]))[0].log_softmax(-1)
+        scores = [expected[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
+        assert len(choice["logprobs"]["tokens"]) == len(ids) + 1
+        assert choice["logprobs"]["token_logprobs"][1:-1] == pytest.approx(scores, abs=1e-5)
+
+
 def test_the_chunks_of_a_stream_add_up_to_the_response(url):
     request = {"prompt": ["ab", "世"], "n": 2, "echo": True, "logprobs": 1, "seed": 3}
     _, headers, stream = ask(url, "POST", body=request | {"stream": True})
@@ -267,6 +344,88 @@ def test_the_chunks_of_a_stream_add_up_to_the_response(url):
         assert "".join(part["text"] for part in own) == choice["text"]
         for name in choice["logprobs"]:
             assert [entry for part in own for entry in part["logprobs"][name]] == choice["logprobs"][name]
+
+
+# ---- the tokenizer's routes
+
+
+def tokenizer_answer(url, path, **body):
+    status, _, content = ask(url, "POST", path, body)
+    assert status == 200, content
+    return content
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=30))
+@example("a<|endoftext|>b")  # text, but for the start
+def test_texts_come_back_from_their_ids_and_are_read_so(text):
+    ids, named = TOKENIZER.encode(text).tolist(), f"<|endoftext|>{text}"
+    for prompt, special, expected in (
+        (text, False, ids),
+        (text, True, [EOS, *ids]),
+        (named, False, [EOS, *ids]),
+        (named, True, [EOS, *ids]),
+    ):
+        answer = tokenize(json.dumps({"prompt": prompt, "add_special_tokens": special}).encode(), SERVED)
+        assert (answer["tokens"], answer["count"]) == (expected, len(expected))
+        back = detokenize(json.dumps({"tokens": answer["tokens"]}).encode(), SERVED)["prompt"]
+        assert back == (named if expected[:1] == [EOS] else text)
+        if special:
+            [read] = parse_request(json.dumps({"prompt": prompt}).encode(), SERVED).prompts
+            assert (read.ids, read.text) == (expected, text)
+            assert read.prepended == (prompt == text)  # a named one is the client's own, so it is listed
+
+
+def test_the_tokenizer_is_served_as_vllm_serves_it(url):
+    assert tokenizer_answer(url, "/tokenize", prompt="né", model="notes", return_token_strs=True) == {
+        "count": 4,
+        "max_model_len": 32,
+        "tokens": [EOS, 110, 195, 169],
+        "token_strs": ["<|endoftext|>", "n", r"bytes:\xc3", r"bytes:\xa9"],
+    }
+    plain = tokenizer_answer(url, "/tokenize", prompt="né", add_special_tokens=False)
+    assert (plain["tokens"], plain["token_strs"]) == ([110, 195, 169], None)
+    assert tokenizer_answer(url, "/detokenize", tokens=[EOS, 110, 195, 169, EOS, EOS]) == {
+        "prompt": "<|endoftext|>né" + 2 * "<|endoftext|>"
+    }
+    assert tokenizer_answer(url, "/detokenize", tokens=[]) == {"prompt": ""}
+    assert tokenizer_answer(url, "/detokenize", tokens=[195]) == {"prompt": "\ufffd"}
+    status, _, info = ask(url, "GET", "/tokenizer_info")
+    assert (status, info["bos_token"], info["eos_token"]) == (200, "<|endoftext|>", "<|endoftext|>")
+    assert (info["model_max_length"], info["vocab_size"], "chat_template" in info) == (32, 257, False)
+    no_start = replace(SERVED, sampling=replace(SERVED.sampling, prepend_eos=False))
+    assert tokenize(b'{"prompt": "a"}', no_start)["tokens"] == [97]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("/tokenize", b"{", None, "not valid JSON"),
+        ("/tokenize", {}, "prompt", "prompt = None: expected a text"),
+        ("/tokenize", {"prompt": ["a"]}, "prompt", "expected a text"),
+        ("/tokenize", {"prompt": "a\ud800"}, "prompt", "surrogate"),
+        ("/tokenize", {"prompt": "a", "add_special_tokens": 0}, "add_special_tokens", "expected true or false"),
+        ("/tokenize", {"messages": []}, "messages", "unknown field 'messages'.*known fields are model, prompt"),
+        ("/tokenize", {"prompt": "a", "model": "gpt2"}, "model", "this server has one model, 'notes'"),
+        ("/detokenize", {}, "tokens", "tokens = None: expected a list of token ids"),
+        ("/detokenize", {"tokens": [1, 257]}, "tokens", r"tokens\[1\] = 257: expected a token id, 0 to 256"),
+        ("/detokenize", {"tokens": [True]}, "tokens", r"tokens\[0\] = True"),
+        ("/detokenize", {"prompt": "a"}, "prompt", "unknown field"),
+        ("/detokenize", {"tokens": [1], "model": "gpt2"}, "model", "this server has one model, 'notes'"),
+    ],
+)
+def test_errors_of_the_tokenizers_routes(url, path, body, param, message):
+    status, _, content = ask(url, "POST", path, body)
+    assert status == (404 if param == "model" else 400)
+    assert content["error"]["param"] == param
+    assert re.search(message, content["error"]["message"])
+
+
+def test_a_character_that_the_vocabulary_lacks_is_refused():
+    letters = replace(SERVED, tokenizer=char_tokenizer("ab"))
+    with pytest.raises(RequestError, match=r"prompt: .*'c'"):
+        tokenize(b'{"prompt": "abc"}', letters)
+    assert tokenize(b'{"prompt": "<|endoftext|>", "add_special_tokens": false}', letters)["tokens"] == [2]
 
 
 # ---- errors
@@ -345,8 +504,10 @@ def test_errors_of_routes_and_health(url):
         found, _, content = ask(url, method, path)
         assert found == status
         assert message in content["error"]["message"]
-    status, _, content = ask(url, "POST", body=b" " * (MAX_BODY + 1))
-    assert (status, content["error"]["message"]) == (413, f"the body is larger than {MAX_BODY} bytes")
+    for path in ("/v1/completions", "/tokenize", "/detokenize"):
+        status, _, content = ask(url, "POST", path, body=b" " * (MAX_BODY + 1))
+        assert (status, content["error"]["message"]) == (413, f"the body is larger than {MAX_BODY} bytes")
+        assert ask(url, "GET", path)[0] == 405
     status, _, content = ask(url, "GET", "/health")
     assert (status, content) == (200, {"status": "ok", "model": "notes", "requests": 0})
 
@@ -532,6 +693,9 @@ def test_the_token_is_required_for_all_but_the_page():
             ("GET", "/v1/models"),
             ("GET", "/health"),
             ("POST", "/v1/completions"),
+            ("GET", "/tokenizer_info"),
+            ("POST", "/tokenize"),
+            ("POST", "/detokenize"),
             ("GET", "/nothing"),
             ("POST", "/"),
         ):

@@ -16,8 +16,8 @@ from generation.text import prompt_ids, sample_texts, stream_texts
 from tests.test_generation import tiny_model
 
 
-def scripted(monkeypatch, ids):
-    """Replaces generate() by one that yields these ids."""
+def scripted(monkeypatch, ids, eos):
+    """Replaces generate() by one that yields these ids, then the end-of-sequence."""
 
     def generate(*args, stopped=frozenset(), **kwargs):
         for token in ids:
@@ -25,15 +25,16 @@ def scripted(monkeypatch, ids):
                 return
             yield engine.Event(0, token, None, -1.0 * token, ((token, -0.5),))
         if 0 not in stopped:
-            yield engine.Event(0, None, END_OF_SEQUENCE)
+            yield engine.Event(0, eos, END_OF_SEQUENCE, -0.25)
 
     monkeypatch.setattr("generation.text.generate", generate)
 
 
 def streamed(data, tokenizer=None, **options):
+    tokenizer = tokenizer or bytes_tokenizer()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        scripted(monkeypatch, list(data))
-        return list(stream_texts(None, tokenizer or bytes_tokenizer(), [[256]], SamplingOptions(**options), 0))
+        scripted(monkeypatch, list(data), tokenizer.eos_id)
+        return list(stream_texts(None, tokenizer, [[tokenizer.eos_id]], SamplingOptions(**options), 0))
 
 
 @settings(max_examples=200)
@@ -110,6 +111,9 @@ def test_stop_strings_are_cut_off_however_they_are_split_into_tokens(text, stop,
     assert pieces[-1].reason == (STOP if stopped else END_OF_SEQUENCE)
     assert all(piece.reason is None for piece in pieces[:-1])
     shown = [token for piece in pieces for token in piece.tokens]
+    if not stopped:
+        end = shown.pop()
+        assert (end.id, end.text, end.start) == (tokenizer.eos_id, "", len(expected))
     assert [token.id for token in shown] == list(range(len(shown)))
     assert all(token.start < len(expected) for token in shown)
     assert not expected or shown[-1].start + len(shown[-1].text) >= len(expected)
@@ -127,13 +131,23 @@ def test_only_prefixes_of_stop_strings_are_held_back():
 def test_held_back_text_is_released_at_the_end():
     pieces = streamed("x界en".encode(), stop=("end", "界!"))
     assert "".join(piece.text for piece in pieces) == "x界en"
-    assert len([token for piece in pieces for token in piece.tokens]) == 6
+    assert len([token for piece in pieces for token in piece.tokens]) == 7
     assert pieces[-1][1:] == ("en", pieces[-1].tokens, END_OF_SEQUENCE)
 
 
 def test_tokens_carry_the_log_probabilities_of_their_events():
     (token,) = streamed(b"a")[0].tokens
     assert token == (97, "a", 0, -97.0, ((97, -0.5),))
+
+
+def test_an_end_of_sequence_is_the_last_token_after_an_incomplete_character():
+    pieces = streamed(b"a\xe4\xb8")
+    assert [piece.text for piece in pieces] == ["a", "", "", "\ufffd"]
+    shown = [token for piece in pieces for token in piece.tokens]
+    assert [(token.id, token.start) for token in shown] == [(97, 0), (228, 1), (184, 1), (256, 2)]
+    assert shown[-1].logprob == -0.25
+    assert [token.id for token in streamed(b"")[0].tokens] == [256]
+    assert [token.id for piece in streamed(b"ab", stop=("b",)) for token in piece.tokens] == [97]  # it was not drawn
 
 
 def test_a_sample_ends_at_its_stop_string_while_the_others_continue():

@@ -1,7 +1,7 @@
 """What is recorded of a run, and when: a line per logged step, evaluation, skipped update and change of plan, and the
 samples.
 
-`RunLogger` writes each record to the console, metrics.jsonl and wandb (training/metrics.py). It measures
+`RunLogger` writes each record to the console, metrics.jsonl (metrics.py) and the trackers (trackers.py). It measures
 throughput and does not influence the training.
 """
 
@@ -20,21 +20,22 @@ from common.clusters import Clusters
 from common.hardware import Hardware
 from common.weights import flops_per_token
 from errors import UserError, quote
-from model import GPT
 from training.budget import LENGTHENED, Budget
 from training.evaluation import Evaluation, overfitting_warning
 from training.interrupt import STOPPED
-from training.metrics import RunLog, TrainClock, WandbLog, console_line, format_duration, log
+from training.metrics import RunLog, TrainClock, console_line, format_duration, log
 from training.optim import Plan
 from training.options import LoggingOptions
 from training.reference import Reference
 from training.state import TrainState
+from training.trackers import Trackers
 
 
 class RunLogger:
-    """The records of one run, as a context manager that closes its files. `settings`: all options by name, for wandb.
+    """The records of one run, as a context manager that closes its files. `settings`: all options by name, for the
+    trackers.
 
-    lengths: see RunLog. Raises UserError where wandb is requested but not available.
+    lengths: see RunLog; none of a new run. Raises UserError where a tracker is requested but not available.
     """
 
     def __init__(
@@ -43,16 +44,17 @@ class RunLogger:
         options: LoggingOptions,
         settings: Mapping[str, Any],
         hardware: Hardware,
-        model: GPT,
+        state: TrainState,
         reference: Reference,
         lengths: Mapping[str, int],
     ) -> None:
         self.hardware, self.reference, self.log_interval = hardware, reference, options.log_interval
         self.tokens_per_step = int(settings["tokens_per_step"])
-        self.flops_per_token = flops_per_token(model)
+        self.flops_per_token = flops_per_token(state.model)
         self.clock = TrainClock()
-        self.wandb = WandbLog(run, options, settings)
+        self.trackers = Trackers(run, options, settings)
         self.files = RunLog(run, lengths)
+        self.trackers.start(state.step + 1 if lengths else 0)
 
     def __enter__(self) -> RunLogger:
         return self
@@ -61,7 +63,7 @@ class RunLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.files.close()
-        self.wandb.finish()
+        self.trackers.finish()
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each log file, for a checkpoint; they are synced to disk."""
@@ -86,7 +88,7 @@ class RunLogger:
         tokens_per_second = steps * self.tokens_per_step / seconds
         memory, peak = self.hardware.memory_bytes(), self.hardware.peak_flops()
         mfu = None if peak is None else tokens_per_second * self.flops_per_token / peak
-        fields = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        fields: dict[str, float | None] = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         fields |= {"tokens": step * self.tokens_per_step}
         timing: dict[str, float | None] = {
             "tokens_per_second": round(tokens_per_second),
@@ -96,7 +98,7 @@ class RunLogger:
             "mfu": mfu,
         }
         self.files.metrics("step", step, timing=timing, **fields)
-        self.wandb.log({f"train/{name}": value for name, value in fields.items()} | timing, step)
+        self.trackers.log({f"train/{name}": value for name, value in fields.items()} | timing, step)
         left = None if plan.max_steps is None else (plan.max_steps - step) * seconds / steps
         shown_mfu = "" if self.hardware.device.type == "cpu" else "unknown" if mfu is None else f"{mfu:.1%}"
         numbers = (loss, learning_rate, grad_norm, tokens_per_second, left, memory)
@@ -118,7 +120,8 @@ class RunLogger:
         }
         step, is_final = state.step, event == "final"
         self.files.metrics(event, step, timing={"train_seconds": round(self.clock.seconds(), 3)}, **fields)
-        self.wandb.log({f"val/{name}": value for name, value in fields.items() if value is not None}, step)
+        folder = "final" if is_final else "val"
+        self.trackers.log({f"{folder}/{name}": value for name, value in fields.items() if value is not None}, step)
         compared = None if is_final else self.reference.describe(step, result.loss, plan)
         scored = "whole val split: " if is_final else ""
         log(f"step {step}: {scored}{result.describe()}" + (f"; {compared}" if compared else ""))
@@ -132,6 +135,7 @@ class RunLogger:
             end = "cut at its maximum length" if reason == "length" else f"ended by {reason}"
             facts = ", ".join(fact for fact in (title, state.describe_rank(), end) if fact)
             self.files.sample(state.step, text, facts)
+            self.trackers.log({f"sample/{number}": text}, state.step)
             log(f"---- step {state.step} ({facts}) ----\n{text}\n----")
 
     def skip(self, step: int, loss: float, grad_norm: float) -> None:

@@ -1,13 +1,12 @@
-"""Where a run's records go: metrics.jsonl, samples.txt, the console, and Weights & Biases on request. Knows no model
-and no options but its own; training/logger.py decides what is recorded when.
+"""Where a run's records go: metrics.jsonl, samples.txt and the console; trackers.py: elsewhere. Knows no model and no
+options; training/logger.py decides what is recorded when.
 
 Every field of metrics.jsonl outside `timing` is reproducible: the same run writes it again byte for byte. A full disk
-or a failing wandb is reported once and never stops the training.
+is reported once and never stops the training.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -15,14 +14,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from terminal import Unchanged
-from training.options import LoggingOptions
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 
@@ -139,51 +136,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class WandbLog:
-    """Weights & Biases, imported only on request. Never prompts: without an API key, `online` raises a UserError."""
-
-    def __init__(self, run: Path, options: LoggingOptions, config: Mapping[str, Any]) -> None:
-        self._run: Any = None
-        if options.wandb is None:
-            return
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb needs the wandb package: pip install wandb") from None
-        if options.wandb == "online" and not wandb.api.api_key:
-            raise UserError(
-                "--wandb=online: no API key on this machine; run `wandb login` once, or use --wandb=offline"
-            )
-        self._error: type[Exception] = wandb.errors.Error
-        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # the same for a resumed run
-        try:
-            with redirect_stderr(Unchanged(sys.stderr)):  # it prints in colors
-                self._run = wandb.init(
-                    project=options.wandb_project,
-                    name=run.name,
-                    id=identity,
-                    resume="allow",
-                    mode=options.wandb,
-                    dir=run,
-                    config=dict(config),
-                )
-        except (wandb.errors.Error, OSError) as error:
-            print(f"wandb did not start ({error}); metrics.jsonl has everything", file=sys.stderr, flush=True)
-
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(dict(values), step=step)
-            except (self._error, OSError) as error:
-                print(f"wandb failed ({error}); metrics.jsonl has everything", file=sys.stderr, flush=True)
-                self._run = None
-
-    def finish(self) -> None:
-        if self._run is not None:
-            with redirect_stderr(Unchanged(sys.stderr)):
-                self._run.finish()
 
 
 def console_line(

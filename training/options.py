@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from common.option import escaped, fixed, path
 
 if TYPE_CHECKING:
     from annotated_types import Ge, Gt, Interval
+
+TRACKERS = ("wandb", "tensorboard", "trackio")
+"""Options that send the records elsewhere, too: trackers.py. config.json does not hand them on."""
 
 
 @dataclass(frozen=True)
@@ -149,5 +153,26 @@ class LoggingOptions:
     """Also log to Weights & Biases; none: metrics.jsonl only."""
     wandb_project: str = "sprout"
     """Project name at Weights & Biases."""
+    tensorboard: bool = False
+    """Also write event files for TensorBoard, with the samples, in RUN/tensorboard; `tensorboard --logdir=runs` shows
+    those of all runs."""
+    trackio: bool = False
+    """Also log to trackio, on this machine alone, in the folder of all its projects (TRACKIO_DIR); `trackio show` opens
+    them in a browser."""
+    trackio_project: str = "sprout"
+    """Project name in trackio."""
     verbose: bool = False
     """Print the reason of every automatic choice, which config.json always has."""
+
+    @property
+    def trackers(self) -> dict[str, str | bool]:
+        """The options that ask for another program, by name, which is also that of its package."""
+        return {name: getattr(self, name) for name in TRACKERS if getattr(self, name)}
+
+    def problems(self) -> list[str]:
+        return [missing_package(name) for name in self.trackers if not find_spec(name)]
+
+
+def missing_package(name: str) -> str:
+    """The message where the package of a tracker is not installed."""
+    return f"--{name} needs the {name} package: pip install {name}"

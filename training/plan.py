@@ -49,6 +49,10 @@ ARCHITECTURE = {
 LEARNING_RATE = {"muon": 3e-3, "adamw": 1e-3, "sgd": 0.1}
 WIDE = 256  # channels from which on Muon's learning rate falls as 1/√width (training/muon.py)
 FINE_TUNING = 1 / 3  # of the learning rate, for weights that are trained already
+FINE_TUNING_RATE = 0.06  # over the width: AdamW's for such weights
+LARGE, LARGE_EPOCHS = 20.0, 5.0  # parameters of its blocks for each token of the text; epochs of such a model at most
+FINE_TUNING_CONTEXT = {"cuda": 1024}  # of weights with a longer one; on other devices TRAINED_CONTEXT
+TRAINED_CONTEXT = 512
 EMA_HALF_LIFE = 0.1  # of the steps done
 BETA2_HALF_LIFE, MIN_BETA2 = 28_000, 0.95  # tokens
 TOKENS_PER_STEP = {"cpu": 2048, "mps": 4096, "cuda": 8192}
@@ -98,8 +102,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Facts:
-    """A prepared text and the machine. free_bytes: memory for the training, None where it is not known. fine_tuning:
-    the weights are trained already. train_bytes: of the train split, None where they are not known."""
+    """A prepared text and the machine. free_bytes: memory for the training, None where it is not known. context: that
+    of weights that are trained already, None where there are none. train_bytes: of the train split, None where they are
+    not known."""
 
     train_tokens: int
     val_tokens: int
@@ -111,7 +116,11 @@ class Facts:
     startup_seconds: float = 0.0
     """Before the first step: compiling."""
     free_bytes: int | None = None
-    fine_tuning: bool = False
+    context: int | None = None
+
+    @property
+    def fine_tuning(self) -> bool:
+        return self.context is not None
 
 
 class Outlook(NamedTuple):
@@ -215,11 +224,11 @@ def choose_freely(facts: Facts, given: Mapping[str, Any]) -> RunPlan:
     outlook = choose_outlook(facts, own)
     epochs = outlook.tokens / facts.train_tokens
     values, reasons = {"teachers": teachers}, {"teachers": why_teachers}
-    model, steps = _model(outlook, epochs, own), _steps(facts, outlook, own)
+    model, steps = _model(facts, outlook, epochs, own), _steps(facts, outlook, own)
     for part in (model, steps, _optimization(facts, outlook, epochs, own)):
         values |= part[0]
         reasons |= part[1]
-    length, why = _length(outlook, epochs, own)
+    length, why = _length(facts, outlook, epochs, own)
     why = dict.fromkeys(minutes, "the rest of the time is for the models that follow") | why
     values, reasons = _without(values, given) | minutes | length, _without(reasons, given) | why
     return RunPlan(values, reasons, outlook, epochs)
@@ -260,7 +269,7 @@ def _own_minutes(teachers: int, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def choose_outlook(facts: Facts, given: Mapping[str, Any]) -> Outlook:
     """The largest shape that sees tokens_per_parameter in the time, of at most MAX_EPOCHS; else the smallest."""
-    outlooks = [look(shape, facts, given) for shape in shapes(choose_context(facts.train_tokens, given), given)]
+    outlooks = [look(shape, facts, given) for shape in shapes(choose_context(facts, given), given)]
     outlooks.sort(key=lambda outlook: outlook.parameters)
     fitting = [outlook for outlook in outlooks if _fits(outlook, facts, tokens_per_parameter(given))]
     return fitting[-1] if fitting else outlooks[0]
@@ -281,7 +290,7 @@ def _refuse_short_time(facts: Facts, given: Mapping[str, Any]) -> None:
     if minutes is None or not given.keys().isdisjoint({"n_layer", "n_embd", "max_steps"}):
         return
     given = {**given, "budget_minutes": minutes * share}
-    outlooks = [look(shape, facts, given) for shape in shapes(choose_context(facts.train_tokens, given), given)]
+    outlooks = [look(shape, facts, given) for shape in shapes(choose_context(facts, given), given)]
     shape, tokens, steps, *_ = min(outlooks, key=lambda outlook: outlook.parameters)
     seconds = facts.cost.step_seconds(shape, tokens)
     least = MIN_STEPS * seconds + facts.startup_seconds
@@ -295,15 +304,19 @@ def _refuse_short_time(facts: Facts, given: Mapping[str, Any]) -> None:
     )
 
 
-def choose_context(train_tokens: int, given: Mapping[str, Any]) -> int:
-    """Tokens of the context: CONTEXT, or less where the train split has too few. It divides the tokens of a step."""
+def choose_context(facts: Facts, given: Mapping[str, Any]) -> int:
+    """Tokens of the context, which divides the tokens of a step: CONTEXT, or of trained weights what they have, up to
+    FINE_TUNING_CONTEXT; less where the train split has too few."""
     if "block_size" in given:
         return given["block_size"]
-    sizes = [size for size in (16, 32, 64, 128, CONTEXT) if size <= CONTEXT]
+    largest, sizes = CONTEXT, [16, 32, 64, CONTEXT]
+    if facts.context is not None:
+        largest = min(facts.context, FINE_TUNING_CONTEXT.get(facts.device, TRAINED_CONTEXT))
+        sizes = [size for size in (16, 32, 64, 128, 256, 512) if size < largest] + [largest]
     if "tokens_per_step" in given:
         tokens = given["tokens_per_step"] // _rows(given)
-        sizes = [size for size in range(1, CONTEXT + 1) if tokens % size == 0]
-    return max((size for size in sizes if size * MIN_WINDOWS <= train_tokens), default=sizes[0])
+        sizes = [size for size in range(1, largest + 1) if tokens % size == 0]
+    return max((size for size in sizes if size * MIN_WINDOWS <= facts.train_tokens), default=sizes[0])
 
 
 def _rows(given: Mapping[str, Any]) -> int:
@@ -339,7 +352,7 @@ def look(shape: Shape, facts: Facts, given: Mapping[str, Any]) -> Outlook:
         if max_steps is not None:
             return max_steps
         in_time = int(seconds / facts.cost.step_seconds(shape, tokens))
-        return max(1, min(in_time, int(_max_epochs(given) * facts.train_tokens / tokens)))
+        return max(1, min(in_time, int(_max_epochs(shape, facts, given) * facts.train_tokens / tokens)))
 
     tokens = choose_step(shape.block_size, facts, given, steps_of)
     steps = steps_of(tokens)
@@ -374,7 +387,9 @@ def choose_step(context: int, facts: Facts, given: Mapping[str, Any], steps_of: 
     return sizes[number]
 
 
-def _model(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def _model(
+    facts: Facts, outlook: Outlook, epochs: float, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
     shape, per_parameter = outlook.shape, outlook.tokens / outlook.block_parameters
     each, least = "for each parameter of its blocks", tokens_per_parameter(given)
     size = f"the largest that sees {least:g} tokens {each}; it sees {per_parameter:.2g}"
@@ -385,6 +400,9 @@ def _model(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[d
     reasons["block_size"] = (
         "learned faster than a longer one" if full else f"{MIN_WINDOWS} windows to train on, or more"
     )
+    if facts.context is not None:
+        cut = "longer ones cost more than they teach" if full else f"{MIN_WINDOWS} windows to train on, or more"
+        reasons["block_size"] = "that of the weights" if shape.block_size == facts.context else cut
     reasons |= dict.fromkeys(ARCHITECTURE, "learns fast, and programs for the Llama and Qwen3 classes can open it")
     values = {**shape._asdict(), **ARCHITECTURE}
     if given.get("positions", "rotary") == "rotary":
@@ -396,7 +414,7 @@ def _model(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[d
 def _steps(facts: Facts, outlook: Outlook, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Tokens of a step, evaluations and log lines."""
     count = PATIENT_EVALUATIONS if _is_patient(given) else EVALUATIONS
-    tokens = max(MIN_EVAL_TOKENS, nearest_power(3 * EVALUATION_SHARE * outlook.tokens / count))
+    tokens = nearest_power(max(MIN_EVAL_TOKENS, 3 * EVALUATION_SHARE * outlook.tokens / count))
     values = {
         "tokens_per_step": outlook.tokens_per_step,
         "eval_interval": round_down(outlook.steps / count),
@@ -412,7 +430,9 @@ def _steps(facts: Facts, outlook: Outlook, given: Mapping[str, Any]) -> tuple[di
     return values, reasons
 
 
-def _length(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def _length(
+    facts: Facts, outlook: Outlook, epochs: float, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
     """What ends the run, where that is not the time or a number of steps alone. Of the options that are given, a time
     budget that is longer than the text allows is replaced."""
     values, reasons = dict[str, Any](), dict[str, str]()
@@ -425,12 +445,14 @@ def _length(outlook: Outlook, epochs: float, given: Mapping[str, Any]) -> tuple[
     is_open = _is_patient(given) and has_patience and given.get("schedule", "wsd") in OPEN_SCHEDULES
     is_open = is_open and not given.get("teachers")  # whose last steps would only memorize
     values |= {"max_steps": None if is_open else outlook.steps, "budget_minutes": None}
-    most = f"{_max_epochs(given):g} epochs: with more, a model memorizes its text"
+    most = f"{_max_epochs(outlook.shape, facts, given):g} epochs: with more, a model memorizes its text"
     why = "patience ends it" if is_open else most
     return values, reasons | dict.fromkeys(("max_steps", "budget_minutes"), why)
 
 
-def _max_epochs(given: Mapping[str, Any]) -> float:
+def _max_epochs(shape: Shape, facts: Facts, given: Mapping[str, Any]) -> float:
+    if facts.fine_tuning and facts.cost.block_parameters(shape) > LARGE * facts.train_tokens:
+        return LARGE_EPOCHS
     return FIRST_EPOCHS if given.get("teachers") else MAX_EPOCHS
 
 
@@ -453,7 +475,9 @@ def _optimization(
     width = outlook.shape.n_embd
     if optimizer == "muon" and width > WIDE:
         rate, why = rate * math.sqrt(WIDE / width), "falls as 1/√width"
-    if facts.fine_tuning:
+    if facts.fine_tuning and optimizer == "adamw":
+        rate, why = FINE_TUNING_RATE / width, "low, since the weights are trained already; falls as 1/width"
+    elif facts.fine_tuning:
         rate, why = rate * FINE_TUNING, "a third, since the weights are trained already"
     rate = max(float(f"{rate:.1e}"), given.get("min_learning_rate", 0.0))
     warmup = 10 * max(1, min(10, round(steps / 300)))

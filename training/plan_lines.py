@@ -20,7 +20,7 @@ def describe(plan: RunPlan, facts: Facts, given: Mapping[str, Any], flags: Colle
     shape, why = outlook.shape, plan.reasons
     head = f"plan: {_duration(plan, given)}, {outlook.tokens:,} tokens, {show_epochs(plan.epochs)} epochs"
     such = ""
-    if not values.get("teacher"):  # what was measured counts from the first teacher on
+    if not values.get("teacher") and not facts.fine_tuning:  # what was measured counts from the first teacher on
         such = expect(facts.train_bytes or 0, outlook.parameters, outlook.tokens, values["teachers"] > 0)
     lines = [head + _followers(plan, given) + (f"; such runs reached {such}" if such else "")]
     lines += [f"  text: {facts.text}"] if facts.text else []

@@ -144,6 +144,8 @@ def build_model(
     if source is None:
         return GPT(model_config, seed, attention)
     tensors = source.model_tensors()
+    if "position.weight" in tensors:  # of a context that was cut
+        tensors["position.weight"] = tensors["position.weight"][: model_config.block_size]
     try:
         model = build_for_weights(model_config, tensors, attention)
         import_weights(model, tensors)

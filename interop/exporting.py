@@ -272,9 +272,7 @@ def write_gguf(model: Model, folder: Path, name: str, dtype: str | None) -> list
     gguf_file.write_gguf(path, name, architecture, model.target, tensors, model.tokenizer, dtype)
     has_template = bool(getattr(model.tokenizer, "chat_template", None))
     (folder / "Modelfile").write_text(gguf_file.modelfile(path.name, model.config, has_template), "utf-8")
-    found = []
-    if model.target.rope_factor is None:
-        found.append(proof.check_files(path, model.target, tensors, model.tokenizer))
+    found = [proof.check_files(path, model.target, tensors, model.tokenizer)]
     reference = proof.make_reference(model.target, tensors, model.tokenizer)
     tolerance = llama_cpp_tolerance(reference, architecture, dtype)
     if (checked := proof.check_llama_cpp(path, reference, model.tokenizer, tolerance)) is not None:

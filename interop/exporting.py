@@ -92,9 +92,13 @@ def open_model(run: Path, which: str) -> Model:
 
 
 def model_name(folder: Path) -> str:
-    """The run's name, else the folder's, in characters that files and Ollama take."""
-    named = (run_of(folder) or folder.resolve()).name
-    return re.sub(r"[^\w.-]+", "-", named).strip("-.") or "model"
+    """The run's name, else the folder's."""
+    return plain_name((run_of(folder) or folder.resolve()).name)
+
+
+def plain_name(name: str) -> str:
+    """A name in the characters that the hub and Ollama take."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
 
 
 def check_room(model: Model, out: Path, to: str, dtype: str | None) -> None:

@@ -87,7 +87,7 @@ def run_import(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    from interop.exporting import export_model
+    from interop.exporting import export_model, plain_name
 
     out = None if arguments.out is None else Path(arguments.out).expanduser()
     path, proved = export_model(
@@ -95,14 +95,14 @@ def run_export(arguments: argparse.Namespace) -> int:
     )
     for line in proved:
         print(line)
-    shown = quote(str(path))
+    shown, name = quote(str(path)), plain_name(path.name)
     print(f"wrote {path}; next:")
     if arguments.to == "hf":
         code = f"from transformers import pipeline; print(pipeline('text-generation', {str(path)!r})('Once'))"
         print(f'  python -c "{code}"')
-        print(f"  hf upload YOUR_NAME/{path.name} {shown}   (first fill in the license in its README.md)")
+        print(f"  hf upload YOUR_NAME/{name} {shown}   (first fill in the license in its README.md)")
     else:
-        print(f"  ollama create {path.name.lower()} -f {quote(str(path / 'Modelfile'))}")
+        print(f"  ollama create {name.lower()} -f {quote(str(path / 'Modelfile'))}")
     return 0
 
 

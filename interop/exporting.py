@@ -92,9 +92,13 @@ def open_model(run: Path, which: str) -> Model:
 
 
 def model_name(folder: Path) -> str:
-    """The run's name, else the folder's, in characters that files and Ollama take."""
-    named = (run_of(folder) or folder.resolve()).name
-    return re.sub(r"[^\w.-]+", "-", named).strip("-.") or "model"
+    """The run's name, else the folder's."""
+    return plain_name((run_of(folder) or folder.resolve()).name)
+
+
+def plain_name(name: str) -> str:
+    """A name in the characters that the hub and Ollama take."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
 
 
 def check_room(model: Model, out: Path, to: str, dtype: str | None) -> None:
@@ -217,11 +221,15 @@ def write_hf(model: Model, folder: Path, name: str, dtype: str | None) -> list[s
         (folder / "chat_template.jinja").write_text(template, "utf-8")
     exact = not model.config.scale_embeddings or wanted == torch.float32
     found = [proof.check_files(folder, model.target, tensors, model.tokenizer)]
-    form = (model.target, tensors) if not exact else (model.config, own_tensors(model, wanted))
+    form = (model.config, own_tensors(model, wanted)) if exact else (model.target, tensors)
     reference = proof.make_reference(*form, model.tokenizer)
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    if (checked := proof.check_transformers(folder, reference, model.tokenizer)) is not None:
+    del form
+    checked = proof.check_transformers(folder, reference, model.tokenizer)
+    if checked is None:
+        found.append("not opened in transformers, which is not installed here (pip install transformers)")
+    else:
         found.append(checked if kept == "float32" else f"{checked}; all in float32, with the weights rounded to {kept}")
+    parameters = sum(tensor.numel() for tensor in tensors.values())
     card = model_card(name, model.name, model.config, parameters, model.folder, model.tokenizer.name, found)
     (folder / "README.md").write_text(card, "utf-8")
     return found
@@ -272,13 +280,11 @@ def write_gguf(model: Model, folder: Path, name: str, dtype: str | None) -> list
     gguf_file.write_gguf(path, name, architecture, model.target, tensors, model.tokenizer, dtype)
     has_template = bool(getattr(model.tokenizer, "chat_template", None))
     (folder / "Modelfile").write_text(gguf_file.modelfile(path.name, model.config, has_template), "utf-8")
-    found = []
-    if model.target.rope_factor is None:
-        found.append(proof.check_files(path, model.target, tensors, model.tokenizer))
+    found = [proof.check_files(path, model.target, tensors, model.tokenizer)]
     reference = proof.make_reference(model.target, tensors, model.tokenizer)
     tolerance = llama_cpp_tolerance(reference, architecture, dtype)
-    if (checked := proof.check_llama_cpp(path, reference, model.tokenizer, tolerance)) is not None:
-        found.append(checked)
+    checked = proof.check_llama_cpp(path, reference, model.tokenizer, tolerance)
+    found.append(checked or "not opened in llama.cpp, which is not installed here (pip install cyllama)")
     if getattr(model.tokenizer, "pattern", "") == "gpt4o":
         found.append(MARKS)
     parameters = sum(tensor.numel() for tensor in tensors.values())

@@ -21,6 +21,7 @@ from interop.tokenizer_files import EOS, merges_of, prepended_id, vocabulary, wr
 from model import GPTConfig, scaled_frequencies
 
 DTYPES = ("f32", "f16", "q8_0")
+MAX_CONTEXT = 8192  # Ollama reserves memory for all of it
 UNUSED = 5  # tokenizer.ggml.token_type of ids without text that nothing names
 OWN_PATTERNS = {"gpt2": "gpt-2", "gpt4": "llama-bpe", "gpt4o": "gpt-4o"}
 OPTIONS = {  # class → what llama.cpp's architecture lacks of it: text → whether a model has it
@@ -170,6 +171,7 @@ def write_gguf(
         frequencies = config.rope_theta ** (torch.arange(0, config.head_size, 2) * (-1.0 / config.head_size))
         scaled = scaled_frequencies(frequencies, config.rope_factor, config.rope_original_context)
         writer.add_tensor("rope_freqs.weight", (frequencies / scaled).numpy())
+        writer.add_rope_scaling_orig_ctx_len(config.rope_original_context)
     ours = {theirs: entry.ours for entry in ARCHITECTURES[architecture][1](config) for theirs in entry.theirs}
     for theirs, tensor in their_tensors(config, architecture, tensors):
         kind, values = file_type(ours[theirs], tensor, dtype), tensor.contiguous().numpy()
@@ -218,7 +220,8 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
 
 def modelfile(file: str, config: GPTConfig, chat_template: bool) -> str:
     """Ollama's recipe: `ollama create NAME -f Modelfile`. A base model gets the prompt as it is."""
-    lines = [f"FROM ./{file}", f"PARAMETER num_ctx {config.block_size}", "PARAMETER temperature 0.8"]
+    context = min(config.block_size, MAX_CONTEXT)
+    lines = [f"FROM ./{file}", f"PARAMETER num_ctx {context}", "PARAMETER temperature 0.8"]
     lines += ["PARAMETER top_p 0.95"]
     if not chat_template:  # Ollama takes the file's own
         lines.append('TEMPLATE """{{ .Prompt }}"""')

@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 
     rows: concatenated along the first dimension. transposed: a matrix (in, out), as GPT-2's Conv1D. heads: the rows of
     queries, keys and values of each head stand together (GPT-NeoX). positions: two more rows at the beginning (OPT).
-    pairs: of queries and keys the rows (i, i + D/2) of each head stand together, as GGUF's architectures llama and arcee have it.
+    pairs: of queries and keys the rows (i, i + D/2) of each head stand together (GGUF's llama and arcee).
     """
 
     ours: str

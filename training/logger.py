@@ -195,6 +195,10 @@ def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[st
         log(f"the time budget was spent at step {step} of {end}: the machine got slower in the decay")
     if is_exhausted or state.progress.early_decay is not None:
         log(f"sample.py takes {find_checkpoint(run, 'best').name}, the best of the run by val loss")
+    history = state.progress.history
+    if state.pretrained and history and history[0]["step"] == 0:
+        best = min(entry["val_loss"] for entry in history)
+        log(f"val loss {history[0]['val_loss']:.4f} before the first step, {best:.4f} at best")
     if next_argv:
         what = "a model that learns from this one, too" if "--teachers=0" in next_argv else "another teacher"
         log(f"\nnow {what}: {' '.join(['python train.py', *map(quote, next_argv)])}")
@@ -202,6 +206,7 @@ def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[st
     log(f"\nnext: python sample.py --run={name} --num_samples=3 --top_p=0.95")
     log(f"      python sample.py --run={name} --serve   (a page to try prompts)")
     log(f"      python -m training.report {name}")
+    log(f"      python -m interop export {name} --to=hf   (for other programs; --to=gguf: for llama.cpp, Ollama)")
     if not has_teacher and (is_exhausted or state.progress.early_decay is not None):
         log(f"      {again} --teacher={name} --seed=2   (a second model, which learns from this one, too)")
     if is_exhausted and step < end:

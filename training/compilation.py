@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import model as model_file
+from checkpoint import LORA_A
 from common.hardware import Choice, Hardware, triton_obstacle
 from common.inductor import cache_folder, compiler_version, cpp_compiler, shorten_inductor, use_cache
 from common.memory import OutOfMemory, attempt, is_out_of_memory
@@ -191,5 +192,6 @@ def compiler_name(hardware: Hardware) -> str:
 def signature(model: GPT, batch: MicroBatch, hardware: Hardware) -> str:
     """Name of the file that says that the cache holds the code of this block."""
     source = hashlib.sha256(Path(model_file.__file__).read_bytes()).hexdigest()
-    facts = [model.config, model.attention, hardware.dtype, batch.x.shape, source]
+    facts: list[object] = [model.config, model.attention, hardware.dtype, batch.x.shape, source]
+    facts += [parameter.shape for name, parameter in model.blocks[0].named_parameters() if name.endswith(LORA_A)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + ".compiled"

@@ -59,7 +59,7 @@ class TrainOptions:
 
     def problems(self) -> list[str]:
         found = [f"--{name}= is empty" for name in ("resume", "init_from") if getattr(self, name) == ""]
-        if self.lora_rank is not None and self.init_from is None:
+        if self.lora_rank is not None and self.init_from is None and self.resume is None:
             found.append(
                 f"lora_rank={self.lora_rank} adapts the weights of a model that exists: add --init_from=MODEL, a run or"
                 " a model folder"

@@ -155,7 +155,7 @@ def _compile_block(model: GPT, batch: MicroBatch, hardware: Hardware, folder: Pa
         use_cache(folder)
         shorten_inductor()
         torch.compiler.reset()
-        model.run_block = torch.compile(_run_block, fullgraph=True, dynamic=False)
+        model.run_block = partial(_with_gradient, torch.compile(_run_block, fullgraph=True, dynamic=False))
         run_micro_batch(model, batch, hardware)
         (folder / signature(model, batch, hardware)).touch()
     except (RuntimeError, OSError, AssertionError) as error:  # torch wraps others in RuntimeError
@@ -171,6 +171,12 @@ def _compile_block(model: GPT, batch: MicroBatch, hardware: Hardware, folder: Pa
 
 def _run_block(block: Block, x: Tensor, context: AttentionContext) -> Tensor:
     return block(x, context)
+
+
+def _with_gradient(run: Callable[..., Tensor], block: Block, x: Tensor, context: AttentionContext) -> Tensor:
+    """`run` with an x that has a gradient: that of the first block has none where embeddings are frozen, and its code
+    would have to be compiled besides."""
+    return run(block, x if x.requires_grad else x.detach().requires_grad_(), context)
 
 
 def run_micro_batch(model: GPT, batch: MicroBatch, hardware: Hardware) -> None:

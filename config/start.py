@@ -159,6 +159,7 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
             raise UserError(f"--init_from={train.init_from}: {INIT_FROM[train.init_from]}")
         initial = open_model_folder(resolve_model_folder(Path(train.init_from)))
         options = with_model_options(options, f"--init_from={train.init_from}", initial.config, initial.tokenizer)
+        options = config.replace(options, lora_rank=None) if eval_only else options
         check_adapters(options)
         return with_teachers(Start(note_unused_flags(options), initial=initial, argv=[*argv]))
     if options.origin["keep_share"] == "flag" and train.keep_share is not None:

@@ -26,12 +26,13 @@ from model import GPT, GPTConfig
 from tests.test_train import TINY, message_of, read_events, reproducible, tensors_of, train, train_until_cut
 from training.average import WeightAverage
 from training.compilation import compile_model
-from training.lora import ALPHA, AdaptedLinear, add_adapters, describe
+from training.lora import ALPHA, AdaptedLinear, add_adapters, describe, narrow_frozen
 from training.optim import make_optimizer
 from training.options import OptimizerOptions
 from training.plan import first_values
 from training.state import TrainState
 
+GREEDY = SamplingOptions(max_new_tokens=20, temperature=0.0)
 ADAPT = (*TINY, "--init_from=base", "--data=new.txt", "--lora_rank=2", "--compile=false", "--seed=3")
 CONFIG = GPTConfig(
     n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=32, positions="rotary", norm="rmsnorm", mlp="swiglu",
@@ -122,10 +123,8 @@ def test_merged_weights_are_the_same_model(config):
     whole, ids = merged(model), some_ids(config)
     torch.testing.assert_close(model(ids), whole(ids), rtol=1e-12, atol=1e-12)
     assert (model(ids) - GPT(config, seed=1).double()(ids)).abs().max() > 1e-3
-    prompts, options = [ids[0, :5].tolist(), ids[1, :9].tolist()], SamplingOptions(max_new_tokens=20, temperature=0.0)
-    greedy = [
-        [(event.sample, event.token) for event in generate(m.eval(), prompts, options, 1)] for m in (model, whole)
-    ]
+    prompts = [ids[0, :5].tolist(), ids[1, :9].tolist()]
+    greedy = [[(event.sample, event.token) for event in generate(m.eval(), prompts, GREEDY, 1)] for m in (model, whole)]
     assert greedy[0] == greedy[1]
 
 
@@ -174,6 +173,24 @@ def test_bfloat16_autocast_and_dropout():
         torch.testing.assert_close(model(ids), merged(model).eval()(ids), rtol=0.1, atol=0.05)
     assert len(losses) == 2
     assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in trained_parameters(model).values())
+
+
+@pytest.mark.parametrize("config", [CONFIG, OTHER])
+def test_frozen_matrices_in_bfloat16_are_the_same_numbers_under_autocast(config):
+    wide, narrow = adapted(config), adapted(config)
+    narrow_frozen(narrow, torch.bfloat16)
+    ids = some_ids(config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = [model(ids, ids.roll(-1)) for model in (wide, narrow)]
+        greedy = [[event.token for event in generate(m.eval(), [[1, 2]], GREEDY, 1)] for m in (wide, narrow)]
+    assert torch.equal(*losses)
+    assert greedy[0] == greedy[1]
+    for loss in losses:
+        loss.backward()
+    for one, other in zip(trained_parameters(wide).values(), trained_parameters(narrow).values(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    sizes = [sum(p.nbytes for p in model.blocks.parameters() if not p.requires_grad) for model in (wide, narrow)]
+    assert sizes[1] < 0.52 * sizes[0]
 
 
 def test_the_scale_makes_first_steps_alike_at_all_ranks():
@@ -247,8 +264,12 @@ def test_a_run_says_what_is_trained(capsys):
 
 
 @pytest.mark.usefixtures("_in_a_copy")
-@pytest.mark.parametrize("run", ["straight", "averaged"])
+@pytest.mark.parametrize("run", ["straight", "averaged", "narrow"])
 def test_a_resumed_run_ends_in_the_same_bits(run):
+    if run == "narrow":
+        assert train(*ADAPT, "--dtype=bfloat16", "--run=narrow") == 0
+        evals = [read_events(name, "eval")[-1]["val_loss"] for name in ("narrow", "straight")]
+        assert evals[0] == pytest.approx(evals[1], rel=0.02)
     shutil.copytree(run, "moved/cut")
     shutil.rmtree("moved/cut/checkpoints/step-00000020")
     shutil.rmtree("base")  # the run has what it needs
@@ -317,8 +338,10 @@ def test_samples_scores_and_evaluations_use_the_merged_weights(capsys):
     text = capsys.readouterr().out
     assert train("--resume=straight", "--eval_only=true") == 0
     resumed = capsys.readouterr().out
-    assert train("--init_from=straight", "--data=new.txt", "--eval_only=true", "--threads=1", "--dtype=float32") == 0
+    flags = ("--data=new.txt", "--eval_only=true", "--threads=1", "--dtype=float32")
+    assert train("--init_from=straight", *flags, "--lora_rank=2") == 0
     initial = capsys.readouterr().out
+    assert "--lora_rank: no effect with --eval_only" in initial
     losses = [float(re.search(r"val loss ([\d.]+)", out)[1]) for out in (resumed, initial)]
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
     assert losses[0] == pytest.approx(read_events("straight", "final")[0]["val_loss"], abs=2e-4)

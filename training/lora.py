@@ -61,6 +61,14 @@ def add_adapters(model: GPT, rank: int, scale: float, seed: int) -> None:
         setattr(parent, name, adapted)
 
 
+def narrow_frozen(model: GPT, dtype: torch.dtype) -> None:
+    """Keeps the frozen matrices under the adapters in the compute dtype of the run, to which autocast would convert
+    them in every pass: the same numbers in half the memory. Such a model computes under autocast alone."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.weight.data = module.weight.data.to(dtype)
+
+
 def adapt(model: GPT, source: Checkpoint | ModelFolder | None, rank: int | None, seed: int) -> None:
     """The adapters of a run whose model has its frozen weights: those of the checkpoint that is resumed, or new ones of
     `rank`; none where the run trains the weights. Raises UserError, ValueError where a checkpoint's do not fit."""

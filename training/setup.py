@@ -33,7 +33,7 @@ from training.compilation import compile_model, compiler_name
 from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation
 from training.kept_text import KeptText
-from training.lora import adapt, describe, keep_base
+from training.lora import adapt, describe, keep_base, narrow_frozen
 from training.metrics import log
 from training.micro_batch import choose_micro_batch
 from training.optim import make_optimizer
@@ -235,6 +235,7 @@ def make_state(
     compiler = compiler_name(hardware) if compiles else "none"
     average = None if options.ema_half_life is None else WeightAverage(model, options.ema_half_life)
     adapter = keep_base(model, run, resumed, initial)
+    narrow_frozen(model, hardware.dtype)
     restart = recovery(run, options)
     state = TrainState(model, optimizer, scaler, rows, restart, initial is not None, compiler, average, adapter)
     if resumed is not None:

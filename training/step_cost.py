@@ -25,7 +25,7 @@ from common.hardware import Hardware
 from common.memory import attempt, is_out_of_memory, release_memory
 from common.weights import count_parameters, flops_per_token
 from model import GPT, AttentionPath, GPTConfig
-from training.lora import add_adapters
+from training.lora import add_adapters, narrow_frozen
 from training.micro_batch import CPU_TOKENS, MEMORY_SHARE
 from training.optim import Optimizer, clip_gradients, make_optimizer
 from training.options import OptimizerOptions
@@ -189,6 +189,7 @@ def measure_shape(cost: StepCost, shape: Shape) -> Seconds:
     model = GPT(cost.with_shape(shape), 0, cost.attention)
     if cost.lora_rank is not None:
         add_adapters(model, cost.lora_rank, 1.0, seed=0)
+        narrow_frozen(model, hardware.dtype)
     model.to(hardware.device).train()
     optimizer = make_optimizer(model, cost.optimizer, hardware.dtype)
     is_recorded = cost.graphs and obstacle(optimizer, hardware) is None

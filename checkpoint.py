@@ -498,14 +498,15 @@ class ModelFolder:
 
     def base(self) -> Path:
         """The folder of the adapters' base. Raises UserError outside a run."""
-        run = self.path.absolute().parents[2]
-        if self.path.absolute().parents[1].name != "checkpoints" or not (run / BASE).is_dir():
+        checkpoints = Path(os.path.abspath(self.path)).parent.parent
+        base = checkpoints.parent / BASE
+        if checkpoints.name != "checkpoints" or not base.is_dir():
             raise UserError(
                 f"{self.path} holds adapters, without the weights that they belong to: those are in the folder {BASE}"
                 f" of their run, RUN/{BASE}. Name the run itself, or make a whole model of it, which can be copied:"
                 " python -m interop export RUN --to=hf"
             )
-        return run / BASE
+        return base
 
     def header(self) -> dict[str, tuple[torch.dtype, list[int]]]:
         """Dtype and shape of each tensor of its file."""

@@ -17,7 +17,7 @@ import train as train_script
 from checkpoint import list_checkpoints, merge, open_checkpoint, open_model_folder, resolve_model_folder
 from common.hardware import choose_hardware
 from common.options import HardwareOptions
-from common.weights import export_weights, import_weights, trained_parameters
+from common.weights import export_weights, flops_per_token, import_weights, trained_parameters
 from errors import UserError
 from files import DamagedFile
 from generation.engine import generate
@@ -160,6 +160,7 @@ def test_nothing_is_kept_of_frozen_weights():
         size, line = describe(model)
         assert size == sum(p.numel() for p in export_weights(GPT(config, seed=None)).values())
         assert f" {count:,} parameters are trained" in line
+        assert 4 / 6 < flops_per_token(model) / flops_per_token(GPT(config, seed=None)) < 1
     assert describe(GPT(CONFIG))[1] == ""
 
 
@@ -402,6 +403,8 @@ def test_adapters_without_their_run_are_refused_with_what_to_do():
         assert "python -m interop export RUN --to=hf" in message
         with pytest.raises(UserError, match="interop export"):
             sample_script.main([f"--run={path}", "--prompt=A"])
+    for path in ("averaged/../straight", "straight/checkpoints/step-00000010/../step-00000020/model"):
+        assert weights_of(path).keys() == weights_of("base").keys()
     shutil.rmtree("straight/base")
     with pytest.raises(UserError, match="interop export"):
         sample_script.main(["--run=straight", "--prompt=A"])

@@ -30,7 +30,7 @@ from tests.test_attention import by_definition, first_visible, fused
 from training.compilation import compile_model
 from training.data import MicroBatch
 from training.evaluation import evaluate
-from training.lora import add_adapters
+from training.lora import add_adapters, narrow_frozen
 from training.optim import clip_gradients, make_optimizer
 from training.options import OptimizerOptions
 
@@ -191,6 +191,7 @@ def losses_of_steps(config, hardware, attention, compiled, batch, steps, lora_ra
     model = GPT(config, seed=5, attention=attention)
     if lora_rank is not None:
         add_adapters(model, lora_rank, 4.0, seed=0)
+        narrow_frozen(model, hardware.dtype)
     model.to(hardware.device).train()
     optimizer_name, rate = ("adamw", 1e-2) if lora_rank else ("muon" if config.qk_norm else "adamw", 1e-3)
     options = OptimizerOptions(optimizer=optimizer_name, learning_rate=rate)

@@ -500,5 +500,6 @@ def test_a_run_with_a_plan_trains_adapters(capsys):
     assert train(*flags, "--run=planned") == 0
     options = json.loads(Path("planned/config.json").read_text())["options"]
     assert (options["optimizer"], options["lora_rank"]) == ("adamw", 2)
+    assert options["learning_rate"] == 1e-3
     assert "adapters of rank 2" in capsys.readouterr().out
     assert train("--data=new.txt", "--init_from=base", "--lora_rank=2", "--budget_minutes=1", "--plan") == 0

@@ -4,6 +4,11 @@
         model/                  model.safetensors, config.json, sprout_tokenizer.json: all that generation needs
         optimizer.safetensors   state.json
         manifest.json           bytes and crc32 of every other file, and a crc32 of itself; written last
+    RUN/base/                   of a run that trains adapters: the model folder of the weights that it keeps as they are
+
+A model.safetensors of adapters (training/lora.py) holds X.lora_a (r, in) and X.lora_b (out, r) for each adapted matrix
+X.weight (out, in) of the base; config.json then has the entry "adapter", with the rank, the scale, and bytes and crc32
+of the base. `ModelFolder.model_tensors` merges them, so that no other reader sees a difference.
 
 A directory `step-N` is always complete: it gets that name by a rename. The writer also uses these names:
 `step-N.writing` is unfinished, `step-N.removing` partly deleted, and `step-N.replaced` is the complete former
@@ -21,6 +26,7 @@ import difflib
 import errno
 import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -28,7 +34,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +51,8 @@ WEIGHTS, CONFIG, TOKENIZER = ("model.safetensors", "config.json", "sprout_tokeni
 MODEL_FILES = tuple(f"model/{name}" for name in (WEIGHTS, CONFIG, TOKENIZER))
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 FILES = {*MODEL_FILES, OPTIMIZER, STATE}
+BASE = "base"
+LORA_A, LORA_B = ".lora_a", ".lora_b"
 DTYPES = {  # safetensors' names; a file holds the tensors in the order of these dtypes, then by name
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
     "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -54,6 +62,15 @@ CHUNK = 1 << 20
 
 class SaveFailed(UserError):
     """A checkpoint was not written; the earlier ones are unchanged. Training may continue and retry later."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What config.json says of adapters. base: bytes and crc32 of the weights that they belong to."""
+
+    rank: int
+    scale: float
+    base: dict[str, int]
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -68,8 +85,10 @@ def save_checkpoint(
     tokenizer: dict,
     optimizer: dict[str, Tensor],
     state: dict,
+    adapter: Adapter | None = None,
 ) -> Path:
-    """Writes checkpoints/step-N, verifies it and returns its path. The caller holds the RunLock.
+    """Writes checkpoints/step-N, verifies it and returns its path. The caller holds the RunLock. With an adapter,
+    `model` holds the adapters alone.
 
     Then removes the checkpoints of later steps: open_latest skipped them as damaged, and the run resumed before them.
     Beside the tensors, memory holds a copy of one at a time, of those on a GPU or not contiguous. Raises SaveFailed
@@ -80,7 +99,7 @@ def save_checkpoint(
     temporary, replaced = final.with_name(final.name + ".writing"), final.with_name(final.name + ".replaced")
     contents: dict[str, bytes | dict[str, Tensor]] = {
         f"model/{WEIGHTS}": model,
-        f"model/{CONFIG}": json_bytes(config),
+        f"model/{CONFIG}": json_bytes(config if adapter is None else {**config, "adapter": asdict(adapter)}),
         f"model/{TOKENIZER}": json_bytes(tokenizer),
         OPTIMIZER: optimizer,
         STATE: json_bytes({**state, "step": step}),
@@ -142,6 +161,60 @@ def write_model_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def save_base(run: Path, source: ModelFolder, weights: dict[str, Tensor], config: dict) -> dict[str, int]:
+    """Writes RUN/base, before the first checkpoint of a run, which is locked → bytes and crc32 of its weights: the
+    files of `source`, as hard links where that is possible, or weights and config of the run's model, where those of
+    the source are others: adapters, or for a longer context. Raises UserError."""
+    base = run / BASE
+    remove_base(run)
+    shapes = {name: [*tensor.shape] for name, tensor in weights.items()}
+    if source.adapter is not None or shapes != {name: shape for name, (_, shape) in source.header().items()}:
+        write_model_folder(base, weights, config, source.tokenizer, {})
+        return _size_and_crc(base / WEIGHTS)
+    temporary = base.with_name(f".{BASE}.writing")
+    try:
+        temporary.mkdir()
+        for name in (WEIGHTS, CONFIG, TOKENIZER):
+            with reading(source.path / name):
+                _link_or_copy(source.path / name, temporary / name)
+        sync_directory(temporary)
+        os.rename(temporary, base)
+        sync_directory(run)
+    except OSError as error:
+        raise UserError(f"{base} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    found = _size_and_crc(base / WEIGHTS)
+    if (checkpoint := _checkpoint_of(source.path)) is not None:
+        _compare(source.path / WEIGHTS, found, _manifest_files(checkpoint)[f"model/{WEIGHTS}"])
+    return found
+
+
+def remove_base(run: Path) -> None:
+    """Removes RUN/base of a run that ended before its first checkpoint: its three files and nothing else. Raises
+    UserError where it holds others."""
+    if (run / BASE).is_symlink():
+        raise UserError(f"{run / BASE} is a link, and not of this run; remove it, or name another run with --run=PATH")
+    try:
+        shutil.rmtree(run / f".{BASE}.writing", ignore_errors=True)
+        for name in (WEIGHTS, CONFIG, TOKENIZER):
+            (run / BASE / name).unlink(missing_ok=True)
+        if (run / BASE).exists():
+            (run / BASE).rmdir()
+    except OSError as error:
+        raise UserError(f"{run / BASE} could not be removed: {error}; name another run with --run=PATH") from error
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # another disk, or a file system without links
+        _check_space(target.parent, {}, source.stat().st_size)
+        shutil.copyfile(source, target, follow_symlinks=False)
+        with open(target, "rb+") as file:
+            os.fsync(file.fileno())
+
+
 def prune_checkpoints(run_dir: Path) -> None:
     """Removes all but the newest two checkpoints and the best one, and the leftovers of killed processes.
 
@@ -158,8 +231,8 @@ def prune_checkpoints(run_dir: Path) -> None:
         print(f"warning: old checkpoints could not be removed: {error}", file=sys.stderr)
 
 
-def _check_space(home: Path, contents: dict[str, bytes | dict[str, Tensor]]) -> None:
-    needed = CHUNK  # headers and the manifest
+def _check_space(home: Path, contents: dict[str, bytes | dict[str, Tensor]], more: int = 0) -> None:
+    needed = CHUNK + more  # headers and the manifest
     for content in contents.values():
         needed += len(content) if isinstance(content, bytes) else sum(tensor.nbytes for tensor in content.values())
     free = shutil.disk_usage(home).free
@@ -398,17 +471,58 @@ class ModelFolder:
     config: dict[str, Any]
     """The model's options, as saved."""
     tokenizer: dict[str, Any]
+    adapter: Adapter | None = None
+    """Where model.safetensors holds adapters."""
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """Reads the weights. Inside a checkpoint, raises DamagedFile where they are not those of its manifest."""
+        """Reads the weights, those of adapters merged with their base. Raises DamagedFile, inside a checkpoint also
+        where they are not those of its manifest."""
+        if self.adapter is None:
+            return self.own_tensors()
+        adapters = self.own_tensors()
+        try:
+            return merge(self.frozen_tensors(), adapters, self.adapter.scale)
+        except ValueError as error:
+            raise DamagedFile(self.path / WEIGHTS, str(error)) from error
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """The weights without adapters. Raises DamagedFile where the base is not the one of the adapters."""
+        if self.adapter is None:
+            return self.own_tensors()
+        weights = self.base() / WEIGHTS
+        try:
+            return _read_tensors(weights, self.adapter.base)
+        except DamagedFile as error:
+            error.advice = f"Restore it from a copy: {self.path} holds adapters of it"
+            raise
+
+    def base(self) -> Path:
+        """The folder of the adapters' base. Raises UserError outside a run."""
+        checkpoints = Path(os.path.abspath(self.path)).parent.parent
+        base = checkpoints.parent / BASE
+        if checkpoints.name != "checkpoints" or not base.is_dir():
+            raise UserError(
+                f"{self.path} holds adapters, without the weights that they belong to: those are in the folder {BASE}"
+                f" of their run, RUN/{BASE}. Name the run itself, or make a whole model of it, which can be copied:"
+                " python -m interop export RUN --to=hf"
+            )
+        return base
+
+    def header(self) -> dict[str, tuple[torch.dtype, list[int]]]:
+        """Dtype and shape of each tensor of its file."""
+        return _check_header(self.path / WEIGHTS)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Reads the tensors of its file: the weights, or the adapters."""
         with _reading_checkpoint(self.path.absolute().parent):
             checkpoint = _checkpoint_of(self.path)
             expected = None if checkpoint is None else _manifest_files(checkpoint)[f"model/{WEIGHTS}"]
             return _read_tensors(self.path / WEIGHTS, expected)
 
-    def weights_entry(self) -> dict[str, int]:
-        """Bytes and crc32 of the file of the weights, as it is now."""
-        return _size_and_crc(self.path / WEIGHTS)
+    def weights_entry(self) -> dict[str, Any]:
+        """Bytes and crc32 of the file of the weights, as it is now; of adapters also those of their base."""
+        entry: dict[str, Any] = dict(_size_and_crc(self.path / WEIGHTS))
+        return entry if self.adapter is None else entry | {"base": self.adapter.base}
 
     def state(self) -> dict[str, Any] | None:
         """The state.json of the checkpoint that this is part of, with how these weights came about. None elsewhere."""
@@ -438,6 +552,9 @@ class Checkpoint:
     def model_tensors(self) -> dict[str, Tensor]:
         return self.model.model_tensors()
 
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        return self.model.frozen_tensors()
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         with _reading_checkpoint(self.path):
             return _read_tensors(self.path / OPTIMIZER, _manifest_files(self.path)[OPTIMIZER])
@@ -445,7 +562,7 @@ class Checkpoint:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Checks the size and crc32 of every file and reads all but the tensors. Ignores other files. Raises UserError."""
-    model = open_model_folder(path / "model")
+    model = _open_model_folder(path / "model")
     with _reading_checkpoint(path):
         _check_files(path, [OPTIMIZER, STATE])
         _check_header(path / OPTIMIZER)
@@ -480,12 +597,59 @@ def open_model_folder(path: Path, *, check_weights: bool = True) -> ModelFolder:
 
     check_weights=False: only their header is checked here; model_tensors, if called next, checks the rest anyway.
     """
+    folder = _open_model_folder(path, check_weights)
+    if folder.adapter is not None:
+        folder.base()
+    return folder
+
+
+def _open_model_folder(path: Path, check_weights: bool = True) -> ModelFolder:
+    """The same; whether the base of adapters is there is not checked."""
     with _reading_checkpoint(path.absolute().parent):
         checkpoint = _checkpoint_of(path)
         if checkpoint is not None:
             _check_files(checkpoint, [name for name in MODEL_FILES if check_weights or not name.endswith(WEIGHTS)])
         _check_header(path / WEIGHTS)
-        return ModelFolder(path, read_json(path / CONFIG), read_json(path / TOKENIZER))
+        config = read_json(path / CONFIG)
+        adapter = _adapter(path / CONFIG, config.pop("adapter", None))
+        return ModelFolder(path, config, read_json(path / TOKENIZER), adapter)
+
+
+def _adapter(path: Path, entry: object) -> Adapter | None:
+    """The entry of a model's config. Raises DamagedFile."""
+    if entry is None:
+        return None
+    values: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    rank, scale, base = (values.get(name) for name in ("rank", "scale", "base"))
+    if not (
+        {*values} == {"rank", "scale", "base"}
+        and (type(rank) is int and rank >= 1)
+        and (isinstance(scale, float) and math.isfinite(scale))
+        and (isinstance(base, dict) and {*base} == {"bytes", "crc32"} and all(type(n) is int for n in base.values()))
+    ):
+        raise DamagedFile(path, f"its adapter is {str(entry)[:200]!r}")
+    return Adapter(**values)
+
+
+def merge(weights: dict[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """W + scale · B·A for each adapted matrix W, in float32 or wider. Empties `weights`, so that one matrix at a time
+    exists twice at most. Raises ValueError where they do not fit."""
+    merged = {}
+    names = {name.removesuffix(LORA_A) for name in adapters if name.endswith(LORA_A)}
+    if {*adapters} != {name + end for name in names for end in (LORA_A, LORA_B)}:
+        raise ValueError("it does not hold adapters alone")
+    if missing := sorted(name for name in names if f"{name}.weight" not in weights):
+        raise ValueError(f"it adapts {missing[0]!r}, which its base does not have")
+    for name in list(weights):
+        weight, layer = weights.pop(name), name.removesuffix(".weight")
+        if layer in names and name != layer:
+            a, b = adapters[layer + LORA_A], adapters[layer + LORA_B]
+            if weight.dim() != 2 or (len(b), *a.shape[1:]) != weight.shape or b.shape[1:] != a.shape[:1]:
+                raise ValueError(f"the adapter of {layer!r} does not fit its matrix of {tuple(weight.shape)}")
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            weight = torch.addmm(weight.to(dtype), b.to(dtype), a.to(dtype), alpha=scale)
+        merged[name] = weight
+    return merged
 
 
 def _checkpoint_of(model_folder: Path) -> Path | None:
@@ -531,7 +695,7 @@ def _compare(path: Path, found: dict[str, int], entry: object) -> None:
     expected = entry if isinstance(entry, dict) else {}
     problem = f"{found['bytes']} bytes, {str(expected.get('bytes'))[:30]} expected"
     if found["bytes"] == expected.get("bytes"):
-        problem = f"damaged: its crc32 is {found['crc32']:08x}, which is not the one in the manifest"
+        problem = f"damaged: its crc32 is {found['crc32']:08x}, which is not the one that was recorded"
     raise DamagedFile(path, problem)
 
 

@@ -447,7 +447,7 @@ class GPT(nn.Module):
             return loss.view_as(targets) if reduction == "none" else loss
         weight = self.embed.weight if self.head is None else self.head.weight
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        inputs = hidden, weight, flat, V, dtype, smoothing, self.attention == "triton"
+        inputs = hidden, weight, flat, V, dtype, smoothing, self.attention == "triton", weight.requires_grad
         total = opaque_loss(*inputs)[0] if torch.compiler.is_compiling() else ChunkedCrossEntropy.apply(*inputs)
         return total if reduction == "sum" else total / (flat != IGNORED_TARGET).sum()
 
@@ -580,13 +580,13 @@ MIN_CHUNK_ROWS, MIN_CHUNKED_LOGITS = 256, 2**22  # fewer logits than the last ar
 
 def chunked_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, label_smoothing: float,
-    kernel: bool,
+    kernel: bool, trains_head: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """hidden (N, C), head weight (≥ V, C), targets (N,) int64 → the sum of the counted targets' losses in nats, and its
     gradients by hidden and weight, in their dtypes. dtype: of the products; softmax is in float32 or wider. kernel:
-    whether Triton runs here."""
+    whether Triton runs here. Without trains_head the gradient by the weight is empty."""
     N, kind = len(targets), hidden.device.type
-    d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight) if trains_head else weight.new_empty(0)
     with torch.autocast(kind, enabled=False):
         # with the rows that pad the vocabulary, rows of logits are aligned as GPUs need it
         narrow_hidden, narrow_weight = hidden.to(dtype), (weight[:vocab_size] if kind == "cpu" else weight).to(dtype)
@@ -600,9 +600,9 @@ def chunked_loss(
             loss, d_logits = replace(logits, targets[rows], vocab_size, label_smoothing)
             total += loss
             d_hidden[rows] = d_logits @ narrow_weight
-            if dtype == weight.dtype:
+            if trains_head and dtype == weight.dtype:
                 d_head.addmm_(d_logits.mT, narrow_hidden[rows])
-            else:
+            elif trains_head:
                 d_head += d_logits.mT @ narrow_hidden[rows]
             del logits, d_logits  # before the next chunk's are allocated
     return total, d_hidden, d_weight
@@ -683,7 +683,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def _scaled_gradients(ctx: Any, grad: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     d_hidden, d_weight = ctx.saved_tensors
-    return d_hidden * grad, d_weight * grad, *[None] * 5
+    return d_hidden * grad, d_weight * grad if d_weight.numel() else None, *[None] * 6
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -694,7 +694,11 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 # The same for compiled code, opaque to torch.compile, which does not break at it.
 opaque_loss = torch.library.custom_op("sprout::loss", chunked_loss, mutates_args=())
 opaque_loss.register_fake(
-    lambda hidden, weight, *_: (widened(hidden.new_empty(())), torch.empty_like(hidden), torch.empty_like(weight))
+    lambda hidden, weight, targets, V, dtype, smoothing, kernel, trains_head=True: (
+        widened(hidden.new_empty(())),
+        torch.empty_like(hidden),
+        torch.empty_like(weight) if trains_head else weight.new_empty(0),
+    )
 )
 opaque_loss.register_autograd(_scaled_gradients, setup_context=_save_gradients)
 

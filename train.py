@@ -87,7 +87,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         prompt, rows = choose_prompt(dataset, evals), train.tokens_per_step // block_size
         batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
         # ---- model
-        initial = values["attention"], seed, start.source
+        initial = values["attention"], seed, start.source, train.lora_rank
         model = setup.build_model(model_config, dataset.tokenizer, *initial).to(hardware.device).train()
         compiles = choose_compile(train, evals, model, batches(0), hardware)
         values, reasons = values | {"compile": compiles.value}, reasons | compiles.reasons

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import GPT, AttentionPath, GPTConfig
 
@@ -16,6 +16,11 @@ MAX_TABLE_BYTES = 2**31  # of a stored model's position table: 2M positions of 1
 def export_weights(model: GPT) -> dict[str, Tensor]:
     """The weights by name, without the rows that pad the vocabulary: what checkpoints hold."""
     return {name: model.unpad(name, tensor.detach()) for name, tensor in model.named_parameters()}
+
+
+def trained_parameters(model: GPT) -> dict[str, nn.Parameter]:
+    """Those that training changes, by name: all, or the adapters alone (training/lora.py)."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def build_for_weights(config: GPTConfig, tensors: Mapping[str, Tensor], attention: AttentionPath = "sdpa") -> GPT:
@@ -79,8 +84,11 @@ def count_parameters(model: GPT) -> int:
 
 
 def flops_per_token(model: GPT) -> int:
-    """FLOPs of forward and backward pass per token at full context: 6 per weight of every matrix (Kaplan et al. 2020)
-    and 12 · L · T · H · D for attention, masked scores included (Chowdhery et al. 2022, B)."""
-    c = model.config
-    matrices = sum(parameter.numel() for parameter in model.blocks.parameters()) + c.vocab_size * c.n_embd
-    return 6 * matrices + 12 * c.n_layer * c.block_size * c.n_head * c.head_size
+    """FLOPs of forward and backward pass per token at full context: 6 per weight of every matrix (Kaplan et al. 2020),
+    4 of those that have no gradient, and 12 · L · T · H · D for attention, masked scores included (Chowdhery et al.
+    2022, B)."""
+    c, head = model.config, model.embed if model.head is None else model.head
+    weights = [(parameter.numel(), parameter.requires_grad) for parameter in model.blocks.parameters()]
+    weights.append((c.vocab_size * c.n_embd, head.weight.requires_grad))
+    products = sum((6 if is_trained else 4) * count for count, is_trained in weights)
+    return products + 12 * c.n_layer * c.block_size * c.n_head * c.head_size

@@ -45,6 +45,9 @@ _HINTS = {
         "leave it out: the val split is a part of the same text; --val_fraction says how much": (
             "validation_file val_file val_data valid_file val_path eval_file test_file"
         ),
+        "--lora_rank=": "lora_r lora_dim adapter_rank",
+        "--lora_rank=N, a number such as 16": "lora use_lora peft use_peft adapter adapters",
+        "leave it out: adapters are scaled by 32 / lora_rank": "lora_alpha lora_scale lora_scaling",
         "--keep_share=": "replay_share replay_ratio replay_fraction replay_rate rehearsal_ratio old_data_ratio",
         "--tokenizer=": "tokenizer_name tokenizer_path tokenizer_dir tokenizer_type tokenizer_model encoding_name",
         "leave it out: batches are read without worker processes": (

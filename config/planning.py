@@ -167,7 +167,8 @@ class Planning:
             compiles = find_obstacle(hardware) is None and saves * seconds > takes
         teachers = [section_from(GPTConfig, teacher.config) for teacher in self.start.teachers]
         saves = saves if compiles else 0.0
-        cost = StepCost(model, options.section(OptimizerOptions), hardware, path, saves, teachers, train.cuda_graphs)
+        optimizer, others = options.section(OptimizerOptions), (saves, teachers, train.cuda_graphs, train.lora_rank)
+        cost = StepCost(model, optimizer, hardware, path, *others)
         if self.given.get("max_steps") is None:
             cost.measure(shapes)
         return cost, takes if compiles else 0.0

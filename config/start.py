@@ -169,6 +169,8 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
             raise UserError(f"--init_from={train.init_from}: {INIT_FROM[train.init_from]}")
         initial = open_model_folder(resolve_model_folder(Path(train.init_from)))
         options = with_model_options(options, f"--init_from={train.init_from}", initial.config, initial.tokenizer)
+        options = config.replace(options, lora_rank=None) if eval_only else options
+        check_adapters(options)
         return with_teachers(Start(note_unused_flags(options), initial=initial, argv=[*argv]))
     if options.origin["keep_share"] == "flag" and train.keep_share is not None:
         raise UserError(
@@ -292,6 +294,16 @@ def check_length(options: config.Options, argv: Sequence[str]) -> None:
         usable = (end - 1) // patience
         advice = f"evaluate more often: {command} --eval_interval={usable // 2 or 1}" if usable else "leave it out"
         raise UserError(f"{took}, and the run has {end:,}: it has no effect; {advice}")
+
+
+def check_adapters(options: config.Options) -> None:
+    """Raises UserError where adapters are to be trained by Muon."""
+    rank = options.section(TrainOptions).lora_rank
+    if rank is not None and options.section(OptimizerOptions).optimizer == "muon":
+        raise UserError(
+            f"--lora_rank={rank}: adapters are trained by AdamW or SGD, while muon orthogonalizes the update of a whole"
+            " matrix; add --optimizer=adamw, with a learning rate for it, such as --learning_rate=1e-3"
+        )
 
 
 class RunConfig:

@@ -11,6 +11,7 @@ from errors import UserError
 from model import GPT, IGNORED_TARGET, GPTConfig
 from train import calculate_gradients, update
 from training.data import MicroBatch
+from training.lora import add_adapters
 from training.optim import make_optimizer
 from training.options import OptimizerOptions
 from training.state import TrainState
@@ -36,8 +37,10 @@ class Repeats:
         return work
 
 
-def make_state(kind="adamw", config=TINY):
+def make_state(kind="adamw", config=TINY, lora_rank=None):
     model = GPT(config, seed=3).train()
+    if lora_rank is not None:
+        add_adapters(model, lora_rank, 4.0, seed=0)
     optimizer = make_optimizer(model, OptimizerOptions(optimizer=kind, learning_rate=0.01, weight_decay=0.5))
     return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 4, "")
 
@@ -65,8 +68,8 @@ def trained(state, batches_of_steps, recorder=None):
     return torch.tensor(figures)
 
 
-def assert_same_training(kind, steps, recorder, config=TINY):
-    plain, recorded = make_state(kind, config), make_state(kind, config)
+def assert_same_training(kind, steps, recorder, config=TINY, lora_rank=None):
+    plain, recorded = make_state(kind, config, lora_rank), make_state(kind, config, lora_rank)
     torch.testing.assert_close(trained(recorded, steps, recorder), trained(plain, steps), rtol=1e-4, atol=1e-5)
     for mine, its in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
@@ -77,6 +80,12 @@ def test_recorded_steps_train_as_others_do(kind):
     """With other tokens, numbers of targets and learning rates in each step."""
     recorder = Repeats()
     assert_same_training(kind, [[batch(number)] for number in range(8)], recorder)
+    assert recorder.count == 2
+
+
+def test_recorded_steps_train_adapters():
+    recorder = Repeats()
+    assert_same_training("adamw", [[batch(number)] for number in range(8)], recorder, lora_rank=2)
     assert recorder.count == 2
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from common.hardware import Hardware
+from common.weights import trained_parameters
 from training.evaluation import Evaluation
 from training.metrics import format_duration, log
 from training.optim import Plan, learning_rate, make_plan
@@ -203,7 +204,8 @@ def log_resumed_rate(step: int, stored: Mapping[str, Any], budget: Budget) -> No
 def measure_step_seconds(update: Callable[[], object], state: TrainState, hardware: Hardware) -> float:
     """The median seconds of a few updates, the first one (warm-up, compiling) left out. Their effect on `state` is
     undone."""
-    weights = [parameter.detach().to("cpu", copy=True) for parameter in state.model.parameters()]  # off a full device
+    parameters = [*trained_parameters(state.model).values()]
+    weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]  # off a full device
     moments = [tensor for values in state.optimizer.state.values() for tensor in values.values()] if state.step else []
     kept = [tensor.to("cpu", copy=True) for tensor in moments]
     scale = state.scaler.state_dict()
@@ -215,7 +217,7 @@ def measure_step_seconds(update: Callable[[], object], state: TrainState, hardwa
             torch.cuda.synchronize(hardware.device)
         seconds.append(time.perf_counter() - started)
     with torch.no_grad():
-        for parameter, weight in zip(state.model.parameters(), weights, strict=True):
+        for parameter, weight in zip(parameters, weights, strict=True):
             parameter.copy_(weight)
         for moment, value in zip(moments, kept, strict=True):
             moment.copy_(value)

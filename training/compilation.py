@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import model as model_file
+from checkpoint import LORA_A
 from common.hardware import Choice, Hardware, triton_obstacle
 from common.inductor import cache_folder, compiler_version, cpp_compiler, shorten_inductor, use_cache
 from common.memory import OutOfMemory, attempt, is_out_of_memory
@@ -154,7 +155,7 @@ def _compile_block(model: GPT, batch: MicroBatch, hardware: Hardware, folder: Pa
         use_cache(folder)
         shorten_inductor()
         torch.compiler.reset()
-        model.run_block = torch.compile(_run_block, fullgraph=True, dynamic=False)
+        model.run_block = partial(_with_gradient, torch.compile(_run_block, fullgraph=True, dynamic=False))
         run_micro_batch(model, batch, hardware)
         (folder / signature(model, batch, hardware)).touch()
     except (RuntimeError, OSError, AssertionError) as error:  # torch wraps others in RuntimeError
@@ -170,6 +171,12 @@ def _compile_block(model: GPT, batch: MicroBatch, hardware: Hardware, folder: Pa
 
 def _run_block(block: Block, x: Tensor, context: AttentionContext) -> Tensor:
     return block(x, context)
+
+
+def _with_gradient(run: Callable[..., Tensor], block: Block, x: Tensor, context: AttentionContext) -> Tensor:
+    """`run` with an x that has a gradient: that of the first block has none where embeddings are frozen, and its code
+    would have to be compiled besides."""
+    return run(block, x if x.requires_grad else x.detach().requires_grad_(), context)
 
 
 def run_micro_batch(model: GPT, batch: MicroBatch, hardware: Hardware) -> None:
@@ -191,5 +198,6 @@ def compiler_name(hardware: Hardware) -> str:
 def signature(model: GPT, batch: MicroBatch, hardware: Hardware) -> str:
     """Name of the file that says that the cache holds the code of this block."""
     source = hashlib.sha256(Path(model_file.__file__).read_bytes()).hexdigest()
-    facts = [model.config, model.attention, hardware.dtype, batch.x.shape, source]
+    facts: list[object] = [model.config, model.attention, hardware.dtype, batch.x.shape, source]
+    facts += [parameter.shape for name, parameter in model.blocks[0].named_parameters() if name.endswith(LORA_A)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + ".compiled"

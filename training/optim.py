@@ -218,14 +218,18 @@ COUNTERS = {"adamw": ("step",), "adamw_rows": ("last_step", "step")}
 
 
 def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = torch.float32) -> Optimizer:
-    """The optimizer over the model's parameters. Those with two dimensions or more have weight decay, the others none.
+    """The optimizer over the parameters that are trained. Those with two dimensions or more have weight decay, the
+    others none.
 
     dtype: the run's compute dtype; Muon orthogonalizes in bfloat16 if it is that, else in float32.
     """
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if options.optimizer == "muon" else []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    is_muon, in_blocks = options.optimizer == "muon", {id(p) for p in model.blocks.parameters()}
+    matrices = [p for p in parameters if is_muon and p.dim() == 2 and id(p) in in_blocks]
     in_muon = {id(matrix) for matrix in matrices}
     tables = [] if model.ngrams is None or options.optimizer == "sgd" else [model.ngrams.weight]
-    others = [p for p in model.parameters() if id(p) not in in_muon and all(p is not table for table in tables)]
+    tables = [table for table in tables if table.requires_grad]
+    others = [p for p in parameters if id(p) not in in_muon and all(p is not table for table in tables)]
     common: dict[str, Any] = {"lr": options.learning_rate, "scale": 1.0}
     if options.optimizer == "sgd":
         common |= {"kind": "sgd", "momentum": options.momentum}

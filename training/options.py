@@ -29,6 +29,9 @@ class TrainOptions:
     keep_share: Annotated[float, Interval(ge=0, le=0.9)] | None = fixed(None)
     """With init_from: share of the windows that come from the text of those weights, so that it is not forgotten.
     none: a quarter, where that text is still there; 0: nothing but the new text."""
+    lora_rank: Annotated[int, Ge(1)] | None = fixed(None)
+    """With init_from: train low-rank adapters of this rank on the matrices of the blocks, and keep the weights as they
+    are. Takes less memory and disk, for models that are large for the machine: 8 to 64. none: train the weights."""
     teacher: tuple[str, ...] = path(())
     """Run, checkpoint or model folder to learn from, beside the text: its probabilities of the next token are a part of
     the targets (knowledge distillation), and its tokenizer is taken. May be repeated: the mean of them."""
@@ -59,7 +62,13 @@ class TrainOptions:
     """Bitwise reproducible training on a GPU, slower; a CPU always is."""
 
     def problems(self) -> list[str]:
-        return [f"--{name}= is empty" for name in ("resume", "init_from") if getattr(self, name) == ""]
+        found = [f"--{name}= is empty" for name in ("resume", "init_from") if getattr(self, name) == ""]
+        if self.lora_rank is not None and self.init_from is None and self.resume is None:
+            found.append(
+                f"lora_rank={self.lora_rank} adapts the weights of a model that exists: add --init_from=MODEL, a run or"
+                " a model folder"
+            )
+        return found
 
 
 @dataclass(frozen=True)

@@ -477,7 +477,8 @@ def round_down(number: float) -> int:
 def _optimization(
     facts: Facts, outlook: Outlook, epochs: float, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    optimizer, steps = given.get("optimizer", "muon"), outlook.steps
+    has_adapters = given.get("lora_rank") is not None
+    optimizer, steps = given.get("optimizer", "adamw" if has_adapters else "muon"), outlook.steps
     rate, why = LEARNING_RATE[optimizer], f"usual for {optimizer}"
     width = outlook.shape.n_embd
     if optimizer == "muon" and width > WIDE:
@@ -486,6 +487,8 @@ def _optimization(
         rate, why = FINE_TUNING_RATE / width, "low, since the weights are trained already; falls as 1/width"
     elif facts.fine_tuning:
         rate, why = rate * FINE_TUNING, "a third, since the weights are trained already"
+    if has_adapters:
+        rate, why = LEARNING_RATE[optimizer], "of adapters, several times that of weights that are trained already"
     rate = max(float(f"{rate:.1e}"), given.get("min_learning_rate", 0.0))
     warmup = 10 * max(1, min(10, round(steps / 300)))
     beta2 = max(MIN_BETA2, round(0.5 ** (outlook.tokens_per_step / BETA2_HALF_LIFE), 4))
@@ -494,7 +497,8 @@ def _optimization(
     values |= {"warmup_steps": warmup, "beta2": beta2, "dropout": dropout, "weight_decay": decay}
     values["ema_half_life"] = EMA_HALF_LIFE
     text = f"{epochs:.2g} epochs"
-    reasons = {"optimizer": "fewest tokens to a loss", "muon_steps": "3 are as good as 5 in small models"}
+    fewest = "it trains adapters" if has_adapters else "fewest tokens to a loss"
+    reasons = {"optimizer": fewest, "muon_steps": "3 are as good as 5 in small models"}
     reasons |= {"schedule": "its decay can begin at any step", "learning_rate": why, "dropout": text}
     reasons |= {"warmup_steps": "a thirtieth of the steps", "weight_decay": text}
     reasons["ema_half_life"] = "better than the weights themselves at nearly all lengths measured"

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import CONFIG, STATE, WEIGHTS, list_checkpoints, run_hint
+from checkpoint import BASE, CONFIG, STATE, WEIGHTS, list_checkpoints, run_hint
 from files import DamagedFile, read_json, replace_file
 from training.copied import Mark, check_samples
 from training.metrics import METRICS, SAMPLES, format_duration
@@ -158,7 +158,9 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
             if reference.runs and lines["eval"] and (last := lines["eval"][-1])["val_loss"] is not None:
                 comparison = reference.describe(last["step"], last["val_loss"], plan_of(options))
                 facts["reference"] = comparison and f"{last['val_loss']:.4f} at step {last['step']:,}: {comparison}"
-            with safe_open(checkpoint / "model" / WEIGHTS, framework="pt") as tensors:
+            base = run / BASE / WEIGHTS  # of a run that trains adapters
+            weights = base if base.is_file() else checkpoint / "model" / WEIGHTS
+            with safe_open(weights, framework="pt") as tensors:
                 shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
             facts["n_params"] = sum(map(math.prod, shapes))
     return {name: value for name, value in facts.items() if value is not None}

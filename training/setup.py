@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint, ModelFolder
+from checkpoint import Checkpoint, ModelFolder, remove_base
 from common.cuda_graphs import Recorder
 from common.hardware import Hardware, choose_attention, require_determinism
 from common.memory import OutOfMemory, attempt
 from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
-from common.weights import build_for_weights, count_parameters, import_weights
+from common.weights import build_for_weights, import_weights
 from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
 from prepare_data import PrepareOptions
@@ -33,6 +33,7 @@ from training.compilation import compile_model, compiler_name
 from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation
 from training.kept_text import KeptText
+from training.lora import adapt, describe, keep_base, narrow_frozen
 from training.metrics import log
 from training.micro_batch import choose_micro_batch
 from training.optim import make_optimizer
@@ -136,19 +137,21 @@ def build_model(
     attention: Literal["auto"] | AttentionPath,
     seed: int,
     source: Checkpoint | ModelFolder | None,
+    lora_rank: int | None = None,
 ) -> GPT:
-    """The model for the tokenizer's vocabulary, on the CPU, with weights drawn from the seed or those of `source`.
-    Raises UserError."""
+    """The model for the tokenizer's vocabulary, on the CPU, with weights drawn from the seed or those of `source`, and
+    with the adapters of a run that has any. Raises UserError."""
     assert attention != "auto"
     model_config = replace(model_config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     if source is None:
         return GPT(model_config, seed, attention)
-    tensors = source.model_tensors()
+    tensors = source.frozen_tensors() if isinstance(source, Checkpoint) else source.model_tensors()
     if "position.weight" in tensors:  # of a context that was cut
         tensors["position.weight"] = tensors["position.weight"][: model_config.block_size]
     try:
         model = build_for_weights(model_config, tensors, attention)
-        import_weights(model, tensors)
+        import_weights(model, tensors, take=True)
+        adapt(model, source, lora_rank, seed)
     except ValueError as error:
         raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
     return model
@@ -181,9 +184,10 @@ def make_step(
 def announce(model: GPT, hardware: Hardware, values: Mapping[str, Any], reasons: Mapping[str, str], why: bool) -> None:
     """Prints the size of the model and the automatic choices, with their reasons if `why`."""
     size = model.config
+    parameters, adapters = describe(model)
     print(
-        f"model: {count_parameters(model):,} parameters, {size.n_layer} layers, {size.n_embd} channels,"
-        f" context {size.block_size}"
+        f"model: {parameters:,} parameters, {size.n_layer} layers, {size.n_embd} channels, context {size.block_size}"
+        + f"\n{adapters}" * bool(adapters)
     )
     compiled = "compiled" if values["compile"] else "not compiled"
     if not why:
@@ -219,6 +223,7 @@ def open_run(name: str | None, default_name: str, source: Checkpoint | ModelFold
         print(f"weights and tokenizer from {source.path}")
     run = claim_run(name, default_name)
     stack.enter_context(RunLock(run))
+    remove_base(run)
     print(f"run: {run}; Ctrl-C stops it and saves")
     return run
 
@@ -231,7 +236,10 @@ def make_state(
     optimizer, scaler = make_optimizer(model, options, hardware.dtype), make_scaler(hardware)
     compiler = compiler_name(hardware) if compiles else "none"
     average = None if options.ema_half_life is None else WeightAverage(model, options.ema_half_life)
-    state = TrainState(model, optimizer, scaler, rows, recovery(run, options), initial is not None, compiler, average)
+    adapter = keep_base(model, run, resumed, initial)
+    narrow_frozen(model, hardware.dtype)
+    restart = recovery(run, options)
+    state = TrainState(model, optimizer, scaler, rows, restart, initial is not None, compiler, average, adapter)
     if resumed is not None:
         state.restore(resumed, hardware)
     optimizer.allocate()

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
+from checkpoint import Adapter, Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
 from common.clusters import Clusters
 from common.hardware import Hardware
 from common.memory import OutOfMemory, attempt
-from common.weights import export_weights
+from common.weights import trained_parameters
 from errors import UserError
 from model import GPT
 from prepare_data.shards import Dataset
@@ -64,7 +64,7 @@ class Progress:
 class TrainState:
     """The state of a run between two steps. rows: windows per step. recovery: the command named in the errors of
     a diverged run. pretrained: the run starts from weights of another run. compiler: of the training step, or "none".
-    average: of the weights, which takes their place within `averaged`, or None.
+    average: of the weights, which takes their place within `averaged`, or None. adapter: where adapters are trained.
     """
 
     def __init__(
@@ -77,10 +77,11 @@ class TrainState:
         pretrained: bool = False,
         compiler: str = "none",
         average: WeightAverage | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.rows, self.recovery, self.pretrained, self.compiler = rows, recovery, pretrained, compiler
-        self.average = average
+        self.average, self.adapter = average, adapter
         self.progress = Progress()
         self.val_loss: float | None = None  # of the current step
         self.val_bits_per_byte: float | None = None
@@ -216,12 +217,15 @@ class TrainState:
             "environment": environment(hardware, self.compiler),
         }
 
+        trained = trained_parameters(self.model)
+
         def write() -> None:
             save_checkpoint(
                 run,
                 self.step,
-                model=export_weights(self.model),
+                model={name: self.model.unpad(name, p.detach()) for name, p in trained.items()},
                 config=self.model.config.to_dict(),
+                adapter=self.adapter,
                 tokenizer=dataset.tokenizer.to_dict(),
                 optimizer=self._moments(),
                 state={**state, **facts()},

@@ -25,6 +25,7 @@ from common.hardware import Hardware
 from common.memory import attempt, is_out_of_memory, release_memory
 from common.weights import count_parameters, flops_per_token
 from model import GPT, AttentionPath, GPTConfig
+from training.lora import add_adapters, narrow_frozen
 from training.micro_batch import CPU_TOKENS, MEMORY_SHARE
 from training.optim import Optimizer, clip_gradients, make_optimizer
 from training.options import OptimizerOptions
@@ -71,7 +72,7 @@ class Seconds(NamedTuple):
 class StepCost:
     """The Cost of training/plan.py. config: the options of the model that no shape changes; saves: the share of a pass
     that compiled code saves; teachers: models that are evaluated beside it, uncompiled; graphs: steps are recorded
-    where that is possible."""
+    where that is possible; lora_rank: of the adapters that are trained in place of the weights."""
 
     config: GPTConfig
     optimizer: OptimizerOptions
@@ -80,6 +81,7 @@ class StepCost:
     saves: float = 0.0
     teachers: Sequence[GPTConfig] = ()
     graphs: bool = True
+    lora_rank: int | None = None
     pass_seconds: tuple[float, float] = (0.0, 0.0)  # per FLOP, per number written
     layer_seconds: float = 0.0  # per layer of a pass without tokens
     update_seconds: tuple[float, float] = (0.0, 0.0)  # per FLOP of Muon, per weight; on a GPU per layer, per the larger
@@ -184,7 +186,11 @@ def fit(points: Sequence[tuple[float, float, float]], ratio: float) -> tuple[flo
 def measure_shape(cost: StepCost, shape: Shape) -> Seconds:
     """Medians of a few steps, the first ones (warm-up) left out. Raises UserError where memory runs out."""
     hardware = cost.hardware
-    model = GPT(cost.with_shape(shape), 0, cost.attention).to(hardware.device).train()
+    model = GPT(cost.with_shape(shape), 0, cost.attention)
+    if cost.lora_rank is not None:
+        add_adapters(model, cost.lora_rank, 1.0, seed=0)
+        narrow_frozen(model, hardware.dtype)
+    model.to(hardware.device).train()
     optimizer = make_optimizer(model, cost.optimizer, hardware.dtype)
     is_recorded = cost.graphs and obstacle(optimizer, hardware) is None
     recorder = Recorder(hardware.device) if is_recorded else None

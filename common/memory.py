@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -61,3 +62,23 @@ def release_memory() -> None:
     torch.clear_autocast_cache()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def available_memory() -> int | None:
+    """Bytes of the machine's memory that programs can still get; None where the system does not say (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * found[0] if found else None
+
+
+def require_memory(needed: float, what: str) -> None:
+    """Raises UserError where so many bytes are more than the memory that is free. what: what needs them."""
+    available = available_memory()
+    if available is not None and available < needed:
+        raise UserError(
+            f"{what} needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free; end other"
+            " programs, or take a smaller model"
+        )

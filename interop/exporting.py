@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import WEIGHTS, ModelFolder, open_model_folder, resolve_model_folder
-from common.memory import OutOfMemory, attempt
+from common.memory import OutOfMemory, attempt, require_memory
 from common.option import section_from
 from common.tokenizer import Tokenizer, tokenizer_from_dict
 from common.weights import check_weights
@@ -115,22 +115,7 @@ def check_room(model: Model, out: Path, to: str, dtype: str | None) -> None:
             f"{out} needs {needed / 1e9:.1f} GB, and {home} has {free / 1e9:.1f} GB free; name another disk"
         )
     # the weights as stored, those written, and in float32 our model or the other program's
-    needed, available = numbers * (4 + 4 + 4) + MARGIN, available_memory()
-    if available is not None and available < needed:
-        raise UserError(
-            f"the export needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free; end other"
-            " programs"
-        )
-
-
-def available_memory() -> int | None:
-    """Bytes that programs can still get; None where the system does not say (outside Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * found[0] if found else None
+    require_memory(numbers * (4 + 4 + 4) + MARGIN, "the export")
 
 
 @contextmanager

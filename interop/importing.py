@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import write_model_folder
+from common.memory import require_memory
 from common.weights import count_parameters, meta_model
 from errors import UserError
 from interop import classes
@@ -28,7 +29,7 @@ def import_model(source: Source, out: Path, block_size: int | None = None) -> GP
         if block_size > source.options["block_size"]:
             raise UserError(f"--block_size={block_size}: the model's context is {source.options['block_size']}")
     config = classes.to_config(options, source.tokenizer.vocab_size, source.tokenizer.eos_id)
-    check_memory(source.bytes + MEMORY_MARGIN)
+    require_memory(source.bytes + MEMORY_MARGIN, "the import")
     tensors = read_tensors(source, config)
     write_model_folder(out, tensors, config.to_dict(), source.tokenizer.to_dict(), {"source": source.facts})
     return config
@@ -112,17 +113,3 @@ def describe(config: GPTConfig) -> str:
         f"{count:,} parameters, {config.n_layer} layers, {config.n_embd} channels, context {config.block_size:,},"
         f" {config.vocab_size:,} ids, end-of-sequence {config.eos_id}"
     )
-
-
-def check_memory(needed: int) -> None:
-    """Raises UserError where so many bytes are more than the free memory of this machine."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:  # other systems do not say
-        return
-    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), needed)
-    if free < needed:
-        raise UserError(
-            f"the weights take {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free; end other programs,"
-            " or import a smaller model"
-        )

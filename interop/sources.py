@@ -280,7 +280,8 @@ def open_nanogpt(path: Path, pickle: bool, tokenizer: str | None) -> Source:
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
     if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path}: model holds something else than tensors")
-    size = sum(tensor.nbytes for tensor in tensors.values())
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]  # tied tensors share one
+    size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     if size > 1.05 * path.stat().st_size + 2**20:
         raise UserError(
             f"{path}: its tensors would take {size:,} bytes, the file has {path.stat().st_size:,}: not read"

@@ -400,7 +400,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_full_disk_and_too_little_memory_are_told_before_anything_is_written(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "model", LLAMA)
-    monkeypatch.setattr(exporting, "available_memory", lambda: 1000)
+    monkeypatch.setattr("common.memory.available_memory", lambda: 1000)
     with pytest.raises(UserError, match="GB of memory"):
         run("export", folder, "--to=hf", f"--out={tmp_path / 'out'}")
     usage = exporting.shutil.disk_usage(tmp_path)

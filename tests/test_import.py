@@ -63,16 +63,20 @@ def llama_tensors(seed: int = 0, rows: int = IDS + 3) -> dict[str, torch.Tensor]
     return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
 
 
+def write_llama(folder: Path) -> None:
+    """A transformers folder."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    write_tokenizer(folder)
+    save_file(llama_tensors(), folder / "model.safetensors")
+
+
 @pytest.fixture
 def llama(tmp_path, monkeypatch):
     """A transformers folder, with a space in its path."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "a model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA))
-    write_tokenizer(folder)
-    save_file(llama_tensors(), folder / "model.safetensors")
-    return folder
+    write_llama(tmp_path / "a model")
+    return tmp_path / "a model"
 
 
 def run(*arguments: str) -> int:
@@ -259,7 +263,7 @@ def test_a_full_disk_leaves_nothing(llama, monkeypatch):
 
 def test_too_little_memory_is_said_before_anything_is_read(llama, monkeypatch):
     monkeypatch.setattr("interop.importing.MEMORY_MARGIN", 2**60)
-    assert "GiB of memory" in message(str(llama), "--out=m")
+    assert "GB of memory" in message(str(llama), "--out=m")
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Every command of README.md exits with 0, run in the README's order with a tiny text and two steps."""
 
+import importlib.util
 import io
 import re
 import shlex
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import interop.__main__ as interop
 import sample as sample_script
 import train as train_script
+from common.tokenizer import bytes_tokenizer
 from prepare_data.__main__ import main as prepare_main
+from tests.test_import import nanogpt_checkpoint, write_llama
 from training.report import main as report_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +49,11 @@ def _files_of_the_readme(tmp_path, monkeypatch, small_text):
     Path("prompt.txt").write_text("Anna sees", encoding="utf-8")
     Path("many.jsonl").write_text('"Anna"\n{"prompt": "Once", "id": 7}\n', encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("Anna sees\n/retry\n"))  # for --interactive
+    for name in ("SmolLM2-135M", "hub/gpt2"):
+        write_llama(Path(name))
+    monkeypatch.setattr("interop.hub.fetch", lambda name, pickle: Path("hub", name))
+    nanogpt_checkpoint(Path("ckpt.pt"), 50_257)
+    monkeypatch.setattr("interop.sources.named_tokenizer", lambda name: bytes_tokenizer())  # GPT-2's is a download
     Path("more").mkdir()
     Path("more", "one.txt").write_text("Anna sees the moon.", encoding="utf-8")
     Path("folder").mkdir()
@@ -81,7 +90,10 @@ def run_command(command: str) -> int:
         return sample_script.main([*args, "--threads=1"])
     module, *args = args
     assert script == "-m", command
-    return {"prepare_data": prepare_main, "training.report": report_main}[module](args) or 0
+    if "--to=gguf" in args and importlib.util.find_spec("gguf") is None:
+        return 0  # requirements-interop.txt
+    mains = {"prepare_data": prepare_main, "training.report": report_main, "interop": interop.main}
+    return mains[module](args) or 0
 
 
 @pytest.mark.usefixtures("_files_of_the_readme")

@@ -16,10 +16,10 @@ import train
 from checkpoint import open_model_folder
 from common.imported_tokenizer import CHARACTER_OF, ImportedTokenizer
 from common.tokenizer import named_tokenizer, tokenizer_from_dict
-from common.weights import build_for_weights, import_weights
+from common.weights import build_for_weights, count_parameters, import_weights, meta_model
 from errors import UserError
 from interop import __main__ as interop
-from interop import layouts
+from interop import classes, layouts
 from interop.sources import bpe_definition, open_source, read_tokenizer
 from model import GPT, GPTConfig, rotary_table
 
@@ -264,6 +264,38 @@ def test_a_full_disk_leaves_nothing(llama, monkeypatch):
 def test_too_little_memory_is_said_before_anything_is_read(llama, monkeypatch):
     monkeypatch.setattr("interop.importing.MEMORY_MARGIN", 2**60)
     assert "GB of memory" in message(str(llama), "--out=m")
+
+
+def test_a_download_that_breaks_off_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*arguments: object, **settings: object) -> str:
+        raise ConnectionError("the connection\nbroke off")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    for name in ("gpt2", "org/model-GGUF/model.gguf"):
+        assert "goes on from there" in message(name, "--download", "--out=m")
+        assert "the connection broke off" in message(name, "--download", "--out=m")
+    assert not Path("m").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "parameters"),
+    [
+        (12, 768, 12, 124_439_808),
+        (24, 1024, 16, 354_823_168),
+        (36, 1280, 20, 774_030_080),
+        (48, 1600, 25, 1_557_611_200),
+    ],
+)
+def test_the_four_sizes_of_gpt2(layers, width, heads, parameters):
+    config = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_ctx": 1024, "activation_function": "gelu_new"}
+    made = classes.to_config(classes.read_config(config, "GPT2LMHeadModel"), 50_257, 50_256)
+    model = meta_model(made, 10**4)
+    assert count_parameters(model) == parameters
+    names = {name for entry in layouts.gpt2(made) for name in entry.theirs}
+    assert {"transformer.h.11.attn.c_attn.weight", "transformer.ln_f.bias"} <= names
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def tokenize(body: bytes, served: ServedModel) -> dict[str, Any]:
         raise RequestError(f"prompt: {error}", param="prompt") from None
     adds_eos = flag(fields, "add_special_tokens", default=True) and served.sampling.prepend_eos
     if adds_eos and not prompt.startswith(END_NAME):
-        ids = [tokenizer.eos_id, *ids]
+        ids = [tokenizer.start_id, *ids]
     names = [token_name(tokenizer, id) for id in ids] if flag(fields, "return_token_strs") else None
     return {
         "count": len(ids),

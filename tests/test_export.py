@@ -46,6 +46,7 @@ CASES = {
         "Qwen3ForCausalLM", LLAMA | {"qk_norm": True, "sliding_window": 9, "tie_embeddings": False}),
     "arcee": ("ArceeForCausalLM", LLAMA | {"mlp": "relu2", "n_kv_head": 2}),
     "arcee biases": ("ArceeForCausalLM", LLAMA | {"mlp": "relu2", "bias": True}),
+    "arcee some biases": ("ArceeForCausalLM", LLAMA | {"mlp": "relu2", "qkv_bias": True}),
     "neox": ("GPTNeoXForCausalLM", {"positions": "rotary"}),
     "neox parallel, partly rotated": (
         "GPTNeoXForCausalLM",
@@ -66,6 +67,7 @@ REFUSED = {
     "parallel_residual=true with positions=learned": {"parallel_residual": True},
     "rotary_dim=4 with norm=rmsnorm": LLAMA | {"rotary_dim": 4},
     "bias=true with qk_norm=true": LLAMA | {"bias": True, "qk_norm": True},
+    "qkv_bias=true with qk_norm=true": LLAMA | {"qkv_bias": True, "qk_norm": True},
     "qk_norm=true with mlp=relu2": LLAMA | {"mlp": "relu2", "qk_norm": True},
     "sliding_window with bias=true": LLAMA | {"bias": True, "sliding_window": 8},
     "sliding_window with norm=layernorm": {"sliding_window": 8},

@@ -406,7 +406,7 @@ def _model(
         reasons["block_size"] = "that of the weights" if shape.block_size == facts.context else cut
     reasons |= dict.fromkeys(ARCHITECTURE, "learns fast, and programs for the Llama and Qwen3 classes can open it")
     values = {**shape._asdict(), **ARCHITECTURE}
-    if given.get("positions", "rotary") == "rotary":
+    if given.get("positions", "rotary") == "rotary" and given.get("rotary_dim") is None:
         values["first_attention"] = "recent" if epochs < RECENT_EPOCHS else "random"
         reasons["first_attention"] = f"{epochs:.2g} epochs; recent is faster below {RECENT_EPOCHS:g}"
     return values, reasons

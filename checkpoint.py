@@ -33,7 +33,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -355,6 +355,8 @@ def _no_checkpoint(path: Path) -> str:
     if hint := run_hint(path):
         return f"{path} {'is not a run' if path.exists() else 'does not exist'}{hint}"
     name = quote(str(path))
+    if not path.exists() and path.parts[:1] == ("models",):
+        return f"the model folder {path} does not exist; it is made by: python -m interop import MODEL --out={name}"
     if not path.is_dir():
         kind = "is a file, not a run directory" if path.exists() else "does not exist"
         return f"the run {path} {kind}; train first: python train.py --run={name if not path.exists() else 'NEW_NAME'}"
@@ -436,7 +438,10 @@ def _best(losses: dict[Path, float | None]) -> Path | None:
 
 def resolve_model_folder(path: Path, which: str = "best") -> Path:
     """The model folder of a run directory (of its checkpoint `which`), a checkpoint directory or a model folder; a file
-    of one stands for it."""
+    of one stands for it. Raises UserError."""
+    if _is_foreign(path):
+        command = f"python -m interop import {quote(str(path))}" + " --pt" * (path.suffix == ".pt")
+        raise UserError(f"{path} is a model of another program, which has to be imported first: {command}")
     if path.is_file() and path.name in {MANIFEST, *(os.path.basename(name) for name in FILES)}:
         path = path.parent
     folder = next((place for place in (path, path / "model") if (place / WEIGHTS).is_file()), None)
@@ -447,6 +452,16 @@ def resolve_model_folder(path: Path, which: str = "best") -> Path:
     if (path / MANIFEST).is_file():
         return path / "model"
     return find_checkpoint(path, which) / "model"
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether the file or folder is a model of transformers, llama.cpp or nanoGPT, as far as its name or its
+    config.json tells."""
+    if path.is_file():
+        return path.suffix in (".gguf", ".pt")
+    with suppress(DamagedFile):
+        return not (path / TOKENIZER).exists() and "model_type" in read_json(path / CONFIG)
+    return False
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------

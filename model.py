@@ -135,11 +135,11 @@ class GPTConfig:
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": not self.head_dim
             and self.n_embd % self.n_head,
             f"n_head={self.n_head} is not divisible by n_kv_head={self.kv_heads}": self.n_head % self.kv_heads,
-            f"positions=rotary needs an even head size; {head}": rotary and not partly and self.head_size % 2,
-            f"rotary_dim={self.rotary_dim} is odd, or above the head size; {head}": partly
+            f"positions=rotary needs an even head size ({head})": rotary and not partly and self.head_size % 2,
+            f"rotary_dim={self.rotary_dim} is odd, or above the head size ({head})": partly
             and (self.rotated_size % 2 or self.rotated_size > self.head_size),
             "rope_factor and rotary_dim need positions=rotary": (partly or self.rope_factor is not None) and not rotary,
-            f"positions=sinusoidal needs an even n_embd; it is {self.n_embd}": sinusoidal and self.n_embd % 2,
+            f"positions=sinusoidal needs an even n_embd, not {self.n_embd}": sinusoidal and self.n_embd % 2,
             "first_attention=recent needs positions=rotary, without rotary_dim": recent and (partly or not rotary),
             "parallel_residual=true needs norm_position=pre": self.parallel_residual and self.norm_position == "post",
             "document_mask=true needs a tokenizer with an end-of-sequence id": self.document_mask and eos is None,

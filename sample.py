@@ -143,6 +143,9 @@ def print_samples(
             "better samples",
             file=sys.stderr,
         )
+    if unknown := set[str]().union(*(tokenizer.unknown(prompt.text) for prompt in prompts)):
+        shown = " ".join(map(repr, sorted(unknown)[:8]))
+        print(f"note: the tokenizer does not know {shown}; the model reads the prompt without it", file=sys.stderr)
     started = time.perf_counter()
     pieces = stream_texts(model, tokenizer, ids, sampling, seed, draws=[*range(n)] * len(prompts))
     texts, found = [prompt.text for prompt in prompts for _ in range(n)], list[Copied]()

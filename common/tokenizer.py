@@ -15,7 +15,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import chain
@@ -192,6 +192,14 @@ class CharTokenizer(Tokenizer):
         return {"format": FORMAT, "version": VERSION, "name": "char", "eos_id": self.eos_id, "chars": self.chars}
 
 
+def describe_unknown(counts: Mapping[str, int]) -> str:
+    """How many characters a tokenizer lacks, and which are the most frequent. counts: of each."""
+    chars = sorted(counts, key=counts.__getitem__, reverse=True)
+    shown = " ".join(map(repr, chars[:8])) + " …" * (len(chars) > 8)
+    total = sum(counts.values())
+    return f"{total:,} character{'s' * (total != 1)} that the tokenizer does not know ({shown})"
+
+
 def bytes_tokenizer() -> Tokenizer:
     return Tokenizer("bytes", "gpt2", [*(bytes([i]) for i in range(256)), None], 256)
 
@@ -339,6 +347,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(
             f"--tokenizer={path}: cannot be read as JSON ({error}); expected a sprout_tokenizer.json or a dataset.json"
         ) from None
+    if isinstance(content, dict) and "model" in content and "format" not in content:
+        raise UserError(
+            f"--tokenizer={path}: of another program; `python -m interop import` of its model makes a folder with a"
+            " sprout_tokenizer.json, which this option takes"
+        )
     try:
         return tokenizer_from_dict(content.get("tokenizer", content) if isinstance(content, dict) else content)
     except UserError as error:

@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -27,7 +27,7 @@ import numpy as np
 
 from common.clusters import DOCUMENT_CLUSTERS, Clusters, block_count
 from common.scoring import Scored, Window, cut_windows, score_windows
-from common.tokenizer import Tokenizer
+from common.tokenizer import Tokenizer, describe_unknown
 from errors import UserError, quote
 from generation.options import SampleScriptOptions
 from model import GPT
@@ -128,7 +128,7 @@ class Scorer:
         self.by_document = options.separator is not None
         self.rows, self.notes = list[Row](), list[str]()
         self._owners = deque[Row]()  # of the windows that are not scored yet
-        self._unknown: dict[str, dict[str, int]] = {}  # file → character that the tokenizer lacks → how often
+        self._unknown: dict[str, Counter[str]] = {}  # file → character that the tokenizer lacks → how often
 
     def run(
         self, autocast: Callable[[], AbstractContextManager[object]], each: Callable[[Row, Scored], None] | None = None
@@ -192,19 +192,14 @@ class Scorer:
     def _known(self, text: str, file: str) -> str:
         """The text without characters that the tokenizer lacks, which are counted."""
         if unknown := self.tokenizer.unknown(text):
-            counts = self._unknown.setdefault(file, {})
-            for char in unknown:
-                counts[char] = counts.get(char, 0) + text.count(char)
+            counts = self._unknown.setdefault(file, Counter())
+            counts.update({char: text.count(char) for char in unknown})
             text = text.translate(dict.fromkeys(map(ord, unknown)))
         return text
 
     def _add_notes(self) -> None:
         for file, counts in list(self._unknown.items())[:3]:
-            chars = sorted(counts, key=counts.__getitem__, reverse=True)
-            shown = " ".join(map(repr, chars[:8])) + " …" * (len(chars) > 8)
-            self.notes.append(
-                f"{file}: left out {sum(counts.values()):,} characters that the char tokenizer does not know ({shown})"
-            )
+            self.notes.append(f"{file}: left out {describe_unknown(counts)}")
         if len(self._unknown) > 3:
             self.notes.append(f"characters left out in {len(self._unknown):,} files in all")
         large = [row for row in self.rows if row.eos_nats > LARGE_EOS * row.nats]

@@ -268,7 +268,8 @@ def choose_class(c: GPTConfig) -> tuple[str, dict[str, bool]]:
             lacks = {"qk_norm=true with mlp=relu2": c.qk_norm, "sliding_window with mlp=relu2": windowed}
             return "ArceeForCausalLM", problems | lacks
         if c.qk_norm:
-            return "Qwen3ForCausalLM", problems | {"bias=true with qk_norm=true": c.bias}
+            kind = "bias" if c.bias else "qkv_bias"
+            return "Qwen3ForCausalLM", problems | {f"{kind}=true with qk_norm=true": biased}
         if windowed and not biased:
             return "MistralForCausalLM", problems
         if not c.bias and c.has_qkv_bias:
@@ -311,15 +312,15 @@ def write_llama(c: GPTConfig) -> dict[str, Any]:
 
 
 def write_llama_biases(c: GPTConfig) -> dict[str, Any]:
-    return write_llama(c) | {"attention_bias": c.bias or c.has_qkv_bias, "mlp_bias": c.bias}
+    """Biases of all layers or of none; those that ours lacks are written as zeros."""
+    return write_llama(c) | dict.fromkeys(("attention_bias", "mlp_bias"), c.bias or c.has_qkv_bias)
 
 
 def write_qwen(c: GPTConfig) -> dict[str, Any]:
-    """Qwen2, Qwen3. attention_bias is Qwen3's: of the output projection too, written as zeros."""
+    """Qwen2, Qwen3."""
     kind = "full_attention" if c.sliding_window is None else "sliding_attention"
     window = {"use_sliding_window": c.sliding_window is not None, "sliding_window": c.sliding_window}
-    found = write_llama(c) | window | {"max_window_layers": 0, "layer_types": [kind] * c.n_layer}
-    return found | ({"attention_bias": c.has_qkv_bias} if c.qk_norm else {})
+    return write_llama(c) | window | {"max_window_layers": 0, "layer_types": [kind] * c.n_layer}
 
 
 def write_mistral(c: GPTConfig) -> dict[str, Any]:

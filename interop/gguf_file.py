@@ -28,9 +28,7 @@ OPTIONS = {  # class → what llama.cpp's architecture lacks of it: text → whe
     "GPT2LMHeadModel": lambda c: {f"mlp={c.mlp} (llama.cpp computes the tanh form of GELU)": c.mlp != "gelu"},
     "LlamaForCausalLM": lambda c: {},
     "Qwen2ForCausalLM": lambda c: {"sliding_window": c.sliding_window, "rope_factor": c.rope_factor},
-    "Qwen3ForCausalLM": lambda c: {
-        "sliding_window": c.sliding_window, "rope_factor": c.rope_factor, "qkv_bias=true": c.has_qkv_bias,
-    },
+    "Qwen3ForCausalLM": lambda c: {"sliding_window": c.sliding_window, "rope_factor": c.rope_factor},
     "ArceeForCausalLM": lambda c: {"bias=true with mlp=relu2": c.bias or c.has_qkv_bias},
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from model import GPTConfig
 MAX_SAMPLES, MAX_SAMPLE_BYTES = 3, 100_000
 RECIPE = (
     "optimizer", "learning_rate", "schedule", "warmup_steps", "weight_decay", "tokens_per_step", "max_steps", "dropout",
-    "label_smoothing", "ema_half_life", "seed",
+    "label_smoothing", "ema_half_life", "lora_rank", "seed",
 )  # fmt: skip
 
 
@@ -29,10 +29,11 @@ def model_card(
     """kind: the class or architecture; proof: what was compared, a line each."""
     state, run = folder.state() or {}, run_of(folder.path)
     options = dictionary(state.get("options"))
+    made = "trained" if state or described_source(folder.path) is None else "imported"
     sections = [
         front_matter(kind),
         f"# {name}",
-        f"A decoder-only Transformer of {parameters:,} parameters, trained with Sprout and exported as {kind}.",
+        f"A decoder-only Transformer of {parameters:,} parameters, {made} with Sprout and exported as {kind}.",
         "License: to be filled in by whoever publishes this model (and in the lines at the top).",
         section("Model", model_rows(config, kind, tokenizer)),
         section("Data", data_rows(state, options)),
@@ -81,10 +82,14 @@ def data_rows(state: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]
         content = read_json(Path(str(dataset.get("path"))) / "dataset.json")
     except DamagedFile:  # prepared elsewhere, or removed
         return rows
-    sizes = [f"{content[key]:,} {key}" for key in ("documents", "bytes") if isinstance(content.get(key), int)]
+    sizes = [_count(content[key], key) for key in ("documents", "bytes") if isinstance(content.get(key), int)]
     for split, files in dictionary(content.get("shards")).items():
         sizes.append(f"{sum(file.get('tokens', 0) for file in files):,} tokens in the {split} split")
     return [*rows, ", ".join(sizes)]
+
+
+def _count(number: int, plural: str) -> str:
+    return f"{number:,} {plural if number != 1 else plural.removesuffix('s')}"
 
 
 def training_rows(state: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ Owns the order of these steps and the decision whether an existing dataset can b
 import hashlib
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from common.tokenizer import PUBLISHED, Tokenizer, char_tokenizer, named_tokenizer, train_bpe
+from common.tokenizer import PUBLISHED, Tokenizer, char_tokenizer, describe_unknown, named_tokenizer, train_bpe
 from errors import UserError
 from prepare_data import PrepareOptions, folders
 from prepare_data.shard_format import SPLITS
@@ -184,7 +185,7 @@ def build(
         folder = folders.temporary(final.parent)
         tokenizer = tokenizer or _make_tokenizer(corpus, counts, rule, options)
         writers |= {split: ShardWriter(folder, split, tokenizer, options.shard_tokens) for split in SPLITS}
-        _encode(rule.pieces(corpus), tokenizer, writers, counts.bytes)
+        unknown = _encode(rule.pieces(corpus), tokenizer, writers, counts.bytes)
         shards = {split: writer.close() for split, writer in writers.items()}
         metadata = {
             "source": {"name": corpus.name, "origin": corpus.origin},
@@ -213,7 +214,7 @@ def build(
     assert dataset
     seconds = time.perf_counter() - start
     tokens = len(dataset.train) + len(dataset.val)
-    for note in rule.notes:
+    for note in (*rule.notes, *([f"left out {describe_unknown(unknown)}"] if unknown else [])):
         print(f"note: {note}")
     print(
         f"prepared {final}: {counts.n_documents()}, {counts.bytes:,} bytes →"
@@ -233,8 +234,10 @@ def describe_rule(rule: SplitRule) -> str:
 
 def _encode(
     pieces: Iterator[LabeledPiece], tokenizer: Tokenizer, writers: dict[str, ShardWriter], total_bytes: int
-) -> None:
-    """Writes `EOS document EOS … document EOS` for each split, without the first EOS if it begins inside a document."""
+) -> Counter[str]:
+    """Writes `EOS document EOS … document EOS` for each split, without the first EOS if it begins inside a document.
+    Returns how often the characters stand there that the tokenizer lacks and leaves out."""
+    unknown = Counter[str]()
     eos = np.array([tokenizer.eos_id], dtype=np.int64)
     start = time.perf_counter()
     with progress_bar("encoding", total_bytes) as bar:
@@ -244,11 +247,13 @@ def _encode(
                 if writer.tokens == 0 and piece.starts:
                     writer.append(eos)
                 writer.append(ids)
+                unknown.update({char: piece.text.count(char) for char in tokenizer.unknown(piece.text)})
                 if piece.ends:
                     writer.append(eos)
                 bar.update(len(piece.text.encode()))
             tokens = sum(writer.tokens for writer in writers.values())
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+    return unknown
 
 
 def _batches(pieces: Iterator[LabeledPiece]) -> Iterator[list[LabeledPiece]]:

@@ -20,8 +20,8 @@ from server.completions import (
 
 
 def tokenize(body: bytes, served: ServedModel) -> dict[str, Any]:
-    """The response of POST /tokenize: the ids that /v1/completions reads for the same prompt; without the
-    end-of-sequence that it adds at the start if `add_special_tokens` is false. Raises RequestError."""
+    """The response of POST /tokenize: the ids that /v1/completions reads for the same prompt; without the token that
+    it adds at the start if `add_special_tokens` is false. Raises RequestError."""
     fields = read_fields(body, ("model", "prompt", "add_special_tokens", "return_token_strs"), served)
     prompt, tokenizer = fields.get("prompt"), served.tokenizer
     if not isinstance(prompt, str):
@@ -30,8 +30,8 @@ def tokenize(body: bytes, served: ServedModel) -> dict[str, Any]:
         ids = encode_text(tokenizer, prompt)
     except UserError as error:
         raise RequestError(f"prompt: {error}", param="prompt") from None
-    adds_eos = flag(fields, "add_special_tokens", default=True) and served.sampling.prepend_eos
-    if adds_eos and not prompt.startswith(END_NAME):
+    adds_start = flag(fields, "add_special_tokens", default=True) and served.sampling.prepend_eos
+    if adds_start and not prompt.startswith(END_NAME):
         ids = [tokenizer.start_id, *ids]
     names = [token_name(tokenizer, id) for id in ids] if flag(fields, "return_token_strs") else None
     return {

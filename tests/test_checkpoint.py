@@ -253,6 +253,10 @@ def test_missing_and_empty_run_directories_name_the_command(tmp_path):
             find(tmp_path / "no run")
         with pytest.raises(UserError, match=r"has no checkpoint yet"):
             find(tmp_path)
+    with pytest.raises(
+        UserError, match=r"models/gpt2 does not exist; it is made by: .* interop import MODEL --out=models/gpt2"
+    ):
+        resolve_model_folder(Path("models/gpt2"))
 
 
 def test_resolve_model_folder_takes_a_run_a_checkpoint_and_a_model_folder(tmp_path, monkeypatch):

@@ -269,7 +269,9 @@ def test_a_damaged_cache_costs_only_time(damage, tmp_path):
 @pytest.mark.parametrize("shape", [
     {}, {"positions": "rotary", "qk_norm": True, "n_kv_head": 1, "mlp": "swiglu", "norm": "rmsnorm"},
     {"norm_position": "post", "positions": "sinusoidal", "mlp": "relu"}, {"document_mask": True, "eos_id": 3},
-    {"sliding_window": 4, "mlp": "relu2", "bias": False}, {"dropout": 0.3, "max_ngram": 3, "tie_embeddings": False},
+    {"sliding_window": 4, "mlp": "relu2", "bias": False},
+    {"positions": "rotary", "rotary_dim": 4, "head_dim": 12, "parallel_residual": True, "dropout": 0.2},
+    {"dropout": 0.3, "qkv_bias": False, "max_ngram": 3, "tie_embeddings": False},
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_gradients_differ_from_eager_ones_by_rounding(shape, dtype):

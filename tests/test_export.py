@@ -46,6 +46,7 @@ CASES = {
         "Qwen3ForCausalLM", LLAMA | {"qk_norm": True, "sliding_window": 9, "tie_embeddings": False}),
     "arcee": ("ArceeForCausalLM", LLAMA | {"mlp": "relu2", "n_kv_head": 2}),
     "arcee biases": ("ArceeForCausalLM", LLAMA | {"mlp": "relu2", "bias": True}),
+    "arcee some biases": ("ArceeForCausalLM", LLAMA | {"mlp": "relu2", "qkv_bias": True}),
     "neox": ("GPTNeoXForCausalLM", {"positions": "rotary"}),
     "neox parallel, partly rotated": (
         "GPTNeoXForCausalLM",
@@ -66,6 +67,7 @@ REFUSED = {
     "parallel_residual=true with positions=learned": {"parallel_residual": True},
     "rotary_dim=4 with norm=rmsnorm": LLAMA | {"rotary_dim": 4},
     "bias=true with qk_norm=true": LLAMA | {"bias": True, "qk_norm": True},
+    "qkv_bias=true with qk_norm=true": LLAMA | {"qkv_bias": True, "qk_norm": True},
     "qk_norm=true with mlp=relu2": LLAMA | {"mlp": "relu2", "qk_norm": True},
     "sliding_window with bias=true": LLAMA | {"bias": True, "sliding_window": 8},
     "sliding_window with norm=layernorm": {"sliding_window": 8},
@@ -325,7 +327,7 @@ def test_the_model_card_says_what_is_known_and_no_path(tmp_path, monkeypatch):
         "val_loss": 1.23456, "val_bits_per_byte": 0.98765, "tokens": 80_000,
         "environment": {"torch": "2", "device": "cpu"},
         "dataset": {"name": "novel", "path": str(home)},
-        "options": {"optimizer": "muon", "learning_rate": 0.01, "init_from": str(base), "data": str(home)},
+        "options": {"optimizer": "muon", "lora_rank": 8, "init_from": str(base), "data": str(home)},
     }  # fmt: skip
     save_checkpoint(
         tmp_path / "my run", 40, model=model.folder.model_tensors(), config=model.folder.config,
@@ -337,12 +339,19 @@ def test_the_model_card_says_what_is_known_and_no_path(tmp_path, monkeypatch):
     card = (out / "README.md").read_text("utf-8")
     for part in (
         "license: other", "# my-run", "LlamaForCausalLM", "dataset: novel", "12 documents, 34,567 bytes, 4,500 tokens",
-        "steps: 40; tokens: 80,000", "optimizer=muon", "1.2346 nats", "bits per byte: 0.9877", "read back",
-        "fine-tuned from the base (LlamaForCausalLM, someone/their-model)", "````text\nOnce ```upon``` a time\n````",
+        "steps: 40; tokens: 80,000", "optimizer=muon", "lora_rank=8", "1.2346 nats", "bits per byte: 0.9877",
+        "read back", "fine-tuned from the base (LlamaForCausalLM, someone/their-model)",
+        "````text\nOnce ```upon``` a time\n````",
     ):  # fmt: skip
         assert part in card, part
     assert str(tmp_path) not in card
     assert "old" not in card
+    assert "parameters, trained with Sprout" in card
+    (home / "dataset.json").write_text(json.dumps({"documents": 1}))
+    out, _ = export_model(tmp_path / "my run", "hf", tmp_path / "out 2", None, "best")
+    assert "- 1 document\n" in (out / "README.md").read_text("utf-8")
+    out, _ = export_model(base, "hf", tmp_path / "out 3", None, "best")
+    assert "parameters, imported with Sprout" in (out / "README.md").read_text("utf-8")
 
 
 # ---- Failures --------------------------------------------------------------------------------------------------------

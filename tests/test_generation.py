@@ -79,12 +79,15 @@ MODELS = {
     "sinusoidal": {"positions": "sinusoidal", "norm_position": "post", "scale_embeddings": True, "mlp": "relu"},
     "rotary": {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "bias": False},
     "grouped": {"n_embd": 32, "n_head": 4, "n_kv_head": 2, "positions": "rotary"},
+    "neox": {"positions": "rotary", "rotary_dim": 2, "parallel_residual": True, "mlp": "gelu_exact"},
+    "wide_heads": {"positions": "rotary", "head_dim": 10, "n_kv_head": 1, "bias": False, "qkv_bias": True,
+                   "rope_factor": 4.0, "rope_original_context": 8},
     "sliding": {"sliding_window": 3},
     "documents": {"document_mask": True},
     "documents_rotary_sliding": {"document_mask": True, "positions": "rotary", "sliding_window": 5, "n_kv_head": 1},
     "ngrams": {"max_ngram": 3, "ngram_rows": 64},
     "padded_vocabulary": {"vocab_size": 1030, "eos_id": 1029},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("keep_head", [0, 1, 4])

@@ -128,6 +128,29 @@ def test_everything_takes_the_model_folder(llama, capsys):
     assert train.main(["--eval_only", "--init_from=r", "--data=text.txt", "--device=cpu"]) == 0
 
 
+def test_what_is_not_imported_yet_is_named(llama, capsys):
+    Path("m.gguf").write_bytes(b"GGUF")
+    for path in ("a model", "m.gguf"):
+        with pytest.raises(UserError, match="has to be imported first: python -m interop import ['\"]?" + path):
+            sample.main([f"--run={path}"])
+    with pytest.raises(UserError, match=r"of another program; .*interop import"):
+        train.main(["debug", "--data=python_stdlib", "--tokenizer=a model/tokenizer.json", "--device=cpu"])
+
+
+def test_characters_without_ids_are_counted(llama, capsys):
+    run(str(llama), "--out=m")
+    text = "".join(f"the {i} inner\x07 there\n" for i in range(300))
+    Path("text.txt").write_text(text, encoding="utf-8")
+    flags = ["--max_steps=2", "--device=cpu", "--sample_tokens=0", "--tokens_per_step=64", "--run=r"]
+    assert train.main(["finetune", "--init_from=m", "--data=text.txt", *flags]) == 0
+    assert "note: left out 300 characters that the tokenizer does not know ('\\x07')" in capsys.readouterr().out
+    Path("prompt.txt").write_text("the\x07 inner", encoding="utf-8")
+    assert sample.main(["--run=m", "--prompt_file=prompt.txt", "--max_new_tokens=2", "--device=cpu"]) == 0
+    assert "does not know '\\x07'" in capsys.readouterr().err
+    assert train.main(["--resume=r", "--max_steps=3", "--device=cpu"]) == 0
+    assert "before the first step" in capsys.readouterr().out
+
+
 def test_a_shorter_context_is_cut(llama, capsys):
     run(str(llama), "--out=m", "--block_size=32")
     assert open_model_folder(Path("m")).config["block_size"] == 32

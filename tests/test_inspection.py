@@ -28,6 +28,7 @@ EOS = 256
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=128, vocab_size=257, eos_id=EOS)
 KINDS = {
     "learned": {},
+    "wide heads, partly rotated": {"positions": "rotary", "head_dim": 12, "rotary_dim": 4, "parallel_residual": True},
     "sinusoidal, after the norm": {
         "positions": "sinusoidal",
         "norm_position": "post",

@@ -139,7 +139,8 @@ def test_more_epochs_are_more_regularized():
 def test_untrained_heads_look_at_recent_tokens_where_a_run_has_few_epochs():
     assert plan(10**8, 3).values["first_attention"] == "recent"
     assert plan(20_000, 3).values["first_attention"] == "random"
-    assert "first_attention" not in plan(10**8, 3, positions="learned").values  # which has no such heads
+    for given in ({"positions": "learned"}, {"rotary_dim": 4}):  # which have no such heads
+        assert "first_attention" not in plan(10**8, 3, **given).values
 
 
 def test_the_context_is_as_long_as_the_text_allows():

@@ -212,4 +212,6 @@ def test_a_path_that_is_not_a_run_raises_with_the_next_command(tmp_path):
 def test_random_weights_are_not_the_best_ones(tmp_path, init_from, best):
     lines = [evaluation(0, 6.0), step(10), evaluation(10, 7.0), evaluation(20, 7.5)]
     run = make_run(tmp_path / "run", lines, options=OPTIONS | {"init_from": init_from})
-    assert f"Best val loss{best}" in report(run).text.replace("\n", "")
+    text = report(run).text.replace("\n", "")
+    assert f"Best val loss{best}" in text
+    assert ("Initial weightsruns/other" in text) == (init_from is not None)

@@ -242,7 +242,7 @@ def test_characters_that_the_tokenizer_lacks_are_left_out_and_counted(runs, caps
     one, other, empty = sorted(rows_of(output), key=lambda row: row["file"])
     assert {**one, "file": "", "beginning": ""} == {**other, "file": "", "beginning": ""}
     assert (empty["bits_per_byte"], empty["bytes"], empty["tokens"]) == ("nan", "0", "1")
-    assert "a.txt: left out 4 characters that the char tokenizer does not know ('Z' '1')" in output.err
+    assert "a.txt: left out 4 characters that the tokenizer does not know ('Z' '1')" in output.err
     bare = rows_of(start(capsys, f"--run={runs / 'char'}", f"--score={tmp_path}", "--output=csv", "--score_end=false"))
     assert (bare[-1]["bits_per_byte"], bare[-1]["nats_per_token"], bare[-1]["tokens"]) == ("nan", "nan", "0")
     table = start(capsys, f"--run={runs / 'char'}", f"--score={tmp_path}").out

@@ -27,7 +27,7 @@ import sample
 from common.tokenizer import bytes_tokenizer, char_tokenizer
 from errors import UserError
 from generation.options import SamplingOptions
-from generation.text import stream_texts
+from generation.text import prompt_ids, stream_texts
 from model import GPT, GPTConfig
 from server import completions
 from server.app import MAX_BODY, PAGE, Queue, Server, listen, make_app
@@ -395,6 +395,10 @@ def test_the_tokenizer_is_served_as_vllm_serves_it(url):
     assert (info["model_max_length"], info["vocab_size"], "chat_template" in info) == (32, 257, False)
     no_start = replace(SERVED, sampling=replace(SERVED.sampling, prepend_eos=False))
     assert tokenize(b'{"prompt": "a"}', no_start)["tokens"] == [97]
+    other_start = bytes_tokenizer()
+    other_start.start_id = 1
+    served = replace(SERVED, tokenizer=other_start)
+    assert tokenize(b'{"prompt": "a"}', served)["tokens"] == [1, 97] == prompt_ids(other_start, "a", True)
 
 
 @pytest.mark.parametrize(

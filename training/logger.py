@@ -196,7 +196,7 @@ def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[st
     if is_exhausted or state.progress.early_decay is not None:
         log(f"sample.py takes {find_checkpoint(run, 'best').name}, the best of the run by val loss")
     history = state.progress.history
-    if state.pretrained and history and history[0]["step"] == 0:
+    if history and history[0]["step"] == 0:  # of weights that were trained before
         best = min(entry["val_loss"] for entry in history)
         log(f"val loss {history[0]['val_loss']:.4f} before the first step, {best:.4f} at best")
     if next_argv:

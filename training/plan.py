@@ -406,7 +406,7 @@ def _model(
         reasons["block_size"] = "that of the weights" if shape.block_size == facts.context else cut
     reasons |= dict.fromkeys(ARCHITECTURE, "learns fast, and programs for the Llama and Qwen3 classes can open it")
     values = {**shape._asdict(), **ARCHITECTURE}
-    if given.get("positions", "rotary") == "rotary":
+    if given.get("positions", "rotary") == "rotary" and given.get("rotary_dim") is None:
         values["first_attention"] = "recent" if epochs < RECENT_EPOCHS else "random"
         reasons["first_attention"] = f"{epochs:.2g} epochs; recent is faster below {RECENT_EPOCHS:g}"
     return values, reasons
@@ -488,7 +488,7 @@ def _optimization(
     elif facts.fine_tuning:
         rate, why = rate * FINE_TUNING, "a third, since the weights are trained already"
     if has_adapters:
-        rate, why = LEARNING_RATE[optimizer], "of adapters, several times that of weights that are trained already"
+        rate, why = LEARNING_RATE[optimizer], "usual for adapters"
     rate = max(float(f"{rate:.1e}"), given.get("min_learning_rate", 0.0))
     warmup = 10 * max(1, min(10, round(steps / 300)))
     beta2 = max(MIN_BETA2, round(0.5 ** (outlook.tokens_per_step / BETA2_HALF_LIFE), 4))

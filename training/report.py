@@ -66,6 +66,8 @@ ROWS = {  # title: template over read_facts; a row is omitted if a fact that it 
     "Dataset": "{dataset}",
     "Parameters": "{n_params:,}, vocabulary of {vocabulary:,}",
     "Model": "{n_layer} layers, {n_head} heads, {n_embd} channels, context {block_size}, dropout {dropout:g}",
+    "Initial weights": "{init_from}",
+    "Adapters": "rank {lora_rank}",
     "Blocks": "{positions} positions, {norm}, {mlp}",
     "Optimizer": "{optimizer}, {schedule}, learning rate {learning_rate:g}, {warmup_steps} warm-up steps,"
     " weight decay {weight_decay:g}",

@@ -143,6 +143,7 @@ def write_model_folder(
     }  # fmt: skip
     contents |= {f"{name}.json": json_bytes(value) for name, value in others.items()}
     temporary = path.with_name(f".{path.name}.writing")
+    parents = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -159,6 +160,9 @@ def write_model_folder(
         raise UserError(f"{path} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in parents:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def save_base(run: Path, source: ModelFolder, weights: dict[str, Tensor], config: dict) -> dict[str, int]:

@@ -87,12 +87,24 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises DamagedFile on anything else."""
+def read_text(path: Path, limit: int = MAX_JSON) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes. Raises DamagedFile on anything else."""
+    try:
+        return _read_bytes(path, limit).decode()
+    except ValueError as error:
+        raise DamagedFile(path, f"not UTF-8 text ({error})") from error
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
     with reading(path) as size:
-        if size > MAX_JSON:
-            raise DamagedFile(path, f"{size} bytes of JSON; the maximum is {MAX_JSON}")
-        data = path.read_bytes()
+        if size > limit:
+            raise DamagedFile(path, f"{size} bytes of JSON or text; the maximum is {limit}")
+        return path.read_bytes()
+
+
+def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes. Raises DamagedFile on anything else."""
+    data = _read_bytes(path, limit)
     try:
         value = json.loads(data.decode(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:

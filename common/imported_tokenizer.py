@@ -7,12 +7,14 @@ The file is data: patterns in it are compiled as regular expressions, nothing is
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.option import show
 from common.tokenizer import FORMAT, VERSION, Tokenizer
 from errors import UserError
 
@@ -53,7 +55,7 @@ class ImportedTokenizer(Tokenizer):
 
     @cached_property
     def _is_word_level(self) -> bool:
-        return json.loads(self.definition)["model"]["type"] == "WordLevel"
+        return bool(json.loads(self.definition)["model"].get("type") == "WordLevel")
 
     def unknown(self, text: str) -> set[str]:
         """The characters of a text that have no ids; `encode` leaves them out where the library does."""
@@ -71,7 +73,8 @@ class ImportedTokenizer(Tokenizer):
         if self._is_word_level and (unknown := sorted(self.unknown(text))):
             shown = ", ".join(map(repr, unknown[:10])) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
             raise UserError(f"the tokenizer knows {len(self._characters)} characters, but not {shown}; leave them out")
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        with _library():
+            return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
 def from_dict(content: dict[str, Any]) -> ImportedTokenizer:
@@ -114,9 +117,25 @@ def read_tokenizer_json(text: str) -> dict[str, Any]:
         raise UserError(f"tokenizer.json: {sorted(unknown)[0]!r} changes the text in a way that Sprout does not follow")
     if any(part.get("add_prefix_space") for part in parts(content.get("pre_tokenizer"))):
         raise UserError("tokenizer.json: adds a space before every text (add_prefix_space), which is not supported")
+    if affix := [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]:
+        raise UserError(f"tokenizer.json: {affix[0]} writes characters that are not in the text; not supported")
     if model.get("dropout"):
         raise UserError("tokenizer.json: BPE dropout draws at random; set it to null")
+    if kind == "BPE" and isinstance(model.get("merges"), list):
+        _check_merges(model["vocab"], model["merges"])
     return content
+
+
+def _check_merges(vocab: dict[str, Any], merges: list[Any]) -> None:
+    """Raises UserError where a merge does not join two tokens to a third one: the library may panic."""
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if isinstance(merge, str) and merge.startswith("#version"):
+            continue
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise UserError(f"tokenizer.json: the merge {show(repr(merge))} is not a pair of tokens: damaged")
+        if missing := [token for token in (*pair, "".join(pair)) if token not in vocab]:
+            raise UserError(f"tokenizer.json: {show(repr(missing[0]))} of a merge is not in the vocabulary: damaged")
 
 
 def parts(component: Any) -> Iterator[dict[str, Any]]:
@@ -139,16 +158,46 @@ def backend(definition: str) -> "Backend":
         from tokenizers import Tokenizer as Backend
     except ImportError:
         raise UserError("this model's tokenizer needs the package tokenizers: pip install tokenizers") from None
-    try:
+    with _library():
         made = Backend.from_str(definition)
-    except Exception as error:
-        if type(error) not in (Exception, ValueError):  # all that the library raises
-            raise
-        raise UserError(f"tokenizer.json: the tokenizers library does not read it ({str(error)[:200]})") from None
     made.encode_special_tokens = True
+    made.post_processor = None  # adds ids: ids_around
     made.no_truncation()
     made.no_padding()
     return made
+
+
+@contextmanager
+def _library() -> Iterator[None]:
+    """Makes UserError of all that the library raises: plain exceptions, and a panic, which is a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) not in (Exception, ValueError) and type(error).__name__ != "PanicException":
+            raise
+        why = " ".join(str(error)[:200].split())
+        raise UserError(f"tokenizer.json: the tokenizers library does not read it ({why})") from None
+
+
+def ids_around(content: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor of a tokenizer.json writes before and after a text. Read, not tried: the library
+    panics where a token is not defined. Raises UserError."""
+    before, after = list[int](), list[int]()
+    try:
+        for part in parts(content.get("post_processor")):
+            if part["type"] == "TemplateProcessing":
+                pieces, tokens = part["single"], part["special_tokens"]
+                [place] = [i for i, piece in enumerate(pieces) if "Sequence" in piece]
+                names = [
+                    [piece["SpecialToken"]["id"] for piece in side] for side in (pieces[:place], pieces[place + 1 :])
+                ]
+                first, last = ([id for name in side for id in tokens[name]["ids"]] for side in names)
+                before, after = first + before, after + last
+            elif part["type"] in ("BertProcessing", "RobertaProcessing"):
+                before, after = [part["cls"][1], *before], [*after, part["sep"][1]]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise UserError("tokenizer.json: a post_processor that does not say which tokens it adds: damaged") from None
+    return before, after
 
 
 def token_bytes(content: dict[str, Any], made: "Backend") -> list[bytes | None]:

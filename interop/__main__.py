@@ -71,19 +71,32 @@ def run_import(arguments: argparse.Namespace) -> int:
 
         path = fetch(given, arguments.pt)
     else:
-        path = Path(given).expanduser()
-    out = Path(arguments.out or f"models/{name_for(given)}")
-    if out.exists():
-        raise UserError(f"{out} exists; remove it, or give another folder with --out=DIR")
-    source = open_source(path, pickle=arguments.pt, tokenizer=arguments.tokenizer, eos=arguments.eos)
-    for note in source.notes:
-        print(f"note: {note}")
-    config = import_model(source, out, arguments.block_size)
+        path = expanded("PATH", given)
+    out = expanded("--out", arguments.out) if arguments.out else Path("models", name_for(given))
+    try:
+        if out.exists():
+            raise UserError(f"{out} exists; remove it, or give another folder with --out=DIR")
+        source = open_source(path, pickle=arguments.pt, tokenizer=arguments.tokenizer, eos=arguments.eos)
+        for note in source.notes:
+            print(f"note: {note}")
+        config = import_model(source, out, arguments.block_size)
+    except OSError as error:  # no permission, too long a name, a disk that fails
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
     shown = quote(str(out))
     print(f"{source.kind}: {describe(config)}")
     print(f'wrote {out}; next:\n  python sample.py --run={shown} --prompt="Once upon a time"')
     print(f"  python train.py finetune --init_from={shown} --data=my_novel.txt --budget_minutes=30")
     return 0
+
+
+def expanded(what: str, text: str) -> Path:
+    """A path as typed, ~ replaced. Raises UserError."""
+    from common.option import expand_home
+
+    try:
+        return Path(expand_home(text))
+    except ValueError as error:
+        raise UserError(f"{what}={text}: {error}") from None
 
 
 def run_export(arguments: argparse.Namespace) -> int:
@@ -108,8 +121,8 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def name_for(source: str) -> str:
     """The name of a model folder: that of the file or folder without extension."""
-    path = Path(source.rstrip("/\\")).expanduser()
-    name = path.resolve().name if not path.name else path.name
+    path = Path(source.rstrip("/\\") or source)
+    name = path.resolve().name if path.name in ("", "..") else path.name
     return path.stem if path.suffix in (".gguf", ".pt", ".bin", ".pth") else name
 
 

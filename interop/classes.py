@@ -6,10 +6,11 @@ config.json, to which gguf_source.py translates GGUF's fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from common.option import section_from
+from common.option import section_from, show
 from errors import UserError
 from interop import layouts
 from model import GPTConfig
@@ -26,23 +27,29 @@ class Class(NamedTuple):
 
 def read_config(config: Config, name: str) -> dict[str, Any]:
     """GPTConfig's options, without the vocabulary, of a config.json of the class `name`. Raises UserError."""
-    try:
+    with values_of(f"config.json of {name}"):
         return CLASSES[name].read(config)
+
+
+@contextmanager
+def values_of(where: str) -> Iterator[None]:
+    """Makes UserError of what values raise that are missing, of a wrong type or out of range. where: what has them."""
+    try:
+        yield
     except KeyError as error:
-        raise UserError(f"config.json of {name}: it lacks {error.args[0]!r}; copy the file again") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(
-            f"config.json of {name}: a value of a wrong type or range ({error}); copy the file again"
-        ) from None
+        raise UserError(f"{where}: it lacks {show(repr(error.args[0]))}; copy the file again") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError, IndexError, RuntimeError) as error:
+        why = " ".join(str(error)[:200].split())
+        raise UserError(f"{where}: a value of a wrong type or range ({why}); copy the file again") from None
 
 
 def class_of(config: Config) -> str:
     """The name of the class that a config.json asks for. Raises UserError where model.py does not cover it."""
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named else MODEL_TYPES.get(str(config.get("model_type")))
-    if name in CLASSES:
+    if isinstance(name, str) and name in CLASSES:
         return name
-    found = name or f"model_type {config.get('model_type')!r}"
+    found = show(name) if name else f"model_type {show(repr(config.get('model_type')))}"
     why = NOT_COVERED.get(str(config.get("model_type")), "model.py does not have what it needs")
     raise UserError(f"a model of the class {found}: {why}. Covered: {', '.join(CLASSES)}")
 
@@ -51,7 +58,7 @@ def expect(config: Config, key: str, *allowed: Any, default: Any = None) -> None
     """Raises UserError where the config has another value than those that model.py computes."""
     if (value := config.get(key, default)) not in allowed:
         expected = " or ".join(map(repr, allowed))
-        raise UserError(f"config.json: {key} is {value!r}, and model.py computes {expected} only")
+        raise UserError(f"config.json: {key} is {show(repr(value))}, and model.py computes {expected} only")
 
 
 # ---- Readers ---------------------------------------------------------------------------------------------------------
@@ -73,7 +80,7 @@ def _rope(config: Config, head_size: int, default_share: float = 1.0) -> dict[st
         original = given.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
         return found | {"rope_factor": float(given["factor"]), "rope_original_context": original}
     if kind != "default":
-        raise UserError(f"config.json: rope_type {kind!r}; model.py computes 'default' and 'llama3' only")
+        raise UserError(f"config.json: rope_type {show(repr(kind))}; model.py computes 'default' and 'llama3' only")
     return found
 
 
@@ -83,7 +90,8 @@ def _window(config: Config, is_on: bool) -> int | None:
     if kinds and not is_on:
         is_on = "sliding_attention" in kinds
     if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(f"config.json: layers with {' and '.join(sorted(kinds))}; model.py has one kind for all layers")
+        listed = show(" and ".join(sorted(map(str, kinds))))
+        raise UserError(f"config.json: layers with {listed}; model.py has one kind for all layers")
     return config.get("sliding_window") if is_on and "full_attention" not in kinds else None
 
 

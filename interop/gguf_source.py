@@ -4,6 +4,8 @@ tensors, dequantized.
 
 from __future__ import annotations
 
+import mmap
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.imported_tokenizer import ImportedTokenizer, read_tokenizer_json
+from common.option import show
 from common.tokenizer import PATTERNS
 from errors import UserError
 from files import DamagedFile
@@ -45,6 +48,9 @@ PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]] | None, dict[str, Any]]] = 
     "qwen2": (_splits(rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORD}|\p{{N}}|{_REST}"), {"normalizer": {"type": "NFC"}}),
     "gpt-4o": (_splits(PATTERNS["gpt4o"]), {}),
 }
+STRING, ARRAY = 8, 9  # kinds of values
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of the others
+MAX_ENTRIES, MAX_ARRAY = 2**16, 2**21
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 
 
@@ -55,19 +61,20 @@ def open_gguf(path: Path, eos: str | None) -> Source:
     except ImportError:
         raise UserError("importing GGUF needs the package gguf: pip install gguf") from None
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, TypeError, OverflowError) as error:
-        raise DamagedFile(
-            path, f"the gguf package does not read it ({str(error)[:200]}); it may be incomplete"
-        ) from None
+    except (ValueError, LookupError, OSError, TypeError, ArithmeticError, RuntimeError, struct.error) as error:
+        why = " ".join(str(error)[:200].split())
+        raise DamagedFile(path, f"the gguf package does not read it ({why}); it may be incomplete") from None
     architecture = fields.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{path}: a GGUF of the architecture {architecture!r}; covered are {known}")
+        raise UserError(f"{path}: a GGUF of the architecture {show(repr(architecture))}; covered are {known}")
     name, layout = ARCHITECTURES[architecture]
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = as_transformers(fields, architecture, tensors)
+    with classes.values_of(f"{path}: the fields of {architecture}"):
+        config = as_transformers(fields, architecture, tensors)
     options = classes.read_config(config, name)
 
     def read(wanted: str) -> Tensor:
@@ -75,17 +82,53 @@ def open_gguf(path: Path, eos: str | None) -> Source:
 
     if "rope_freqs.weight" in tensors:
         original = fields.get(f"{architecture}.rope.scaling.original_context_length", 8192)
-        options |= rope_scaling(read("rope_freqs.weight"), options["rope_theta"], original)
+        with classes.values_of(f"{path}: rope_freqs.weight"):
+            options |= rope_scaling(read("rope_freqs.weight"), options["rope_theta"], original)
     facts = {"class": name, "gguf": {key: value for key, value in fields.items() if key.startswith("general.")}}
     kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors})
     notes = (
         [] if set(kinds) <= {"F32", "F16", "BF16"} else [f"dequantized from {', '.join(kinds)}: near the original only"]
     )
-    size = 4 * sum(int(np.prod(tensor.shape)) for tensor in reader.tensors)
+    size = 4 * sum(tensor.n_elements for tensor in reader.tensors)
     names = set(tensors) - {"rope_freqs.weight"}
     return Source(
         f"GGUF {architecture}", options, layout, names, read, size, tokenizer_of(fields, path, eos), facts, notes
     )
+
+
+def check_header(path: Path) -> None:
+    """Walks over the fields. Raises ValueError, KeyError or struct.error where they do not end inside the file: the
+    package would go on for as many steps as a count says, and take memory for each."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        version, n_tensors, n_fields = struct.unpack_from("<IQQ", data, 4)
+        if version not in (2, 3):
+            raise ValueError(f"version {version}, expected 2 or 3, little-endian")
+        if max(n_tensors, n_fields) > MAX_ENTRIES:
+            raise ValueError(f"{n_tensors} tensors and {n_fields} fields")
+        at = 24
+        for _ in range(n_fields):
+            at = _end_of(data, at, STRING)
+            (kind,) = struct.unpack_from("<I", data, at)
+            at = _end_of(data, at + 4, kind)
+
+
+def _end_of(data: mmap.mmap, at: int, kind: int) -> int:
+    """Where a value ends."""
+    if kind == STRING:
+        end = at + 8 + struct.unpack_from("<Q", data, at)[0]
+    elif kind == ARRAY:
+        of, count = struct.unpack_from("<IQ", data, at)
+        end = at + 12
+        if count > MAX_ARRAY or of == ARRAY:
+            raise ValueError(f"an array of {count} values")
+        for _ in range(count if of == STRING else 0):
+            end = _end_of(data, end, STRING)
+        end += 0 if of == STRING else count * SIZES[of]
+    else:
+        end = at + SIZES[kind]
+    if end > len(data):
+        raise ValueError("its fields go on after its end")
+    return end
 
 
 def as_transformers(fields: Mapping[str, Any], architecture: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +138,7 @@ def as_transformers(fields: Mapping[str, Any], architecture: str, tensors: Mappi
         return fields.get(f"{architecture}.{key}", default)
 
     if (scaling := own("rope.scaling.type", "none")) not in ("none", "linear") or own("rope.scaling.factor", 1) != 1:
-        raise UserError(f"GGUF: rope.scaling.type {scaling!r}, which model.py does not compute")
+        raise UserError(f"GGUF: rope.scaling.type {show(repr(scaling))}, which model.py does not compute")
     heads, width = own("attention.head_count"), own("embedding_length")
     for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
         if isinstance(own(key), list):
@@ -154,25 +197,32 @@ def dequantized(tensor: Any, path: Path) -> Tensor:
             values = np.array(tensor.data)  # a copy: the file stays as it is
         else:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except (NotImplementedError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: {tensor.name!r} is {kind}, which the gguf package does not read ({error})") from None
-    made = torch.from_numpy(values).reshape(shape)
+        made = torch.from_numpy(values).reshape(shape)
+    except (NotImplementedError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        name = show(repr(tensor.name))
+        raise UserError(f"{path}: {name} is {kind}, which the gguf package does not read ({error})") from None
     return made.to(torch.bfloat16) if kind == "BF16" else made
 
 
 def tokenizer_of(fields: Mapping[str, Any], path: Path, eos: str | None) -> ImportedTokenizer:
     """The tokenizer in the fields. Raises UserError."""
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
-    tokens, merges = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.merges")
-    if kind != "gpt2" or not isinstance(tokens, list) or not isinstance(merges, list):
+    tokens, merges = fields.get("tokenizer.ggml.tokens", []), fields.get("tokenizer.ggml.merges", [])
+    if kind != "gpt2":
         raise UserError(
-            f"{path}: a tokenizer of the kind {kind!r}; covered is byte-level BPE (gpt2). SentencePiece (llama), as in"
-            " Llama 2, is not"
+            f"{path}: a tokenizer of the kind {show(repr(kind))}; covered is byte-level BPE (gpt2). SentencePiece"
+            " (llama), as in Llama 2, is not"
         )
-    if pre not in PRE_TOKENIZERS:
-        raise UserError(f"{path}: the split pattern {pre!r} is not known; known are {', '.join(PRE_TOKENIZERS)}")
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        raise UserError(
+            f"{path}: the split pattern {show(repr(pre))} is not known; known are {', '.join(PRE_TOKENIZERS)}"
+        )
     before, settings = PRE_TOKENIZERS[pre]
     settings = dict(settings)
+    lists = [tokens, merges, fields.get("tokenizer.ggml.token_type", tokens)]
+    is_whole = all(isinstance(value, list) for value in lists) and len(lists[2]) == len(tokens)
+    if not is_whole or not all(isinstance(text, str) for text in [*tokens, *merges]):
+        raise DamagedFile(path, "tokenizer.ggml.tokens, merges and token_type are not lists that belong together")
     types = fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     special = [token for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL]
     added = [token for token, type_ in zip(tokens, types, strict=True) if type_ == USER_DEFINED]
@@ -181,8 +231,10 @@ def tokenizer_of(fields: Mapping[str, Any], path: Path, eos: str | None) -> Impo
     pairs = [pair for pair in pairs if len(pair) == 2 and "".join(pair) in vocab]
     definition = bpe_definition(vocab, pairs, special, before, added=added, **settings)
     named = [eos, fields.get("tokenizer.ggml.eos_token_id")]
-    made = make_tokenizer(definition, read_tokenizer_json(definition), named, fields.get("tokenizer.chat_template"))
+    template = fields.get("tokenizer.chat_template")
+    template = template if isinstance(template, str) else None
+    made = make_tokenizer(definition, read_tokenizer_json(definition), named, template)
     bos = fields.get("tokenizer.ggml.bos_token_id")
-    if fields.get("tokenizer.ggml.add_bos_token") and isinstance(bos, int):
+    if fields.get("tokenizer.ggml.add_bos_token") and type(bos) is int:
         return ImportedTokenizer(definition, made.eos_id, bos, made.chat_template)
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from checkpoint import write_model_folder
 from common.memory import require_memory
+from common.option import show
 from common.weights import count_parameters, meta_model
 from errors import UserError
+from files import json_bytes
 from interop import classes
 from interop.layouts import Entry, join
 from interop.sources import FLOATS, IGNORED, Source
@@ -23,12 +26,17 @@ MEMORY_MARGIN = 2**28  # bytes: a tensor at a time in its other form, and Python
 def import_model(source: Source, out: Path, block_size: int | None = None) -> GPTConfig:
     """Writes the model folder `out`, which must not exist. block_size: a shorter context than the model's own. Raises
     UserError, and then leaves nothing behind."""
-    options = source.options
+    config = classes.to_config(source.options, source.tokenizer.vocab_size, source.tokenizer.eos_id)
     if block_size is not None:
-        options = options | {"block_size": block_size}
-        if block_size > source.options["block_size"]:
-            raise UserError(f"--block_size={block_size}: the model's context is {source.options['block_size']}")
-    config = classes.to_config(options, source.tokenizer.vocab_size, source.tokenizer.eos_id)
+        if not 1 <= block_size <= config.block_size:
+            context = f"the model's context is {config.block_size}"
+            raise UserError(f"--block_size={block_size}: {context}; expected 1 to {config.block_size}")
+        config = replace(config, block_size=block_size)
+    try:
+        json_bytes(source.facts)
+    except (ValueError, TypeError, RecursionError) as error:
+        where = "the metadata of the model (config.json, generation_config.json, a GGUF's fields)"
+        raise UserError(f"{where} cannot be kept: {str(error)[:200]}; copy its files again") from None
     require_memory(source.bytes + MEMORY_MARGIN, "the import")
     tensors = read_tensors(source, config)
     write_model_folder(out, tensors, config.to_dict(), source.tokenizer.to_dict(), {"source": source.facts})
@@ -67,26 +75,31 @@ def actual_name(name: str, names: set[str]) -> str | None:
 def read_entry(entry: Entry, names: list[str], source: Source, config: GPTConfig, shape: tuple[int, ...]) -> Tensor:
     """Our tensor of an entry, with the rows of the vocabulary and the positions that the model has. Raises
     UserError."""
-    given = [source.read(name) for name in names]
-    for name, tensor in zip(names, given, strict=True):
-        if tensor.dtype not in FLOATS:
-            raise UserError(f"{name!r} is {tensor.dtype}, expected float32, float16 or bfloat16: quantized?")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{name!r} holds NaN or infinity; copy the file again from its source")
+    given = [read_floats(source, name) for name in names]
     try:
         joined = join(entry, given, config)
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
         raise UserError(f"{names[0]!r}: the shapes {shapes} do not fit the config") from None
-    if entry.ours in ("embed.weight", "head.weight", "position.weight") and len(joined) >= shape[0]:
+    rows = len(joined) if joined.ndim else 0
+    if entry.ours in ("embed.weight", "head.weight", "position.weight") and rows >= shape[0]:
         joined = joined[: shape[0]].clone()
     elif entry.ours in ("embed.weight", "head.weight"):
-        raise UserError(
-            f"{names[0]!r} has {len(joined)} rows, and the tokenizer {shape[0]} ids: they do not belong together"
-        )
+        raise UserError(f"{names[0]!r} has {rows} rows, and the tokenizer {shape[0]} ids: they do not belong together")
     if tuple(joined.shape) != shape:
         raise UserError(f"{names[0]!r} becomes {tuple(joined.shape)}, and the config says {shape}")
-    return joined.float() if joined.dtype == torch.float64 else joined.contiguous()
+    return joined.contiguous()
+
+
+def read_floats(source: Source, name: str) -> Tensor:
+    """Their tensor, float64 as float32. Raises UserError where it is of another kind, or holds NaN or infinity."""
+    tensor = source.read(name)
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"{name!r} is {tensor.dtype}, expected float32, float16 or bfloat16: quantized?")
+    tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{name!r} holds NaN or infinity; copy the file again from its source")
+    return tensor
 
 
 def refuse_extra(
@@ -96,14 +109,14 @@ def refuse_extra(
     extra = {name for name in source.names - used if not IGNORED.fullmatch(name)}
     head = next((name for entry in entries if entry.ours == "head.weight" for name in entry.theirs), "")
     if config.tie_embeddings and head in extra:  # a copy of the embedding
-        rows = source.read(head)[: config.vocab_size]
-        if rows.shape != found["embed.weight"].shape or not torch.equal(rows, found["embed.weight"]):
+        rows = read_floats(source, head)
+        if not rows.ndim or not torch.equal(rows[: config.vocab_size], found["embed.weight"]):
             raise UserError(f"{head!r} differs from the embedding, and the config ties the two (tie_word_embeddings)")
         extra.remove(head)
-    zeros = {name for name in extra if name.endswith("bias") and not source.read(name).any()}
+    zeros = {name for name in extra if name.endswith("bias") and not read_floats(source, name).any()}
     if extra := extra - zeros:
-        name = sorted(extra)[0]
-        raise UserError(f"the weights hold {name!r}, which model.py does not use here ({len(extra)} too many)")
+        name = show(repr(sorted(extra)[0]))
+        raise UserError(f"the weights hold {name}, which model.py does not use here ({len(extra)} too many)")
 
 
 def describe(config: GPTConfig) -> str:

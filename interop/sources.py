@@ -7,6 +7,8 @@ wrote (nanoGPT's ckpt.pt, pytorch_model.bin; only with pickle allowed), llm.c's 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,15 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.imported_tokenizer import ImportedTokenizer, backend, read_tokenizer_json
+from common.imported_tokenizer import ImportedTokenizer, backend, ids_around, read_tokenizer_json
+from common.option import show
 from common.tokenizer import Tokenizer, named_tokenizer
 from errors import UserError, quote
-from files import DamagedFile, read_json
+from files import DamagedFile, read_json, read_text
 from interop import classes, layouts
 
 IGNORED = re.compile(  # buffers in older files: masks, and frequencies of the rotation
     r".*(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)|lm_head\.bias\b.*zero"
 )
+MAX_SETTINGS, MAX_TOKENIZER = 2**24, 2**26  # bytes of JSON, which takes up to 30 times as much memory
 FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
 
@@ -49,12 +53,20 @@ def open_source(path: Path, *, pickle: bool, tokenizer: str | None, eos: str | N
     """The model in a folder or file. pickle: torch.save's files may be read, by torch's restricted unpickler.
     tokenizer: for files that have none. eos: the name of the end-of-sequence token, where another one is wanted. Raises
     UserError."""
+    if path.is_dir() and not (path / "config.json").exists() and len(found := [*path.glob("*.gguf")]) == 1:
+        path = found[0]  # what `export --to=gguf` writes
     if path.is_dir():
         return open_transformers(path, pickle, eos)
     if not path.is_file():
+        exists = os.path.lexists(path)
+        why = (
+            "neither a file nor a folder (a link to nothing, a pipe, a device)" if exists else "no such file or folder"
+        )
+        is_name = not exists and re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", str(path))
+        name = str(path) if is_name else "OWNER/NAME"
         raise UserError(
-            f"{path}: no such file or folder. Expected a folder with config.json and model.safetensors, a .gguf file,"
-            " nanoGPT's ckpt.pt or llm.c's .bin; a model of the Hugging Face hub needs --download"
+            f"{path}: {why}. Expected a folder with config.json and model.safetensors, a .gguf file, nanoGPT's"
+            f" ckpt.pt or llm.c's .bin; for a model of the Hugging Face hub: python -m interop import {name} --download"
         )
     with path.open("rb") as file:
         head = file.read(8)
@@ -77,7 +89,7 @@ def open_transformers(folder: Path, pickle: bool, eos: str | None) -> Source:
     if not (folder / "config.json").is_file():
         ours = "; it is a run or model folder of Sprout already" if (folder / "checkpoints").is_dir() else ""
         raise UserError(f"{folder}: has no config.json, so it is no transformers model{ours}")
-    config = read_json((folder / "config.json").resolve())
+    config = read_object(folder / "config.json")
     if (folder / "sprout_tokenizer.json").is_file():
         again = f"python sample.py --run={quote(str(folder))}"
         raise UserError(f"{folder}: is a model folder of Sprout already: {again}")
@@ -106,9 +118,14 @@ def open_transformers(folder: Path, pickle: bool, eos: str | None) -> Source:
     )
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file; the hub's cache consists of links."""
+    return read_json(path.resolve(), MAX_SETTINGS)
+
+
 def _facts(folder: Path) -> dict[str, Any]:
     generation = folder / "generation_config.json"
-    return {"generation_config": read_json(generation.resolve())} if generation.is_file() else {}
+    return {"generation_config": read_object(generation)} if generation.is_file() else {}
 
 
 def open_safetensors(folder: Path) -> tuple[set[str], Callable[[str], Tensor], int] | None:
@@ -118,7 +135,7 @@ def open_safetensors(folder: Path) -> tuple[set[str], Callable[[str], Tensor], i
     if single.is_file():
         files = {single}
     elif index.is_file():
-        listed = read_json(index.resolve()).get("weight_map")
+        listed = read_object(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
             raise DamagedFile(index, "has no weight_map")
         if outside := [file for file in listed.values() if Path(file).name != file]:
@@ -131,9 +148,9 @@ def open_safetensors(folder: Path) -> tuple[set[str], Callable[[str], Tensor], i
         if not file.is_file():
             raise DamagedFile(file, "is missing; the download is not complete")
         try:
-            with safe_open(file, framework="pt") as tensors:
+            with file.open("rb"), safe_open(file, framework="pt") as tensors:  # open says why a file cannot be read
                 place |= dict.fromkeys(tensors.keys(), file)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             raise DamagedFile(file, f"damaged, or not complete ({error})") from None
 
     def read(name: str) -> Tensor:
@@ -145,15 +162,12 @@ def open_safetensors(folder: Path) -> tuple[set[str], Callable[[str], Tensor], i
 
 def open_pickled(folder: Path, allowed: bool) -> tuple[set[str], Callable[[str], Tensor], int]:
     """The same of pytorch_model.bin. Raises UserError."""
-    files = sorted(folder.glob("pytorch_model*.bin"))
+    files = sorted(file for file in folder.glob("pytorch_model*.bin") if file.is_file())
     if not files:
         raise UserError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
     tensors = dict[str, Tensor]()
     for file in files:
-        content = load_pickled(file, allowed)
-        if not all(isinstance(value, Tensor) for value in content.values()):
-            raise DamagedFile(file, "holds something else than tensors by name")
-        tensors |= content
+        tensors |= plain_tensors(file, load_pickled(file, allowed))
     return set(tensors), tensors.__getitem__, sum(file.stat().st_size for file in files)
 
 
@@ -161,7 +175,7 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], eos: str | None) -> 
     """The tokenizer of a transformers folder. Raises UserError."""
     path, vocab = folder / "tokenizer.json", folder / "vocab.json"
     if path.is_file():
-        definition = path.read_text("utf-8")
+        definition = read_text(path.resolve(), MAX_TOKENIZER)
     elif vocab.is_file() and (folder / "merges.txt").is_file():
         definition = gpt2_definition(folder)
     else:
@@ -171,10 +185,10 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], eos: str | None) -> 
         )
     content, settings = read_tokenizer_json(definition), dict[str, Any]()
     if (folder / "tokenizer_config.json").is_file():
-        settings = read_json((folder / "tokenizer_config.json").resolve())
+        settings = read_object(folder / "tokenizer_config.json")
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if file.is_file():
-        template = file.read_text("utf-8")
+        template = read_text(file.resolve(), MAX_SETTINGS)
     named = [eos, settings.get("eos_token"), config.get("eos_token_id")]
     return make_tokenizer(definition, content, named, template if isinstance(template, str) else None)
 
@@ -192,25 +206,28 @@ def make_tokenizer(
         if eos_id is not None:
             break
         if name is not None and name is named[0]:
-            raise UserError(f"--eos={name}: the tokenizer has no such token; special ones are {_special(content)}")
+            raise UserError(
+                f"--eos={show(name)}: the tokenizer has no such token; special ones are {_special(content)}"
+            )
     else:
         raise UserError(
             f"the tokenizer does not say which token ends a text; name it with --eos=TOKEN: {_special(content)}"
         )
-    with_start, without = (made.encode("x", add_special_tokens=flag).ids for flag in (True, False))
-    start = with_start[: with_start.index(without[0])] if without and without[0] in with_start else []
+    start, _ = ids_around(content)
     return ImportedTokenizer(definition, eos_id, start[0] if start else None, template)
 
 
 def _special(content: Mapping[str, Any]) -> str:
     names = [token.get("content", "") for token in content.get("added_tokens") or [] if token.get("special")]
-    return ", ".join(map(repr, names[:12])) or "none"
+    return ", ".join(show(repr(name)) for name in names[:12]) or "none"
 
 
 def gpt2_definition(folder: Path) -> str:
     """A tokenizer.json of vocab.json and merges.txt, as GPT-2's tokenizer was published."""
-    vocab = read_json((folder / "vocab.json").resolve())
-    lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+    vocab = read_object(folder / "vocab.json")
+    if not all(type(id) is int for id in vocab.values()):
+        raise DamagedFile(folder / "vocab.json", "expected an id for every token")
+    lines = read_text((folder / "merges.txt").resolve(), MAX_SETTINGS).splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
     special = [token for token in ("<|endoftext|>",) if token in vocab]
     return bpe_definition(vocab, [line.split(" ") for line in merges], special)
@@ -255,19 +272,43 @@ def load_pickled(path: Path, allowed: bool) -> dict[str, Any]:
             f"{path}: a pickle file, which Sprout reads only when asked: add --pt. torch's restricted unpickler then"
             " reads tensors and plain values, and refuses everything else"
         )
+    import pickle
+    import struct
+    import zipfile
+
+    # what a damaged stream of instructions makes the unpickler raise
+    errors = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                    raise DamagedFile(path, "is compressed, as torch.save's files never are")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=path.stat().st_size > 2**20)
-    except (RuntimeError, ValueError, EOFError, OSError, AttributeError, KeyError, pickle_error()) as error:
-        raise UserError(f"{path}: torch's restricted unpickler does not read it ({str(error)[:300]})") from None
+    except (*errors, EOFError, OSError, MemoryError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        why = " ".join(str(error)[:300].split())
+        raise UserError(f"{path}: torch's restricted unpickler does not read it ({why})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
     return content
 
 
-def pickle_error() -> type[Exception]:
-    import pickle
-
-    return pickle.UnpicklingError
+def plain_tensors(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """content, which a pickle file gave, as tensors that have their memory in the file. Raises UserError."""
+    size = 0
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise DamagedFile(path, f"holds something else than tensors by name: {show(repr(name))}")
+        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        if not is_plain or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
+            raise DamagedFile(
+                path, f"{show(repr(name))} is no plain tensor (sparse, nested, quantized or without data)"
+            )
+        size += tensor.nbytes
+    if size > 2 * path.stat().st_size + 2**20:  # tied tensors share their memory; an expanded one has none
+        raise UserError(
+            f"{path}: its tensors would take {size:,} bytes, the file has {path.stat().st_size:,}: not read"
+        )
+    return dict(content)
 
 
 def open_nanogpt(path: Path, pickle: bool, tokenizer: str | None) -> Source:
@@ -277,15 +318,10 @@ def open_nanogpt(path: Path, pickle: bool, tokenizer: str | None) -> Source:
     if not isinstance(arguments, dict) or not isinstance(weights, dict):
         found = ", ".join(sorted(map(str, content))[:6])
         raise UserError(f"{path}: not a checkpoint of nanoGPT: expected entries model and model_args; found {found}")
-    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
-    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"{path}: model holds something else than tensors")
-    storages = [tensor.untyped_storage() for tensor in tensors.values()]  # tied tensors share one
-    size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    if size > 1.05 * path.stat().st_size + 2**20:
-        raise UserError(
-            f"{path}: its tensors would take {size:,} bytes, the file has {path.stat().st_size:,}: not read"
-        )
+    tensors = {
+        name.removeprefix("_orig_mod."): tensor.detach() for name, tensor in plain_tensors(path, weights).items()
+    }
+    size = sum(tensor.nbytes for tensor in tensors.values())
     names = {"n_layer", "n_head", "n_embd", "block_size", "bias"}
     if missing := sorted(names - arguments.keys()):
         raise UserError(f"{path}: model_args lacks {missing[0]!r}")
@@ -323,21 +359,20 @@ def open_llmc(path: Path, head: bytes, tokenizer: str | None) -> Source:
     if min(header[2:8], default=0) < 1:
         raise DamagedFile(path, "no header of llm.c's checkpoints")
     T, V, L, H, C, padded = header[2:8]
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (padded, C), "wpe.weight": (T, C)}
-    for name, shape in {
+    dtype, layer_shapes = LLMC_DTYPES[version], {
         "ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
         "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),
         "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,), "mlp.c_proj.weight": (C, 4 * C),
         "mlp.c_proj.bias": (C,),
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    count = (padded + T + 2) * C + L * sum(map(math.prod, layer_shapes.values()))
+    if path.stat().st_size != (expected := 1024 + count * dtype.itemsize):
+        raise DamagedFile(path, f"{path.stat().st_size} bytes, but its header says {expected}")
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (padded, C), "wpe.weight": (T, C)}
+    for name, shape in layer_shapes.items():
         shapes |= {f"h.{layer}.{name}": shape for layer in range(L)}
     shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
-    dtype = LLMC_DTYPES[version]
-    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
-    if path.stat().st_size != 1024 + sum(sizes) * dtype.itemsize:
-        raise DamagedFile(
-            path, f"{path.stat().st_size} bytes, but its header says {1024 + sum(sizes) * dtype.itemsize}"
-        )
+    sizes = [math.prod(shape) for shape in shapes.values()]
     numbers = torch.from_file(str(path), size=512 * (4 // dtype.itemsize) // 2 + sum(sizes), dtype=dtype)
     values = numbers[1024 // dtype.itemsize :].split(sizes)
     tensors = {

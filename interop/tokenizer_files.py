@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from common.imported_tokenizer import CHARACTER_OF, ImportedTokenizer, backend
+from common.imported_tokenizer import CHARACTER_OF, ImportedTokenizer, ids_around
 from common.tokenizer import PATTERNS, CharTokenizer, Tokenizer
 from interop.sources import bpe_definition
 
@@ -132,9 +132,8 @@ def prepended_id(tokenizer: Tokenizer) -> int | None:
     """The id with which the written tokenizer begins a text, if any: for an imported one what its own file says."""
     if not isinstance(tokenizer, ImportedTokenizer):
         return tokenizer.eos_id
-    made = backend(tokenizer.definition)
-    with_start, without = (made.encode("x", add_special_tokens=flag).ids for flag in (True, False))
-    return with_start[0] if with_start[-len(without) :] == without and len(with_start) > len(without) else None
+    before, after = ids_around(json.loads(tokenizer.definition))
+    return before[0] if before and not after else None
 
 
 def tokenizer_config(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:

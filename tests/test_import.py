@@ -1,9 +1,15 @@
 """Importing: python -m interop import. The slow tests compare with transformers itself, where it is installed."""
 
+import contextlib
 import importlib.util
 import json
+import os
 import random
 import shutil
+import struct
+import sys
+import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +20,13 @@ from safetensors.torch import save_file
 import sample
 import train
 from checkpoint import open_model_folder
-from common.imported_tokenizer import CHARACTER_OF, ImportedTokenizer
+from common.imported_tokenizer import CHARACTER_OF, ImportedTokenizer, ids_around
 from common.tokenizer import named_tokenizer, tokenizer_from_dict
 from common.weights import build_for_weights, count_parameters, import_weights, meta_model
 from errors import UserError
 from interop import __main__ as interop
 from interop import classes, layouts
+from interop.gguf_source import check_header
 from interop.sources import bpe_definition, open_source, read_tokenizer
 from model import GPT, GPTConfig, rotary_table
 
@@ -37,7 +44,8 @@ def tiny_definition(**settings: object) -> str:
     return bpe_definition(vocab, merges, SPECIAL, **settings)
 
 
-IDS = len(json.loads(tiny_definition())["model"]["vocab"])
+MODEL = json.loads(tiny_definition())["model"]
+IDS = len(MODEL["vocab"])
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "hidden_size": 32, "intermediate_size": 48, "hidden_act": "silu", "rms_norm_eps": 1e-5,
@@ -155,6 +163,7 @@ def test_a_shorter_context_is_cut(llama, capsys):
     run(str(llama), "--out=m", "--block_size=32")
     assert open_model_folder(Path("m")).config["block_size"] == 32
     assert "--block_size=65: the model's context is 64" in message(str(llama), "--out=n", "--block_size=65")
+    assert "expected 1 to 64" in message(str(llama), "--out=n", "--block_size=0")
     Path("text.txt").write_text("".join(f"the {i} inner there\n" for i in range(300)), encoding="utf-8")
     flags = ["--max_steps=1", "--device=cpu", "--sample_tokens=0", "--tokens_per_step=64", "--block_size=16", "--run=r"]
     assert train.main(["finetune", "--init_from=m", "--data=text.txt", *flags]) == 0
@@ -226,13 +235,28 @@ def test_several_files_with_an_index(llama):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
         ({"num_key_value_heads": 3}, "not divisible"),
         ({"rms_norm_eps": -1}, "norm_eps"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "Covered: GPT2LMHeadModel"),
+        ({"rope_theta": 10**400}, "wrong type or range"),
+        ({"rope_theta": "x" * 10**6}, "wrong type or range"),
+        ({"rope_scaling": [1]}, "wrong type or range"),
+        ({"hidden_act": "x" * 10**6}, "hidden_act is 'xxx"),
+        ({"architectures": ["MistralForCausalLM"], "layer_types": [1, "x"]}, "one kind for all layers"),
+        ({"extra": ["@"] * 2**23}, "the maximum is 16777216"),
     ],
 )
 def test_configs_that_do_not_fit(llama, change, expected):
     (llama / "config.json").write_text(json.dumps(LLAMA | change))
-    assert expected in message(str(llama), "--out=m")
-    assert not Path("m").exists()
-    assert not list(Path().glob(".*writing"))
+    said = message(str(llama), "--out=m")
+    assert expected in said
+    assert len(said) < 1000
+    assert os.listdir() == ["a model"]
+
+
+@pytest.mark.parametrize("value", ["1e999", "[" * 5000 + "]" * 5000, "NaN", "1" * 5000])
+def test_values_that_no_json_of_ours_may_hold(llama, value):
+    (llama / "generation_config.json").write_text(json.dumps({"key": "@"}).replace('"@"', value))
+    assert "generation_config.json" in message(str(llama), "--out=m")
+    assert os.listdir() == ["a model"]
 
 
 def test_tensors_that_do_not_fit(llama):
@@ -247,6 +271,11 @@ def test_tensors_that_do_not_fit(llama):
     assert "int8" in with_tensors(model__norm__weight=torch.ones(32, dtype=torch.int8))
     assert "becomes (31,)" in with_tensors(model__norm__weight=torch.ones(31))
     assert "differs from the embedding" in with_tensors(lm_head__weight=torch.ones(IDS + 3, 32))
+    assert "differs from the embedding" in with_tensors(lm_head__weight=torch.tensor(1.0))
+    assert "has 0 rows" in with_tensors(model__embed_tokens__weight=torch.tensor(1.0))
+    assert "holds NaN or infinity" in with_tensors(model__norm__weight=torch.full((32,), 1e300, dtype=torch.float64))
+    assert "float8" in with_tensors(extra__bias=torch.ones(32).to(torch.float8_e4m3fn))
+    assert len(with_tensors(**{"e" * 5000: torch.ones(3)})) < 500
     assert f"has {IDS - 1} rows" in with_tensors(model__embed_tokens__weight=torch.ones(IDS - 1, 32))
     whole = (llama / "model.safetensors").read_bytes()
     (llama / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -280,8 +309,56 @@ def test_places_that_are_no_model(llama, tmp_path):
 
 def test_a_full_disk_leaves_nothing(llama, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
-    assert "10" in message(str(llama), "--out=m") or "free" in message(str(llama), "--out=m")
-    assert not Path("m").exists()
+    assert "are free" in message(str(llama), "--out=new/folders/m")
+    assert os.listdir() == ["a model"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_files_that_are_no_text(llama, name):
+    (llama / name).write_bytes(b"\xff\xfe")
+    assert name in message(str(llama), "--out=m")
+    with (llama / name).open("wb") as file:
+        file.truncate(2**36)  # a sparse file: takes no space
+    assert "the maximum is" in message(str(llama), "--out=m")
+    (llama / name).unlink()
+    os.mkfifo(llama / name)  # would wait for a writer
+    if name in ("config.json", "tokenizer.json"):
+        assert name in message(str(llama), "--out=m")
+    else:
+        assert run(str(llama), "--out=m") == 0
+
+
+def test_paths_that_cannot_be_opened(llama):
+    os.mkfifo("pipe")
+    os.symlink("nowhere", "link")
+    for path in ("pipe", "link"):
+        assert "neither a file nor a folder" in message(path, "--out=m")
+    assert "File name too long" in message("n" * 300, "--out=m")
+    assert "File name too long" in message(str(llama), "--out=" + "n" * 300)
+    assert "no home directory of that name" in message("~nobody-of-this-name/x", "--out=m")
+    assert "no home directory of that name" in message(str(llama), "--out=~nobody-of-this-name/x")
+    assert "python -m interop import openai/gpt2 --download" in message("openai/gpt2")
+    assert "OWNER/NAME --download" in message("not a/name")
+    (llama / "model.safetensors").rename("kept")
+    weights = {"weight_map": {"x": "n" * 300}}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(weights))
+    assert "File name too long" in message(str(llama), "--out=m")
+
+
+@pytest.mark.parametrize("error", [OSError("no\nnetwork"), ValueError("x" * 10**5), RuntimeError("broken")])
+def test_a_download_that_fails(tmp_path, monkeypatch, error):
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    module = types.SimpleNamespace(hf_hub_download=fails, snapshot_download=fails)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "owner/name/file.gguf"):
+        said = message(name, "--download")
+        assert said.startswith(f"{name} could not be fetched from the hub ({type(error).__name__}: ")
+        assert "\n" not in said
+        assert len(said) < 600
+    assert os.listdir() == []
 
 
 def test_too_little_memory_is_said_before_anything_is_read(llama, monkeypatch):
@@ -369,6 +446,8 @@ def test_a_start_token_of_its_own(llama):
     assert read_tokenizer(llama, LLAMA, SPECIAL[1]).eos_id == 1
     with pytest.raises(UserError, match="--eos=</s>: the tokenizer has no such token"):
         read_tokenizer(llama, LLAMA, "</s>")
+    content["post_processor"] = {"type": "BertProcessing", "sep": [SPECIAL[0], 0], "cls": [SPECIAL[1], 1]}
+    assert ids_around(content) == ([1], [0])
 
 
 @pytest.mark.parametrize(
@@ -382,8 +461,14 @@ def test_a_start_token_of_its_own(llama):
         ({"model": 3}, "expected an object with a model"),
         ({"pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": "x"}, "does not read it"),
         ({"pre_tokenizer": [3]}, "without a type"),
+        ({"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}},
+          {"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": {}}}, "which tokens it adds"),
+        ({"model": {**MODEL, "merges": [["<|endoftext|>", "e"]]}}, "'<|endoftext|>e' of a merge"),  # a panic
+        ({"model": {**MODEL, "merges": ["h e r"]}}, "not a pair"),
+        ({"model": {**MODEL, "continuing_subword_prefix": "##"}}, "continuing_subword_prefix"),
+        ({"model": {**MODEL, "end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
     ],
-)
+)  # fmt: skip
 def test_tokenizers_that_are_refused(llama, change, expected):
     (llama / "tokenizer.json").write_text(json.dumps(json.loads(tiny_definition()) | change))
     assert expected in message(str(llama), "--out=m")
@@ -395,6 +480,11 @@ def test_a_stored_tokenizer_is_validated():
                    {"start_id": -1}, {"chat_template": 3}):  # fmt: skip
         with pytest.raises(UserError):
             tokenizer_from_dict(good | change)
+    content = json.loads(tiny_definition())
+    del content["model"]["type"]  # as in older files
+    old = tokenizer_from_dict(good | {"tokenizer_json": json.dumps(content)})
+    assert old.decode(old.encode("the inner")) == "the inner"
+    assert old.unknown("x\x07") == {"\x07"}
 
 
 # ---- nanoGPT, llm.c --------------------------------------------------------------------------------------------------
@@ -434,6 +524,109 @@ def test_nanogpt(tmp_path, monkeypatch):
     torch.testing.assert_close(load(Path("m"))(ids), model(ids)[..., :13])
     nanogpt_checkpoint(Path("evil.pt"), 13, config=Path("x"))  # a class: the restricted unpickler refuses it
     assert "restricted unpickler does not read it" in message("evil.pt", "--out=n", "--pt")
+
+
+ODD_TENSORS = {
+    "expanded": lambda: torch.zeros(1).expand(10**9, 10**3),
+    "meta": lambda: torch.empty(10**9, 10**3, device="meta"),
+    "sparse": lambda: torch.eye(16).to_sparse(),
+    "csr": lambda: torch.eye(16).to_sparse_csr(),
+    "scalar": lambda: torch.tensor(1.0),
+    "negative view": lambda: torch._neg_view(torch.ones(16)),
+    "complex": lambda: torch.ones(16) + 1j,
+    "float8": lambda: torch.ones(16).to(torch.float8_e5m2),
+    "number": lambda: 3,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_pickles_with_other_things_than_tensors(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    bad, named_bytes = ODD_TENSORS[kind](), "--tokenizer=bytes"
+    nanogpt_checkpoint(Path("ckpt.pt"), 257)
+    content = torch.load("ckpt.pt", weights_only=True)
+    for name in ("transformer.wte.weight", "lm_head.weight", "transformer.h.0.ln_1.weight", "extra.bias", 3):
+        weights = content["model"] | {name if name == 3 else f"_orig_mod.{name}": bad}
+        torch.save(content | {"model": weights}, "bad.pt")
+        assert len(message("bad.pt", "--out=m", "--pt", named_bytes)) < 1000
+    assert sorted(os.listdir()) == ["bad.pt", "ckpt.pt"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_pickles(tmp_path, monkeypatch):
+    """Cut, compressed, and with changed bytes: an error, or a model whose numbers differ."""
+    monkeypatch.chdir(tmp_path)
+    nanogpt_checkpoint(Path("ckpt.pt"), 257)
+    with zipfile.ZipFile("ckpt.pt") as whole, zipfile.ZipFile("bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in whole.namelist():
+            bomb.writestr(name, whole.read(name))
+    assert "is compressed" in message("bomb.pt", "--out=m", "--pt", "--tokenizer=bytes")
+    torch.save(torch.load("ckpt.pt", weights_only=True), "old.pt", _use_new_zipfile_serialization=False)
+    draw = random.Random(0)
+    for name in ("ckpt.pt", "old.pt"):
+        for i in range(60):
+            data = bytearray(Path(name).read_bytes())
+            for _ in range(3):
+                data[draw.randrange(3000)] = draw.randrange(256)
+            Path("bad.pt").write_bytes(data if i % 2 else data[: draw.randrange(len(data))])
+            with contextlib.suppress(UserError):
+                run("bad.pt", "--out=m", "--pt", "--tokenizer=bytes")
+            shutil.rmtree("m", ignore_errors=True)
+    assert sorted(os.listdir()) == ["bad.pt", "bomb.pt", "ckpt.pt", "old.pt"]
+
+
+@pytest.mark.parametrize("place", range(2, 8))
+def test_headers_of_llmc_with_huge_numbers(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    header = np.ones(256, "<i4")
+    header[:2], header[place] = (20240326, 3), 2**31 - 1  # as many layers would take minutes to list
+    Path("huge.bin").write_bytes(header.tobytes())
+    assert "but its header says" in message("huge.bin", "--out=m")
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def gguf_text(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("counts", "fields"),
+    [
+        ((3, 0, 2**63), b""),  # fields
+        ((3, 2**63, 0), b""),  # tensors
+        ((3, 0, 1), struct.pack("<Q", 2**63)),  # letters of a name
+        ((3, 0, 1), gguf_text(b"a") + struct.pack("<IQ", 8, 2**63)),  # letters of a text
+        ((3, 0, 1), gguf_text(b"a") + struct.pack("<IIQ", 9, 0, 2**60) + bytes(99)),  # numbers in an array
+        ((3, 0, 1), gguf_text(b"a") + struct.pack("<IIQ", 9, 4, 2**20) + bytes(99)),
+        ((3, 0, 1), gguf_text(b"a") + struct.pack("<IIQ", 9, 8, 2**21) + bytes(99)),
+        ((3, 0, 1), gguf_text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),  # arrays in arrays
+        ((3, 0, 1), gguf_text(b"a") + struct.pack("<II", 99, 0)),  # an unknown kind
+        ((3 << 24, 0, 0), b""),  # big-endian
+    ],
+)
+def test_gguf_headers_that_ask_for_too_much(tmp_path, counts, fields):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", *counts) + fields)
+    with pytest.raises((ValueError, KeyError, struct.error)):
+        check_header(path)
+    if importlib.util.find_spec("gguf"):
+        assert "the gguf package does not read it" in message(str(path), f"--out={tmp_path / 'm'}")
+
+
+def test_a_gguf_header_is_walked_over(tmp_path):
+    path = tmp_path / "x.gguf"
+    texts = struct.pack("<IIQ", 9, 8, 2) + gguf_text(b"x") + gguf_text(b"")
+    fields = [struct.pack("<If", 6, 1.5), struct.pack("<I", 8) + gguf_text("ü".encode()), texts]
+    fields.append(struct.pack("<IIQ", 9, 2, 3) + bytes(6))
+    body = b"".join(gguf_text(b"key") + field for field in fields)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 4) + body)
+    check_header(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="after its end"):
+        check_header(path)
 
 
 def test_llmc(tmp_path, monkeypatch, gpt2_tokenizer):

@@ -1,13 +1,13 @@
 """Opens a model of another program: what it is, the names of its tensors, its tokenizer.
 
-`open_source` tells the kinds apart: a transformers folder, a GGUF file (gguf_source.py), a checkpoint that torch.save
-wrote (nanoGPT's ckpt.pt, pytorch_model.bin; only with pickle allowed), llm.c's .bin. Code in a folder is never run.
+`open_source` tells the kinds apart: a transformers folder, which is opened here; a GGUF file (gguf_source.py); the
+checkpoints of nanoGPT and llm.c (nanogpt_source.py). Pickle files are read where the user allows it (pickled.py). Code
+in a folder is never run.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -21,15 +21,17 @@ from torch import Tensor
 
 from common.imported_tokenizer import ImportedTokenizer, backend, ids_around, read_tokenizer_json
 from common.option import show
-from common.tokenizer import Tokenizer, named_tokenizer
+from common.tokenizer import Tokenizer
 from errors import UserError, quote
 from files import DamagedFile, read_json, read_text
 from interop import classes, layouts
+from interop.pickled import load_pickled, plain_tensors
 
 IGNORED = re.compile(  # buffers in older files: masks, and frequencies of the rotation
     r".*(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)|lm_head\.bias\b.*zero"
 )
 MAX_SETTINGS, MAX_TOKENIZER = 2**24, 2**26  # bytes of JSON, which takes up to 30 times as much memory
+LLMC_MAGIC = 20240326
 FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
 
@@ -75,8 +77,12 @@ def open_source(path: Path, *, pickle: bool, tokenizer: str | None, eos: str | N
 
         return open_gguf(path, eos)
     if int.from_bytes(head[:4], "little") == LLMC_MAGIC:
+        from interop.nanogpt_source import open_llmc
+
         return open_llmc(path, head, tokenizer)
     if head[:4] == b"PK\3\4" or path.suffix in (".pt", ".pth", ".bin"):
+        from interop.nanogpt_source import open_nanogpt
+
         return open_nanogpt(path, pickle, tokenizer)
     raise UserError(f"{path}: neither GGUF, nor a checkpoint of nanoGPT or llm.c; a transformers model is a folder")
 
@@ -260,133 +266,3 @@ def bpe_definition(
         "model": {**model, "vocab": dict(vocab), "merges": merges},
     }  # fmt: skip
     return json.dumps(content, ensure_ascii=False)
-
-
-# ---- nanoGPT ---------------------------------------------------------------------------------------------------------
-
-
-def load_pickled(path: Path, allowed: bool) -> dict[str, Any]:
-    """The dict that torch.save wrote. Raises UserError."""
-    if not allowed:
-        raise UserError(
-            f"{path}: a pickle file, which Sprout reads only when asked: add --pt. torch's restricted unpickler then"
-            " reads tensors and plain values, and refuses everything else"
-        )
-    import pickle
-    import struct
-    import zipfile
-
-    # what a damaged stream of instructions makes the unpickler raise
-    errors = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:
-                if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                    raise DamagedFile(path, "is compressed, as torch.save's files never are")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=path.stat().st_size > 2**20)
-    except (*errors, EOFError, OSError, MemoryError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        why = " ".join(str(error)[:300].split())
-        raise UserError(f"{path}: torch's restricted unpickler does not read it ({why})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
-    return content
-
-
-def plain_tensors(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """content, which a pickle file gave, as tensors that have their memory in the file. Raises UserError."""
-    size = 0
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise DamagedFile(path, f"holds something else than tensors by name: {show(repr(name))}")
-        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-        if not is_plain or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
-            raise DamagedFile(
-                path, f"{show(repr(name))} is no plain tensor (sparse, nested, quantized or without data)"
-            )
-        size += tensor.nbytes
-    if size > 2 * path.stat().st_size + 2**20:  # tied tensors share their memory; an expanded one has none
-        raise UserError(
-            f"{path}: its tensors would take {size:,} bytes, the file has {path.stat().st_size:,}: not read"
-        )
-    return dict(content)
-
-
-def open_nanogpt(path: Path, pickle: bool, tokenizer: str | None) -> Source:
-    """nanoGPT's ckpt.pt. Raises UserError."""
-    content = load_pickled(path, pickle)
-    arguments, weights = content.get("model_args"), content.get("model")
-    if not isinstance(arguments, dict) or not isinstance(weights, dict):
-        found = ", ".join(sorted(map(str, content))[:6])
-        raise UserError(f"{path}: not a checkpoint of nanoGPT: expected entries model and model_args; found {found}")
-    tensors = {
-        name.removeprefix("_orig_mod."): tensor.detach() for name, tensor in plain_tensors(path, weights).items()
-    }
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    names = {"n_layer", "n_head", "n_embd", "block_size", "bias"}
-    if missing := sorted(names - arguments.keys()):
-        raise UserError(f"{path}: model_args lacks {missing[0]!r}")
-    options = {name: arguments[name] for name in names} | {"mlp": "gelu_exact"}
-    made = own_tokenizer(path, tokenizer, arguments.get("vocab_size"))
-    facts = {"class": "nanoGPT", "config": {name: arguments[name] for name in sorted(names)}}
-    return Source("nanoGPT", options, layouts.nanogpt, set(tensors), tensors.__getitem__, size, made, facts)
-
-
-def own_tokenizer(path: Path, name: str | None, vocab_size: object) -> Tokenizer:
-    """The tokenizer of a checkpoint that has none: GPT-2's where the vocabulary is its, else `name`. Raises
-    UserError."""
-    if name is not None:
-        return named_tokenizer(name)
-    if vocab_size in (50_257, 50_304):
-        return named_tokenizer("gpt2")
-    raise UserError(
-        f"{path}: a vocabulary of {vocab_size} ids, and the file does not say of which tokenizer: add"
-        " --tokenizer=FILE (for nanoGPT's characters: the dataset.json of the same text, prepared by python -m"
-        " prepare_data text --tokenizer=char, which gives the same ids)"
-    )
-
-
-# ---- llm.c -----------------------------------------------------------------------------------------------------------
-
-LLMC_MAGIC, LLMC_DTYPES = 20240326, {3: torch.float32, 5: torch.bfloat16}
-
-
-def open_llmc(path: Path, head: bytes, tokenizer: str | None) -> Source:
-    """llm.c's checkpoint of GPT-2: 256 int32 of header, then the tensors one after another. Raises UserError."""
-    version = int.from_bytes(head[4:], "little")
-    if version not in LLMC_DTYPES:
-        raise UserError(f"{path}: llm.c's version {version}; expected 3 (float32) or 5 (bfloat16)")
-    header = torch.from_file(str(path), size=256, dtype=torch.int32).tolist() if path.stat().st_size >= 1024 else []
-    if min(header[2:8], default=0) < 1:
-        raise DamagedFile(path, "no header of llm.c's checkpoints")
-    T, V, L, H, C, padded = header[2:8]
-    dtype, layer_shapes = LLMC_DTYPES[version], {
-        "ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
-        "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),
-        "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,), "mlp.c_proj.weight": (C, 4 * C),
-        "mlp.c_proj.bias": (C,),
-    }  # fmt: skip
-    count = (padded + T + 2) * C + L * sum(map(math.prod, layer_shapes.values()))
-    if path.stat().st_size != (expected := 1024 + count * dtype.itemsize):
-        raise DamagedFile(path, f"{path.stat().st_size} bytes, but its header says {expected}")
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (padded, C), "wpe.weight": (T, C)}
-    for name, shape in layer_shapes.items():
-        shapes |= {f"h.{layer}.{name}": shape for layer in range(L)}
-    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    numbers = torch.from_file(str(path), size=512 * (4 // dtype.itemsize) // 2 + sum(sizes), dtype=dtype)
-    values = numbers[1024 // dtype.itemsize :].split(sizes)
-    tensors = {
-        f"transformer.{name}": value.view(shape) for (name, shape), value in zip(shapes.items(), values, strict=True)
-    }
-    options = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": T}
-    made = own_tokenizer(path, tokenizer, V)
-    return Source(
-        "llm.c",
-        options,
-        layouts.nanogpt,
-        set(tensors),
-        tensors.__getitem__,
-        path.stat().st_size,
-        made,
-        {"class": "llm.c"},
-    )

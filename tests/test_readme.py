@@ -53,7 +53,9 @@ def _files_of_the_readme(tmp_path, monkeypatch, small_text):
         write_llama(Path(name))
     monkeypatch.setattr("interop.hub.fetch", lambda name, pickle: Path("hub", name))
     nanogpt_checkpoint(Path("ckpt.pt"), 50_257)
-    monkeypatch.setattr("interop.sources.named_tokenizer", lambda name: bytes_tokenizer())  # GPT-2's is a download
+    monkeypatch.setattr(
+        "interop.nanogpt_source.named_tokenizer", lambda name: bytes_tokenizer()
+    )  # GPT-2's is a download
     Path("more").mkdir()
     Path("more", "one.txt").write_text("Anna sees the moon.", encoding="utf-8")
     Path("folder").mkdir()

@@ -36,15 +36,16 @@ def meta_model(config: GPTConfig, n_tensors: int) -> GPT:
     if config.n_layer > n_tensors:
         raise ValueError(f"n_layer={config.n_layer}: the weights have {n_tensors} tensors, too few for the layers")
     table_width = {"rotary": 2 * config.rotated_size, "sinusoidal": config.n_embd}.get(config.positions, 0)
+    try:
+        with torch.device("meta"):
+            model = GPT(replace(config, block_size=1) if table_width else config, seed=None)
+    except RuntimeError as error:  # more bytes than 64 bits count
+        raise ValueError(f"the sizes of its config are impossible ({str(error)[:200]})") from error
     table_bytes = 4 * config.block_size * table_width
     if table_bytes > MAX_TABLE_BYTES:
         size = f"{table_bytes / 2**30:.0f} GiB (maximum {MAX_TABLE_BYTES / 2**30:.0f})"
         raise ValueError(f"block_size={config.block_size}: its table of positions takes {size}")
-    try:
-        with torch.device("meta"):
-            return GPT(replace(config, block_size=1) if table_width else config, seed=None)
-    except RuntimeError as error:  # more bytes than 64 bits count
-        raise ValueError(f"the sizes of its config are impossible ({str(error)[:200]})") from error
+    return model
 
 
 def check_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:

@@ -76,6 +76,7 @@ def run_train(args: list[str]) -> int:
         args += QUICK + SMALL
     if init_from:
         args += ["--tokens_per_step=64", "--budget_minutes=none", "--eval_tokens=300", "--sample_tokens=3"]
+        args += ["--max_steps=3"] * (not any("max_steps" in arg for arg in args))
     if not resume and not any(arg.startswith("--data") for arg in args):
         args += ["--data=my_novel.txt"]
     return train_script.main(args)

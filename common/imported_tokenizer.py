@@ -28,15 +28,16 @@ NORMALIZERS = {"NFC"}
 
 
 class ImportedTokenizer(Tokenizer):
-    """definition: the text of a tokenizer.json. start_id: the id that begins a text, EOS unless the model has another
-    one for it. chat_template: Jinja's text, which Sprout keeps for exports and never runs."""
+    """definition: the text of a tokenizer.json, which is validated. start_id: the id that begins a text, EOS unless the
+    model has another one for it. chat_template: Jinja's text, which Sprout keeps for exports and never runs."""
 
     def __init__(
         self, definition: str, eos_id: int, start_id: int | None = None, chat_template: str | None = None
     ) -> None:
+        content = read_tokenizer_json(definition)
         self.definition, self.chat_template = definition, chat_template
-        self._backend = backend(definition)
-        super().__init__(NAME, "", token_bytes(json.loads(definition), self._backend), eos_id)
+        self._backend, self._is_word_level = backend(definition), content["model"].get("type") == "WordLevel"
+        super().__init__(NAME, "", token_bytes(content, self._backend), eos_id)
         self.start_id = eos_id if start_id is None else start_id
         for name, id in (("eos_id", self.eos_id), ("start_id", self.start_id)):
             if not 0 <= id < self.vocab_size:
@@ -52,10 +53,6 @@ class ImportedTokenizer(Tokenizer):
     @cached_property
     def _missing_bytes(self) -> set[int]:
         return set(range(256)) - {token[0] for token in self.token_bytes if len(token) == 1}
-
-    @cached_property
-    def _is_word_level(self) -> bool:
-        return bool(json.loads(self.definition)["model"].get("type") == "WordLevel")
 
     def unknown(self, text: str) -> set[str]:
         """The characters of a text that have no ids; `encode` leaves them out where the library does."""
@@ -85,7 +82,6 @@ def from_dict(content: dict[str, Any]) -> ImportedTokenizer:
         raise UserError("not a valid tokenizer: expected tokenizer_json, eos_id and start_id; copy the file again")
     if not isinstance(template, str | None):
         raise UserError(f"not a valid tokenizer: chat_template is {type(template).__name__}, expected text")
-    read_tokenizer_json(definition)
     return ImportedTokenizer(definition, eos_id, start_id, template)
 
 

@@ -81,12 +81,7 @@ def with_model_options(
         own |= {"vocab_size": model_options.get("vocab_size"), "split_pattern": tokenizer.get("pattern")}
     values = own | {name: model_options[name] for name in option_names(GPTConfig) if name in model_options}
     values.pop("dropout", None)
-    context = options.flat()["block_size"]
-    if (
-        "block_size" in options.origin
-        and options.origin["block_size"] == "flag"
-        and context < values.get("block_size", 0)
-    ):
+    if options.origin["block_size"] == "flag" and options.flat()["block_size"] < values.get("block_size", 0):
         values.pop("block_size")  # a shorter one is cut from the weights'
     refused = []
     for name in dict.fromkeys([*TOKENIZER, *values]):

@@ -27,9 +27,8 @@ from files import DamagedFile, read_json, read_text
 from interop import classes, layouts
 from interop.pickled import load_pickled, plain_tensors
 
-IGNORED = re.compile(  # buffers in older files: masks, and frequencies of the rotation
-    r".*(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)|lm_head\.bias\b.*zero"
-)
+# buffers in older files: masks, and frequencies of the rotation
+IGNORED = re.compile(r".*(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)")
 MAX_SETTINGS, MAX_TOKENIZER = 2**24, 2**26  # bytes of JSON, which takes up to 30 times as much memory
 LLMC_MAGIC = 20240326
 FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
@@ -99,10 +98,8 @@ def open_transformers(folder: Path, pickle: bool, eos: str | None) -> Source:
     if (folder / "sprout_tokenizer.json").is_file():
         again = f"python sample.py --run={quote(str(folder))}"
         raise UserError(f"{folder}: is a model folder of Sprout already: {again}")
-    if config.get("quantization_config"):
-        method = (
-            config["quantization_config"].get("quant_method") if isinstance(config["quantization_config"], dict) else ""
-        )
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else ""
         raise UserError(f"{folder}: its weights are quantized ({method}); import the original, or a GGUF of it")
     notes = []
     if config.get("auto_map") or any(folder.glob("*.py")):

@@ -173,6 +173,16 @@ def test_a_shorter_context_is_cut(llama, capsys):
         train.main(["finetune", "--init_from=m", "--data=text.txt", "--block_size=64"])
 
 
+def test_a_text_shorter_than_the_context_names_a_command_that_works(llama, capsys):
+    run(str(llama), "--out=m")
+    Path("text.txt").write_text("the inner there 123 " * 4, encoding="utf-8")
+    command = ["--eval_only", "--init_from=m", "--data=text.txt", "--device=cpu", "--val_fraction=0.3"]
+    with pytest.raises(UserError, match=r"shorten the context: python train\.py .* --block_size=\d+$") as caught:
+        train.main(command)
+    assert train.main([*command, str(caught.value).split()[-1]]) == 0
+    assert "whole val split" in capsys.readouterr().out
+
+
 def test_a_learned_table_is_cut(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("".join(f"the {i} inner there\n" for i in range(300)), encoding="utf-8")

@@ -51,8 +51,7 @@ WIDE = 256  # channels from which on Muon's learning rate falls as 1/√width (t
 FINE_TUNING = 1 / 3  # of the learning rate, for weights that are trained already
 FINE_TUNING_RATE = 0.06  # over the width: AdamW's for such weights
 LARGE, LARGE_EPOCHS = 20.0, 5.0  # parameters of its blocks for each token of the text; epochs of such a model at most
-FINE_TUNING_CONTEXT = {"cuda": 1024}  # of weights with a longer one; on other devices TRAINED_CONTEXT
-TRAINED_CONTEXT = 512
+FINE_TUNING_CONTEXT = {"cpu": 512, "mps": 512, "cuda": 1024}  # of weights with a longer one
 EMA_HALF_LIFE = 0.1  # of the steps done
 BETA2_HALF_LIFE, MIN_BETA2 = 28_000, 0.95  # tokens
 TOKENS_PER_STEP = {"cpu": 2048, "mps": 4096, "cuda": 8192}
@@ -310,10 +309,8 @@ def choose_context(facts: Facts, given: Mapping[str, Any]) -> int:
     FINE_TUNING_CONTEXT; less where the train split has too few."""
     if "block_size" in given:
         return given["block_size"]
-    largest, sizes = CONTEXT, [16, 32, 64, CONTEXT]
-    if facts.context is not None:
-        largest = min(facts.context, FINE_TUNING_CONTEXT.get(facts.device, TRAINED_CONTEXT))
-        sizes = [size for size in (16, 32, 64, 128, 256, 512) if size < largest] + [largest]
+    largest = CONTEXT if facts.context is None else min(facts.context, FINE_TUNING_CONTEXT[facts.device])
+    sizes = [*(size for size in (16, 32, 64, 128, 256, 512) if size < largest), largest]
     if "tokens_per_step" in given:
         tokens = given["tokens_per_step"] // _rows(given)
         sizes = [size for size in range(1, largest + 1) if tokens % size == 0]

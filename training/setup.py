@@ -103,14 +103,14 @@ def check_size(
     dataset: Dataset, data: str, train: TrainOptions, block_size: int, argv: Sequence[str], has_weights: bool = False
 ) -> None:
     """Raises UserError where a split is too small, with the command of `argv` changed so that it works. has_weights:
-    the context is that of weights that exist."""
+    the context is that of weights that exist, which only --init_from may cut."""
     n_train, n_val = len(dataset.train), len(dataset.val)
     if n_train > block_size and n_val >= 2:
         return
     small = f"{data} is too small: {n_train:,} tokens to train on and {n_val:,} to evaluate on"
-    if has_weights and n_val >= 2:
-        raise UserError(f"{small}, and the weights have a context of {block_size}: give more text than one context")
     usable = [size for size in range(MIN_CONTEXT, min(block_size, n_train)) if train.tokens_per_step % size == 0]
+    if has_weights and n_val >= 2 and not (usable and any(arg.startswith("--init_from=") for arg in argv)):
+        raise UserError(f"{small}, and the weights have a context of {block_size}: give more text than one context")
     if n_val < 2 or not usable:
         raise UserError(
             f"{small}. A model needs some thousand characters of text, one that writes readable text a million; "

@@ -57,6 +57,7 @@ def open_source(path: Path, *, pickle: bool, tokenizer: str | None, eos: str | N
     if path.is_dir() and not (path / "config.json").exists() and len(found := [*path.glob("*.gguf")]) == 1:
         path = found[0]  # what `export --to=gguf` writes
     if path.is_dir():
+        refuse_unused("--tokenizer", tokenizer, "the folder has its own")
         return open_transformers(path, pickle, eos)
     if not path.is_file():
         exists = os.path.lexists(path)
@@ -74,7 +75,9 @@ def open_source(path: Path, *, pickle: bool, tokenizer: str | None, eos: str | N
     if head[:4] == b"GGUF":
         from interop.gguf_source import open_gguf
 
+        refuse_unused("--tokenizer", tokenizer, "the file has its own")
         return open_gguf(path, eos)
+    refuse_unused("--eos", eos, "the file names no tokens, and the tokenizer says which one ends a text")
     if int.from_bytes(head[:4], "little") == LLMC_MAGIC:
         from interop.nanogpt_source import open_llmc
 
@@ -84,6 +87,12 @@ def open_source(path: Path, *, pickle: bool, tokenizer: str | None, eos: str | N
 
         return open_nanogpt(path, pickle, tokenizer)
     raise UserError(f"{path}: neither GGUF, nor a checkpoint of nanoGPT or llm.c; a transformers model is a folder")
+
+
+def refuse_unused(flag: str, value: str | None, why: str) -> None:
+    """Raises UserError for a flag without an effect."""
+    if value is not None:
+        raise UserError(f"{flag}={show(value)} has no effect: {why}; leave the flag out")
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------

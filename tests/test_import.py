@@ -295,6 +295,12 @@ def test_tensors_that_do_not_fit(llama):
     assert "has neither model.safetensors" in message(str(llama), "--out=m")
 
 
+def test_flags_without_an_effect(llama, tmp_path):
+    assert "--tokenizer=gpt2 has no effect" in message(str(llama), "--out=m", "--tokenizer=gpt2")
+    nanogpt_checkpoint(Path("ckpt.pt"), 13)
+    assert "--eos=x has no effect" in message("ckpt.pt", "--out=m", "--pt", "--eos=x")
+
+
 def test_code_in_the_folder_is_not_run_and_said(llama, capsys):
     (llama / "modeling.py").write_text("raise SystemExit('run')")
     (llama / "config.json").write_text(json.dumps(LLAMA | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}))

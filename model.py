@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -365,6 +366,8 @@ class GPT(nn.Module):
     device; None leaves them unset, to be loaded. attention: the path, from choose_attention in common/hardware.py."""
 
     run_block: Callable[..., Tensor] = staticmethod(Block.__call__)  # block, x, context → x; compiled in training
+    recompute_blocks = False  # in the backward pass, which then needs their inputs alone (activation checkpointing)
+    sparse_ngrams = True  # on a CPU the n-gram table has sparse gradients; not where processes add theirs up
     table: Tensor | None  # fixed positions: (block_size, C) sine waves or (block_size, 2, D/2) rotations
 
     def __init__(self, config: GPTConfig, seed: int | None = 0, attention: AttentionPath = "sdpa") -> None:
@@ -394,18 +397,22 @@ class GPT(nn.Module):
         standard deviation 0.02, at the end of a residual branch (attn.proj, mlp.down) 0.02 / √(2 · n_layer), which
         bounds the sum of the branches. Norms start at 1; biases, n-grams and the rows that pad the vocabulary at 0."""
         generator = torch.Generator().manual_seed(seed)
-        branch_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or name.startswith("ngrams"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                std = branch_std if name.endswith(("attn.proj.weight", "mlp.down.weight")) else 0.02
-                parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
-                parameter[len(self.unpad(name, parameter)) :] = 0.0
+            parameter.copy_(self.initial_weight(name, parameter.shape, generator))
         if self.config.first_attention == "recent":
             self._attend_to_recent(generator)
+
+    def initial_weight(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The next weight that init_weights draws, on the CPU; first_attention=recent changes some of them later."""
+        if name.endswith("bias") or name.startswith("ngrams"):
+            return torch.zeros(shape, device="cpu")
+        if "norm" in name:
+            return torch.ones(shape, device="cpu")
+        is_branch = name.endswith(("attn.proj.weight", "mlp.down.weight"))
+        std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_branch else 0.02
+        weight = torch.empty(shape, device="cpu").normal_(std=std, generator=generator)
+        weight[len(self.unpad(name, weight)) :] = 0.0
+        return weight
 
     def _attend_to_recent(self, generator: torch.Generator) -> None:
         """Adds the same random signs u to all embeddings, and to the weights of queries and keys what makes of u
@@ -477,8 +484,8 @@ class GPT(nn.Module):
         states after the final norm (B, T, C)."""
         x = self.embed(ids)  # (B, T, C)
         if self.ngrams is not None:
-            rows, on_cpu = self._ngram_rows(ids, positions, before), ids.device.type == "cpu"
-            x = x + F.embedding(rows, self.ngrams.weight, sparse=on_cpu).sum(dim=-2)  # few rows have a gradient
+            rows, is_sparse = self._ngram_rows(ids, positions, before), self.sparse_ngrams and ids.device.type == "cpu"
+            x = x + F.embedding(rows, self.ngrams.weight, sparse=is_sparse).sum(dim=-2)  # few rows have a gradient
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.n_embd)
         if self.position is not None:
@@ -487,7 +494,12 @@ class GPT(nn.Module):
             x = x + self.table[positions].to(x.dtype)
         x = self.dropout(x)
         for block in self.blocks:
-            x = self.run_block(block, x, context) if torch.is_grad_enabled() else block(x, context)
+            if not torch.is_grad_enabled():
+                x = block(x, context)
+            elif self.recompute_blocks:
+                x = checkpoint(self.run_block, block, x, context, use_reentrant=False)
+            else:
+                x = self.run_block(block, x, context)
         return self.final_norm(x)
 
     def _ngram_rows(self, ids: Tensor, positions: Tensor | slice, before: Tensor | None) -> Tensor:
@@ -560,9 +572,12 @@ class GPT(nn.Module):
         cache.advance(ids)
         return self._logits(hidden[:, 0])
 
-    def unpad(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor shaped like the parameter `name` (weights, moments), without the rows that pad the vocabulary."""
-        return tensor[: self.config.vocab_size] if name in ("embed.weight", "head.weight") else tensor
+    def unpad(self, name: str, tensor: Tensor, first_row: int = 0) -> Tensor:
+        """A tensor shaped like the parameter `name` (weights, moments), or rows of it from first_row on, without the
+        rows that pad the vocabulary."""
+        if name not in ("embed.weight", "head.weight"):
+            return tensor
+        return tensor[: max(0, self.config.vocab_size - first_row)]
 
 
 # ---- The loss in chunks ----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import torch
 from common.options import HardwareOptions
 from errors import UserError
 from model import MAX_FUSED_HEAD, AttentionPath
+from parallel.processes import local_rank, local_world_size, world_size
 
 # Dense 16-bit TFLOP/s with float32 sums, from the vendors' data sheets, by the device's name without what vendor_flops
 # leaves out. PyTorch sees each of an MI250X's two dies as a device.
@@ -97,6 +98,8 @@ def choose_hardware(options: HardwareOptions, *, generating: bool = False) -> Ha
             name, reasons["device"] = "mps", "no CUDA, but MPS is available"
         else:
             name, reasons["device"] = "cpu", "neither CUDA nor MPS is available"
+    if world_size() > 1:
+        name = _own_device(name)
     device = _check_device(name)
     if options.dtype != "auto":
         dtype = getattr(torch, options.dtype)
@@ -113,9 +116,13 @@ def choose_hardware(options: HardwareOptions, *, generating: bool = False) -> Ha
         raise UserError("--dtype=float16 needs a GPU; on a CPU use --dtype=float32 or --dtype=bfloat16")
     if options.threads != "auto":
         torch.set_num_threads(options.threads)
+    elif world_size() > 1:  # torchrun sets one thread for each process, however many cores there are
+        torch.set_num_threads(max(1, usable_cores() // local_world_size()))
+        reasons["threads"] = "the cores, divided over the processes of a machine"
     else:
         reasons["threads"] = "torch's default"
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     return Hardware(device, dtype, torch.get_num_threads(), reasons)
 
@@ -177,6 +184,23 @@ def _cpu_multiplies_bfloat16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text(errors="replace").split()) if cpuinfo.exists() else set()
     return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+def _own_device(name: str) -> str:
+    """The device of this one of several processes, each of which has one. Raises UserError."""
+    if name == "cuda":
+        return f"cuda:{local_rank()}"
+    if name != "cpu":
+        raise UserError(f"--device={name} with {world_size()} processes: use --device=cuda, one GPU each, or cpu")
+    return name
 
 
 def _check_device(name: str) -> torch.device:

@@ -50,15 +50,14 @@ def meta_model(config: GPTConfig, n_tensors: int) -> GPT:
 
 def check_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError that names a tensor that does not fit the model."""
-    own = dict(model.named_parameters())
+    own = shapes(model)
     if missing := sorted(own.keys() - tensors.keys()):
         raise ValueError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
     if extra := sorted(tensors.keys() - own.keys()):
         raise ValueError(f"the weights hold {extra[0]!r}, which this model does not have ({len(extra)} too many)")
-    for name, parameter in own.items():
-        expected, given = tuple(model.unpad(name, parameter).shape), tuple(tensors[name].shape)
-        if expected != given:
-            raise ValueError(f"{name!r} has the shape {given}, this model has {expected}")
+    for name, expected in own.items():
+        if tuple(expected) != (given := tuple(tensors[name].shape)):
+            raise ValueError(f"{name!r} has the shape {given}, this model has {tuple(expected)}")
 
 
 @torch.no_grad()
@@ -81,7 +80,17 @@ def import_weights(model: GPT, tensors: Mapping[str, Tensor], *, take: bool = Fa
 
 def count_parameters(model: GPT) -> int:
     """Number of parameters, without the rows that pad the vocabulary."""
-    return sum(tensor.numel() for tensor in export_weights(model).values())
+    return sum(shape.numel() for shape in shapes(model).values())
+
+
+def shapes(model: GPT) -> dict[str, torch.Size]:
+    """Of the weights by name, without the rows that pad the vocabulary; also of a sharded model."""
+    V = model.config.vocab_size
+    padded = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {
+        name: torch.Size((V, *shape[1:])) if name in ("embed.weight", "head.weight") else shape
+        for name, shape in padded.items()
+    }
 
 
 def flops_per_token(model: GPT) -> int:

@@ -22,6 +22,8 @@ import torch
 
 from common.hardware import Hardware
 from common.weights import trained_parameters
+from parallel.processes import agree
+from parallel.sharding import local
 from training.evaluation import Evaluation
 from training.metrics import format_duration, log
 from training.optim import Plan, learning_rate, make_plan
@@ -71,6 +73,7 @@ class Budget:
         plan = self.plan
         if self.seconds is None:
             return False
+        steps, seconds, now = agree((steps, seconds, now))
         weight = 1.0 - 0.98**steps
         self.step_seconds += weight * (seconds / steps - self.step_seconds)
         if self.options.schedule != "wsd" or step >= plan.decay_start:
@@ -117,7 +120,7 @@ class Budget:
 
     def is_spent(self, now: float) -> bool:
         """Whether MAX_OVERRUN times the budget has passed."""
-        return self.seconds is not None and now - self.start > MAX_OVERRUN * self.seconds
+        return self.seconds is not None and agree(now - self.start > MAX_OVERRUN * self.seconds)
 
     def as_options(self) -> dict[str, Any]:
         """The plan that followed from time or val loss as options: a run with them repeats this one without measuring.
@@ -156,6 +159,7 @@ def make_budget(
         final_eval_steps = evals.final_eval * val_tokens / train.tokens_per_step
         seconds = 60.0 * train.budget_minutes
         budget.limit(seconds, started, step_seconds, time.perf_counter(), eval_steps, final_eval_steps, state.step)
+        budget.plan, budget.step_seconds = agree((budget.plan, budget.step_seconds))
     elif budget.is_over(state, started) and state.progress.evaluated_step == state.step:
         ended = ": its val loss had stopped falling" if budget.is_exhausted(state) else ""
         log(f"the run is complete at step {state.step}{ended}")
@@ -204,13 +208,13 @@ def log_resumed_rate(step: int, stored: Mapping[str, Any], budget: Budget) -> No
 def measure_step_seconds(update: Callable[[], object], state: TrainState, hardware: Hardware) -> float:
     """The median seconds of a few updates, the first one (warm-up, compiling) left out. Their effect on `state` is
     undone."""
-    parameters = [*trained_parameters(state.model).values()]
+    parameters = [local(parameter) for parameter in trained_parameters(state.model).values()]
     weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]  # off a full device
     moments = [tensor for values in state.optimizer.state.values() for tensor in values.values()] if state.step else []
     kept = [tensor.to("cpu", copy=True) for tensor in moments]
     scale = state.scaler.state_dict()
     seconds: list[float] = []
-    while len(seconds) < 2 or (len(seconds) < MEASURED_STEPS and sum(seconds[1:]) < MEASURED_SECONDS):
+    while len(seconds) < 2 or agree(len(seconds) < MEASURED_STEPS and sum(seconds[1:]) < MEASURED_SECONDS):
         started = time.perf_counter()
         update()
         if hardware.device.type == "cuda":

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from errors import UserError
 from model import IGNORED_TARGET
+from parallel.processes import rank, world_size
 
 
 class TokenSource(Protocol):
@@ -192,7 +193,8 @@ class MicroBatch(NamedTuple):
 
 class TrainBatches:
     """The micro-batches of each step: `batches(step)`. Each has `size` rows of the step's `rows`; size may be changed
-    to another divisor. other, share: a second text, as in MixedWindows.
+    to another divisor. other, share: a second text, as in MixedWindows. Of several processes each has the next
+    `own_rows` of a step.
 
     On a GPU the batches are in pinned memory, and those of the next step are read on a thread while the device
     computes.
@@ -211,7 +213,7 @@ class TrainBatches:
         share: float = 0.0,
     ) -> None:
         self.windows = MixedWindows(split, other, share, block_size, seed)
-        self.rows, self.size, self.dropout = rows, size, dropout
+        self.rows, self.own_rows, self.size, self.dropout = rows, rows // world_size(), size, dropout
         self.pinned = device.type == "cuda"
         self.reader = None if device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="batches")
         # (step, size) and its batches: those returned last, and the following ones
@@ -233,7 +235,8 @@ class TrainBatches:
 
     def _read(self, step: int, size: int) -> list[MicroBatch]:
         batches = []
-        for first in range(step * self.rows, (step + 1) * self.rows, size):
+        begin = step * self.rows + rank() * self.own_rows
+        for first in range(begin, begin + self.own_rows, size):
             x, y = self.windows.read(first, size)
             if self.pinned:
                 x, y = x.pin_memory(), y.pin_memory()

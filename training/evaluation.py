@@ -11,14 +11,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 from common.clusters import DOCUMENT_CLUSTERS, MIN_PARTS, ROUGH, Clusters, block_count
-from common.scoring import cut_windows, score_windows
+from common.scoring import Scored, Window, cut_windows, score_windows
 from errors import UserError
 from model import GPT, IGNORED_TARGET
+from parallel.processes import rank, stacked, world_size
+from parallel.sharding import release_gathered
 from training.data import TokenSource
 from training.metrics import log
 
@@ -126,7 +129,7 @@ def evaluate(
     T, n_tokens = model.config.block_size, min(max_tokens or len(split), len(split))
     lengths = np.array([len(piece) for piece in token_bytes])
     windows = cut_windows(_chunks(split, n_tokens), T, stride)
-    batches = score_windows(model, windows, autocast=autocast, rows=rows, log=log)
+    batches = score_together(model, windows, autocast, rows)
     sums, total, n_targets, n_bytes, first = ClusterSums(n_tokens, T, model.eos_id), 0.0, 0, 0, 0
     was_training = model.training
     model.eval()
@@ -139,6 +142,7 @@ def evaluate(
             n_bytes += int(lengths[y[counted]].sum())
     finally:
         model.train(was_training)
+        release_gathered(model)
     if stopped:
         return None
     if n_targets == 0:
@@ -147,6 +151,28 @@ def evaluate(
         )
     bits_per_byte = total / math.log(2) / max(1, n_bytes)
     return Evaluation(total / n_targets, bits_per_byte, n_targets, *sums.clusters())
+
+
+def score_together(
+    model: GPT, windows: Iterator[Window], autocast: Callable[[], AbstractContextManager[object]], rows: int
+) -> Iterator[list[Scored]]:
+    """score_windows, whose windows are divided over the processes: each scores `rows` of them in turn, and all get the
+    nats of all. So every process makes as many forward passes, as a sharded model needs, and adds up the same numbers
+    in the same order as one process would."""
+    if world_size() == 1:
+        yield from score_windows(model, windows, autocast=autocast, rows=rows, log=log)
+        return
+    while group := [*islice(windows, rows * world_size())]:
+        own = group[rank() * rows : (rank() + 1) * rows] or group[:1]  # a process that has none does one for nothing
+        nats = np.zeros((rows, model.config.block_size))
+        found = chain.from_iterable(score_windows(model, own, autocast=autocast, rows=rows, log=log))
+        for row, scored in zip(nats, found, strict=False):
+            row[: len(scored.nats)] = scored.nats
+        everyone = stacked(nats).reshape(-1, model.config.block_size)
+        yield [
+            Scored(inputs[context:], targets[context:], row[: len(inputs) - context])
+            for (inputs, targets, context), row in zip(group, everyone, strict=False)
+        ]
 
 
 def _chunks(split: TokenSource, n_tokens: int) -> Iterator[np.ndarray]:

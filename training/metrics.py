@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from parallel.processes import is_first
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 
@@ -68,14 +69,14 @@ class TrainClock:
 
 
 class RunLog:
-    """The log files of a run directory. `lengths`, their bytes at a checkpoint, truncates what a killed run wrote
-    after it; none: all of it. Raises UserError where they cannot be written."""
+    """The log files of a run directory, which rank 0 alone writes. `lengths`, their bytes at a checkpoint, truncates
+    what a killed run wrote after it; none: all of it. Raises UserError where they cannot be written."""
 
     def __init__(self, run: Path, lengths: Mapping[str, int]) -> None:
         self._paths = {name: run / name for name in (METRICS, SAMPLES)}
         self._warned = False
         self._files: dict[str, io.BufferedWriter] = {}
-        for name, path in self._paths.items():
+        for name, path in self._paths.items() if is_first() else ():
             try:
                 self._files[name] = path.open("ab")
                 size, expected = path.stat().st_size, lengths.get(name, 0)
@@ -118,6 +119,8 @@ class RunLog:
                 self._warn(name, error)
 
     def _write(self, name: str, text: str) -> None:
+        if name not in self._files:
+            return
         try:
             self._files[name].write(text.encode("utf-8", errors="replace"))
             self._files[name].flush()

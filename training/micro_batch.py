@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from common.hardware import Choice, Hardware
 from common.memory import ONE_ROW, OutOfMemory, attempt, release_memory
 from errors import UserError
 from model import GPT, GPTConfig
+from parallel.processes import gather, world_size
 from training.data import TrainBatches
 from training.metrics import log
 from training.state import TrainState
@@ -29,18 +31,20 @@ MEMORY_SHARE = 0.9  # of the free memory; the rest is for fragmentation
 def choose_micro_batch(
     option: int | Literal["auto"], tokens_per_step: int, config: GPTConfig, hardware: Hardware
 ) -> Choice:
-    """A divisor of the rows of a step; on a GPU the largest useful one, which fit_to_memory may lower. Raises
-    UserError."""
+    """A divisor of this process's rows of a step; on a GPU the largest useful one, which fit_to_memory may lower.
+    Raises UserError."""
     rows, remainder = divmod(tokens_per_step, config.block_size)
     if remainder or rows == 0:
         raise UserError(
             f"tokens_per_step={tokens_per_step} is not a multiple of block_size={config.block_size}; "
             f"use --tokens_per_step={max(1, rows) * config.block_size}"
         )
+    rows = own_rows(rows, config.block_size)
     if option != "auto":
         if rows % option:
+            each = f", {rows} for each of {world_size()} processes" if world_size() > 1 else ""
             raise UserError(
-                f"micro_batch_size={option} does not divide the {rows} rows of a step "
+                f"micro_batch_size={option} does not divide the {rows * world_size()} rows of a step{each} "
                 f"(tokens_per_step={tokens_per_step} / block_size={config.block_size}); "
                 f"use --micro_batch_size={divisor(rows, option)}"
             )
@@ -56,6 +60,19 @@ def choose_micro_batch(
     )
 
 
+def own_rows(rows: int, block_size: int) -> int:
+    """The rows of a step for each process. Raises UserError where they are not equally many."""
+    size = world_size()
+    if rows % size:
+        usable = ", ".join(str(n) for n in range(1, min(rows, size) + 1) if rows % n == 0)
+        raise UserError(
+            f"the {rows} rows of a step (tokens_per_step={rows * block_size} / block_size={block_size}) cannot be"
+            f" divided among {size} processes: start {usable} of them, or a new run with"
+            f" --tokens_per_step={max(1, round(rows / size)) * size * block_size}"
+        )
+    return rows // size
+
+
 def divisor(rows: int, limit: int) -> int:
     """The largest divisor of rows up to `limit`."""
     return next(size for size in range(min(rows, limit), 0, -1) if rows % size == 0)
@@ -68,11 +85,20 @@ def fit_micro_batch(size: int, model: GPT, hardware: Hardware) -> int:
         return size
     release_memory()
     free = torch.cuda.mem_get_info(hardware.device)[0]
-    fitting = fit_to_memory(size, lambda rows: measure_peak(model, hardware, rows), free)
+    peak_bytes = partial(measure_peak, model, hardware)
+    if world_size() > 1:  # where one of several runs out of memory, the others wait for it in vain
+        free, peak_bytes = min(gather(free)), extrapolated(peak_bytes, size)
+    fitting = fit_to_memory(size, peak_bytes, free)
     release_memory()
     if fitting < size:
         log(f"micro-batch {fitting}: the largest that fits into {free / 2**30:.1f} GiB of free device memory")
     return fitting
+
+
+def extrapolated(peak_bytes: Callable[[int], float], size: int) -> Callable[[int], float]:
+    """`peak_bytes` along the straight line through one and two rows, whichever process takes most."""
+    one, two = (max(gather(peak_bytes(rows))) for rows in (1, min(2, size)))
+    return lambda rows: one + (rows - 1) * (two - one)
 
 
 def fit_to_memory(size: int, peak_bytes: Callable[[int], float], free: int) -> int:
@@ -111,8 +137,19 @@ def until_it_fits(batches: TrainBatches, state: TrainState, forced: bool, action
         try:
             return attempt(action)
         except OutOfMemory:
+            if world_size() > 1:
+                smaller = divisor(batches.size, max(1, batches.size // 2))
+                raise UserError(f"{ONE_ROW if batches.size == 1 else out_of_step(batches.size, smaller)}") from None
             state.discard_update()
         batches.size = reduce_micro_batch(batches.size, state.step, forced)
+
+
+def out_of_step(size: int, smaller: int) -> str:
+    """The error of one of several processes, which cannot repeat a step alone."""
+    return (
+        f"out of memory in a micro-batch of {size} rows; resume the run with --micro_batch_size={smaller}, or with"
+        " --parallel=fsdp or --activation_checkpointing=true, which take less memory"
+    )
 
 
 def reduce_micro_batch(size: int, step: int, forced: bool) -> int:

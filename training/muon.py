@@ -10,9 +10,12 @@ several times slower than float32. Here all matrices of a shape share one batche
 
 import math
 from collections import defaultdict
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from parallel.orthogonalizing import Divided
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients; five steps bring singular values to about 0.7 … 1.2
 
@@ -31,6 +34,20 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
     return x
 
 
+def orthogonalize_all(matrices: list[Tensor], dtype: torch.dtype, steps: int) -> list[Tensor]:
+    """Matrices of any shapes (R, C) → their orthogonalized forms; those of a shape share one batched product."""
+    by_shape = defaultdict[tuple[int, int], list[int]](list)
+    for number, matrix in enumerate(matrices):
+        by_shape[min(matrix.shape), max(matrix.shape)].append(number)
+    found: dict[int, Tensor] = {}
+    for numbers in by_shape.values():
+        some = [matrices[number] for number in numbers]
+        stacked = torch.stack([matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in some])
+        for number, direction in zip(numbers, orthogonalize(stacked, dtype, steps), strict=True):  # (R, C), R ≤ C
+            found[number] = direction if direction.shape == matrices[number].shape else direction.mT
+    return [found[number] for number in range(len(matrices))]
+
+
 def muon(
     matrices: list[Tensor],
     gradients: list[Tensor],
@@ -41,31 +58,25 @@ def muon(
     momentum: float,
     steps: int,
     dtype: torch.dtype,
+    divided: Divided,
 ) -> None:
     """One step, in place: updates the matrices and their momentum buffers. lr: a scalar tensor on the device in a step
-    that is recorded as a CUDA graph. steps, dtype: of orthogonalize.
+    that is recorded as a CUDA graph. steps, dtype: of orthogonalize. divided: of the matrices, of which the lists hold
+    this process's rows.
 
     The RMS of an update is that of AdamW, about 0.2 · lr for any shape (Liu et al. 2025, "Muon is scalable", 2.2), so
     both may share a learning rate and a weight decay. The spectral norm then grows with √width, so the learning rate
     should fall as 1/√width: 3e-3 was best at 128 channels (bench/NOTES.md), which makes 2.4e-3 at 192 and 1.2e-3 at
     768; wider than 192 was not measured. A packed projection (qkv, swiglu's up) counts as one matrix.
     """
-    by_shape = defaultdict[tuple[int, int], list[int]](list)
-    for number, matrix in enumerate(matrices):
-        by_shape[min(matrix.shape), max(matrix.shape)].append(number)
-    directions: dict[int, Tensor] = {}
-    for numbers in by_shape.values():
-        some, buffers = ([tensors[number] for number in numbers] for tensors in (gradients, momentum_buffers))
-        updates = torch._foreach_lerp(some, torch._foreach_lerp(buffers, some, 1 - momentum), momentum)  # Nesterov
-        stacked = torch.stack([update.mT if update.shape[0] > update.shape[1] else update for update in updates])
-        directions.update(zip(numbers, orthogonalize(stacked, dtype, steps), strict=True))  # (R, C), R ≤ C
+    ahead = torch._foreach_lerp(momentum_buffers, gradients, 1 - momentum)
+    updates = torch._foreach_lerp(gradients, ahead, momentum)  # Nesterov
+    directions = divided(partial(orthogonalize_all, dtype=dtype, steps=steps), [*updates], dtype)
     # what allocates is done, so a step that runs out of memory has changed nothing
     torch._foreach_lerp_(momentum_buffers, gradients, 1 - momentum)
     torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-    for number, direction in directions.items():
-        matrix = matrices[number]
-        scale = 0.2 * math.sqrt(direction.shape[1])  # the RMS of a matrix with orthonormal rows is 1 / √columns
-        direction = direction if direction.shape == matrix.shape else direction.mT
+    for matrix, direction, size in zip(matrices, directions, divided.sizes, strict=True):
+        scale = 0.2 * math.sqrt(max(size))  # the RMS of a matrix with orthonormal rows is 1 / √columns
         if isinstance(lr, Tensor):
             matrix.addcmul_(direction, lr, value=-scale)
         else:

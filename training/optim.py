@@ -20,6 +20,8 @@ from torch.optim.sgd import sgd
 from common.memory import OutOfMemory, attempt
 from errors import UserError
 from model import GPT
+from parallel.orthogonalizing import Divided
+from parallel.sharding import first_row, local, whole
 from training.muon import muon
 from training.options import OptimizerOptions
 
@@ -90,13 +92,13 @@ class Optimizer:
         """Makes what is missing of the state. step does it too; done early, what fits beside it can be measured."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                state = self.state.setdefault(parameter, {})
+                state, rows = self.state.setdefault(parameter, {}), local(parameter)
                 for name in MOMENTS[group["kind"]]:
                     if name not in state:
-                        state[name] = torch.zeros_like(parameter)
+                        state[name] = torch.zeros_like(rows)
                 for name in COUNTERS.get(group["kind"], ()):
                     if name not in state:
-                        shape = parameter.shape[:1] if name == "last_step" else ()
+                        shape = rows.shape[:1] if name == "last_step" else ()
                         state[name] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
 
     def reset(self) -> None:
@@ -113,7 +115,7 @@ class Optimizer:
         for group in self.param_groups[self._done :]:
             kind, parameters = group["kind"], group["params"]
             settings = {name: value for name, value in group.items() if name not in ("kind", "params", "scale")}
-            gradients = [parameter.grad for parameter in parameters]
+            gradients = [local(parameter.grad) for parameter in parameters]
             if kind != "adamw_rows":
                 gradients = [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
             buffers = [[self.state[parameter][name] for parameter in parameters] for name in MOMENTS[kind]]
@@ -121,7 +123,7 @@ class Optimizer:
                 buffers.append([])  # max_exp_avg_sqs, which only amsgrad uses
             for name in COUNTERS.get(kind, ()):
                 buffers.append([self.state[parameter][name] for parameter in parameters])
-            UPDATES[kind](parameters, gradients, *buffers, **settings)
+            UPDATES[kind]([local(parameter) for parameter in parameters], gradients, *buffers, **settings)
             self._done += 1
         self._done = 0
 
@@ -161,9 +163,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
             gradients.append(parameter.grad._values())
         elif parameter.grad is not None:
             gradients.append(parameter.grad)
-    norm = nn.utils.get_total_norm(gradients)
+    norm = whole(nn.utils.get_total_norm(gradients))
     if max_norm is not None:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([local(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
@@ -251,17 +253,19 @@ def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = t
             "momentum": options.muon_momentum,
             "steps": options.muon_steps,
             "dtype": torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+            "divided": Divided(matrices),
         }
         groups.insert(0, group)
     return Optimizer([group for group in groups if group["params"]])
 
 
 def optimizer_tensors(optimizer: Optimizer, model: GPT) -> dict[str, torch.Tensor]:
-    """The optimizer's state for a checkpoint: `parameter name/state name` → tensor, without vocabulary padding."""
+    """The optimizer's state for a checkpoint: `parameter name/state name` → tensor, without vocabulary padding; of a
+    sharded model this process's rows."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = model.unpad(name, value) if value.dim() else value
+            tensors[f"{name}/{key}"] = model.unpad(name, value, first_row(parameter)) if value.dim() else value
     return tensors
 
 
@@ -279,8 +283,8 @@ def load_optimizer_tensors(optimizer: Optimizer, model: GPT, tensors: dict[str, 
         if tensor.dim() == 0:  # AdamW's step counter, on the parameter's device as fused AdamW requires
             optimizer.state.setdefault(parameter, {})[key] = tensor.to(parameter.device).clone()
             continue
-        value = torch.zeros_like(parameter[:, 0] if key == "last_step" else parameter)
-        target = model.unpad(name, value)
+        value = torch.zeros_like(local(parameter)[:, 0] if key == "last_step" else local(parameter))
+        target = model.unpad(name, value, first_row(parameter))
         if target.shape != tensor.shape:
             raise ValueError(
                 f"the optimizer's {full_name!r} has the shape {tuple(tensor.shape)}, expected {tuple(target.shape)}"
@@ -290,4 +294,4 @@ def load_optimizer_tensors(optimizer: Optimizer, model: GPT, tensors: dict[str, 
     for parameter in [p for group in optimizer.param_groups if group["kind"] == "adamw_rows" for p in group["params"]]:
         state = optimizer.state.get(parameter, {})
         if "step" in state:  # older checkpoints have no last_step: AdamW moved every row in every step
-            state.setdefault("last_step", state["step"].expand(len(parameter)).clone())
+            state.setdefault("last_step", state["step"].expand(len(local(parameter))).clone())

@@ -56,6 +56,14 @@ class TrainOptions:
     """Share of each target's probability spread over the vocabulary; raises the logged loss, not the val loss."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the training step; auto: on CUDA and on Linux's CPUs, if it saves more time than it takes."""
+    parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    """How processes that torchrun has started share a model: each has all of it (ddp), its rows of every parameter
+    (fsdp), or its rows of the model that its machine has (hsdp). auto: ddp where that fits into the devices' memory."""
+    parallel_timeout: Annotated[float, Interval(ge=1, le=1_000_000)] = 600.0
+    """Seconds for which a process waits for another one in a step, before the run ends with an error."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block for the backward pass, which computes the block again: less memory, a third
+    more time."""
     cuda_graphs: bool = True
     """On CUDA, record a step of one micro-batch, and let the GPU repeat it without Python."""
     deterministic: bool = False

@@ -1,0 +1,145 @@
+"""The processes that train one model together, and how they agree.
+
+torchrun starts one per device, tells each its rank in the environment, and launch.py joins them. Rank 0 writes all
+files but its share of a sharded checkpoint, and prints. In a process that was started alone rank() is 0, world_size()
+is 1, and every function below returns what it was given, so callers need not ask.
+
+All ranks have to call the functions of this file in the same order: each one waits for the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from errors import UserError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=2)  # for what one process prepares while the others wait; whoever waits sees its launcher end
+
+
+def has_group() -> bool:
+    """Whether this process has joined others."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if has_group() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if has_group() else 1
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, from 0."""
+    return int(os.environ["LOCAL_RANK"]) if has_group() else 0
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if has_group() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def agree(value: T) -> T:
+    """The value of rank 0."""
+    if world_size() == 1:
+        return value
+    box = [value if is_first() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The values of all ranks, in their order."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value, group)
+    return found
+
+
+def by_first(action: Callable[[], T]) -> T:
+    """The result of `action`, which rank 0 alone runs. Its UserError is raised by all."""
+    result, error = None, None
+    if is_first():
+        try:
+            result = action()
+        except UserError as raised:
+            error = raised
+    result, error = agree((result, error))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def first_before_others(action: Callable[[], T]) -> T:
+    """The result of `action` in each rank: first rank 0 runs it, then the first process of each other machine, then the
+    rest. For files that are made where they are missing, which may take hours. What one raises is raised by all."""
+    result: Any = None
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size() > 1 else None
+    for turn in range(min(3, world_size())):
+        is_mine = (0 if is_first() else 1 if local_rank() == 0 else 2) == turn
+        error = None
+        if is_mine:
+            try:
+                result = action()
+            except UserError as raised:
+                error = raised
+        errors = [raised for raised in gather(error, patient) if raised is not None]
+        if errors:
+            raise error or errors[0]
+    return result
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any rank."""
+    return flag if world_size() == 1 else bool(add_up(float(flag))[0] > 0)
+
+
+def add_up(*numbers: float) -> list[float]:
+    """The sum of each number over all ranks, in float64."""
+    if world_size() == 1:
+        return list(numbers)
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def stacked(array: np.ndarray) -> np.ndarray:
+    """(…) of one dtype and shape in all ranks → (world_size, …)."""
+    if world_size() == 1:
+        return array[None]
+    own = torch.from_numpy(np.ascontiguousarray(array))
+    everyone = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(everyone, own)
+    return torch.stack(everyone).numpy()
+
+
+def summed(
+    gradients: Callable[[Sequence[Any], int | Tensor], Tensor],
+) -> Callable[[Sequence[Any], int | Tensor], Tensor]:
+    """train.py's calculate_gradients for a step whose micro-batches are divided over the ranks: the number of targets
+    and the loss are those of all of them."""
+    if world_size() == 1:
+        return gradients
+
+    def calculate(batches: Sequence[Any], n_targets: int | Tensor) -> Tensor:
+        own_loss, norm = gradients(batches, int(add_up(float(n_targets))[0])).tolist()
+        return torch.tensor((*add_up(own_loss), norm), dtype=torch.float64)
+
+    return calculate

@@ -1,0 +1,132 @@
+"""How a model is laid out over the processes: --parallel.
+
+    ddp     each process has the whole model; gradients are added up once per step, while the backward pass goes on
+    fsdp    each process has its rows of every parameter (FSDP2's fully_shard); a block's weights are gathered before it
+            computes, in the compute dtype, and its gradients are added up in float32 after it
+    hsdp    fsdp among the processes of a machine, and each machine has the whole model
+
+Gradients are sums over all targets of the step, so nothing is divided by the number of processes. A parameter of a
+sharded model is a DTensor: `local` is this process's rows of it, `first_row` says which these are. Reading order:
+choose_layout, shard, replicate, MicroBatches in turn, then the rows of a sharded model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT
+from parallel.processes import has_group, local_world_size, rank, world_size
+
+T = TypeVar("T")
+Layout = Literal["none", "ddp", "fsdp", "hsdp"]
+
+
+# ---- The layouts -----------------------------------------------------------------------------------------------------
+
+
+def shard(model: GPT, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+    """Leaves of every parameter this process's rows, on the device; a model on the meta device gets memory for them,
+    without values. dtype: in which blocks compute. Embedding, norms outside of the blocks and head stay in float32."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    shape, names = (world_size(),), ("shard",)
+    if layout == "hsdp":
+        shape, names = (world_size() // local_world_size(), local_world_size()), ("replicate", "shard")  # type: ignore[assignment]
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    narrow = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)  # the residual stream is float32
+    table, model.table = model.table, None
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other operation that does not divide
+    if next(model.parameters()).is_meta:
+        model.to_empty(device=device)
+    model.table = None if table is None else table.to(device)
+
+
+def replicate(forward: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """DDP around the module that computes the loss. Gradients are added up in buckets while the backward pass goes on.
+    Rank 0's weights are sent to all."""
+    devices = [device] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(forward, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    wrapped.register_comm_hook(None, _add_up_bucket)
+    return wrapped
+
+
+def _add_up_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's default would divide by the number of processes."""
+    work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def in_turn(batches: Iterable[T], module: nn.Module) -> Iterator[T]:
+    """The micro-batches of a step. Under DDP gradients are added up with the last one alone; under FSDP with each,
+    since the gradients of a whole model do not fit, but across machines with the last one alone."""
+    batches = [*batches]
+    for number, batch in enumerate(batches, 1):
+        is_last = number == len(batches)
+        if isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = is_last
+        elif is_sharded(module):
+            module.set_requires_all_reduce(is_last)  # type: ignore[operator]
+        yield batch
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Drops what forward passes without a backward pass have left gathered: the next pass would compute with it, though
+    the weights may have changed."""
+    if is_sharded(model):
+        model.reshard()  # type: ignore[operator]
+
+
+# ---- Rows of a sharded model -----------------------------------------------------------------------------------------
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's parameters are DTensors."""
+    return has_group() and hasattr(next(model.parameters()), "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's rows, which share the tensor's memory; the tensor itself where it is whole."""
+    with torch.no_grad():
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [local(tensor) for tensor in tensors]
+
+
+def first_row(tensor: Tensor) -> int:
+    """Of the rows in local(tensor), in the whole tensor."""
+    if not hasattr(tensor, "to_local"):
+        return 0
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    size, number = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    return min(len(tensor), number * -(-len(tensor) // size))  # as torch.chunk
+
+
+def is_written_here(tensor: Tensor) -> bool:
+    """Whether this process's rows are the ones that a checkpoint takes: those of the first replica."""
+    if not hasattr(tensor, "to_local"):
+        return rank() == 0
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    return mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows. All processes have to call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,10 +1,11 @@
-"""Data files: written atomically, validated when read. Knows no format but JSON."""
+"""Data files: written atomically, validated when read, with sizes and checksums. Knows no format but JSON."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 import stat
 import uuid
 import zlib
@@ -16,6 +17,7 @@ from typing import Any
 from errors import UserError
 
 MAX_JSON = 100_000_000  # bytes; larger JSON files are not read
+CHUNK = 1 << 20
 
 
 class DamagedFile(UserError):
@@ -45,6 +47,16 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, in
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": size, "crc32": crc}
+
+
+def require_space(home: Path, needed: int) -> None:
+    """Raises OSError where the disk of a folder has not so many bytes free."""
+    free = shutil.disk_usage(home).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; free space on that disk",
+        )
 
 
 def sync_directory(path: Path) -> None:
@@ -124,3 +136,23 @@ def reading(path: Path) -> Iterator[int]:
         yield status.st_size
     except OSError as error:
         raise DamagedFile(path, f"cannot be read ({error.strerror})") from error
+
+
+def size_and_crc(path: Path) -> dict[str, int]:
+    """A file's entry in a manifest."""
+    crc = 0
+    with reading(path) as size, open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return {"bytes": size, "crc32": crc}
+
+
+def compare(path: Path, found: dict[str, int], entry: object) -> None:
+    """Raises DamagedFile where a file's size or crc32 is not that of its entry in a manifest."""
+    if found == entry:
+        return
+    expected = entry if isinstance(entry, dict) else {}
+    problem = f"{found['bytes']} bytes, {str(expected.get('bytes'))[:30]} expected"
+    if found["bytes"] == expected.get("bytes"):
+        problem = f"damaged: its crc32 is {found['crc32']:08x}, which is not the one that was recorded"
+    raise DamagedFile(path, problem)

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from checkpoint import STATE, resolve_model_folder
+from checkpoint import resolve_model_folder
 from common.hardware import Hardware, choose_attention, choose_hardware
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import newest_run
@@ -48,6 +48,7 @@ from generation.prompts import Prompt, encode_prompts, has_trailing_space, print
 from generation.quantize import quantize
 from generation.text import load_model, stream_texts
 from model import GPT
+from model_folder import STATE
 from prepare_data import TextOptions
 from prepare_data.novelty import Copied, Novelty
 from server.options import ServerOptions

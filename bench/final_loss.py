@@ -27,13 +27,14 @@ import numpy as np  # noqa: E402
 import config  # noqa: E402
 from bench.hardware import commit_of, hardware, new_result, save_results  # noqa: E402
 from bench.peer import plain_copy, prepare_ours, run_process  # noqa: E402
-from checkpoint import open_model_folder, resolve_model_folder  # noqa: E402
+from checkpoint import resolve_model_folder  # noqa: E402
 from common.option import section_from  # noqa: E402
 from common.scoring import cut_windows, score_windows  # noqa: E402
 from common.weights import count_parameters, import_weights  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from files import read_json  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from model_folder import open_model_folder  # noqa: E402
 from prepare_data.shards import open_dataset  # noqa: E402
 
 DEFAULT_FLAGS = ["shakespeare_char_best"]

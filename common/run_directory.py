@@ -11,9 +11,10 @@ import os
 import re
 from pathlib import Path
 
-from checkpoint import BASE, list_checkpoints
+from checkpoint import list_checkpoints
 from errors import UserError, quote
 from files import DamagedFile, read_json, write_json
+from model_folder import BASE
 
 FILES = {"run.json", "lock", "config.json", "metrics.jsonl", "samples.txt", "checkpoints", "wandb", BASE}  # of a run
 FILES |= {"tensorboard", "report.html", "loss.png", "run.json.writing", "config.json.writing"}

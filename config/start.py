@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import config
-from checkpoint import Checkpoint, ModelFolder, open_latest, open_model_folder, resolve_model_folder, resolve_run
+from checkpoint import Checkpoint, open_latest, resolve_model_folder, resolve_run
 from common.option import option_names
 from common.options import RunOptions
 from common.run_directory import RunLock, refuse_used_run
@@ -24,6 +24,7 @@ from config.hints import INIT_FROM
 from config.resume import note_unused_flags, resumed_options, with_model_options
 from errors import UserError, quote
 from files import write_json
+from model_folder import ModelFolder, open_model_folder
 from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
 from training.budget import LENGTHENED

@@ -12,13 +12,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from checkpoint import STATE, TOKENIZER
 from common.tokenizer import Tokenizer
 from errors import UserError
 from files import read_json
 from generation.options import SampleScriptOptions
 from generation.prompts import Prompt, complete_samples, print_jsonl, print_texts
 from generation.text import Piece
+from model_folder import STATE, TOKENIZER
 from prepare_data.novelty import Copied, Novelty
 from prepare_data.resolve import training_text
 from terminal import print_marked, progress_bar

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import open_model_folder
 from common.memory import OutOfMemory, attempt
 from common.option import section_from
 from common.tokenizer import Tokenizer, tokenizer_from_dict
@@ -24,6 +23,7 @@ from generation.cuda_graphs import drop_kept
 from generation.engine import STOP, Event, end_programs, generate
 from generation.options import SamplingOptions
 from model import GPT, GPTConfig
+from model_folder import open_model_folder
 
 
 class Token(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import WEIGHTS, ModelFolder, open_model_folder, resolve_model_folder
+from checkpoint import resolve_model_folder
 from common.memory import OutOfMemory, attempt, require_memory
 from common.option import section_from
 from common.tokenizer import Tokenizer, tokenizer_from_dict
@@ -29,6 +29,7 @@ from interop.layouts import split
 from interop.model_card import model_card, run_of
 from interop.tokenizer_files import tokenizer_config, tokenizer_json
 from model import GPT, GPTConfig, sinusoidal_table
+from model_folder import WEIGHTS, ModelFolder, open_model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_FILE = 5 * 10**9  # bytes of a safetensors file, as transformers has it

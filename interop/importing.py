@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import write_model_folder
 from common.memory import require_memory
 from common.option import show
 from common.weights import count_parameters, meta_model
@@ -19,6 +18,7 @@ from interop import classes
 from interop.layouts import Entry, join
 from interop.sources import FLOATS, IGNORED, Source
 from model import GPTConfig
+from model_folder import write_model_folder
 
 MEMORY_MARGIN = 2**28  # bytes: a tensor at a time in its other form, and Python
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint import ModelFolder, resolve_model_folder
+from checkpoint import resolve_model_folder
 from errors import UserError
 from files import DamagedFile, read_json
 from model import GPTConfig
+from model_folder import ModelFolder
 
 MAX_SAMPLES, MAX_SAMPLE_BYTES = 3, 100_000
 RECIPE = (

@@ -19,20 +19,20 @@ from hypothesis import strategies as st
 
 import checkpoint
 from checkpoint import (
-    FILES,
     Checkpoint,
     SaveFailed,
     find_checkpoint,
     list_checkpoints,
     open_checkpoint,
     open_latest,
-    open_model_folder,
     prune_checkpoints,
     resolve_model_folder,
     save_checkpoint,
 )
 from errors import UserError
 from files import DamagedFile, json_bytes, read_json
+from model_folder import FILES, open_model_folder
+from tensor_files import DTYPES
 from tests.conftest import ROOT
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are injected into forked processes")
@@ -111,8 +111,8 @@ def test_tensor_files_are_those_of_the_library_byte_for_byte(tmp_path):
         "żółw": whole.T,
         "e\u0301": whole[:, ::2],
         'quote " backslash \\': torch.nn.Parameter(torch.ones(2)),
-        **{f"{dtype}": torch.arange(-3, 4).to(dtype) for dtype in checkpoint.DTYPES.values()},
-        **{f"a {dtype}": torch.arange(5).to(dtype) for dtype in reversed(checkpoint.DTYPES.values())},
+        **{f"{dtype}": torch.arange(-3, 4).to(dtype) for dtype in DTYPES.values()},
+        **{f"a {dtype}": torch.arange(5).to(dtype) for dtype in reversed(DTYPES.values())},
     }
     for some in (tensors, {}, dict(reversed(tensors.items())), {"one": torch.ones(3, 5).to(torch.bfloat16)}):
         path = save_checkpoint(tmp_path, 1, model=some, config={}, tokenizer={}, optimizer={}, state={})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import open_model_folder, save_checkpoint, write_model_folder
+from checkpoint import save_checkpoint
 from common.imported_tokenizer import ImportedTokenizer
 from common.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer, named_tokenizer, train_bpe
 from common.weights import export_weights
@@ -22,6 +22,7 @@ from interop.importing import import_model
 from interop.sources import open_source
 from interop.tokenizer_files import merges_of, tokenizer_config, tokenizer_json
 from model import GPT, GPTConfig
+from model_folder import open_model_folder, write_model_folder
 
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 96, "vocab_size": 257, "eos_id": 256}
 LLAMA = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}

@@ -11,9 +11,9 @@ from string import ascii_letters
 import pytest
 import torch
 
-from checkpoint import write_model_folder
 from common.weights import export_weights
 from interop import __main__ as interop
+from model_folder import write_model_folder
 from server.options import ServerOptions
 from tests.test_server import EOS, SERVED, TOKENIZER, ending_model, greedy_end, ids_of, running
 

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 import sample
 import train
-from checkpoint import open_model_folder
 from common.imported_tokenizer import CHARACTER_OF, ImportedTokenizer, ids_around
 from common.tokenizer import named_tokenizer, tokenizer_from_dict
 from common.weights import build_for_weights, count_parameters, import_weights, meta_model
@@ -30,6 +29,7 @@ from interop.gguf_source import check_header
 from interop.proof import ask_llama_cpp
 from interop.sources import bpe_definition, open_source, read_tokenizer
 from model import GPT, GPTConfig, rotary_table
+from model_folder import open_model_folder
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs requirements-interop.txt"

@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import checkpoint
 import sample as sample_script
 import train as train_script
-from checkpoint import list_checkpoints, merge, open_checkpoint, open_model_folder, resolve_model_folder
+from checkpoint import list_checkpoints, open_checkpoint, resolve_model_folder
 from common.hardware import choose_hardware
 from common.options import HardwareOptions
 from common.weights import export_weights, flops_per_token, import_weights, trained_parameters
 from errors import UserError
-from files import DamagedFile
+from files import DamagedFile, size_and_crc
 from generation.engine import generate
 from generation.options import SamplingOptions
 from model import GPT, GPTConfig
+from model_folder import merge, open_model_folder, write_model_folder
 from tests.test_train import TINY, message_of, read_events, reproducible, tensors_of, train, train_until_cut
 from training.average import WeightAverage
 from training.compilation import compile_model
@@ -245,7 +245,7 @@ def test_a_run_saves_adapters_alone_beside_one_base():
         assert {name.rpartition(".")[2] for name in tensors.keys()} == {"lora_a", "lora_b"}  # noqa: SIM118
     assert (folder / "model.safetensors").stat().st_size < 0.12 * (base / "model.safetensors").stat().st_size
     config = json.loads((folder / "config.json").read_text())
-    entry = checkpoint._size_and_crc(base / "model.safetensors")
+    entry = size_and_crc(base / "model.safetensors")
     assert config["adapter"] == {"rank": 2, "scale": ALPHA / 2, "base": entry}
     assert open_model_folder(folder).config == open_model_folder(source).config
     before, after = weights_of("base"), weights_of("straight")
@@ -294,14 +294,14 @@ def test_a_killed_run_ends_in_the_same_bits(moment, monkeypatch):
 @pytest.mark.parametrize("when", ["_link_or_copy", "sync_directory", "save_checkpoint"])
 def test_a_run_killed_before_its_first_checkpoint_is_started_again(when, monkeypatch):
     """Killed while the base is written, or after it."""
-    place = "training.state" if when == "save_checkpoint" else "checkpoint"
+    place = "training.state" if when == "save_checkpoint" else "model_folder"
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(f"{place}.{when}", killed)
-        patch.setattr("checkpoint.shutil.rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
+        patch.setattr("model_folder.shutil.rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
         with pytest.raises(KeyboardInterrupt):
             train(*ADAPT, "--run=killed")
     assert list_checkpoints(Path("killed")) == []
@@ -327,7 +327,7 @@ def test_the_base_is_copied_where_links_are_impossible(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no links here")
 
-    monkeypatch.setattr("checkpoint.os.link", refuse)
+    monkeypatch.setattr("model_folder.os.link", refuse)
     assert train(*ADAPT, "--run=copied") == 0
     assert Path("copied/base/model.safetensors").stat().st_nlink == 1
     assert tensors_of("copied", 20) == tensors_of("straight", 20)
@@ -351,7 +351,7 @@ def test_samples_scores_and_evaluations_use_the_merged_weights(capsys):
     assert losses[0] == pytest.approx(read_events("straight", "final")[0]["val_loss"], abs=2e-4)
 
     whole = open_model_folder(resolve_model_folder(Path("straight")))
-    checkpoint.write_model_folder(Path("whole"), whole.model_tensors(), whole.config, whole.tokenizer, {})
+    write_model_folder(Path("whole"), whole.model_tensors(), whole.config, whole.tokenizer, {})
     assert sample_script.main(["--run=whole", "--prompt=Anna", "--max_new_tokens=20", "--temperature=0"]) == 0
     assert capsys.readouterr().out == text
 
@@ -384,7 +384,7 @@ def test_an_adapted_model_teaches_and_a_run_of_adapters_learns_from_it():
     assert train("--resume=taught") == 0
     assert before == tensors_of("taught", 10)
     state = open_checkpoint(list_checkpoints(Path("taught"))[-1]).state
-    assert state["teachers"][0]["base"] == checkpoint._size_and_crc(Path("straight/base/model.safetensors"))
+    assert state["teachers"][0]["base"] == size_and_crc(Path("straight/base/model.safetensors"))
 
 
 @pytest.mark.usefixtures("_in_a_copy")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import list_checkpoints, open_checkpoint, open_model_folder, resolve_model_folder
+from checkpoint import list_checkpoints, open_checkpoint, resolve_model_folder
 from common.hardware import choose_hardware
 from common.options import HardwareOptions
 from model import GPT, IGNORED_TARGET, GPTConfig
+from model_folder import open_model_folder
 from tests.test_train import TINY, message_of, read_events, reproducible, tensors_of, train, train_until_cut
 from training.options import OptimizerOptions
 from training.plan import Shape

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 import model as model_file
-from checkpoint import LORA_A
 from common.hardware import Choice, Hardware, triton_obstacle
 from common.inductor import cache_folder, compiler_version, cpp_compiler, shorten_inductor, use_cache
 from common.memory import OutOfMemory, attempt, is_out_of_memory
 from common.weights import flops_per_token
 from model import GPT, AttentionContext, Block, GPTConfig
+from model_folder import LORA_A
 from training.data import MicroBatch
 from training.metrics import log
 from training.options import EvalOptions, TrainOptions

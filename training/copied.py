@@ -7,9 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import CONFIG, STATE, TOKENIZER, list_checkpoints
+from checkpoint import list_checkpoints
 from errors import UserError, quote
 from files import DamagedFile, read_json
+from model_folder import CONFIG, STATE, TOKENIZER
 from prepare_data.novelty import Novelty
 from prepare_data.passage_index import INDEX
 from prepare_data.resolve import training_text

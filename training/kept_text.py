@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from checkpoint import TOKENIZER, Checkpoint, ModelFolder
+from checkpoint import Checkpoint
 from errors import UserError
+from model_folder import TOKENIZER, ModelFolder
 from prepare_data import PrepareOptions
 from prepare_data.resolve import recorded_dataset
 from prepare_data.shards import Dataset

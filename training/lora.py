@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import LORA_A, LORA_B, Adapter, Checkpoint, ModelFolder, save_base
+from checkpoint import Checkpoint
 from common.weights import count_parameters, export_weights, trained_parameters
 from errors import UserError
 from model import GPT, MLP, Attention, Linear
+from model_folder import LORA_A, LORA_B, Adapter, ModelFolder, save_base
 
 # The scale is ALPHA / r, with the paper's 1 / r and 2 at rank 16: AdamW's first steps move all elements of B equally
 # far, so that those of B·A then move as far at every rank, and a learning rate suits all of them.

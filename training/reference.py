@@ -29,9 +29,10 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from checkpoint import CONFIG, STATE, list_checkpoints, run_hint
+from checkpoint import list_checkpoints, run_hint
 from files import DamagedFile, read_json, replace_file
 from model import GPTConfig
+from model_folder import CONFIG, STATE
 from training.metrics import METRICS
 from training.optim import Plan, make_plan
 from training.options import EvalOptions, OptimizerOptions, TrainOptions

@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import BASE, CONFIG, STATE, WEIGHTS, list_checkpoints, run_hint
+from checkpoint import list_checkpoints, run_hint
 from files import DamagedFile, read_json, replace_file
+from model_folder import BASE, CONFIG, STATE, WEIGHTS
 from training.copied import Mark, check_samples
 from training.metrics import METRICS, SAMPLES, format_duration
 from training.reference import Reference, plan_of, read_curves

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint, ModelFolder, remove_base
+from checkpoint import Checkpoint
 from common.cuda_graphs import Recorder
 from common.hardware import Hardware, choose_attention, require_determinism
 from common.memory import OutOfMemory, attempt
@@ -25,6 +25,7 @@ from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
 from common.weights import build_for_weights, import_weights
 from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
+from model_folder import ModelFolder, remove_base
 from prepare_data import PrepareOptions
 from prepare_data.resolve import Chooser, log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import Adapter, Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
+from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
 from common.clusters import Clusters
 from common.hardware import Hardware
 from common.memory import OutOfMemory, attempt
 from common.weights import trained_parameters
 from errors import UserError
 from model import GPT
+from model_folder import Adapter
 from prepare_data.shards import Dataset
 from training.average import WeightAverage
 from training.evaluation import Evaluation

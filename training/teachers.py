@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import ModelFolder
 from common.hardware import Hardware, choose_attention
 from common.option import section_from
 from common.weights import build_for_weights, import_weights
 from errors import UserError
 from model import GPT, IGNORED_TARGET, AttentionPath, GPTConfig
+from model_folder import ModelFolder
 from training.metrics import log
 
 Loss = Callable[..., Tensor]

@@ -42,6 +42,9 @@ from config.start import RunConfig, read_start
 from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
+from parallel.launch import together
+from parallel.processes import agree, any_of, summed
+from parallel.sharding import in_turn
 from training import setup
 from training.budget import Budget, make_budget
 from training.compilation import choose_compile
@@ -62,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the run is complete, STOPPED when a signal ended it early. Raises UserError, also where memory
     runs out and fewer rows do not help."""
     argv = sys.argv[1:] if argv is None else argv
-    has_tries, train = config.load("train.py", argv).values["try"] is not None, partial(train_all, train_model)
-    return attempt(partial(try_candidates, train, argv) if has_tries else partial(train, argv))
+    options, train = config.load("train.py", argv).values, partial(train_all, train_model)
+    action = partial(train, argv) if options["try"] is None else partial(try_candidates, train, argv)
+    return together(partial(attempt, action), options["device"], options["parallel_timeout"])
 
 
 def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
@@ -83,36 +87,39 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         values, reasons = setup.choose_auto(train, model_config, attention, hardware, start.reasons)
         options = config.replace(start.options, **values)
         train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
-        seed, block_size = options.section(RunOptions).seed, model_config.block_size
-        prompt, rows = choose_prompt(dataset, evals), train.tokens_per_step // block_size
+        seed, rows = options.section(RunOptions).seed, train.tokens_per_step // model_config.block_size
         batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
         # ---- model
-        initial = values["attention"], seed, start.source, train.lora_rank
-        model = setup.build_model(model_config, dataset.tokenizer, *initial).to(hardware.device).train()
-        compiles = choose_compile(train, evals, model, batches(0), hardware)
-        values, reasons = values | {"compile": compiles.value}, reasons | compiles.reasons
+        layout = setup.choose_layout(train, "parallel" in start.flags, model_config, optim, hardware)
+        initial = values["attention"], seed, start.source, train, layout.value, hardware
+        model = setup.build_model(model_config, dataset.tokenizer, *initial)
+        compiles = agree(choose_compile(train, evals, model, batches(0), hardware))
+        values, reasons = values | {"compile": compiles.value}, reasons | compiles.reasons | layout.reasons
         setup.announce(model, hardware, values, reasons, options.section(LoggingOptions).verbose)
         score_text = partial(evaluate, model, token_bytes=dataset.tokenizer.token_bytes, autocast=hardware.autocast)
         score = partial(score_text, dataset.val)
         if evals.eval_only:
             return setup.print_evaluation(start.source, score(rows=batches.size)), []
         # ---- optimizer, and the rest of what a checkpoint holds
-        stop = stack.enter_context(StopRequest())
+        stop = partial(any_of, stack.enter_context(StopRequest()))
         start, run = open_run(start, dataset, stack)
-        state = setup.make_state(model, optim, rows, run, start.resumed, start.initial, compiles.value, hardware)
+        weights = run, start.resumed, start.initial
+        state = setup.make_state(model, optim, rows, *weights, layout.value, compiles.value, hardware)
         # ---- records of the run: config.json, logs, checkpoints, samples
         recorded = start.record(run, options, reasons, kept)
         reference, lengths = Reference(dataset.fingerprint, options.flat(), read_curves()), start.log_lengths
         logger = RunLogger(run, options.section(LoggingOptions), options.flat(), hardware, state, reference, lengths)
         stack.enter_context(logger)
         save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
-        sample = setup.make_sampler(partial(sample_texts, model, dataset.tokenizer, prompt), evals, hardware)
+        draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
+        sample = setup.make_sampler(draw, model, evals, hardware)
         # ---- length: a number of steps, or a time
         if "micro_batch_size" in reasons and state.step == 0:
             batches.size = fit_micro_batch(batches.size, model, hardware)
         started, fits = time.perf_counter(), partial(until_it_fits, batches, state, "micro_batch_size" not in reasons)
         forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.teachers, train, hardware))
         gradients = partial(calculate_gradients, forward, state, hardware, train.label_smoothing, optim.grad_clip)
+        gradients = summed(gradients)
         steps = setup.make_step(gradients, state, train, hardware)
         step = partial(fits, lambda: update(*steps, state, batches(state.step)))
         budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, start.stored)
@@ -227,7 +234,7 @@ def calculate_gradients(
     the loss divided by n_targets (nats), and the gradient norm before clipping: (2,) float32, on the device."""
     optimizer: Any = state.optimizer  # as torch's: it has the interface
     total = torch.zeros((), device=hardware.device)
-    for x, y, dropout_seed in batches:
+    for x, y, dropout_seed in in_turn(batches, state.module):
         if dropout_seed is not None:
             torch.manual_seed(dropout_seed)
         x, y = x.to(hardware.device, non_blocking=True), y.to(hardware.device, non_blocking=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from model import GPT, AttentionPath, GPTConfig
+from parallel.processes import is_first
+from parallel.sharding import first_row, is_sharded, local, whole
 
 MAX_TABLE_BYTES = 2**31  # of a stored model's position table: 2M positions of 128 channels, 16M of 16
 
@@ -50,14 +52,19 @@ def meta_model(config: GPTConfig, n_tensors: int) -> GPT:
 
 def check_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError that names a tensor that does not fit the model."""
+    check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()})
+
+
+def check_shapes(model: GPT, given: Mapping[str, Sequence[int]]) -> None:
+    """check_weights, by name → shape."""
     own = shapes(model)
-    if missing := sorted(own.keys() - tensors.keys()):
+    if missing := sorted(own.keys() - given.keys()):
         raise ValueError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
-    if extra := sorted(tensors.keys() - own.keys()):
+    if extra := sorted(given.keys() - own.keys()):
         raise ValueError(f"the weights hold {extra[0]!r}, which this model does not have ({len(extra)} too many)")
     for name, expected in own.items():
-        if tuple(expected) != (given := tuple(tensors[name].shape)):
-            raise ValueError(f"{name!r} has the shape {given}, this model has {tuple(expected)}")
+        if tuple(expected) != tuple(given[name]):
+            raise ValueError(f"{name!r} has the shape {tuple(given[name])}, this model has {tuple(expected)}")
 
 
 @torch.no_grad()
@@ -76,6 +83,37 @@ def import_weights(model: GPT, tensors: Mapping[str, Tensor], *, take: bool = Fa
         target.copy_(tensors[name])
         if target.shape != parameter.shape:
             parameter[len(target) :] = 0.0
+
+
+@torch.no_grad()
+def import_rows(model: GPT, read: Callable[[str, int, int], Tensor]) -> None:
+    """Fills a sharded model's rows of each parameter, padding with zeros. read: name, first row and the row after the
+    last one → these rows; it is called for each parameter, in order."""
+    for name, parameter in model.named_parameters():
+        rows, first = local(parameter), first_row(parameter)
+        target = model.unpad(name, rows, first)
+        target.copy_(read(name, first, first + len(target)))
+        rows[len(target) :] = 0.0
+
+
+def drawn_rows(model: GPT, seed: int) -> Callable[[str, int, int], Tensor]:
+    """For import_rows: the initial weights of GPT(config, seed), of which one parameter at a time is in memory."""
+    generator, sizes = torch.Generator().manual_seed(seed), {n: p.shape for n, p in model.named_parameters()}
+    return lambda name, start, stop: model.initial_weight(name, sizes[name], generator)[start:stop]
+
+
+@torch.no_grad()
+def gathered(model: GPT, device: torch.device) -> GPT:
+    """A whole copy of a sharded model in rank 0, and the model itself where it is not sharded or elsewhere. All
+    processes have to call it."""
+    if not is_sharded(model):
+        return model
+    copy = GPT(model.config, None, model.attention).to(device) if is_first() else None
+    for name, parameter in model.named_parameters():
+        weight = whole(parameter.detach())
+        if copy is not None:
+            copy.get_parameter(name).copy_(weight)
+    return (copy or model).train(model.training)
 
 
 def count_parameters(model: GPT) -> int:

@@ -18,6 +18,7 @@ from config.chain import share_time
 from config.start import Start
 from errors import UserError, quote
 from model import GPTConfig
+from parallel.processes import first_before_others, world_size
 from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
 from prepare_data.split import Counts
@@ -37,9 +38,7 @@ TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
 def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptText]:
     """The start, with the options of the plan where it needs one, which is printed; the dataset that --data names,
     prepared first where it is text; and the old text that is mixed in. Raises UserError."""
-    planning = Planning(start, hardware) if start.needs_plan else None
-    dataset = open_dataset(start, planning, hardware)
-    start = share_time(start if planning is None else planning.choose(dataset), start)
+    start, dataset = first_before_others(partial(_plan_and_open, start, hardware), _chosen)
     train, block_size = start.options.section(TrainOptions), start.options.section(GPTConfig).block_size
     for teacher in (*start.teachers, *start.handed_on):
         check_context(teacher, block_size)
@@ -49,6 +48,23 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptTex
         return start, dataset, KeptText()
     sources, is_forced = (start.resumed, start.initial), "keep_share" in start.flags
     return start, dataset, open_kept(dataset, train, block_size, prepare, *sources, is_forced)
+
+
+def _plan_and_open(start: Start, hardware: Hardware, chosen: Any) -> tuple[Start, Dataset]:
+    """The start with its plan, and the dataset. chosen: by the plan of rank 0, where that has one."""
+    if chosen is not None:
+        values, reasons, chain = chosen
+        start = replace(start, options=replace(start.options, values=values), reasons=reasons, chain=chain)
+        return start, open_dataset(start, None, hardware)
+    planning = Planning(start, hardware) if start.needs_plan else None
+    dataset = open_dataset(start, planning, hardware)
+    return share_time(start if planning is None else planning.choose(dataset), start), dataset
+
+
+def _chosen(planned: tuple[Start, Dataset]) -> Any:
+    """What the other processes take over of a start."""
+    start, _ = planned
+    return start.options.values, start.reasons, start.chain
 
 
 def open_dataset(start: Start, planning: Planning | None, hardware: Hardware) -> Dataset:
@@ -107,7 +123,7 @@ class Planning:
         initial = self.start.initial
         facts = rules.Facts(
             tokens, len(dataset.val), rules.NoCost(), self._describe(dataset), _train_bytes(dataset),
-            self.hardware.device.type, free_bytes=free_bytes(self.hardware),
+            self.hardware.device.type, free_bytes=free_bytes(self.hardware), processes=world_size(),
             context=None if initial is None else initial.config["block_size"],
         )  # fmt: skip
         cost, startup = self._cost(dataset, rules.choose_context(facts, self.given))

@@ -25,6 +25,7 @@ from config.resume import note_unused_flags, resumed_options, with_model_options
 from errors import UserError, quote
 from files import write_json
 from model_folder import ModelFolder, open_model_folder
+from parallel.processes import Team, by_first, is_first
 from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
 from training.budget import LENGTHENED
@@ -145,8 +146,8 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         run = resolve_run(Path(train.resume))
         options = replace(options, values=options.values | {"resume": str(run)})
         if not eval_only:
-            stack.enter_context(RunLock(run))
-        resumed = open_latest(run)
+            by_first(lambda: stack.enter_context(RunLock(run)) and None)
+        resumed = open_latest(run, Team())
         options = note_unused_flags(resumed_options(options, resumed.state["options"]))
         max_steps = options.section(TrainOptions).max_steps
         if not eval_only:
@@ -320,7 +321,8 @@ class RunConfig:
         """Changes options, and rewrites config.json. A full disk is reported; a checkpoint's state holds them too."""
         self.options = config.replace(self.options, **values)
         try:
-            write_json(self.path, config.dump(self.options, self.reasons))
+            if is_first():
+                write_json(self.path, config.dump(self.options, self.reasons))
         except OSError as error:
             log(f"cannot write {self.path}: {error}; training continues without it")
 

@@ -73,6 +73,16 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return found
 
 
+class Team:
+    """This process among the others, as checkpoint.py needs it: it knows no torch.distributed."""
+
+    rank = property(lambda self: rank())
+    size = property(lambda self: world_size())
+
+    def gather(self, value: Any) -> list[Any]:
+        return gather(value)
+
+
 def by_first(action: Callable[[], T]) -> T:
     """The result of `action`, which rank 0 alone runs. Its UserError is raised by all."""
     result, error = None, None
@@ -87,28 +97,33 @@ def by_first(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def first_before_others(action: Callable[[], T]) -> T:
+def first_before_others(action: Callable[[Any], T], tell: Callable[[T], Any]) -> T:
     """The result of `action` in each rank: first rank 0 runs it, then the first process of each other machine, then the
-    rest. For files that are made where they are missing, which may take hours. What one raises is raised by all."""
+    rest. For files that are made where they are missing, which may take hours. Its argument is what rank 0 tells of its
+    own result, None in rank 0. What one raises is raised by all."""
+    if world_size() == 1:
+        return action(None)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     result: Any = None
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size() > 1 else None
-    for turn in range(min(3, world_size())):
-        is_mine = (0 if is_first() else 1 if local_rank() == 0 else 2) == turn
+    told: Any = None
+    for turn in range(3):
         error = None
-        if is_mine:
+        if turn == (0 if is_first() else 1 if local_rank() == 0 else 2):
             try:
-                result = action()
+                result = action(told)
             except UserError as raised:
                 error = raised
-        errors = [raised for raised in gather(error, patient) if raised is not None]
-        if errors:
+        news = gather((error, tell(result) if turn == 0 and is_first() and error is None else None), patient)
+        if errors := [raised for raised, _ in news if raised is not None]:
             raise error or errors[0]
+        told = news[0][1] if turn == 0 else told
+    dist.destroy_process_group(patient)
     return result
 
 
-def any_of(flag: bool) -> bool:
+def any_of(flag: Callable[[], bool]) -> bool:
     """Whether the flag is set in any rank."""
-    return flag if world_size() == 1 else bool(add_up(float(flag))[0] > 0)
+    return flag() if world_size() == 1 else add_up(float(flag()))[0] > 0
 
 
 def add_up(*numbers: float) -> list[float]:

@@ -27,6 +27,7 @@ from parallel.processes import has_group, local_world_size, rank, world_size
 
 T = TypeVar("T")
 Layout = Literal["none", "ddp", "fsdp", "hsdp"]
+SHARDED = ("fsdp", "hsdp")
 
 
 # ---- The layouts -----------------------------------------------------------------------------------------------------

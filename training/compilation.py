@@ -25,6 +25,8 @@ from common.memory import OutOfMemory, attempt, is_out_of_memory
 from common.weights import flops_per_token
 from model import GPT, AttentionContext, Block, GPTConfig
 from model_folder import LORA_A
+from parallel.processes import world_size
+from parallel.sharding import is_sharded
 from training.data import MicroBatch
 from training.metrics import log
 from training.options import EvalOptions, TrainOptions
@@ -123,7 +125,10 @@ def compile_model(model: GPT, state: TrainState, batch: MicroBatch, hardware: Ha
     if state.compiler == "none":
         return model
     if hardware.device.type != "cpu":
-        return torch.compile(model, dynamic=False)
+        if world_size() == 1:
+            return torch.compile(model, dynamic=False)
+        use_compiled(model)
+        return model
     if cpp_compiler() is None:
         log("not compiled: there is no C++ compiler (g++)")
         state.compiler = "none"
@@ -155,11 +160,13 @@ def _compile_block(model: GPT, batch: MicroBatch, hardware: Hardware, folder: Pa
         use_cache(folder)
         shorten_inductor()
         torch.compiler.reset()
-        model.run_block = partial(_with_gradient, torch.compile(_run_block, fullgraph=True, dynamic=False))
+        use_compiled(model)
         run_micro_batch(model, batch, hardware)
         (folder / signature(model, batch, hardware)).touch()
     except (RuntimeError, OSError, AssertionError) as error:  # torch wraps others in RuntimeError
-        model.__dict__.pop("run_block", None)
+        for module in (model, *model.blocks):
+            module.__dict__.pop("run_block", None)
+            module.__dict__.pop("forward", None)
         model.zero_grad()
         if is_out_of_memory(error):
             raise
@@ -169,8 +176,23 @@ def _compile_block(model: GPT, batch: MicroBatch, hardware: Hardware, folder: Pa
     return None
 
 
+def use_compiled(model: GPT) -> None:
+    """Makes forward passes with gradients call compiled blocks; one function serves all of them. Those of a sharded
+    model have hooks, which gather their weights, around what is compiled."""
+    if not is_sharded(model):
+        model.run_block = partial(_with_gradient, torch.compile(_run_block, fullgraph=True, dynamic=False))
+        return
+    compiled = torch.compile(Block.forward, fullgraph=True, dynamic=False)
+    for block in model.blocks:
+        block.forward = partial(_in_training, compiled, block)  # type: ignore[method-assign]
+
+
 def _run_block(block: Block, x: Tensor, context: AttentionContext) -> Tensor:
     return block(x, context)
+
+
+def _in_training(run: Callable[..., Tensor], block: Block, x: Tensor, context: AttentionContext) -> Tensor:
+    return _with_gradient(run, block, x, context) if torch.is_grad_enabled() else Block.forward(block, x, context)
 
 
 def _with_gradient(run: Callable[..., Tensor], block: Block, x: Tensor, context: AttentionContext) -> Tensor:

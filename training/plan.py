@@ -117,6 +117,8 @@ class Facts:
     """Before the first step: compiling."""
     free_bytes: int | None = None
     context: int | None = None
+    processes: int = 1
+    """Among which the rows of a step are divided."""
 
     @property
     def fine_tuning(self) -> bool:
@@ -371,7 +373,7 @@ def choose_step(context: int, facts: Facts, given: Mapping[str, Any], steps_of: 
     is the run's limit: small steps learn more from a token. They are more where the time is the limit."""
     if "tokens_per_step" in given:
         return given["tokens_per_step"]
-    unit = _rows(given) * context
+    unit = _rows(given) * facts.processes * context
     sizes = [unit * 2**power for power in range(20) if unit * 2**power <= max(unit, MAX_ROWS * context)]
     first = TOKENS_PER_STEP.get(facts.device, TOKENS_PER_STEP["cpu"])
     number = max((i for i, size in enumerate(sizes) if size <= first), default=0)

@@ -6,6 +6,7 @@ in order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,10 +23,21 @@ from common.hardware import Hardware, choose_attention, require_determinism
 from common.memory import OutOfMemory, attempt
 from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
-from common.weights import build_for_weights, import_weights
+from common.weights import (
+    build_for_weights,
+    check_shapes,
+    count_parameters,
+    drawn_rows,
+    gathered,
+    import_rows,
+    import_weights,
+    meta_model,
+)
 from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
 from model_folder import ModelFolder, remove_base
+from parallel.processes import agree, by_first, local_world_size, world_size
+from parallel.sharding import SHARDED, Layout, replicate, shard
 from prepare_data import PrepareOptions
 from prepare_data.resolve import Chooser, log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
@@ -40,9 +52,11 @@ from training.micro_batch import choose_micro_batch
 from training.optim import make_optimizer
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 from training.state import TrainState
+from training.step_cost import free_bytes
 from training.step_graphs import Gradients, StepGraphs, obstacle
 from training.teachers import taught
 
+TORCHRUN = "torchrun --nproc-per-node=2 -- train.py ..."
 MIN_CONTEXT = 16  # tokens; with a shorter context a model learns little but frequencies
 
 
@@ -132,29 +146,108 @@ def make_batches(
     return TrainBatches(dataset.train, block_size, rows, size, seed, hardware.device, dropout, *other)
 
 
+def choose_layout(
+    train: TrainOptions, is_forced: bool, model_config: GPTConfig, optim: OptimizerOptions, hardware: Hardware
+) -> Choice:
+    """How the processes share the model. is_forced: by a flag of this command; what a preset or the run before asks for
+    is left out where there is one process. Raises UserError."""
+    size, wanted = world_size(), train.parallel
+    if size == 1:
+        if is_forced and wanted not in ("auto", "none"):
+            raise UserError(f"--parallel={wanted} needs several processes: {TORCHRUN}")
+        return Choice("none", {})
+    if wanted == "none":
+        raise UserError(f"--parallel=none, and torchrun has started {size} processes; use --parallel=auto")
+    obstacle = f"--lora_rank={train.lora_rank}" if train.lora_rank is not None else None
+    if hardware.dtype == torch.float16:
+        obstacle = "the loss scale of --dtype=float16"
+    if wanted in SHARDED and obstacle is not None:
+        raise UserError(f"--parallel={wanted}: {obstacle} needs the whole model in each process; use --parallel=ddp")
+    if wanted == "hsdp" and size % local_world_size():
+        raise UserError(f"--parallel=hsdp needs equally many processes on each machine; use --parallel=fsdp")
+    if wanted != "auto":
+        return Choice(wanted, {})
+    if obstacle is not None:
+        return Choice("ddp", {"parallel": f"{obstacle} needs the whole model in each process"})
+    memory = free_bytes(hardware) or math.inf
+    memory = agree(memory / (local_world_size() if hardware.device.type == "cpu" else 1))
+    per_parameter = {"adamw": 16, "muon": 12, "sgd": 12}[optim.optimizer]  # weights, gradients and moments, in float32
+    with torch.device("meta"):
+        state = per_parameter * count_parameters(GPT(model_config, None))
+    return Choice(*choose_parallel(state, memory, size, local_world_size()))
+
+
 def build_model(
     model_config: GPTConfig,
     tokenizer: Tokenizer,
     attention: Literal["auto"] | AttentionPath,
     seed: int,
     source: Checkpoint | ModelFolder | None,
-    lora_rank: int | None = None,
+    train: TrainOptions,
+    layout: Layout,
+    hardware: Hardware,
 ) -> GPT:
-    """The model for the tokenizer's vocabulary, on the CPU, with weights drawn from the seed or those of `source`, and
-    with the adapters of a run that has any. Raises UserError."""
+    """The model for the tokenizer's vocabulary on the device, with weights drawn from the seed or those of `source`,
+    and with the adapters of a run that has any; of a sharded one the rows of this process. Raises UserError."""
     assert attention != "auto"
     model_config = replace(model_config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    try:
+        if layout in SHARDED:
+            model = build_sharded(model_config, attention, seed, source, layout, hardware)
+        else:
+            model = build_whole(model_config, attention, seed, source, train.lora_rank).to(hardware.device)
+    except ValueError as error:
+        assert source is not None
+        raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
+    model.sparse_ngrams, model.recompute_blocks = world_size() == 1, train.activation_checkpointing
+    return model.train()
+
+
+def build_whole(
+    model_config: GPTConfig,
+    attention: AttentionPath,
+    seed: int,
+    source: Checkpoint | ModelFolder | None,
+    lora_rank: int | None = None,
+) -> GPT:
+    """On the CPU. Raises UserError, ValueError."""
     if source is None:
         return GPT(model_config, seed, attention)
     tensors = source.frozen_tensors() if isinstance(source, Checkpoint) else source.model_tensors()
     if "position.weight" in tensors:  # of a context that was cut
         tensors["position.weight"] = tensors["position.weight"][: model_config.block_size]
-    try:
-        model = build_for_weights(model_config, tensors, attention)
-        import_weights(model, tensors, take=True)
-        adapt(model, source, lora_rank, seed)
-    except ValueError as error:
-        raise UserError(f"{source.path}: {error}; its weights and its config do not belong together") from error
+    model = build_for_weights(model_config, tensors, attention)
+    import_weights(model, tensors, take=True)
+    adapt(model, source, lora_rank, seed)
+    return model
+
+
+def build_sharded(
+    model_config: GPTConfig,
+    attention: AttentionPath,
+    seed: int,
+    source: Checkpoint | ModelFolder | None,
+    layout: Layout,
+    hardware: Hardware,
+) -> GPT:
+    """This process's rows, on the device: those of the same weights, without a whole model in memory where that is
+    possible. Raises UserError, ValueError."""
+    adapted = source is not None and (source.model if isinstance(source, Checkpoint) else source).adapter is not None
+    if adapted or (source is None and model_config.first_attention == "recent"):  # made of whole matrices
+        model = build_whole(model_config, attention, seed, source)
+        shard(model, layout, hardware.device, hardware.dtype)
+        return model
+    read = None
+    if source is not None:
+        reader = source.reader("model") if isinstance(source, Checkpoint) else source.reader()
+        sizes, read = {name: [*size] for name, (_, size) in reader.layout.items()}, reader.rows
+        if "position.weight" in sizes:
+            sizes["position.weight"][0] = min(model_config.block_size, sizes["position.weight"][0])
+        check_shapes(meta_model(model_config, len(sizes)), sizes)
+    with torch.device("meta"):
+        model = GPT(model_config, None, attention)
+    shard(model, layout, hardware.device, hardware.dtype)
+    import_rows(model, read or drawn_rows(model, seed))
     return model
 
 
@@ -162,8 +255,10 @@ def make_forward(
     state: TrainState, batch: MicroBatch, teachers: Sequence[ModelFolder], train: TrainOptions, hardware: Hardware
 ) -> Callable[..., Tensor]:
     """The loss as train.update calls it: that of the model, compiled for batches like `batch` where the state says so,
-    and of the comparison with teachers. Raises UserError."""
+    in DDP where several processes have all of it, and of the comparison with teachers. Raises UserError."""
     forward = compile_model(state.model, state, batch, hardware)
+    if state.layout == "ddp":
+        forward = state.module = replicate(state.model, hardware.device)
     return taught(forward, teachers, train.teacher_share, state.model, hardware)
 
 
@@ -222,25 +317,30 @@ def open_run(name: str | None, default_name: str, source: Checkpoint | ModelFold
         return Path(name)
     if source is not None:
         print(f"weights and tokenizer from {source.path}")
-    run = claim_run(name, default_name)
-    stack.enter_context(RunLock(run))
-    remove_base(run)
+
+    def claim() -> Path:
+        run = claim_run(name, default_name)
+        stack.enter_context(RunLock(run))
+        remove_base(run)
+        return run
+
+    run = by_first(claim)
     print(f"run: {run}; Ctrl-C stops it and saves")
     return run
 
 
 def make_state(
     model: GPT, options: OptimizerOptions, rows: int, run: Path, resumed: Checkpoint | None,
-    initial: ModelFolder | None, compiles: bool, hardware: Hardware,
+    initial: ModelFolder | None, layout: Layout, compiles: bool, hardware: Hardware,
 ) -> TrainState:  # fmt: skip
     """The state of a new run, or the one that is resumed. rows: windows per step. Raises UserError."""
     optimizer, scaler = make_optimizer(model, options, hardware.dtype), make_scaler(hardware)
     compiler = compiler_name(hardware) if compiles else "none"
     average = None if options.ema_half_life is None else WeightAverage(model, options.ema_half_life)
-    adapter = keep_base(model, run, resumed, initial)
+    adapter = by_first(partial(keep_base, model, run, resumed, initial))
     narrow_frozen(model, hardware.dtype)
     restart = recovery(run, options)
-    state = TrainState(model, optimizer, scaler, rows, restart, initial is not None, compiler, average, adapter)
+    state = TrainState(model, optimizer, scaler, rows, restart, initial is not None, compiler, average, adapter, layout)
     if resumed is not None:
         state.restore(resumed, hardware)
     optimizer.allocate()
@@ -248,18 +348,20 @@ def make_state(
 
 
 def make_sampler(
-    sample_texts: Callable[..., list[tuple[str, str]]], evals: EvalOptions, hardware: Hardware
+    sample_texts: Callable[..., list[tuple[str, str]]], model: GPT, evals: EvalOptions, hardware: Hardware
 ) -> Callable[[int, int], list[tuple[str, str]]]:
     """A function (number of samples, seed) → (text, reason of its end) of each, by the options; no samples where their
-    length is 0, or where memory does not suffice for one. sample_texts: generation.text's, with model, tokenizer and
-    prompt bound."""
+    length is 0, or where memory does not suffice for one. Rank 0 draws them, from a whole copy of a sharded model.
+    sample_texts: generation.text's, which lacks the model; tokenizer and prompt are bound."""
     settings: dict[str, Any] = {"max_new_tokens": evals.sample_tokens, "temperature": evals.sample_temperature}
     settings |= {"top_p": evals.sample_top_p, "autocast": hardware.autocast}
 
     def sample(count: int, seed: int) -> list[tuple[str, str]]:
         count = count if evals.sample_tokens > 0 else 0
         try:
-            return attempt(partial(sample_texts, num_samples=count, seed=seed, **settings))
+            whole = gathered(model, hardware.device) if count else model
+            draw = partial(sample_texts, whole, num_samples=count, seed=seed, **settings)
+            return by_first(partial(attempt, draw))
         except OutOfMemory as error:
             log(f"no samples: {error}")
             return []

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoin
 from common.clusters import Clusters
 from common.hardware import Hardware
 from common.memory import OutOfMemory, attempt
-from common.weights import trained_parameters
+from common.weights import shapes, trained_parameters
 from errors import UserError
 from model import GPT
+from parallel.processes import Team, by_first, is_first, world_size
+from parallel.sharding import SHARDED, Layout, first_row, is_written_here, local
 from model_folder import Adapter
 from prepare_data.shards import Dataset
 from training.average import WeightAverage
@@ -79,10 +82,12 @@ class TrainState:
         compiler: str = "none",
         average: WeightAverage | None = None,
         adapter: Adapter | None = None,
+        layout: Layout = "none",
     ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.rows, self.recovery, self.pretrained, self.compiler = rows, recovery, pretrained, compiler
-        self.average, self.adapter = average, adapter
+        self.average, self.adapter, self.layout = average, adapter, layout
+        self.module: torch.nn.Module = model  # DDP's around the model, where there is one
         self.progress = Progress()
         self.val_loss: float | None = None  # of the current step
         self.val_bits_per_byte: float | None = None
@@ -215,30 +220,59 @@ class TrainState:
                 "fingerprint": dataset.fingerprint,
                 "example_prompt": example_prompt(dataset),
             },
-            "environment": environment(hardware, self.compiler),
+            "environment": environment(hardware, self.compiler, self.layout),
         }
 
-        trained = trained_parameters(self.model)
-
         def write() -> None:
-            save_checkpoint(
-                run,
-                self.step,
-                model={name: self.model.unpad(name, p.detach()) for name, p in trained.items()},
-                config=self.model.config.to_dict(),
-                adapter=self.adapter,
-                tokenizer=dataset.tokenizer.to_dict(),
-                optimizer=self._moments(),
-                state={**state, **facts()},
-            )
+            others: dict[str, Any] = {"config": self.model.config.to_dict(), "tokenizer": dataset.tokenizer.to_dict()}
+            others |= {"adapter": self.adapter, "state": {**state, **facts()}}
+            if self.layout in SHARDED:
+                save_sharded_checkpoint(run, self.step, Team(), **self._parts(), **others)
+            else:
+                by_first(partial(save_checkpoint, run, self.step, **self._tensors(), **others))
 
         try:
             attempt(write)
             self.saved_step = self.step
-            prune_checkpoints(run)
+            if is_first():
+                prune_checkpoints(run)
         except (SaveFailed, OutOfMemory) as error:
             what = "not saved" if self.saved_step != self.step else "saved without its final records"
             log(f"step {self.step}: {what}: {error}")
+
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What a checkpoint holds, without the rows that pad the vocabulary; of a sharded model this process's rows."""
+        trained = trained_parameters(self.model).items()
+        model = {name: self.model.unpad(name, local(p), first_row(p)) for name, p in trained}
+        return {"model": model, "optimizer": self._moments()}
+
+    def _parts(self) -> dict[str, dict[str, Part]]:
+        """The same rows with their places; none where another process has them, too, and writes them."""
+        sizes, parameters = shapes(self.model), trained_parameters(self.model)
+
+        def part(name: str, rows: torch.Tensor) -> Part:
+            of = name if name in sizes else name.rpartition("/")[0]
+            return Part(rows, tuple(sizes[of])[: rows.dim()], first_row(parameters[of]) if rows.dim() else 0)
+
+        is_written = all(is_written_here(parameter) for parameter in parameters.values())
+        return {
+            kind: {name: part(name, rows) for name, rows in tensors.items() if is_written}
+            for kind, tensors in self._tensors().items()
+        }
+
+    def _stored_moments(self, saved: Checkpoint) -> dict[str, torch.Tensor]:
+        """The optimizer's tensors of a checkpoint; of a sharded model this process's rows."""
+        if self.layout not in SHARDED:
+            return saved.optimizer_tensors()
+        reader, parameters, found = saved.reader("optimizer"), trained_parameters(self.model), {}
+        for name, (_, size) in reader.layout.items():
+            parameter = parameters.get(name.rpartition("/")[0])
+            if parameter is None:
+                raise ValueError(f"the optimizer's state names {name!r}, which this model does not have")
+            first = first_row(parameter) if size else 0
+            last = min(first + len(local(parameter)), size[0]) if size else 1
+            found[name] = reader.rows(name, min(first, last), last)
+        return found
 
     def _moments(self) -> dict[str, torch.Tensor]:
         """What continues training besides the model's folder: the optimizer's moments, and the weights where the model
@@ -252,12 +286,12 @@ class TrainState:
         """Loads a checkpoint's state except the weights, which the model has already. Raises UserError where it
         does not fit."""
         try:
-            tensors = saved.optimizer_tensors()
+            tensors = self._stored_moments(saved)
             if self.average is not None and saved.step > 0:
                 self.average.restore(tensors)
             load_optimizer_tensors(self.optimizer, self.model, tensors)
             self.progress = Progress(**saved.state["progress"])
-            self.val_loss, before = saved.state["val_loss"], {"compiler": "none", **saved.state["environment"]}
+            self.val_loss, before = saved.state["val_loss"], {"compiler": "none", "parallel": "none", **saved.state["environment"]}
             self.val_bits_per_byte = saved.state.get("val_bits_per_byte")  # later than the first checkpoints
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -267,13 +301,13 @@ class TrainState:
         if self.progress.grad_scaler:
             self.scaler.load_state_dict(self.progress.grad_scaler)
         self.saved_step = self.step
-        now = environment(hardware, self.compiler)
+        now = environment(hardware, self.compiler, self.layout)
         if changed := [f"{name} {before.get(name)} → {now[name]}" for name in now if now[name] != before.get(name)]:
             log(f"the resume may not be bitwise exact: {', '.join(changed)}")
         log(f"resumed {saved.path} at step {self.step}")
 
 
-def environment(hardware: Hardware, compiler: str) -> dict[str, Any]:
+def environment(hardware: Hardware, compiler: str, layout: Layout) -> dict[str, Any]:
     """What a bitwise-exact repetition depends on besides the options. compiler: of the training step, or "none"."""
     device = hardware.device
     return {
@@ -285,5 +319,6 @@ def environment(hardware: Hardware, compiler: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "threads": hardware.threads,
         "compiler": compiler,
-        "world_size": 1,
+        "world_size": world_size(),
+        "parallel": layout,
     }

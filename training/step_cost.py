@@ -25,6 +25,7 @@ from common.hardware import Hardware
 from common.memory import attempt, is_out_of_memory, release_memory
 from common.weights import count_parameters, flops_per_token
 from model import GPT, AttentionPath, GPTConfig
+from parallel.processes import world_size
 from training.lora import add_adapters, narrow_frozen
 from training.micro_batch import CPU_TOKENS, MEMORY_SHARE
 from training.optim import Optimizer, clip_gradients, make_optimizer
@@ -94,8 +95,8 @@ class StepCost:
         return self.counts(shape).block_parameters
 
     def step_seconds(self, shape: Shape, tokens: int) -> float:
-        """Predicted seconds of a step of so many tokens."""
-        count = self.counts(shape)
+        """Predicted seconds of a step of so many tokens, which are divided among the processes."""
+        count, tokens = self.counts(shape), tokens / world_size()
         passes = (1 - self.saves) * self._pass(count, tokens)
         passes += sum(FORWARD_SHARE * self._pass(teacher, tokens) for teacher in self._teacher_counts)
         return passes + sum(
@@ -106,7 +107,7 @@ class StepCost:
     def _teacher_counts(self) -> list[Counts]:
         return [self._count(teacher) for teacher in self.teachers]
 
-    def _pass(self, count: Counts, tokens: int) -> float:
+    def _pass(self, count: Counts, tokens: float) -> float:
         """Seconds of forward and backward pass."""
         token = self.pass_seconds[0] * count.flops + self.pass_seconds[1] * count.written
         return tokens * token + count.layers * self.layer_seconds

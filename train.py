@@ -37,6 +37,7 @@ from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
 from config.chain import end_run, open_run, train_all
+from config.cluster import print_cluster
 from config.planning import open_data
 from config.start import RunConfig, read_start
 from config.trying import try_candidates
@@ -75,12 +76,14 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
         start = read_start(argv, stack)
+        if start.options.section(TrainOptions).plan and not start.needs_plan:
+            return print_cluster(start), []
         # ---- hardware, then the data; a run with a text and no preset gets its options here, from its plan
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))
         start, dataset, kept = open_data(start, hardware)
         if start.options.section(TrainOptions).plan:
-            return 0, []
+            return print_cluster(start, dataset.tokenizer.vocab_size), []
         # ---- every `auto` is resolved
         model_config, attention = start.options.section(GPTConfig), start.options.section(HardwareOptions).attention
         train, evals = start.options.section(TrainOptions), start.options.section(EvalOptions)

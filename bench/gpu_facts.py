@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 from bench.gpu import card, ceilings, choose_device, wake  # noqa: E402
 from bench.hardware import RESULTS, commit_of, hardware, write_results  # noqa: E402
-from common.hardware import vendor_flops  # noqa: E402
+from common.devices import vendor_flops  # noqa: E402
 from errors import run_script  # noqa: E402
 
 QUERIED = (

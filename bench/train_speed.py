@@ -57,7 +57,7 @@ from bench.gpu import (  # noqa: E402
 from bench.hardware import RESULTS, commit_of, hardware, new_result, save_results  # noqa: E402
 from bench.peer import import_model  # noqa: E402
 from common.cuda_graphs import Recorder  # noqa: E402
-from common.hardware import vendor_flops  # noqa: E402
+from common.devices import vendor_flops  # noqa: E402
 from errors import UserError, run_script  # noqa: E402
 from model import GPT, AttentionPath, GPTConfig  # noqa: E402
 from training.optim import clip_gradients, make_optimizer  # noqa: E402

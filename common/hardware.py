@@ -10,7 +10,6 @@ import ctypes
 import importlib.util
 import os
 import platform
-import re
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,22 +18,11 @@ from typing import Any, Literal
 
 import torch
 
+from common.devices import vendor_flops
 from common.options import HardwareOptions
 from errors import UserError
 from model import MAX_FUSED_HEAD, AttentionPath
 from parallel.processes import local_rank, local_world_size, world_size
-
-# Dense 16-bit TFLOP/s with float32 sums, from the vendors' data sheets, by the device's name without what vendor_flops
-# leaves out. PyTorch sees each of an MI250X's two dies as a device.
-VENDOR_TFLOPS = {
-    "H100": 989, "H100 PCIE": 756, "H100 NVL": 835, "H800": 989, "H800 PCIE": 756, "H200": 989, "H200 NVL": 835,
-    "GH200": 989, "H20": 148, "B100": 1750, "B200": 2250, "GB200": 2500, "A100": 312, "A100 PCIE": 312,
-    "A800": 312, "A800 PCIE": 312, "A10": 125, "A10G": 70, "A30": 165, "A40": 149.7, "L4": 121, "L40": 181, "L40S": 362,
-    "V100": 125, "V100 PCIE": 112, "V100S PCIE": 130, "T4": 65, "RTX A6000": 154.8, "RTX 6000 ADA": 364.2,
-    "RTX 3090": 71, "RTX 3090 TI": 80, "RTX 4090": 165.2, "RTX 5090": 209.5,
-    "MI250X": 191.5, "MI300X": 1307, "MI325X": 1307,
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Hardware:
@@ -170,13 +158,6 @@ def triton_obstacle(device: torch.device, capability: tuple[int, int]) -> str | 
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", "cc"), "gcc", "clang")):
         return "there is no C compiler, which Triton needs"
     return None
-
-
-def vendor_flops(name: str) -> float | None:
-    """Dense 16-bit FLOP/s of a device by its name; None if it is not in the table, like a laptop's or a part (MIG)."""
-    left_out = r"\b(NVIDIA|TESLA|GEFORCE|AMD|INSTINCT|SXM\d?|OAM|GENERATION|HBM3E?|\d+GB?)\b|-"
-    tflops = VENDOR_TFLOPS.get(" ".join(re.sub(left_out, " ", name.upper()).split()))
-    return None if tflops is None else 1e12 * tflops
 
 
 def _cpu_multiplies_bfloat16() -> bool:

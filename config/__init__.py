@@ -175,9 +175,11 @@ def load(script: str, argv: Sequence[str]) -> Options:
         options = _loader.load(script, argv, complete=first_values)
     else:
         options = _loader.load(script, argv, default_preset=default_preset)
-        if options.values.get("plan"):
+        has_plan = options.values.get("gpus") is not None and not options.values.get("eval_only")
+        if options.values.get("plan") and (resuming or not has_plan):
             why = "a resumed run keeps its options" if resuming else "presets and evaluations have none"
-            raise UserError(f"--plan shows the plan of a run that has --data=TEXT and no preset; {why}")
+            more = "" if resuming else "; with --gpus=8 a preset's costs on 8 GPUs"
+            raise UserError(f"--plan shows the plan of a run that has --data=TEXT and no preset; {why}{more}")
     if options.values.get("try") is not None:
         refuse_try(options, argv)
     if not any(options.values.get(name) for name in ("resume", "init_from", "teacher")):  # they have a tokenizer

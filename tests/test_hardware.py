@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from common.hardware import Hardware, vendor_flops
+from common.devices import vendor_flops
+from common.hardware import Hardware
 from common.weights import flops_per_token
 from config import load
 from model import GPT, GPTConfig

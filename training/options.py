@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from common.option import escaped, fixed, path
+from common.devices import GPUS, find_gpu
+from common.option import did_you_mean, escaped, fixed, path
+from training.cluster import MAX_GPUS
 
 if TYPE_CHECKING:
     from annotated_types import Ge, Gt, Interval
 
+DEFAULT_GPU, MAX_ROWS = "h100", 20  # of --gpus
 TRACKERS = ("wandb", "tensorboard", "trackio")
 """Options that send the records elsewhere, too: trackers.py. config.json does not hand them on."""
 
@@ -18,7 +21,12 @@ TRACKERS = ("wandb", "tensorboard", "trackio")
 @dataclass(frozen=True)
 class TrainOptions:
     plan: bool = False
-    """Print the plan for --data, which chooses all options that are not given, and stop."""
+    """Print the plan for --data, which chooses all options that are not given, and stop. With gpus also for a preset."""
+    gpus: str | None = None
+    """With plan: also print what the run would take on so many GPUs: memory, time, failures, money. 64, or several for
+    a table: 1,8,64,512. none: nothing of it."""
+    gpu: str | None = None
+    """With gpus: their kind: h100, h200, b200, a100, a100-40gb, l40s, rtx4090, mi300x. none: h100."""
     try_: Annotated[int, Interval(ge=2, le=32)] | None = None
     """Try so many settings of the plan in short runs on this very text, in half of --budget_minutes, and train the best
     one for the rest of them: learning rate, size, regularization. none: the plan alone."""
@@ -71,12 +79,39 @@ class TrainOptions:
 
     def problems(self) -> list[str]:
         found = [f"--{name}= is empty" for name in ("resume", "init_from") if getattr(self, name) == ""]
+        found += self._cluster_problems()
         if self.lora_rank is not None and self.init_from is None and self.resume is None:
             found.append(
                 f"lora_rank={self.lora_rank} adapts the weights of a model that exists: add --init_from=MODEL, a run or"
                 " a model folder"
             )
         return found
+
+
+    def _cluster_problems(self) -> list[str]:
+        found = []
+        if self.gpus is not None and not read_gpus(self.gpus):
+            found.append(
+                f"gpus={self.gpus}: expected a number of GPUs from 1 to {MAX_GPUS:,}, or several with commas between them"
+                f" ({MAX_ROWS} at most), such as --gpus=64 or --gpus=1,8,64,512"
+            )
+        elif self.gpus is not None and not self.plan:
+            found.append(f"gpus={self.gpus} has no effect without --plan: add --plan, or leave --gpus out")
+        if self.gpu is not None and find_gpu(self.gpu) is None:
+            known = f"this version knows {', '.join(GPUS)}"
+            found.append(f"gpu={self.gpu}: no such GPU{did_you_mean(self.gpu, GPUS)}; {known}")
+        elif self.gpu is not None and self.gpus is None:
+            found.append(f"gpu={self.gpu} has no effect without --gpus: add --gpus=8 and --plan, or leave --gpu out")
+        return found
+
+
+def read_gpus(text: str) -> list[int]:
+    """The numbers of --gpus, without repetitions; none where the text is wrong."""
+    try:
+        numbers = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        return []
+    return numbers if len(numbers) <= MAX_ROWS and all(1 <= number <= MAX_GPUS for number in numbers) else []
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from errors import UserError
 from model import MAX_FUSED_HEAD, AttentionPath
 from parallel.processes import local_rank, local_world_size, world_size
 
+
 @dataclass(frozen=True)
 class Hardware:
     """The resolved choices. reasons: option name → reason, for each that was `auto`."""

@@ -12,10 +12,8 @@ choose_layout, shard, replicate, MicroBatches in turn, then the rows of a sharde
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,11 +61,11 @@ def replicate(forward: nn.Module, device: torch.device) -> DistributedDataParall
     Rank 0's weights are sent to all."""
     devices = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(forward, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
-    wrapped.register_comm_hook(None, _add_up_bucket)
+    wrapped.register_comm_hook(None, lambda state, bucket: _add_up(bucket))
     return wrapped
 
 
-def _add_up_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _add_up(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's default would divide by the number of processes."""
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])

@@ -198,8 +198,8 @@ def adamw_rows(
         first, second = 1 - beta1 ** float(number), 1 - beta2 ** float(number)
         moved = table.index_select(0, rows).mul_((1 - lr * weight_decay) ** waited)
         moved.addcdiv_(average * moves, (square / second).sqrt_().add_(eps), value=-lr / first)
-        for whole, part in ((exp_avg, average), (exp_avg_sq, square), (table, moved)):
-            whole.index_copy_(0, rows, part)
+        for tensor, part in ((exp_avg, average), (exp_avg_sq, square), (table, moved)):
+            tensor.index_copy_(0, rows, part)
         last_step.index_fill_(0, rows, float(number))
         step += 1
 

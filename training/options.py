@@ -87,7 +87,6 @@ class TrainOptions:
             )
         return found
 
-
     def _cluster_problems(self) -> list[str]:
         found = []
         if self.gpus is not None and not read_gpus(self.gpus):

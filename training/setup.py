@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import Checkpoint
 from common.cuda_graphs import Recorder
-from common.hardware import Hardware, choose_attention, require_determinism
+from common.hardware import Choice, Hardware, choose_attention, require_determinism
 from common.memory import OutOfMemory, attempt
 from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
@@ -42,6 +42,7 @@ from prepare_data import PrepareOptions
 from prepare_data.resolve import Chooser, log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
 from training.average import WeightAverage
+from training.cluster import choose_parallel
 from training.compilation import compile_model, compiler_name
 from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation
@@ -164,7 +165,7 @@ def choose_layout(
     if wanted in SHARDED and obstacle is not None:
         raise UserError(f"--parallel={wanted}: {obstacle} needs the whole model in each process; use --parallel=ddp")
     if wanted == "hsdp" and size % local_world_size():
-        raise UserError(f"--parallel=hsdp needs equally many processes on each machine; use --parallel=fsdp")
+        raise UserError("--parallel=hsdp needs equally many processes on each machine; use --parallel=fsdp")
     if wanted != "auto":
         return Choice(wanted, {})
     if obstacle is not None:
@@ -174,7 +175,8 @@ def choose_layout(
     per_parameter = {"adamw": 16, "muon": 12, "sgd": 12}[optim.optimizer]  # weights, gradients and moments, in float32
     with torch.device("meta"):
         state = per_parameter * count_parameters(GPT(model_config, None))
-    return Choice(*choose_parallel(state, memory, size, local_world_size()))
+    layout, reason = choose_parallel(state, memory, size, local_world_size())
+    return Choice(layout, {"parallel": reason})
 
 
 def build_model(

@@ -27,9 +27,9 @@ from common.memory import OutOfMemory, attempt
 from common.weights import shapes, trained_parameters
 from errors import UserError
 from model import GPT
+from model_folder import Adapter
 from parallel.processes import Team, by_first, is_first, world_size
 from parallel.sharding import SHARDED, Layout, first_row, is_written_here, local
-from model_folder import Adapter
 from prepare_data.shards import Dataset
 from training.average import WeightAverage
 from training.evaluation import Evaluation
@@ -291,7 +291,10 @@ class TrainState:
                 self.average.restore(tensors)
             load_optimizer_tensors(self.optimizer, self.model, tensors)
             self.progress = Progress(**saved.state["progress"])
-            self.val_loss, before = saved.state["val_loss"], {"compiler": "none", "parallel": "none", **saved.state["environment"]}
+            self.val_loss, before = (
+                saved.state["val_loss"],
+                {"compiler": "none", "parallel": "none", **saved.state["environment"]},
+            )
             self.val_bits_per_byte = saved.state.get("val_bits_per_byte")  # later than the first checkpoints
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(

@@ -7,17 +7,18 @@
     RUN/base/                   of a run that trains adapters: the model folder of the weights that it keeps as they are
 
 A directory `step-N` is always complete: it gets that name by a rename. The writer also uses these names:
-`step-N.writing` is unfinished, `step-N.removing` partly deleted, and `step-N.replaced` is the complete former
-checkpoint of a step that is being saved again; it counts while there is no `step-N`. A kill at any moment leaves the
-old state or the new one.
+`step-N.writing` (of several ranks `step-N.writing-NONCE`) is unfinished, `step-N.removing` partly deleted, and
+`step-N.replaced` is the complete former checkpoint of a step that is being saved again; it counts while there is no
+`step-N`. A kill at any moment leaves the old state or the new one.
 
 Files are data: their names are fixed here, nothing read is unpickled, executed or used as a path, and text from them is
 shown by repr. This file stores tensors and JSON values; it knows neither the model, the optimizer nor their options.
-Reading order: writing, finding, reading.
+Reading order: several ranks, writing, finding, reading. sharded_checkpoint.py writes those of several ranks.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import glob
 import os
@@ -25,12 +26,13 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from errors import UserError, quote
@@ -40,6 +42,7 @@ from model_folder import (
     FILES,
     MANIFEST,
     OPTIMIZER,
+    SHARDS,
     STATE,
     TOKENIZER,
     VERSION,
@@ -47,15 +50,63 @@ from model_folder import (
     Adapter,
     ModelFolder,
     check_files,
-    manifest_files,
+    checkpoint_of,
+    open_tensors,
     open_without_base,
     reading_checkpoint,
+    refuse_copy,
 )
-from tensor_files import bytes_needed, check_header, parts_of, read_tensors
+from tensor_files import TensorReader, bytes_needed, parts_of
+
+OURS = re.compile(r"step-\d{8,}(\.(writing(-[0-9a-f]{8})?|removing|replaced))?")  # names of directories
+T = TypeVar("T")
 
 
 class SaveFailed(UserError):
     """A checkpoint was not written; the earlier ones are unchanged. Training may continue and retry later."""
+
+
+# ---- Several ranks ---------------------------------------------------------------------------------------------------
+
+
+class Team(Protocol):
+    """The processes that train a model together, one of which calls. All call the same functions in the same order."""
+
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, small Python objects, in the order of the ranks, on every rank. Waits for all."""
+
+
+def on_all_ranks(team: Team, action: Callable[[], Any]) -> tuple[list[Any], dict[int, Exception]]:
+    """Runs an action on every rank and waits for all → their results, and the errors of those that failed, on each.
+
+    Whatever an action raises, no other rank is left waiting: an error of the program is raised where it happened, and
+    is a RuntimeError among the errors of the others."""
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except (OSError, UserError, ValueError, MemoryError, torch.OutOfMemoryError) as caught:
+        error = copy.copy(caught)  # without its traceback, which keeps tensors alive
+    except BaseException as caught:
+        team.gather((None, RuntimeError(f"rank {team.rank}: {type(caught).__name__}: {caught}")))
+        raise
+    outcomes = team.gather((result, error))
+    failed = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
+    return [result for result, _ in outcomes], failed
+
+
+def _same_on_all_ranks(team: Team | None, action: Callable[[], T]) -> T:
+    """The result of an action, which no other rank gets. Raises the same error on all ranks where it fails on any."""
+    if team is None:
+        return action()
+    done = list[T]()
+    _, failed = on_all_ranks(team, lambda: done.append(action()))
+    for error in failed.values():
+        raise copy.copy(error)
+    return done[0]
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -81,7 +132,7 @@ def save_checkpoint(
     """
     home = run_dir / "checkpoints"
     final = home / f"step-{step:08d}"
-    temporary, replaced = final.with_name(final.name + ".writing"), final.with_name(final.name + ".replaced")
+    temporary = final.with_name(final.name + ".writing")
     contents: dict[str, bytes | dict[str, Tensor]] = {
         f"model/{WEIGHTS}": model,
         f"model/{CONFIG}": json_bytes(config if adapter is None else {**config, "adapter": asdict(adapter)}),
@@ -90,23 +141,17 @@ def save_checkpoint(
         STATE: json_bytes({**state, "step": step}),
     }
     try:
-        obsolete = [replaced, *(path for other, path in _complete_paths(run_dir) if other > step)]
+        obsolete = obsolete_after(run_dir, step)
         _discard(temporary)
         home.mkdir(parents=True, exist_ok=True)
         sync_directory(run_dir)
         require_space(home, bytes_needed(contents))
         _write_contents(temporary, contents)
-        if final.exists():
-            _discard(replaced)
-            os.rename(final, replaced)
+        put_in_place(temporary, final)
         try:
-            os.rename(temporary, final)
-            sync_directory(home)
             open_checkpoint(final)
         except (OSError, UserError):
-            _discard(final)
-            if replaced.exists():
-                os.rename(replaced, final)
+            take_back(final)
             raise
     except (OSError, UserError) as error:
         raise SaveFailed(
@@ -114,8 +159,39 @@ def save_checkpoint(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _try_discard(obsolete)
+    try_discard(obsolete)
     return final
+
+
+def obsolete_after(run_dir: Path, step: int) -> list[Path]:
+    """What a new checkpoint of this step makes obsolete: the former one, and those of later steps."""
+    former = run_dir / "checkpoints" / f"step-{step:08d}.replaced"
+    return [former, *(path for other, path in _complete_paths(run_dir) if other > step)]
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Gives a complete checkpoint its name; a former one of that step gets another. Raises OSError, and then nothing
+    has changed."""
+    if final.exists():
+        _discard(_replaced(final))
+        os.rename(final, _replaced(final))
+    try:
+        os.rename(temporary, final)
+        sync_directory(final.parent)
+    except OSError:
+        take_back(final)
+        raise
+
+
+def take_back(final: Path) -> None:
+    """Removes a checkpoint that was put in place; the former one gets its name back. Raises OSError."""
+    _discard(final)
+    if _replaced(final).exists():
+        os.rename(_replaced(final), final)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(final.name + ".replaced")
 
 
 def prune_checkpoints(run_dir: Path) -> None:
@@ -123,13 +199,12 @@ def prune_checkpoints(run_dir: Path) -> None:
 
     The caller holds the RunLock. Whatever cannot be read or removed is kept, with a warning on standard error.
     """
-    pattern = re.compile(r"step-\d{8,}(\.(writing|removing|replaced))?")
     try:
         checkpoints = list_checkpoints(run_dir)
         losses = _val_losses(checkpoints)
         keep = {*checkpoints[-2:], _best(losses)}
         keep |= set(checkpoints) - set(losses)  # unreadable ones: one of them may be the best
-        _try_discard(path for path in _directories(run_dir) if path not in keep and pattern.fullmatch(path.name))
+        try_discard(path for path in run_directories(run_dir) if path not in keep and OURS.fullmatch(path.name))
     except OSError as error:
         print(f"warning: old checkpoints could not be removed: {error}", file=sys.stderr)
 
@@ -154,7 +229,7 @@ def _discard(path: Path) -> None:
         shutil.rmtree(removing)
 
 
-def _try_discard(paths: Iterable[Path]) -> None:
+def try_discard(paths: Iterable[Path]) -> None:
     for path in paths:
         try:
             _discard(path)
@@ -165,13 +240,13 @@ def _try_discard(paths: Iterable[Path]) -> None:
 # ---- Finding ---------------------------------------------------------------------------------------------------------
 
 
-def _directories(run_dir: Path) -> list[Path]:
+def run_directories(run_dir: Path) -> list[Path]:
     return [path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir() and not path.is_symlink()]
 
 
 def _complete_paths(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, path) of the complete checkpoints, oldest first; `step-N.replaced` before `step-N`."""
-    matches = [(re.fullmatch(r"step-(\d{8,})(\.replaced)?", path.name), path) for path in _directories(run_dir)]
+    matches = [(re.fullmatch(r"step-(\d{8,})(\.replaced)?", path.name), path) for path in run_directories(run_dir)]
     found = sorted((int(match[1]), match[2] is None, path) for match, path in matches if match)
     return [(step, path) for step, _, path in found]
 
@@ -306,7 +381,11 @@ def resolve_model_folder(path: Path, which: str = "best") -> Path:
         raise UserError(f"{path} is a model of another program, which has to be imported first: {command}")
     if path.is_file() and path.name in {MANIFEST, *(os.path.basename(name) for name in FILES)}:
         path = path.parent
-    folder = next((place for place in (path, path / "model") if (place / WEIGHTS).is_file()), None)
+    elif path.is_file() and path.parent.name == SHARDS:
+        path = path.parent.parent
+    if checkpoint_of(path) is None:
+        refuse_copy(path)
+    folder = next((place for place in (path, path / "model") if _is_model_folder(place)), None)
     if folder is not None and which != "best":
         raise UserError(f"--checkpoint={which} selects one of a run, but {path} is a single checkpoint; leave it out")
     if folder is not None:
@@ -314,6 +393,10 @@ def resolve_model_folder(path: Path, which: str = "best") -> Path:
     if (path / MANIFEST).is_file():
         return path / "model"
     return find_checkpoint(path, which) / "model"
+
+
+def _is_model_folder(path: Path) -> bool:
+    return (path / WEIGHTS).is_file() or checkpoint_of(path) is not None
 
 
 def _is_foreign(path: Path) -> bool:
@@ -352,15 +435,30 @@ class Checkpoint:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         with reading_checkpoint(self.path):
-            return read_tensors(self.path / OPTIMIZER, manifest_files(self.path)[OPTIMIZER])
+            return self.reader("optimizer").tensors()
+
+    def reader(self, kind: str) -> TensorReader:
+        """Reads rows of the tensors of a kind, "model" (of a run of adapters those) or "optimizer", whoever wrote them.
+        Checks the headers alone; `open_checkpoint` has compared the checksums."""
+        with reading_checkpoint(self.path):
+            return open_tensors(self.path, kind)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Checks the size and crc32 of every file and reads all but the tensors. Ignores other files. Raises UserError."""
-    model = open_without_base(path / "model")
+def open_checkpoint(path: Path, team: Team | None = None) -> Checkpoint:
+    """Checks the size and crc32 of every file and reads all but the tensors. Ignores other files. Raises UserError.
+
+    team: all its ranks call this at once, and share the work of the checksums; all raise the same error then."""
+    rank, size = (0, 1) if team is None else (team.rank, team.size)
+    return _same_on_all_ranks(team, lambda: open_share(path, rank, size))
+
+
+def open_share(path: Path, rank: int, size: int) -> Checkpoint:
+    """open_checkpoint as one of `size` ranks, each of which compares its share of the large files' checksums."""
+    model = open_without_base(path / "model", rank=rank, size=size)
     with reading_checkpoint(path):
-        check_files(path, [OPTIMIZER, STATE])
-        check_header(path / OPTIMIZER)
+        is_whole = model.weights_file is not None
+        check_files(path, [STATE, *([OPTIMIZER] if is_whole and rank == 0 else [])])
+        open_tensors(path, "optimizer")
         state = read_json(path / STATE)
         step = state.get("step")
         if type(step) is not int or step < 0:
@@ -368,19 +466,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, step, model, state)
 
 
-def open_latest(run_dir: Path) -> Checkpoint:
+def open_latest(run_dir: Path, team: Team | None = None) -> Checkpoint:
     """The newest intact checkpoint, for --resume; damaged ones are skipped with a warning on standard error.
 
     A run in progress may remove checkpoints meanwhile, so they are listed again after each that cannot be opened.
+    team: all its ranks call this at once, as in open_checkpoint; they open what rank 0 finds.
     """
-    find_checkpoint(run_dir, "latest")  # raises if there is none
-    skipped = set[Path]()
-    while paths := [path for _, path in _complete_paths(run_dir) if path not in skipped]:
+    _same_on_all_ranks(team, lambda: find_checkpoint(run_dir, "latest"))  # raises if there is none
+    skipped = set[str]()
+    while True:
+        names = [path.name for _, path in _complete_paths(run_dir) if path.name not in skipped]
+        names = names if team is None else team.gather(names[-1:])[0]
+        if not names:
+            break
+        path = run_dir / "checkpoints" / names[-1]
         try:
-            return open_checkpoint(paths[-1])
+            return open_checkpoint(path, team)
         except DamagedFile as error:
-            skipped.add(paths[-1])
-            if paths[-1].exists():
+            skipped.add(path.name)
+            if (team is None or team.rank == 0) and path.exists():
                 print(f"WARNING: checkpoint skipped, an older one is tried: {error}", file=sys.stderr)
     raise UserError(
         f"every checkpoint in {run_dir} is damaged; restore one from a copy, or start again: python train.py --run=PATH"

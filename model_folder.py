@@ -37,14 +37,18 @@ from files import (
     sync_directory,
     write_parts,
 )
-from tensor_files import bytes_needed, check_header, parts_of, read_tensors
+from tensor_files import TensorReader, bytes_needed, parts_of, read_header
 
-VERSION = 1
+VERSION, SHARDED_VERSION = 1, 2  # of a manifest: of whole files, and of one shard for each rank
 MANIFEST = "manifest.json"
 WEIGHTS, CONFIG, TOKENIZER = ("model.safetensors", "config.json", "sprout_tokenizer.json")
 MODEL_FILES = tuple(f"model/{name}" for name in (WEIGHTS, CONFIG, TOKENIZER))
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 FILES = {*MODEL_FILES, OPTIMIZER, STATE}
+SHARDS = "shards"
+SHARDED_FILES = {f"model/{CONFIG}", f"model/{TOKENIZER}", STATE}  # and the shards
+SHARD = re.compile(rf"{SHARDS}/[0-9]{{5,9}}\.safetensors")
+KINDS = {"model": f"model/{WEIGHTS}", "optimizer": OPTIMIZER}  # of tensors; in shards the prefix of their names
 BASE = "base"
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 
@@ -87,7 +91,7 @@ class ModelFolder:
             return self.own_tensors()
         weights = self.base() / WEIGHTS
         try:
-            return read_tensors(weights, self.adapter.base)
+            return TensorReader({weights: self.adapter.base}).tensors()
         except DamagedFile as error:
             error.advice = f"Restore it from a copy: {self.path} holds adapters of it"
             raise
@@ -104,20 +108,35 @@ class ModelFolder:
             )
         return base
 
-    def header(self) -> dict[str, tuple[torch.dtype, list[int]]]:
-        """Dtype and shape of each tensor of its file."""
-        return check_header(self.path / WEIGHTS)
+    def header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor of its file, or of its shards."""
+        return self.reader().layout
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Reads the tensors of its file: the weights, or the adapters."""
+        """Reads the tensors of its file or shards: the weights, or the adapters."""
+        with reading_checkpoint(self.path.absolute().parent):
+            return self.reader().tensors()
+
+    def reader(self) -> TensorReader:
+        """Reads rows of its own tensors: the weights, or the adapters. Checks the headers alone; what opens a
+        checkpoint or its model folder has compared the checksums."""
         with reading_checkpoint(self.path.absolute().parent):
             checkpoint = checkpoint_of(self.path)
-            expected = None if checkpoint is None else manifest_files(checkpoint)[f"model/{WEIGHTS}"]
-            return read_tensors(self.path / WEIGHTS, expected)
+            return (
+                TensorReader({self.path / WEIGHTS: None}) if checkpoint is None else open_tensors(checkpoint, "model")
+            )
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file of its own tensors; None where they are in shards."""
+        checkpoint = checkpoint_of(self.path)
+        return self.path / WEIGHTS if checkpoint is None or KINDS["model"] in manifest_files(checkpoint) else None
 
     def weights_entry(self) -> dict[str, Any]:
-        """Bytes and crc32 of the file of the weights, as it is now; of adapters also those of their base."""
-        entry: dict[str, Any] = dict(size_and_crc(self.path / WEIGHTS))
+        """Bytes and crc32 of the file of the weights, as it is now, in shards those that such a file would have; of
+        adapters also those of their base."""
+        whole = self.weights_file
+        entry: dict[str, Any] = dict(size_and_crc(whole) if whole is not None else self.reader().entry())
         return entry if self.adapter is None else entry | {"base": self.adapter.base}
 
     def state(self) -> dict[str, Any] | None:
@@ -141,13 +160,20 @@ def open_model_folder(path: Path, *, check_weights: bool = True) -> ModelFolder:
     return folder
 
 
-def open_without_base(path: Path, check_weights: bool = True) -> ModelFolder:
-    """The same; whether the base of adapters is there is not checked."""
+def open_without_base(path: Path, check_weights: bool = True, rank: int = 0, size: int = 1) -> ModelFolder:
+    """The same; whether the base of adapters is there is not checked. rank, size: of several that open the same
+    checkpoint, each checks its share of the large files."""
     with reading_checkpoint(path.absolute().parent):
         checkpoint = checkpoint_of(path)
-        if checkpoint is not None:
-            check_files(checkpoint, [name for name in MODEL_FILES if check_weights or not name.endswith(WEIGHTS)])
-        check_header(path / WEIGHTS)
+        if checkpoint is None:
+            refuse_copy(path)
+            read_header(path / WEIGHTS)
+        else:
+            files = manifest_files(checkpoint)
+            large = sorted(name for name in files if name.endswith(".safetensors") and name != OPTIMIZER)
+            share = large[(rank - 1) % size :: size] if check_weights else []
+            check_files(checkpoint, [f"model/{CONFIG}", f"model/{TOKENIZER}", *share])
+            open_tensors(checkpoint, "model")
         config = read_json(path / CONFIG)
         adapter = _adapter(path / CONFIG, config.pop("adapter", None))
         return ModelFolder(path, config, read_json(path / TOKENIZER), adapter)
@@ -228,11 +254,12 @@ def write_model_folder(
 def save_base(run: Path, source: ModelFolder, weights: dict[str, Tensor], config: dict) -> dict[str, int]:
     """Writes RUN/base, before the first checkpoint of a run, which is locked → bytes and crc32 of its weights: the
     files of `source`, as hard links where that is possible, or weights and config of the run's model, where those of
-    the source are others: adapters, or for a longer context. Raises UserError."""
+    the source are others: adapters, shards, or for a longer context. Raises UserError."""
     base = run / BASE
     remove_base(run)
     shapes = {name: [*tensor.shape] for name, tensor in weights.items()}
-    if source.adapter is not None or shapes != {name: shape for name, (_, shape) in source.header().items()}:
+    theirs = {name: [*shape] for name, (_, shape) in source.header().items()}
+    if source.adapter is not None or source.weights_file is None or shapes != theirs:
         write_model_folder(base, weights, config, source.tokenizer, {})
         return size_and_crc(base / WEIGHTS)
     temporary = base.with_name(f".{BASE}.writing")
@@ -282,6 +309,26 @@ def _link_or_copy(source: Path, target: Path) -> None:
 # ---- The manifest of a checkpoint ------------------------------------------------------------------------------------
 
 
+def open_tensors(checkpoint: Path, kind: str) -> TensorReader:
+    """The tensors of a checkpoint. kind: one of KINDS. Checks the headers, and of shards that they fit together; reads
+    all of them. Raises DamagedFile; UserError for another version."""
+    files = manifest_files(checkpoint)
+    if KINDS[kind] in files:
+        return TensorReader({checkpoint / KINDS[kind]: files[KINDS[kind]]})
+    shards = sorted(name for name in files if SHARD.fullmatch(name))
+    return TensorReader({checkpoint / name: files[name] for name in shards}, f"{kind}/")
+
+
+def refuse_copy(path: Path) -> None:
+    """Raises UserError for the model/ of a sharded checkpoint, copied without its weights."""
+    if (path / CONFIG).is_file() and (path / TOKENIZER).is_file() and not os.path.lexists(path / WEIGHTS):
+        raise UserError(
+            f"{path} has no {WEIGHTS}. In a run that several processes have trained, it has none: the weights are in"
+            f" {SHARDS} beside it. Name the run itself, or make a whole model of it, which can be copied:"
+            " python -m interop export RUN --to=model"
+        )
+
+
 def checkpoint_of(model_folder: Path) -> Path | None:
     """The checkpoint that a model folder is part of; None for a copy elsewhere."""
     checkpoint, name = os.path.split(os.path.abspath(model_folder))
@@ -309,7 +356,8 @@ def check_files(directory: Path, names: Iterable[str]) -> None:
 
 
 def manifest_files(directory: Path) -> dict[str, object]:
-    """The manifest's entries, one for each of FILES. Raises DamagedFile; UserError for another version."""
+    """The manifest's entries: one for each of FILES, or of SHARDED_FILES and the shards. Raises DamagedFile; UserError
+    for another version."""
     path = directory / MANIFEST
     manifest = read_json(path)
     checksum, files, version = manifest.pop("crc32", None), manifest.get("files"), manifest.get("version")
@@ -319,10 +367,15 @@ def manifest_files(directory: Path) -> dict[str, object]:
         intact = False
     if not intact:
         raise DamagedFile(path, "not an intact manifest of a checkpoint")
-    if version != VERSION:
+    if version not in (VERSION, SHARDED_VERSION):
         raise UserError(
-            f"{path}: format version {version!r} found, {VERSION} expected; open it with the Sprout that wrote it"
+            f"{path}: format version {version!r} found, {VERSION} or {SHARDED_VERSION} expected; open it with the"
+            " Sprout that wrote it"
         )
-    if not isinstance(files, dict) or set(files) != FILES:
-        raise DamagedFile(path, f"must list {sorted(FILES)} and nothing else; it lists {str(files)[:200]!r}")
+    whole = version == VERSION
+    names = {*files} if isinstance(files, dict) else set()
+    if names - {name for name in names if not whole and SHARD.fullmatch(name)} != (FILES if whole else SHARDED_FILES):
+        known = sorted(FILES) if whole else [*sorted(SHARDED_FILES), f"{SHARDS}/NUMBER.safetensors"]
+        raise DamagedFile(path, f"must list {known} and nothing else; it lists {str(files)[:200]!r}")
+    assert isinstance(files, dict)
     return files

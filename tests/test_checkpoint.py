@@ -305,7 +305,7 @@ def test_advice_belongs_to_the_file(tmp_path, capsys, monkeypatch):
             read()
     real = open_checkpoint
 
-    def pruned(path: Path) -> Checkpoint:
+    def pruned(path: Path, team: None = None) -> Checkpoint:
         if path == newer:
             save(tmp_path, 3)
             shutil.rmtree(newer)
@@ -444,8 +444,8 @@ def test_malformed_manifests_are_damage(tmp_path):
 
 def test_another_format_version_is_an_error_and_not_skipped_as_damage(tmp_path):
     save(tmp_path, 1)
-    forge_manifest(save(tmp_path, 2), version=2)
-    with pytest.raises(UserError, match="format version 2 found, 1 expected") as caught:
+    forge_manifest(save(tmp_path, 2), version=3)
+    with pytest.raises(UserError, match="format version 3 found, 1 or 2 expected") as caught:
         open_latest(tmp_path)
     assert not isinstance(caught.value, DamagedFile)
 

@@ -147,7 +147,7 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         options = replace(options, values=options.values | {"resume": str(run)})
         if not eval_only:
             by_first(lambda: stack.enter_context(RunLock(run)) and None)
-        resumed = open_latest(run)
+        resumed = open_latest(run, Team())
         options = note_unused_flags(resumed_options(options, resumed.state["options"]))
         max_steps = options.section(TrainOptions).max_steps
         if not eval_only:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
-from parallel.processes import has_group, local_world_size, rank, world_size
+from parallel.processes import local_world_size, rank, world_size
 
 T = TypeVar("T")
 Layout = Literal["none", "ddp", "fsdp", "hsdp"]
@@ -95,8 +95,8 @@ def release_gathered(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's parameters are DTensors."""
-    return has_group() and hasattr(next(model.parameters()), "to_local")
+    """Whether `shard` has divided the model, whose parameters are DTensors then, except within a forward pass."""
+    return hasattr(model, "reshard")
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ from model_folder import Adapter
 from parallel.processes import Team, by_first, is_first, world_size
 from parallel.sharding import SHARDED, Layout, first_row, is_written_here, local
 from prepare_data.shards import Dataset
+from sharded_checkpoint import save_sharded_checkpoint
+from tensor_files import Part
 from training.average import WeightAverage
 from training.evaluation import Evaluation
 from training.metrics import log

@@ -39,12 +39,13 @@ from common.options import HardwareOptions, RunOptions
 from config.chain import end_run, open_run, train_all
 from config.cluster import print_cluster
 from config.planning import open_data
+from config.restart import train_on
 from config.start import RunConfig, read_start
 from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
-from parallel.launch import together
-from parallel.processes import agree, any_of, summed
+from parallel.launch import naming_saved, together
+from parallel.processes import agree, summed
 from parallel.sharding import in_turn
 from training import setup
 from training.budget import Budget, make_budget
@@ -52,7 +53,7 @@ from training.compilation import choose_compile
 from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
-from training.logger import RunLogger
+from training.logger import RunLogger, describe_saved
 from training.micro_batch import fit_micro_batch, until_it_fits
 from training.optim import clip_gradients, finish_step, learning_rate
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs out and fewer rows do not help."""
     argv = sys.argv[1:] if argv is None else argv
     options, train = config.load("train.py", argv).values, partial(train_all, train_model)
-    action = partial(train, argv) if options["try"] is None else partial(try_candidates, train, argv)
+    action = partial(train_on, train, argv) if options["try"] is None else partial(try_candidates, train, argv)
     return together(partial(attempt, action), options["device"], options["parallel_timeout"])
 
 
@@ -104,7 +105,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         if evals.eval_only:
             return setup.print_evaluation(start.source, score(rows=batches.size)), []
         # ---- optimizer, and the rest of what a checkpoint holds
-        stop = partial(any_of, stack.enter_context(StopRequest()))
+        stop = stack.enter_context(StopRequest())
         start, run = open_run(start, dataset, stack)
         weights = run, start.resumed, start.initial
         state = setup.make_state(model, optim, rows, *weights, layout.value, compiles.value, hardware)
@@ -113,6 +114,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         reference, lengths = Reference(dataset.fingerprint, options.flat(), read_curves()), start.log_lengths
         logger = RunLogger(run, options.section(LoggingOptions), options.flat(), hardware, state, reference, lengths)
         stack.enter_context(logger)
+        stack.enter_context(naming_saved(partial(describe_saved, run, state)))
         save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
         draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
         sample = setup.make_sampler(draw, model, evals, hardware)
@@ -121,8 +123,8 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
             batches.size = fit_micro_batch(batches.size, model, hardware)
         started, fits = time.perf_counter(), partial(until_it_fits, batches, state, "micro_batch_size" not in reasons)
         forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.teachers, train, hardware))
-        gradients = partial(calculate_gradients, forward, state, hardware, train.label_smoothing, optim.grad_clip)
-        gradients = summed(gradients)
+        of_rank = partial(calculate_gradients, forward, state, hardware, train.label_smoothing, optim.grad_clip)
+        gradients = summed(of_rank, state.blame)
         steps = setup.make_step(gradients, state, train, hardware)
         step = partial(fits, lambda: update(*steps, state, batches(state.step)))
         budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, start.stored)
@@ -180,7 +182,7 @@ def loop(
 
         # ---- log
         if not state.advance(loss, grad_norm):
-            logger.skip(state.step, loss, grad_norm)
+            logger.skip(state.step, loss, grad_norm, state.blamed)
             state.raise_if_diverged()
         if logger.is_due(state.step, budget.plan):
             steps, seconds = logger.step(state, budget.plan, rate, grad_norm)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import config
@@ -22,9 +23,10 @@ from checkpoint import list_checkpoints, open_latest, run_of, teacher_runs
 from common.memory import release_memory
 from common.option import show
 from common.options import RunOptions
-from common.run_directory import claim_run
+from common.run_directory import claim_run, is_of_this_launch
 from config.start import Chain, Start, passed_on
 from errors import quote
+from parallel.processes import by_first
 from prepare_data.shards import Dataset
 from training import setup
 from training.budget import Budget
@@ -67,14 +69,14 @@ def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, P
     too. Raises UserError."""
     run, name = start.options.section(RunOptions).run, start.default_name(dataset)
     if start.chain is not None and start.resumed is None:
-        last = claim_run(run, name)
+        last = by_first(partial(claim_run, run, name))
         start, run = replace(start, chain=replace(start.chain, run=str(last.resolve()))), _beside(last)
     return start, setup.open_run(run, name, start.source, stack)
 
 
 def _beside(run: Path) -> str:
     names = (f"{run if run.name else run.resolve()}-teacher" + f"-{n}" * (n > 1) for n in itertools.count(1))
-    return next(name for name in names if not os.path.lexists(name))
+    return next(name for name in names if not os.path.lexists(name) or is_of_this_launch(Path(name)))
 
 
 def end_run(start: Start, run: Path, dataset: Dataset, state: TrainState, budget: Budget) -> tuple[int, list[str]]:

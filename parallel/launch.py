@@ -56,6 +56,9 @@ def together(action: Callable[[], int], device: str, timeout: float) -> int:
     except UserError as error:
         fail(error, watch)
     dist.destroy_process_group()
+    if not watch.end():
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 
@@ -108,7 +111,8 @@ def fail(error: UserError, watch: Watch) -> NoReturn:
     watch.is_leaving = True
     store, text = watch.store, str(error)
     if isinstance(error, LostContact):
-        lost, is_told = (store and within(2 * PATIENCE, lambda: find_lost(store))) or ("", False)
+        nothing = f"nothing is heard of rank 0 on {os.environ['MASTER_ADDR']}, or of its torchrun", False
+        lost, is_told = (store and within(2 * PATIENCE, lambda: find_lost(store))) or nothing
         if lost:
             text = f"{lost}\n{text}"
         if not is_told:

@@ -37,13 +37,15 @@ class Watch(threading.Thread):
     def __init__(self, store: dist.Store | None) -> None:
         super().__init__(daemon=True, name="watch")
         self.store, self.is_leaving = store, False
+        self._ended = threading.Event()
         if store is not None:
             store.set(f"host/{rank()}", platform.node())
             store.add(f"alive/{rank()}", 1)
 
     def run(self) -> None:
         while not is_orphan():
-            time.sleep(INTERVAL)
+            if self._ended.wait(INTERVAL):
+                return
             try:
                 if self.store is not None:
                     self.store.add(f"alive/{rank()}", 1)
@@ -53,6 +55,14 @@ class Watch(threading.Thread):
                 self.store = None
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # nothing is trained yet; later a StopRequest asks
             self._leave("torchrun has ended")
+
+    def end(self) -> bool:
+        """Whether the thread has ended, as it must before the interpreter does: an operation of the store would abort
+        the process then."""
+        self.is_leaving = True
+        self._ended.set()
+        self.join(PATIENCE)
+        return not self.is_alive()
 
     def _follow(self) -> None:
         """Ends this process, after another one has reported that it lost contact with some process."""

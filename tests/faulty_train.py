@@ -1,5 +1,5 @@
 """train.py with a fault, for tests: FAULT=KIND:RANK:STEP happens once in that rank, before that step; KIND is a name
-of `FAULTS`. With FAULT_ALWAYS=1 it happens again after a restart.
+of `FAULTS`, nan, full_disk or kill_in_save (at or after that step). FAULT_MARK: a file that gets the time of it.
 
     FAULT=kill:1:30 torchrun --nproc-per-node=2 -- tests/faulty_train.py debug --data=text.txt
 """
@@ -63,6 +63,12 @@ FAULTS = {
 }
 
 
+def mark() -> None:
+    """Tells when the fault happened."""
+    if path := os.environ.get("FAULT_MARK"):
+        Path(path).write_text(str(time.time()))
+
+
 def with_fault(kind: str, step: int) -> None:
     """Patches what train.py calls, in this process."""
     from training import data
@@ -88,11 +94,15 @@ def with_fault(kind: str, step: int) -> None:
     if kind == "nan":
         patch_loss(step)
         return
+    if kind == "kill_in_save":
+        patch_shards(step)
+        return
     batches: Callable[..., Any] = data.TrainBatches.__call__
 
     def batches_with_fault(self: data.TrainBatches, number: int) -> Any:
         if number == step and not marks:
             marks.append(step)
+            mark()
             FAULTS[kind]()
         return batches(self, number)
 
@@ -100,6 +110,22 @@ def with_fault(kind: str, step: int) -> None:
 
 
 marks: list[int] = []  # the step of the fault, once it has happened
+
+
+def patch_shards(step: int) -> None:
+    """Killed while the ranks write a checkpoint together: after this rank has made its file."""
+    import sharded_checkpoint
+
+    write = sharded_checkpoint._write_shard
+
+    def write_and_die(temporary: Path, *args: Any) -> Any:
+        written = write(temporary, *args)
+        if int(temporary.name.split("-")[1].partition(".")[0]) >= step:
+            mark()
+            kill()
+        return written
+
+    sharded_checkpoint._write_shard = write_and_die
 
 
 def patch_loss(step: int) -> None:

@@ -95,7 +95,9 @@ def naming_saved(saved: Callable[[], str]) -> Iterator[None]:
             raise
         if re.search("time(d )?out", str(error), re.IGNORECASE):
             traceback.print_tb(error.__traceback__)  # where this process has waited
-        found = re.sub(r"^\[[^\]]*\] |\. This is typically .*|\n.*", "", str(error), flags=re.DOTALL)[:300]
+        found = re.sub(r"^.*\[[^\]]*\bgloo/[^\]]*\] |\. This is typically .*|\n.*", "", str(error), flags=re.DOTALL)[
+            :300
+        ]
         reason = f"lost contact with another process ({found.strip()})"
         raise LostContact("; ".join(filter(None, [reason, saved()]))) from None
 

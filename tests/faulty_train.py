@@ -141,7 +141,27 @@ def patch_loss(step: int) -> None:
     setup.make_forward = make
 
 
+def check_weights() -> None:
+    """Ends a run whose ranks have different weights at a save."""
+    import zlib
+
+    from parallel.processes import gather
+    from training.state import TrainState
+
+    save = TrainState.save
+
+    def check_and_save(state: TrainState, *args: Any) -> None:
+        if state.layout == "ddp":
+            sums = gather([zlib.crc32(weights.detach().numpy().tobytes()) for weights in state.model.parameters()])
+            if any(other != sums[0] for other in sums):
+                raise ArithmeticError(f"step {state.step}: the ranks have different weights")
+        save(state, *args)
+
+    TrainState.save = check_and_save  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
+    check_weights()
     kind, rank, step = FAULT.split(":")
     is_first_attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
     if kind != "none" and os.environ.get("RANK", "0") == rank and is_first_attempt:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,12 +68,13 @@ class Launch:
                 continue
         return sorted(found)
 
-    def wait(self, seconds: float) -> bool:
-        """Whether all processes ended within so many seconds; those that did not are killed."""
+    def wait(self, seconds: float, variable: str = "") -> bool:
+        """Whether all processes, or those with this variable, ended within so many seconds; those that did not are
+        killed."""
         end = time.monotonic() + seconds
         while True:
-            code, left = self.process.poll(), self.alive()
-            if code is not None and not left:
+            code, left = self.process.poll(), self.alive(variable)
+            if (code is not None or variable) and not left:
                 return True
             if time.monotonic() > end:
                 for number in left:
@@ -99,7 +101,7 @@ def launch(folder: Path, command: Sequence[str], fault: str = "none:0:0") -> Lau
     """Starts it in `folder`. fault: see faulty_train.py."""
     token = uuid.uuid4().hex
     output = folder / f"{token}.out"
-    environment = {**os.environ, "TORTURE": token, "FAULT": fault, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TORTURE": token, "FAULT": fault, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     environment["FAULT_MARK"] = str(folder / "mark")
     with output.open("wb") as file:  # through a pipe: what is said of a full disk would not get to a file
         reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file, start_new_session=True)
@@ -129,7 +131,9 @@ class Fault:
     """spec: KIND:RANK:STEP of faulty_train.py. words: what the output must hold. once: of these, what all processes
     together print a single time. ends: whether the command ends because of the fault; otherwise it completes the run.
     seconds: from the fault to the end of all processes. same: whether the records are those of an undisturbed run.
-    act: what is done from outside, once the run has passed its first checkpoints."""
+    act: what is done from outside, once the run has passed its first checkpoints. command: runs train.py, in place of
+    torchrun's. judged_by: a variable of the processes that have to end; by default all have to. missing: why the fault
+    cannot be tried here, or None."""
 
     spec: str
     words: tuple[str, ...] = ()
@@ -142,6 +146,9 @@ class Fault:
     seconds: float = TIMEOUT + SLACK
     same: bool = True
     act: Callable[[Launch], None] | None = None
+    command: Callable[..., list[str]] | None = None
+    judged_by: str = ""
+    missing: Callable[[], str | None] = lambda: None
 
 
 def interrupt_all(one: Launch) -> None:
@@ -174,7 +181,7 @@ def cut_link(one: Launch) -> None:
 
 
 # Two network namespaces that a cable joins, in a user namespace, so that it works without privileges. $@: the command
-# that runs in both, with torchrun's options of two nodes before it. The file `cut` takes the cable away.
+# that runs in both, by torchrun with two nodes of one process each. The file `cut` takes the cable away.
 TWO_NODES = """
 rm -f cut
 unshare --net sleep 300 & other=$!
@@ -183,19 +190,30 @@ while [ "$(readlink /proc/$other/ns/net)" = "$(readlink /proc/self/ns/net)" ]; d
 ip link add here type veth peer name there netns $other
 ip address add 10.77.0.1/24 dev here; ip link set here up; ip link set lo up
 within ip address add 10.77.0.2/24 dev there; within ip link set there up; within ip link set lo up
-node() { shift; python -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d \
-    --rdzv-endpoint=10.77.0.1:29411 "$@"; }
 options="--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=10.77.0.1:29411 --rdzv-id=torture"
-python=$1; shift
-GLOO_SOCKET_IFNAME=here $python -m torch.distributed.run $options --rdzv-conf=is_host=1 --local-addr=10.77.0.1 -- "$@" &
-GLOO_SOCKET_IFNAME=there within $python -m torch.distributed.run $options --rdzv-conf=is_host=0 \
-    --local-addr=10.77.0.2 -- "$@" &
+conf=read_timeout=10,is_host
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 run="-m torch.distributed.run"
+GLOO_SOCKET_IFNAME=here $PYTHON $run $options --rdzv-conf=$conf=1 --local-addr=10.77.0.1 -- "$@" & one=$!
+GLOO_SOCKET_IFNAME=there within $PYTHON $run $options --rdzv-conf=$conf=0 --local-addr=10.77.0.2 -- "$@" & two=$!
 while [ ! -e cut ]; do sleep 0.1; done
 ip link set here down
-sleep LIMIT
-kill -9 $(jobs -p)
+wait $one $two
+kill $other
 exit 1
 """
+
+
+def two_nodes(*command: str) -> list[str]:
+    return ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", TWO_NODES, "bash", *command]
+
+
+def without_namespaces() -> str | None:
+    """Why two machines cannot be imitated here; None where they can."""
+    if missing := [name for name in ("unshare", "nsenter", "ip", "bash") if shutil.which(name) is None]:
+        return f"{', '.join(missing)}: not installed (util-linux, iproute2)"
+    trial = "ip link add here type veth peer name there"
+    tried = subprocess.run(["unshare", "--user", "--map-root-user", "--net", *trial.split()], capture_output=True)
+    return None if tried.returncode == 0 else f"no network namespaces: {tried.stderr.decode().strip()}"
 
 
 def mark(one: Launch) -> None:
@@ -231,9 +249,14 @@ FAULTS = {
                                   "rank 1 of 2 on {node} has ended: the file is gone"),
     ),
     "stopped_worker": Fault("stop:1:25", (SAVED,), (SILENT,), seconds=TIMEOUT + SHUTDOWN + SLACK),
-    "hanging_worker": Fault("sleep:1:25", (SAVED, "in sleep\n"), ("rank 1 of 2 on {node} lives, but does not take part",)),
+    "hanging_worker": Fault("sleep:1:25", (SAVED, "in sleep\n"), ("rank 1 of 2 on {node} lives, but",)),
     "nan": Fault("nan:1:25", once=("loss nan (rank 1 of 2 on {node})", "update skipped"), ends=False, same=False),
     "full_disk": Fault("full_disk:0:25", once=("step 30: not saved: ",), ends=False),
+    "second_writer": Fault("none:0:0", ("lost contact with another process", SAVED), act=write_twice),
+    "lost_link": Fault(
+        "none:0:0", (SILENT, "nothing is heard of rank 0 on 10.77.0.1"), act=cut_link, command=two_nodes,
+        missing=without_namespaces, judged_by="LOCAL_RANK=0",  # torchrun waits for its own timeouts
+    ),
     "full_disk_sharded": Fault("full_disk:1:25", once=("step 30: not saved: ", "rank 1"), layout="fsdp", ends=False),
 }  # fmt: skip
 
@@ -283,11 +306,12 @@ def attempt(name: str, folder: Path, resume: bool = True) -> Result:
     fault, result, run = FAULTS[name], Result(), folder / "run"
     base = undisturbed(folder, fault.world, fault.layout) if resume and fault.same else None
     script = [str(ROOT / "tests" / "faulty_train.py"), *TRAIN, *parallel(fault.world, fault.layout), "--run=run"]
-    one = launch(folder, [*torchrun(fault.world, *fault.torchrun), *script], fault.spec)
+    command = [*torchrun(fault.world, *fault.torchrun), *script] if fault.command is None else fault.command(*script)
+    one = launch(folder, command, fault.spec)
     with ending(one):
         if fault.act is not None:
             fault.act(one)
-        if not one.wait(90 if not fault.ends else 60 + fault.seconds):
+        if not one.wait(60 + (fault.seconds if fault.ends else 30), fault.judged_by):
             result.problems.append("did not end")
         ended, result.output = time.time(), one.text()
     if fault.ends:
@@ -315,7 +339,7 @@ def check_end(fault: Fault, one: Launch, result: Result, run: Path) -> None:
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     trained = max(entry["step"] for entry in steps if entry["event"] == "step")
     result.lost = trained - int(list_checkpoints(run)[-1].name.removeprefix("step-"))
-    if one.process.returncode == 0:
+    if one.process.returncode == 0 and not fault.judged_by:
         result.problems.append("exit code 0")
     if fault.lost is not None and result.lost != fault.lost:
         result.problems.append(f"{result.lost} steps lost, expected {fault.lost}")
@@ -351,6 +375,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     with tempfile.TemporaryDirectory(prefix="torture ") as home:
         for name in given.faults or FAULTS:
+            if (missing := FAULTS[name].missing()) is not None:
+                print(f"{name:<20} skipped: {missing}", flush=True)
+                continue
             results = [attempt(name, prepare(Path(home))) for _ in range(given.trials)]
             survived = sum(not result.problems for result in results)
             lost = shown([result.lost for result in results])
@@ -367,13 +394,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(home: Path) -> Path:
     """The folder of the trials, without the run of the one before. What is undisturbed stays."""
-    import shutil
-
-    for name in ("run", "mark"):
-        path = home / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True) if not path.is_dir() else None
+    shutil.rmtree(home / "run", ignore_errors=True)
+    for name in ("mark", "cut"):
+        (home / name).unlink(missing_ok=True)
     text = home / "text.txt"
     if not text.exists():
         words = ("the", "moon", "draws", "two", "trees", "and", "water", "sees", "a", "cat")

@@ -44,7 +44,7 @@ from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
 from parallel.launch import together
-from parallel.processes import agree, any_of, summed
+from parallel.processes import agree, any_of
 from parallel.sharding import in_turn
 from training import setup
 from training.budget import Budget, make_budget
@@ -90,7 +90,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         values, reasons = setup.choose_auto(train, model_config, attention, hardware, start.reasons)
         options = config.replace(start.options, **values)
         train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
-        seed, rows = options.section(RunOptions).seed, train.tokens_per_step // model_config.block_size
+        seed, logging = options.section(RunOptions).seed, options.section(LoggingOptions)
         batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
         # ---- model
         layout = setup.choose_layout(train, "parallel" in start.flags, model_config, optim, hardware)
@@ -98,7 +98,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         model = setup.build_model(model_config, dataset.tokenizer, *initial)
         compiles = agree(choose_compile(train, evals, model, batches(0), hardware))
         values, reasons = values | {"compile": compiles.value}, reasons | compiles.reasons | layout.reasons
-        setup.announce(model, hardware, values, reasons, options.section(LoggingOptions).verbose)
+        setup.announce(model, layout.value, hardware, values, reasons, logging.verbose)
         score_text = partial(evaluate, model, token_bytes=dataset.tokenizer.token_bytes, autocast=hardware.autocast)
         score = partial(score_text, dataset.val)
         if evals.eval_only:
@@ -106,23 +106,22 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         # ---- optimizer, and the rest of what a checkpoint holds
         stop = partial(any_of, stack.enter_context(StopRequest()))
         start, run = open_run(start, dataset, stack)
-        weights = run, start.resumed, start.initial
-        state = setup.make_state(model, optim, rows, *weights, layout.value, compiles.value, hardware)
+        weights = run, start.resumed, start.initial, layout.value
+        state = setup.make_state(model, optim, batches.rows, *weights, compiles.value, hardware)
         # ---- records of the run: config.json, logs, checkpoints, samples
         recorded = start.record(run, options, reasons, kept)
-        reference, lengths = Reference(dataset.fingerprint, options.flat(), read_curves()), start.log_lengths
-        logger = RunLogger(run, options.section(LoggingOptions), options.flat(), hardware, state, reference, lengths)
+        reference = Reference(dataset.fingerprint, options.flat(), read_curves())
+        logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
         stack.enter_context(logger)
         save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
         draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
         sample = setup.make_sampler(draw, model, evals, hardware)
         # ---- length: a number of steps, or a time
-        if "micro_batch_size" in reasons and state.step == 0:
-            batches.size = fit_micro_batch(batches.size, model, hardware)
-        started, fits = time.perf_counter(), partial(until_it_fits, batches, state, "micro_batch_size" not in reasons)
+        is_forced, started = "micro_batch_size" not in reasons, time.perf_counter()
+        batches.size = fit_micro_batch(batches.size, model, hardware, is_forced or state.step > 0)
+        fits = partial(until_it_fits, batches, state, is_forced)
         forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.teachers, train, hardware))
         gradients = partial(calculate_gradients, forward, state, hardware, train.label_smoothing, optim.grad_clip)
-        gradients = summed(gradients)
         steps = setup.make_step(gradients, state, train, hardware)
         step = partial(fits, lambda: update(*steps, state, batches(state.step)))
         budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, start.stored)

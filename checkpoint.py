@@ -104,8 +104,11 @@ def _same_on_all_ranks(team: Team | None, action: Callable[[], T]) -> T:
         return action()
     done = list[T]()
     _, failed = on_all_ranks(team, lambda: done.append(action()))
-    for error in failed.values():
-        raise copy.copy(error)
+    for rank, error in failed.items():
+        error = copy.copy(error)
+        if isinstance(error, DamagedFile):
+            error.problem += f" (found by rank {rank})"
+        raise error
     return done[0]
 
 

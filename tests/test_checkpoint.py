@@ -515,8 +515,9 @@ def run_child(action) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def fail_at(point: int, fault) -> None:
-    """Replaces the point-th system call on the disk from now on by `fault`; a write gets half-way first."""
+def fail_at(point: int, fault, module=checkpoint) -> None:
+    """Replaces the point-th system call on the disk from now on by `fault`; a write gets half-way first. module: what
+    writes."""
     left = point
 
     def count(half=lambda: None) -> None:
@@ -530,7 +531,7 @@ def fail_at(point: int, fault) -> None:
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"):
             count()
 
-    real_write = checkpoint.write_parts
+    real_write = module.write_parts
 
     def fsync(descriptor: int) -> None:
         count()
@@ -540,7 +541,7 @@ def fail_at(point: int, fault) -> None:
         count(lambda: path.write_bytes(data[: len(data) // 2]))
         return real_write(path, [data])
 
-    os.fsync, checkpoint.write_parts = fsync, write_parts  # never undone: this is a forked process
+    os.fsync, module.write_parts = fsync, write_parts  # never undone: this is a forked process
     sys.addaudithook(audit)
 
 

@@ -222,7 +222,7 @@ def test_a_team_opens_the_same_checkpoint_and_shares_the_checksums(tmp_path, mon
     assert capsys.readouterr().err.count("WARNING: checkpoint skipped") == 1
     errors = on_ranks(3, lambda member: open_latest(tmp_path / "none", member))
     assert {str(error) for error in errors} == {str(errors[0])}
-    assert "train first" in str(errors[0])
+    assert "none does not exist" in str(errors[0])
 
 
 def test_whole_and_sharded_checkpoints_follow_each_other_in_a_run(tmp_path):
@@ -342,7 +342,7 @@ HOSTILE: dict[str, tuple[list[tuple[Any, list[int]]], str]] = {
     "overlap": ([(placed([7], 0), [4]), (placed([7], 3), [4])], "rows 3 to 3 of 7 are in two parts"),
     "twice": ([(placed([4], 0), [4]), (placed([4], 0), [4])], "rows 0 to 3 of 4 are in two parts"),
     "another shape": ([(placed([8], 0), [4]), (placed([9], 4), [4])], "another dtype or shape than in 00000"),
-    "empty but huge": ([(placed([0, 2**62, 2**62], 0), [0, 2**62, 2**62])], ""),
+    "empty but huge": ([(placed([0, 2**62, 2**62], 0), [0, 2**62, 2**62])], "damaged"),
 }
 
 
@@ -355,7 +355,7 @@ def test_hostile_shards_are_refused(tmp_path, attack):
     for read in (
         lambda: open_checkpoint(path).model_tensors(),
         lambda: open_model_folder(path / "model", check_weights=False).model_tensors(),
-        lambda: TensorReader({path / f"shards/0000{rank}.safetensors": None for rank in range(len(parts))}, "model/").tensors(),
+        lambda: TensorReader(dict.fromkeys((path / "shards").iterdir()), "model/").tensors(),
     ):  # fmt: skip
         with pytest.raises(DamagedFile, match=message) as caught:
             read()
@@ -378,10 +378,11 @@ def test_a_manifest_with_other_files_is_refused(tmp_path, name):
 def test_a_manifest_of_very_many_shards_is_refused_at_the_first_that_is_missing(tmp_path):
     path = save_all(tmp_path, 10)
     files = read_json(path / "manifest.json")["files"]
-    forge_manifest(
-        path, files=files | {f"shards/{n:05d}.safetensors": {"bytes": 1 << 60, "crc32": 1} for n in range(99_999)}
-    )
-    with pytest.raises(DamagedFile, match=r"shards/00000\.safetensors|shards/0000[3]\.safetensors"):
+    entry = {"bytes": 1 << 60, "crc32": 1}
+    forge_manifest(path, files=files | {f"shards/{n:05d}.safetensors": entry for n in range(20_000)})
+    with pytest.raises(
+        DamagedFile, match=r"shards/\d{5}\.safetensors: (\d+ bytes, 1152921504606846976|cannot be read)"
+    ):
         open_checkpoint(path)
 
 
@@ -459,6 +460,38 @@ def test_errors_of_the_program_are_raised_on_all_ranks(tmp_path):
     assert [type(error) for error in errors] == [RuntimeError, KeyError]
     assert "rank 1: KeyError" in str(errors[0])
     assert steps(tmp_path) == []
+
+
+def test_a_rank_that_outlives_its_attempt_does_not_write_into_the_next_one(tmp_path, monkeypatch):
+    real, go_on, stopped = sharded_checkpoint.write_parts, threading.Event(), threading.Event()
+
+    def write(path: Path, parts: Any) -> dict[str, int]:
+        if path.name == "00001.safetensors" and not stopped.is_set():
+            stopped.set()
+            assert go_on.wait(10)
+        return real(path, parts)
+
+    monkeypatch.setattr(sharded_checkpoint, "write_parts", write)
+    first, errors = Threads(2), []
+
+    def work(rank: int) -> None:
+        try:
+            save(tmp_path, 10, first.member(rank), 1)
+        except (threading.BrokenBarrierError, SaveFailed) as error:
+            errors.append(error)
+
+    ranks = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in ranks:
+        thread.start()
+    assert stopped.wait(10)
+    first.barrier.abort()  # rank 0 learns that the attempt has ended; rank 1 goes on writing
+    ranks[0].join()
+    path = save_all(tmp_path, 10, 2, 2)
+    go_on.set()
+    ranks[1].join()
+    assert len(errors) == 2
+    assert value_of(open_checkpoint(path)) == 2
+    assert steps(tmp_path) == ["step-00000010"]
 
 
 class PeerLost(Exception):

@@ -150,12 +150,8 @@ def save_checkpoint(
         sync_directory(run_dir)
         require_space(home, bytes_needed(contents))
         _write_contents(temporary, contents)
+        open_checkpoint(temporary)
         put_in_place(temporary, final)
-        try:
-            open_checkpoint(final)
-        except (OSError, UserError):
-            take_back(final)
-            raise
     except (OSError, UserError) as error:
         raise SaveFailed(
             f"the checkpoint of step {step} could not be saved in {home}: {error}. The earlier ones are unchanged"
@@ -173,28 +169,20 @@ def obsolete_after(run_dir: Path, step: int) -> list[Path]:
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
-    """Gives a complete checkpoint its name; a former one of that step gets another. Raises OSError, and then nothing
+    """Gives a verified checkpoint its name; a former one of that step gets another. Raises OSError, and then nothing
     has changed."""
+    replaced = final.with_name(final.name + ".replaced")
     if final.exists():
-        _discard(_replaced(final))
-        os.rename(final, _replaced(final))
+        _discard(replaced)
+        os.rename(final, replaced)
     try:
         os.rename(temporary, final)
         sync_directory(final.parent)
     except OSError:
-        take_back(final)
+        _discard(final)
+        if replaced.exists():
+            os.rename(replaced, final)
         raise
-
-
-def take_back(final: Path) -> None:
-    """Removes a checkpoint that was put in place; the former one gets its name back. Raises OSError."""
-    _discard(final)
-    if _replaced(final).exists():
-        os.rename(_replaced(final), final)
-
-
-def _replaced(final: Path) -> Path:
-    return final.with_name(final.name + ".replaced")
 
 
 def prune_checkpoints(run_dir: Path) -> None:
@@ -384,7 +372,7 @@ def resolve_model_folder(path: Path, which: str = "best") -> Path:
         raise UserError(f"{path} is a model of another program, which has to be imported first: {command}")
     if path.is_file() and path.name in {MANIFEST, *(os.path.basename(name) for name in FILES)}:
         path = path.parent
-    elif path.is_file() and path.parent.name == SHARDS:
+    elif path.is_file() and path.parent.name == SHARDS and (path.parent.parent / MANIFEST).is_file():
         path = path.parent.parent
     if checkpoint_of(path) is None:
         refuse_copy(path)

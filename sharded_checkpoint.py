@@ -11,7 +11,7 @@ Everything that reads a checkpoint reads these, too, on one machine and at any n
 The ranks go through the same phases. After each, all learn how it ended on the others, and go on or raise SaveFailed
 together. A phase ends with `Team.gather`, whose errors (a rank was killed) pass through: the directory then keeps its
 temporary name, or the checkpoint is complete. That name holds a number that no other attempt has, so that a rank which
-outlives its attempt cannot write into the directory of the next one.
+outlives its attempt cannot write into the directory of the next one. Only rank 0 renames and removes anything.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from checkpoint import (
     open_share,
     put_in_place,
     run_directories,
-    take_back,
     try_discard,
 )
 from errors import UserError
@@ -84,15 +83,13 @@ def save_sharded_checkpoint(
     def complete() -> None:
         if team.rank == 0:
             _complete(temporary, texts, entries)
-            put_in_place(temporary, final)
 
     def verify() -> None:
-        open_share(final, team.rank, team.size)
+        open_share(temporary, team.rank, team.size)
 
-    def settle() -> None:
-        if team.rank == 0 and failed:
-            take_back(final)
-        elif team.rank == 0:
+    def end() -> None:
+        if team.rank == 0:
+            put_in_place(temporary, final)
             try_discard(obsolete)
 
     try:
@@ -100,10 +97,8 @@ def save_sharded_checkpoint(
         temporary = final.with_name(begun[0][0])
         _together(team, final, lambda: _check_place(temporary, sum(size for _, size in begun)))
         entries = _together(team, final, lambda: _write_shard(temporary, team.rank, parts))
-        _together(team, final, complete)
-        _, failed = on_all_ranks(team, verify)
-        _together(team, final, settle)
-        _raise_failed(failed, final)
+        for phase in (complete, verify, end):
+            _together(team, final, phase)
     finally:
         if team.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -196,22 +191,17 @@ def _shard(directory: Path, rank: int) -> Path:
 
 
 def _together(team: Team, final: Path, action: Callable[[], T]) -> list[T]:
-    """Runs a phase on every rank → the results of all. Raises on every rank where it fails on one."""
+    """Runs a phase on every rank → the results of all. Where it fails on one, it raises on all: SaveFailed, or an error
+    of the program itself as it is."""
     results, failed = on_all_ranks(team, action)
-    _raise_failed(failed, final)
-    return results
-
-
-def _raise_failed(failed: Mapping[int, Exception], final: Path) -> None:
-    """failed: the errors by rank. An error of the program itself is raised as it is."""
-    for error in failed.values():
-        if not isinstance(error, OSError | UserError | MemoryError | torch.OutOfMemoryError):
-            raise copy.copy(error)
     if not failed:
-        return
+        return results
     ranks = dict[str, list[int]]()
     for rank, error in failed.items():
-        ranks.setdefault(str(error) or type(error).__name__, []).append(rank)
+        if not isinstance(error, OSError | UserError | MemoryError | torch.OutOfMemoryError):
+            raise copy.copy(error)
+        reason = f"{error.path}: {error.problem}" if isinstance(error, DamagedFile) else str(error)
+        ranks.setdefault(reason or type(error).__name__, []).append(rank)
     reasons = "; ".join(f"{_named(some)}: {reason}" for reason, some in ranks.items())
     raise SaveFailed(
         f"the checkpoint of step {int(final.name.removeprefix('step-'))} could not be saved in {final.parent}:"

@@ -515,9 +515,13 @@ def run_child(action) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def fail_at(point: int, fault, module=checkpoint) -> None:
-    """Replaces the point-th system call on the disk from now on by `fault`; a write gets half-way first. module: what
-    writes."""
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+READS = ("open", "os.listdir", "os.scandir")
+
+
+def fail_at(point: int, fault, module=checkpoint, events: tuple[str, ...] = (*READS, *CHANGES)) -> None:
+    """Replaces the point-th system call on the disk from now on by `fault`: of `events`, fsync and writes, which get
+    half-way first. module: what writes."""
     left = point
 
     def count(half=lambda: None) -> None:
@@ -528,7 +532,7 @@ def fail_at(point: int, fault, module=checkpoint) -> None:
             fault()
 
     def audit(event: str, args: tuple) -> None:
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"):
+        if event in events:
             count()
 
     real_write = module.write_parts

@@ -13,7 +13,7 @@ A directory `step-N` is always complete: it gets that name by a rename. The writ
 
 Files are data: their names are fixed here, nothing read is unpickled, executed or used as a path, and text from them is
 shown by repr. This file stores tensors and JSON values; it knows neither the model, the optimizer nor their options.
-Reading order: several ranks, writing, finding, reading. sharded_checkpoint.py writes those of several ranks.
+Reading order: several ranks (the checkpoints that they write are in sharded_checkpoint.py), writing, finding, reading.
 """
 
 from __future__ import annotations
@@ -105,9 +105,11 @@ def _same_on_all_ranks(team: Team | None, action: Callable[[], T]) -> T:
     done = list[T]()
     _, failed = on_all_ranks(team, lambda: done.append(action()))
     for rank, error in failed.items():
-        error = copy.copy(error)
+        error, where = copy.copy(error), f" (found by rank {rank})" if len(failed) < team.size else ""
         if isinstance(error, DamagedFile):
-            error.problem += f" (found by rank {rank})"
+            error.problem += where
+        elif isinstance(error, UserError):
+            error.args = (f"{error}{where}",)
         raise error
     return done[0]
 
@@ -277,7 +279,7 @@ def _no_checkpoint(path: Path) -> str:
     """Why `path` is no run with a checkpoint, and what to type instead."""
     if run_of(path) is None and (runs := _runs_in(path)):
         return f"the directory {path} is not a run; it contains these runs: {_listed(runs)}"
-    if run_of(path) is None and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+    if run_of(path) is None and (path / CONFIG).is_file() and (path / TOKENIZER).is_file():
         again = quote(str(path))
         return f"{path} is a model folder, which cannot be resumed; a new run from its weights: --init_from={again}"
     if hint := run_hint(path):
@@ -466,7 +468,9 @@ def open_latest(run_dir: Path, team: Team | None = None) -> Checkpoint:
     _same_on_all_ranks(team, lambda: find_checkpoint(run_dir, "latest"))  # raises if there is none
     skipped = set[str]()
     while True:
-        names = [path.name for _, path in _complete_paths(run_dir) if path.name not in skipped]
+        names = _same_on_all_ranks(
+            team, lambda: [path.name for _, path in _complete_paths(run_dir) if path.name not in skipped]
+        )
         names = names if team is None else team.gather(names[-1:])[0]
         if not names:
             break

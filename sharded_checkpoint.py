@@ -68,17 +68,16 @@ def save_sharded_checkpoint(
     """
     final = run_dir / "checkpoints" / f"step-{step:08d}"
     temporary = final.with_name(f"{final.name}.writing-{uuid.uuid4().hex[:8]}")  # that of rank 0 counts
-    parts = _own_parts(team.rank, model, optimizer)
-    needed = CHUNK + sum(part.tensor.nbytes for part in parts.values())
-    texts, obsolete = dict[str, bytes](), list[Path]()
+    parts, texts, obsolete = dict[str, Part](), dict[str, bytes](), list[Path]()
 
     def begin() -> tuple[str, int]:
-        if team.rank > 0:
-            return temporary.name, needed
-        texts.update(_texts(step, config, tokenizer, state, adapter))
-        obsolete.extend(obsolete_after(run_dir, step))
-        _make_temporary(run_dir, temporary)
-        return temporary.name, needed + sum(map(len, texts.values()))
+        parts.update(_own_parts(team.rank, model, optimizer))
+        if team.rank == 0:
+            texts.update(_texts(step, config, tokenizer, state, adapter))
+            obsolete.extend(obsolete_after(run_dir, step))
+            _make_temporary(run_dir, temporary)
+        size = sum(part.tensor.nbytes for part in parts.values()) + sum(map(len, texts.values()))
+        return temporary.name, CHUNK + size
 
     def complete() -> None:
         if team.rank == 0:

@@ -270,6 +270,7 @@ def test_a_team_opens_the_same_checkpoint_and_shares_the_checksums(tmp_path, mon
     assert {type(error) for error in failed} == {DamagedFile}
     assert len({str(error) for error in failed}) == 1
     assert "00002.safetensors: damaged: its crc32 is" in str(failed[3])
+    assert "recorded (found by rank 3)" in str(failed[0])
     capsys.readouterr()
     opened = on_ranks(4, lambda member: open_latest(tmp_path, member))
     assert [value_of(checkpoint) for checkpoint in opened] == [10] * 4
@@ -277,6 +278,10 @@ def test_a_team_opens_the_same_checkpoint_and_shares_the_checksums(tmp_path, mon
     errors = on_ranks(3, lambda member: open_latest(tmp_path / "none", member))
     assert {str(error) for error in errors} == {str(errors[0])}
     assert "none does not exist" in str(errors[0])
+    assert "found by" not in str(errors[0])
+    errors = on_ranks(3, lambda member: open_latest(tmp_path / ("none" if member.rank == 1 else ""), member))
+    assert {type(error) for error in errors} == {UserError}
+    assert all(re.search(r"none does not exist.* \(found by rank 1\)$", str(error)) for error in errors)
 
 
 def test_whole_and_sharded_checkpoints_follow_each_other_in_a_run(tmp_path):

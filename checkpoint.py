@@ -72,8 +72,11 @@ class SaveFailed(UserError):
 class Team(Protocol):
     """The processes that train a model together, one of which calls. All call the same functions in the same order."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, small Python objects, in the order of the ranks, on every rank. Waits for all."""
@@ -279,7 +282,11 @@ def _no_checkpoint(path: Path) -> str:
     """Why `path` is no run with a checkpoint, and what to type instead."""
     if run_of(path) is None and (runs := _runs_in(path)):
         return f"the directory {path} is not a run; it contains these runs: {_listed(runs)}"
-    if run_of(path) is None and (path / CONFIG).is_file() and (path / TOKENIZER).is_file():
+    if (
+        run_of(path) is None
+        and (path / CONFIG).is_file()
+        and any((path / name).is_file() for name in (WEIGHTS, TOKENIZER))
+    ):
         again = quote(str(path))
         return f"{path} is a model folder, which cannot be resumed; a new run from its weights: --init_from={again}"
     if hint := run_hint(path):

@@ -78,7 +78,7 @@ def choose_auto(
     micro_batch = choose_micro_batch(size, train.tokens_per_step, model_config, hardware)
     path = choose_attention(attention, hardware.device, hardware.dtype, model_config.head_size)
     reasons = {
-        **kept,
+        **{name: reason for name, reason in kept.items() if name != "parallel"},
         **hardware.reasons,
         **micro_batch.reasons,
         **path.reasons,

@@ -23,6 +23,7 @@ from common.options import HardwareOptions
 from errors import UserError
 from model import MAX_FUSED_HEAD, AttentionPath
 
+
 @dataclass(frozen=True)
 class Hardware:
     """The resolved choices. reasons: option name → reason, for each that was `auto`."""

@@ -1,7 +1,7 @@
 """Prints, as JSON, the collectives and the memory of a training step of model.GPT as process 0 of 512, without the
 others: PyTorch's fake process group and fake tensors. A script of its own, since both leave global state.
 
-    python -m tests.fake_cluster WIDTH
+    python -m tests.fake_cluster WIDTH…
 """
 
 import json
@@ -21,6 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import GPT, GPTConfig
 
 PROCESSES, PER_NODE, LAYERS, CONTEXT, TOKENS = 512, 8, 3, 512, 32
+
+
+def shape(width: int) -> GPTConfig:
+    sizes = {"n_layer": LAYERS, "n_head": width // 64, "n_embd": width, "block_size": CONTEXT, "vocab_size": 8192}
+    return GPTConfig(**sizes, eos_id=0, bias=False)
 
 
 class Collectives(TorchDispatchMode):
@@ -84,20 +89,18 @@ def step(model: nn.Module) -> dict[str, Any]:
 
 
 def main() -> None:
-    width = int(sys.argv[1])
-    sizes = {"n_layer": LAYERS, "n_head": width // 64, "n_embd": width, "block_size": CONTEXT, "vocab_size": 8192}
-    config = GPTConfig(**sizes, eos_id=0, bias=False)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=PROCESSES)
-    nodes = PROCESSES // PER_NODE
     meshes = {
         "fsdp": init_device_mesh("cpu", (PROCESSES,)),
-        "hsdp": init_device_mesh("cpu", (nodes, PER_NODE), mesh_dim_names=("replicate", "shard")),
+        "hsdp": init_device_mesh("cpu", (PROCESSES // PER_NODE, PER_NODE), mesh_dim_names=("replicate", "shard")),
     }
-    found = {}
-    for name, mesh in meshes.items():
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            found[name] = step(sharded(config, mesh))
-    found["ddp"] = step(nn.parallel.DistributedDataParallel(GPT(config)))
+    found: dict[str, Any] = {}
+    for width in sys.argv[1:]:
+        config, found[width] = shape(int(width)), {}
+        for name, mesh in meshes.items():
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                found[width][name] = step(sharded(config, mesh))
+        found[width]["ddp"] = step(nn.parallel.DistributedDataParallel(GPT(config)))
     print(json.dumps(found))
 
 

@@ -148,7 +148,8 @@ def step_time(
     model: ModelSize, job: Job, gpu: Gpu, mode: Mode, processes: int, rows: int, micro_batches: int, speed: Speed
 ) -> StepTime:
     """Of a step of so many micro-batches of so many rows on each GPU."""
-    repeated = 4 / 3 if job.activation_checkpointing else 1.0
+    blocks = model.n_layer * model.layer_flops / model.flops_per_token
+    repeated = 1 + job.activation_checkpointing * blocks / 3  # their forward passes
     rate, tokens = gpu.flops * gpu.sustained * speed.efficiency, rows * model.block_size
     products = tokens * model.flops_per_token * repeated / rate
     compute = max(products, model.n_layer * speed.layer_seconds)

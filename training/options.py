@@ -87,12 +87,12 @@ class TrainOptions:
                 " commas, such as --gpus=64 or --gpus=1,8,64,512"
             )
         elif self.gpus is not None and not self.plan:
-            found.append(f"gpus={self.gpus} has no effect without --plan: add --plan, or leave --gpus out")
+            found.append(f"gpus={self.gpus} only tells what such a run would take: add --plan, or leave --gpus out")
         if self.gpu is not None and find_gpu(self.gpu) is None:
             known = f"this version knows {', '.join(GPUS)}"
             found.append(f"gpu={self.gpu}: no such GPU{did_you_mean(self.gpu, GPUS)}; {known}")
         elif self.gpu is not None and self.gpus is None:
-            found.append(f"gpu={self.gpu} has no effect without --gpus: add --gpus=8 and --plan, or leave --gpu out")
+            found.append(f"gpu={self.gpu} is the kind of --gpus: add --gpus=8 --plan, or leave --gpu out")
         return found
 
 

@@ -37,7 +37,7 @@ from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
 from config.chain import end_run, open_run, train_all
-from config.cluster import print_cluster
+from config.cluster import plan_preset, print_cluster
 from config.planning import open_data
 from config.start import RunConfig, read_start
 from config.trying import try_candidates
@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the run is complete, STOPPED when a signal ended it early. Raises UserError, also where memory
     runs out and fewer rows do not help."""
     argv = sys.argv[1:] if argv is None else argv
-    has_tries, train = config.load("train.py", argv).values["try"] is not None, partial(train_all, train_model)
+    options, train = config.load("train.py", argv), partial(train_all, train_model)
+    if options.values["plan"] and not config.needs_plan(argv):
+        return plan_preset(argv)
+    has_tries = options.values["try"] is not None
     return attempt(partial(try_candidates, train, argv) if has_tries else partial(train, argv))
 
 
@@ -72,8 +75,6 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
         start = read_start(argv, stack)
-        if start.options.section(TrainOptions).plan and not start.needs_plan:
-            return print_cluster(start), []
         # ---- hardware, then the data; a run with a text and no preset gets its options here, from its plan
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))

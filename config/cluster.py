@@ -3,6 +3,8 @@ GPUs of --gpus. Reads no data: a vocabulary that only the text would tell is tak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -10,7 +12,7 @@ import torch
 import config
 from common.devices import GPUS, find_gpu
 from common.weights import count_parameters, flops_per_token
-from config.start import Start
+from config.start import Start, read_start
 from errors import UserError
 from model import GPT, GPTConfig
 from prepare_data import PrepareOptions
@@ -22,6 +24,12 @@ from training.options import DEFAULT_GPU, OptimizerOptions, TrainOptions, read_g
 VOCABULARIES = {"gpt2": 50_257, "r50k_base": 50_257, "p50k_base": 50_281, "cl100k_base": 100_277, "o200k_base": 200_019,
                 "bytes": 257, "char": 66}  # fmt: skip
 """By the option tokenizer. char: tinyshakespeare's 65 characters and EOS; other texts have other numbers."""
+
+
+def plan_preset(argv: Sequence[str]) -> int:
+    """--plan of a preset: for the GPUs of --gpus alone, without its data. Returns the exit code. Raises UserError."""
+    with ExitStack() as stack:
+        return print_cluster(read_start(argv, stack))
 
 
 def print_cluster(start: Start, vocab_size: int | None = None) -> int:

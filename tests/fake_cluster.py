@@ -1,11 +1,10 @@
 """Prints, as JSON, the collectives and the memory of a training step of model.GPT as process 0 of 512, without the
 others: PyTorch's fake process group and fake tensors. A script of its own, since both leave global state.
 
-    python -m tests.fake_cluster WIDTH…
+    python -m tests.fake_cluster
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 
-PROCESSES, PER_NODE, LAYERS, CONTEXT, TOKENS = 512, 8, 3, 512, 32
+PROCESSES, PER_NODE, LAYERS, CONTEXT, TOKENS = 512, 8, 2, 512, 32
 
 
 def shape(width: int) -> GPTConfig:
@@ -90,17 +89,13 @@ def step(model: nn.Module) -> dict[str, Any]:
 
 def main() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=PROCESSES)
-    meshes = {
-        "fsdp": init_device_mesh("cpu", (PROCESSES,)),
-        "hsdp": init_device_mesh("cpu", (PROCESSES // PER_NODE, PER_NODE), mesh_dim_names=("replicate", "shard")),
-    }
-    found: dict[str, Any] = {}
-    for width in sys.argv[1:]:
-        config, found[width] = shape(int(width)), {}
-        for name, mesh in meshes.items():
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                found[width][name] = step(sharded(config, mesh))
-        found[width]["ddp"] = step(nn.parallel.DistributedDataParallel(GPT(config)))
+    flat = init_device_mesh("cpu", (PROCESSES,))
+    nodes = init_device_mesh("cpu", (PROCESSES // PER_NODE, PER_NODE), mesh_dim_names=("replicate", "shard"))
+    found = {}
+    for name, width, mesh in (("fsdp", 512, flat), ("hsdp", 512, nodes), ("padded", 768, flat)):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            found[name] = step(sharded(shape(width), mesh))
+    found["ddp"] = step(nn.parallel.DistributedDataParallel(GPT(shape(512))))
     print(json.dumps(found))
 
 

@@ -88,6 +88,8 @@ class TrainOptions:
             )
         elif self.gpus is not None and not self.plan:
             found.append(f"gpus={self.gpus} only tells what such a run would take: add --plan, or leave --gpus out")
+        elif self.gpus is not None and self.try_ is not None:
+            found.append(f"gpus={self.gpus} is for one run, and try={self.try_} for several: leave one of them out")
         if self.gpu is not None and find_gpu(self.gpu) is None:
             known = f"this version knows {', '.join(GPUS)}"
             found.append(f"gpu={self.gpu}: no such GPU{did_you_mean(self.gpu, GPUS)}; {known}")

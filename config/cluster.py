@@ -13,7 +13,7 @@ import config
 from common.devices import GPUS, find_gpu
 from common.weights import count_parameters, flops_per_token
 from config.start import Start, read_start
-from errors import UserError
+from errors import UserError, quote
 from model import GPT, GPTConfig
 from prepare_data import PrepareOptions
 from training.cluster import FLOAT, Job, ModelSize
@@ -23,7 +23,7 @@ from training.options import DEFAULT_GPU, OptimizerOptions, TrainOptions, read_g
 
 VOCABULARIES = {"gpt2": 50_257, "r50k_base": 50_257, "p50k_base": 50_281, "cl100k_base": 100_277, "o200k_base": 200_019,
                 "bytes": 257, "char": 66}  # fmt: skip
-"""By the option tokenizer. char: tinyshakespeare's 65 characters and EOS; other texts have other numbers."""
+"""By the option tokenizer. char: tinyshakespeare's 65 characters and EOS."""
 
 
 def plan_preset(argv: Sequence[str]) -> int:
@@ -52,6 +52,15 @@ def print_cluster(start: Start, vocab_size: int | None = None) -> int:
     found = [estimate(model, job, GPUS[name], gpus) for gpus in read_gpus(train.gpus)]
     kind = name if train.gpu is not None else f"{name} (assumed; --gpu names another)"
     print("\n".join(describe_cluster(found, kind, job)))
+    tokenizer = start.options.section(PrepareOptions).tokenizer
+    if (
+        vocab_size is None
+        and start.with_tokenizer is None
+        and tokenizer not in VOCABULARIES.keys() - {"char"} | {"bpe"}
+    ):
+        print(
+            f"  --tokenizer={quote(tokenizer)}: the text would tell its number of ids; {shape.vocab_size:,} are assumed"
+        )
     if train.teachers:
         print(f"  --teachers={train.teachers}: this is the first of {train.teachers + 1} models, one after another")
     return 0

@@ -177,6 +177,7 @@ _HINTS = {
         "--interactive": "chat repl cli",
         "--novelty": "memorization memorisation copied plagiarism overlap",
         "--score=": "perplexity ppl eval eval_file eval_data evaluate score_file bits_per_byte bpb",
+        "--device=cpu, cuda or mps": "gpu gpus",
         "--eval_stride=": "stride ppl_stride window_stride",
         "--output=jsonl or csv": "format output_format json csv",
         "--serve": "server web ui gradio api",

@@ -1,6 +1,7 @@
 """The plan for many GPUs: against published runs, against collectives counted at 512 processes, and its rules."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 
 import config
+import training.cluster
+import training.micro_batch
+import training.options
 from common.devices import GPUS, VENDOR_TFLOPS, find_gpu
 from common.tokenizer import bytes_tokenizer
 from common.weights import count_parameters
 from config.cluster import VOCABULARIES, model_size
 from errors import UserError
-from model import GPT, GPTConfig
+from model import CHUNK_LOGITS, GPT, GPTConfig
 from tests.conftest import ROOT
 from tests.test_train import train
 from training.cluster import (
@@ -164,6 +168,16 @@ def test_the_range_that_is_shown_holds_what_the_best_software_reached():
         run = RUNS[name]
         fast, _, slow = estimate(model_size(run.model, OptimizerOptions()), Job(run.tokens), GPUS[run.gpu], 8).seconds
         assert 0.9 * fast < run.seconds < 1.1 * slow, name
+
+
+def test_the_range_holds_what_was_measured_on_a_gpu():
+    """README, "On a GPU": tokens/s of steps of 32,768 tokens on an H200."""
+    for preset, rate in {"gpt2_124m": 484_000, "modern_124m": 428_000}.items():
+        options = config.load("train.py", [preset])
+        model = model_size(options.section(GPTConfig), options.section(OptimizerOptions))
+        fast, expected, slow = estimate(model, Job(32_768), GPUS["h200"], 1).seconds
+        assert fast < 32_768 / rate < slow
+        assert expected == pytest.approx(32_768 / rate, rel=0.15)
 
 
 def test_memory_that_was_measured_on_a_gpu():
@@ -434,6 +448,13 @@ def test_several_numbers_are_a_table_of_100_columns(capsys):
     assert len({line.rindex("  ") for line in lines[head + 1 : head + 5]}) == 1
 
 
+def test_the_example_of_the_readme_is_what_the_command_prints(capsys):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (command,) = re.findall(r"^python train.py (.*--gpus=1,8.*?)  +#", readme, re.MULTILINE)
+    assert train(*command.split()) == 0
+    assert capsys.readouterr().out.strip() in readme
+
+
 def test_without_a_preset_quickstart_is_estimated(capsys):
     assert train("--plan", "--gpus=8,64") == 0
     out = " ".join(capsys.readouterr().out.split())
@@ -482,13 +503,18 @@ def test_wrong_flags_are_answered(argv, message):
 
 
 def test_the_help_names_every_gpu():
-    import training.options
-
     options = {option.name: option for option in config._loader.options.values()}
     assert all(name in options["gpu"].help for name in GPUS)
     assert training.options.DEFAULT_GPU in GPUS
 
 
-def test_vocabularies_by_the_options():
+def test_numbers_that_other_modules_have_too():
+    assert training.micro_batch.MAX_TOKENS == training.cluster.MAX_TOKENS
+    assert CHUNK_LOGITS["cuda"] == training.cluster.MAX_LOGITS
+
+
+def test_vocabularies_by_the_options(capsys):
+    assert train("shakespeare_char", "--plan", "--gpus=8") == 0
+    assert "66 are assumed" in capsys.readouterr().out
     assert VOCABULARIES["gpt2"] == GPTConfig().vocab_size
     assert VOCABULARIES["bytes"] == bytes_tokenizer().vocab_size

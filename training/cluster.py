@@ -23,7 +23,6 @@ NODE = 8  # GPUs
 MAX_GPUS = 100_000
 DDP_SHARE = 0.6  # of a device: up to which weights, gradients and moments are held by each; the rest is for activations
 FLOAT, HALF = 4, 2  # bytes: weights, gradients, moments and checkpoints; matrices in products, activations
-
 MAX_TOKENS = 65_536  # of a micro-batch, as in training/micro_batch.py
 MAX_LOGITS = 2**28  # at a time, as in model.py
 RESERVE_GIB, PROCESS_GIB, RESERVE_SHARE = 1.0, 1.0, 0.05  # context and workspaces; NCCL; fragmentation
@@ -140,16 +139,13 @@ def memory(model: ModelSize, job: Job, mode: Mode, processes: int, rows: int, de
     if job.average:
         found["averaged weights"] = FLOAT * share
     found["16-bit copies"] = HALF * float(model.parameters)
-    if mode in ("fsdp", "hsdp"):  # the outer ones stay gathered; of the blocks this one and the next
-        found["16-bit copies"] = HALF * float(
-            model.outer_parameters + 2 * min(2, model.n_layer) * model.layer_parameters
-        )
-        largest_group = max(model.outer_parameters, model.layer_parameters)
-        found["reduced gradients"] = (HALF + FLOAT) * float(largest_group)  # before the reduction, in both types
-    layers = model.n_layer
-    found["activations"] = float(tokens * layers * model.kept)
+    if mode in ("fsdp", "hsdp"):  # the outer ones stay gathered; of the blocks this one, and the next one twice
+        gathered = model.outer_parameters + min(3, model.n_layer) * model.layer_parameters
+        reduced = max(model.outer_parameters, model.layer_parameters)  # in 16 bits, and copied to float32
+        found |= {"16-bit copies": HALF * float(gathered), "reduced gradients": (HALF + FLOAT) * float(reduced)}
+    found["activations"] = float(tokens * model.n_layer * model.kept)
     if job.activation_checkpointing:
-        found["activations"] = float(tokens * (FLOAT * layers * model.n_embd + model.kept))
+        found["activations"] = float(tokens * (FLOAT * model.n_layer * model.n_embd + model.kept))
     found["logits"] = HALF * min(tokens * model.rows, MAX_LOGITS) + FLOAT * (tokens + model.rows) * float(model.n_embd)
     reserve = RESERVE_GIB + PROCESS_GIB * (processes > 1)
     return found | {"reserve": reserve * 2**30 + RESERVE_SHARE * device_bytes}

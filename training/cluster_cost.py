@@ -123,9 +123,8 @@ class StepTime(NamedTuple):
     @property
     def bound(self) -> str:
         """What takes most of it."""
-        if self.launches > self.compute / 2:
-            return "kernel launches"
-        names = {"compute": self.compute, "communication": self.communication, "optimizer": self.optimizer}
+        compute = "kernel launches" if self.launches > self.compute / 2 else "compute"
+        names = {compute: self.compute, "communication": self.communication, "optimizer": self.optimizer}
         return max((names | {"input": self.input}).items(), key=lambda item: item[1])[0]
 
 
@@ -232,6 +231,11 @@ class Estimate:
     def with_job(self, job: Job) -> Estimate:
         """The same GPUs with another job."""
         return estimate(self.model, job, self.gpu, self.gpus)
+
+    @property
+    def sent_bytes(self) -> float:
+        """By each GPU in a step."""
+        return traffic(self.model, self.mode, self.gpus).step(self.micro_batches)
 
     @property
     def seconds(self) -> tuple[float, float, float]:

@@ -26,11 +26,12 @@ def describe_cluster(estimates: Sequence[Estimate], name: str, asked: Job) -> li
     it."""
     first = estimates[0]
     gpu, model = first.gpu, first.model
+    vocabulary = model.head_parameters // model.n_embd
     lines = [
         f"on many GPUs: {name}, {gpu.memory:g} GiB, {gpu.flops / 1e12:,.4g} TFLOP/s, {NODE} in a node (closed forms,"
         " nothing is measured)",
         f"model: {model.parameters:,} parameters, {show_count(model.flops_per_token)} FLOP per token, {model.n_layer}"
-        f" layers, {model.n_embd:,} channels, context {model.block_size:,}",
+        f" layers, {model.n_embd:,} channels, context {model.block_size:,}, vocabulary {vocabulary:,}",
     ]
     lines = _wrapped(lines[:1], "") + _wrapped(lines[1:])
     if len(estimates) == 1:
@@ -69,7 +70,8 @@ def _detail(estimate: Estimate) -> list[str]:
     return [
         *lines,
         f"time of a step: {show_span(expected)} ({show_range(fast, slow)}): compute {show_span(time.compute)},"
-        f" communication not hidden by it {show_span(time.communication)}, optimizer {show_span(time.optimizer)}, input"
+        f" communication that it does not hide {show_span(time.communication)} (each GPU sends"
+        f" {show_size(estimate.sent_bytes)}), optimizer {show_span(time.optimizer)}, input"
         f" {show_span(time.input) if time.input else 'hidden'}",
         f"bound by: {_bound(estimate, time)}",
         f"speed: {estimate.tokens_per_second:,.0f} tokens/s, {estimate.tokens_per_second / gpus:,.0f} per GPU,"

@@ -40,7 +40,7 @@ LAYER_SECONDS = (0.0005, 0.0012, 0.0025)
 LINK_SHARE, NETWORK_SHARE = 0.8, 0.7  # of a data sheet's bandwidth that NCCL's large collectives reach
 HOP_SECONDS = (2e-6, 8e-6)  # of a ring, within a node and between two
 # A step waits for the slowest of its GPUs: share of its time for each doubling of the nodes, low, expected and high.
-# torchtitan lost 0.6 % from 1 node to 16 for each, MosaicML's A100 0.4 (13B, 4 nodes to 16) to 1.4 (7B).
+# torchtitan lost 0.6 % from 1 node to 16 for each, MosaicML's A100 from 4 to 16 0.7 (13B) and 1.4 (7B).
 WAITING = (0.0, 0.006, 0.014)
 OPTIMIZER_BYTES = 32  # of memory traffic for each parameter: gradient norm, AdamW
 BUCKET_BYTES = 25 * 2**20  # of DDP's first and last all-reduce

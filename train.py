@@ -38,7 +38,7 @@ from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
 from config.chain import end_run, open_run, train_all
-from config.cluster import print_cluster
+from config.cluster import plan_preset, print_cluster
 from config.planning import open_data
 from config.start import RunConfig, Start, read_start
 from config.trying import try_candidates
@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs out and fewer rows do not help."""
     argv = sys.argv[1:] if argv is None else argv
     options, train = config.load("train.py", argv).values, partial(train_all, train_model)
+    if options["plan"] and not config.needs_plan(argv):
+        return plan_preset(argv)
     action = partial(train, argv) if options["try"] is None else partial(try_candidates, train, argv)
     return together(partial(attempt, action), options["device"], options["parallel_timeout"])
 
@@ -79,8 +81,6 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
         start = read_start(argv, stack)
-        if start.options.section(TrainOptions).plan and not start.needs_plan:
-            return print_cluster(start), []
         # ---- hardware, then the data; a run with a text and no preset gets its options here, from its plan
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))

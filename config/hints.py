@@ -141,7 +141,7 @@ _HINTS = {
             "fp16 bf16 amp mixed_precision precision half use_amp torch_dtype float16 bfloat16 fp32"
         ),
         "--device=cpu, cuda or mps": (
-            "use_cpu no_cuda cpu cuda gpu gpus use_gpu n_gpu accelerator device_type num_gpus n_gpu_layers ngl"
+            "use_cpu no_cuda cpu cuda use_gpu n_gpu accelerator device_type num_gpus n_gpu_layers ngl"
         ),
         "--compile=": "torch_compile use_compile",
         "leave it out: Sprout trains on one device": (
@@ -177,6 +177,7 @@ _HINTS = {
         "--interactive": "chat repl cli",
         "--novelty": "memorization memorisation copied plagiarism overlap",
         "--score=": "perplexity ppl eval eval_file eval_data evaluate score_file bits_per_byte bpb",
+        "--device=cpu, cuda or mps": "gpu gpus",
         "--eval_stride=": "stride ppl_stride window_stride",
         "--output=jsonl or csv": "format output_format json csv",
         "--serve": "server web ui gradio api",

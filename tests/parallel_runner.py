@@ -1,5 +1,5 @@
 """One of several processes that test_parallel.py starts: runs train.py for each command line of a JSON file, one after
-another, and writes what it has counted. `python -m tests.parallel_runner COMMANDS.json PORT`, with torchrun's variables.
+another, and writes what it has counted: python -m tests.parallel_runner COMMANDS.json PORT, with torchrun's variables.
 
 One start serves many runs, since the imports take longer than a tiny run.
 """

@@ -297,9 +297,8 @@ def announce(
         compiled += f": {reasons['compile']}" if "compile" in reasons else ""
         compiled += " (--verbose=true: why)"
     together = f"{world_size()} processes, {layout}: " if world_size() > 1 else ""
-    print(
-        f"{together}{hardware.describe()}, micro-batch {values['micro_batch_size']}, attention: {values['attention']}, {compiled}"
-    )
+    size, path = values["micro_batch_size"], values["attention"]
+    print(f"{together}{hardware.describe()}, micro-batch {size}, attention: {path}, {compiled}")
     for name, reason in reasons.items() if why else ():
         print(f"  {name}: {reason}")
 

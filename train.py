@@ -5,7 +5,7 @@
     python train.py config/shakespeare_char.py --max_steps=500 --learning_rate=1e-3
     python train.py --resume=runs/quickstart-1             resumes a run, bitwise exact on a CPU
     python train.py --help                                 every option
-    torchrun --nproc-per-node=8 -- train.py gpt2_124m      the same on eight GPUs (README, "Many machines")
+    torchrun --nproc-per-node=8 -- train.py gpt2_124m      on eight GPUs: README, "Many GPUs, many machines"
 
 `train_model` and `train_on` set a run up, in this order; `loop` trains; `update` is one optimizer step,
 `calculate_gradients` its forward and backward pass.

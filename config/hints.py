@@ -144,8 +144,12 @@ _HINTS = {
             "use_cpu no_cuda cpu cuda use_gpu n_gpu accelerator device_type num_gpus n_gpu_layers ngl"
         ),
         "--compile=": "torch_compile use_compile",
-        "leave it out: Sprout trains on one device": (
-            "backend ddp fsdp devices num_nodes nproc_per_node local_rank deepspeed strategy"
+        "leave it out: torchrun starts the processes (README, Many GPUs, many machines)": (
+            "devices num_nodes num_processes nproc_per_node nnodes local_rank world_size"
+        ),
+        "--parallel=auto, ddp, fsdp or hsdp": "backend ddp fsdp deepspeed strategy distributed zero_stage",
+        "--activation_checkpointing=true": (
+            "gradient_checkpointing activation_checkpoint grad_checkpointing recompute checkpoint_activations"
         ),
         "--attention=auto, triton or sdpa": (
             "flash flash_attention use_flash_attention use_flash_attn attn_implementation"

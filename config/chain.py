@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import config
@@ -25,6 +26,7 @@ from common.options import RunOptions
 from common.run_directory import claim_run
 from config.start import Chain, Start, passed_on
 from errors import quote
+from parallel.processes import by_first
 from prepare_data.shards import Dataset
 from training import setup
 from training.budget import Budget
@@ -67,7 +69,7 @@ def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, P
     too. Raises UserError."""
     run, name = start.options.section(RunOptions).run, start.default_name(dataset)
     if start.chain is not None and start.resumed is None:
-        last = claim_run(run, name)
+        last = by_first(partial(claim_run, run, name))
         start, run = replace(start, chain=replace(start.chain, run=str(last.resolve()))), _beside(last)
     return start, setup.open_run(run, name, start.source, stack)
 
@@ -83,11 +85,11 @@ def end_run(start: Start, run: Path, dataset: Dataset, state: TrainState, budget
     if state.is_finished:
         log_teachers(start, state, dataset)
     if state.is_finished and chain is not None:
-        if (follows := following(run, chain)) is not None:
+        if (follows := by_first(partial(following, run, chain))) is not None:
             name = _shown(follows)
             log(f"{name} follows this run; to go on with it: python train.py --resume={quote(name)}")
         else:
-            argv = next_argv(start, chain, run, dataset)
+            argv = by_first(partial(next_argv, start, chain, run, dataset))
     return log_end(run, state, budget, argv, has_teacher=bool(start.teachers)), argv
 
 

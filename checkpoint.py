@@ -13,7 +13,7 @@ A directory `step-N` is always complete: it gets that name by a rename. The writ
 
 Files are data: their names are fixed here, nothing read is unpickled, executed or used as a path, and text from them is
 shown by repr. This file stores tensors and JSON values; it knows neither the model, the optimizer nor their options.
-Reading order: several ranks, writing, finding, reading. sharded_checkpoint.py writes those of several ranks.
+Reading order: several ranks (the checkpoints that they write are in sharded_checkpoint.py), writing, finding, reading.
 """
 
 from __future__ import annotations
@@ -72,8 +72,11 @@ class SaveFailed(UserError):
 class Team(Protocol):
     """The processes that train a model together, one of which calls. All call the same functions in the same order."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, small Python objects, in the order of the ranks, on every rank. Waits for all."""
@@ -104,8 +107,13 @@ def _same_on_all_ranks(team: Team | None, action: Callable[[], T]) -> T:
         return action()
     done = list[T]()
     _, failed = on_all_ranks(team, lambda: done.append(action()))
-    for error in failed.values():
-        raise copy.copy(error)
+    for rank, error in failed.items():
+        error, where = copy.copy(error), f" (found by rank {rank})" if len(failed) < team.size else ""
+        if isinstance(error, DamagedFile):
+            error.problem += where
+        elif isinstance(error, UserError):
+            error.args = (f"{error}{where}",)
+        raise error
     return done[0]
 
 
@@ -147,12 +155,8 @@ def save_checkpoint(
         sync_directory(run_dir)
         require_space(home, bytes_needed(contents))
         _write_contents(temporary, contents)
+        open_checkpoint(temporary)
         put_in_place(temporary, final)
-        try:
-            open_checkpoint(final)
-        except (OSError, UserError):
-            take_back(final)
-            raise
     except (OSError, UserError) as error:
         raise SaveFailed(
             f"the checkpoint of step {step} could not be saved in {home}: {error}. The earlier ones are unchanged"
@@ -170,28 +174,20 @@ def obsolete_after(run_dir: Path, step: int) -> list[Path]:
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
-    """Gives a complete checkpoint its name; a former one of that step gets another. Raises OSError, and then nothing
+    """Gives a verified checkpoint its name; a former one of that step gets another. Raises OSError, and then nothing
     has changed."""
+    replaced = final.with_name(final.name + ".replaced")
     if final.exists():
-        _discard(_replaced(final))
-        os.rename(final, _replaced(final))
+        _discard(replaced)
+        os.rename(final, replaced)
     try:
         os.rename(temporary, final)
         sync_directory(final.parent)
     except OSError:
-        take_back(final)
+        _discard(final)
+        if replaced.exists():
+            os.rename(replaced, final)
         raise
-
-
-def take_back(final: Path) -> None:
-    """Removes a checkpoint that was put in place; the former one gets its name back. Raises OSError."""
-    _discard(final)
-    if _replaced(final).exists():
-        os.rename(_replaced(final), final)
-
-
-def _replaced(final: Path) -> Path:
-    return final.with_name(final.name + ".replaced")
 
 
 def prune_checkpoints(run_dir: Path) -> None:
@@ -286,7 +282,11 @@ def _no_checkpoint(path: Path) -> str:
     """Why `path` is no run with a checkpoint, and what to type instead."""
     if run_of(path) is None and (runs := _runs_in(path)):
         return f"the directory {path} is not a run; it contains these runs: {_listed(runs)}"
-    if run_of(path) is None and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+    if (
+        run_of(path) is None
+        and (path / CONFIG).is_file()
+        and any((path / name).is_file() for name in (WEIGHTS, TOKENIZER))
+    ):
         again = quote(str(path))
         return f"{path} is a model folder, which cannot be resumed; a new run from its weights: --init_from={again}"
     if hint := run_hint(path):
@@ -381,7 +381,7 @@ def resolve_model_folder(path: Path, which: str = "best") -> Path:
         raise UserError(f"{path} is a model of another program, which has to be imported first: {command}")
     if path.is_file() and path.name in {MANIFEST, *(os.path.basename(name) for name in FILES)}:
         path = path.parent
-    elif path.is_file() and path.parent.name == SHARDS:
+    elif path.is_file() and path.parent.name == SHARDS and (path.parent.parent / MANIFEST).is_file():
         path = path.parent.parent
     if checkpoint_of(path) is None:
         refuse_copy(path)
@@ -475,7 +475,9 @@ def open_latest(run_dir: Path, team: Team | None = None) -> Checkpoint:
     _same_on_all_ranks(team, lambda: find_checkpoint(run_dir, "latest"))  # raises if there is none
     skipped = set[str]()
     while True:
-        names = [path.name for _, path in _complete_paths(run_dir) if path.name not in skipped]
+        names = _same_on_all_ranks(
+            team, lambda: [path.name for _, path in _complete_paths(run_dir) if path.name not in skipped]
+        )
         names = names if team is None else team.gather(names[-1:])[0]
         if not names:
             break

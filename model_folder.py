@@ -104,7 +104,7 @@ class ModelFolder:
             raise UserError(
                 f"{self.path} holds adapters, without the weights that they belong to: those are in the folder {BASE}"
                 f" of their run, RUN/{BASE}. Name the run itself, or make a whole model of it, which can be copied:"
-                " python -m interop export RUN --to=hf"
+                " python -m interop export RUN --to=model"
             )
         return base
 

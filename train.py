@@ -5,9 +5,10 @@
     python train.py config/shakespeare_char.py --max_steps=500 --learning_rate=1e-3
     python train.py --resume=runs/quickstart-1             resumes a run, bitwise exact on a CPU
     python train.py --help                                 every option
+    torchrun --nproc-per-node=8 -- train.py gpt2_124m      on eight GPUs: README, "Many GPUs, many machines"
 
-`train_model` sets a run up, in this order; `loop` trains; `update` is one optimizer step, `calculate_gradients` its
-forward and backward pass.
+`train_model` and `train_on` set a run up, in this order; `loop` trains; `update` is one optimizer step,
+`calculate_gradients` its forward and backward pass.
 """
 
 from __future__ import annotations
@@ -37,22 +38,24 @@ from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
 from config.chain import end_run, open_run, train_all
-from config.cluster import print_cluster
+from config.cluster import plan_preset, print_cluster
 from config.planning import open_data
-from config.restart import train_on
-from config.start import RunConfig, read_start
+from config.restart import begin_or_resume
+from config.start import RunConfig, Start, read_start
 from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
 from parallel.launch import naming_saved, together
-from parallel.processes import agree, summed
+from parallel.processes import agree
 from parallel.sharding import in_turn
+from prepare_data.shards import Dataset
 from training import setup
 from training.budget import Budget, make_budget
 from training.compilation import choose_compile
 from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
+from training.kept_text import KeptText
 from training.logger import RunLogger, describe_saved
 from training.micro_batch import fit_micro_batch, until_it_fits
 from training.optim import clip_gradients, finish_step, learning_rate
@@ -68,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs out and fewer rows do not help."""
     argv = sys.argv[1:] if argv is None else argv
     options, train = config.load("train.py", argv).values, partial(train_all, train_model)
-    action = partial(train_on, train, argv) if options["try"] is None else partial(try_candidates, train, argv)
+    if options["plan"] and not config.needs_plan(argv):
+        return plan_preset(argv)
+    action = partial(begin_or_resume, train, argv) if options["try"] is None else partial(try_candidates, train, argv)
     return together(partial(attempt, action), options["device"], options["parallel_timeout"])
 
 
@@ -77,67 +82,71 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
         start = read_start(argv, stack)
-        if start.options.section(TrainOptions).plan and not start.needs_plan:
-            return print_cluster(start), []
         # ---- hardware, then the data; a run with a text and no preset gets its options here, from its plan
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))
         start, dataset, kept = open_data(start, hardware)
         if start.options.section(TrainOptions).plan:
             return print_cluster(start, dataset.tokenizer.vocab_size), []
-        # ---- every `auto` is resolved
-        model_config, attention = start.options.section(GPTConfig), start.options.section(HardwareOptions).attention
-        train, evals = start.options.section(TrainOptions), start.options.section(EvalOptions)
-        values, reasons = setup.choose_auto(train, model_config, attention, hardware, start.reasons)
-        options = config.replace(start.options, **values)
-        train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
-        seed, rows = options.section(RunOptions).seed, train.tokens_per_step // model_config.block_size
-        batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
-        # ---- model
-        layout = setup.choose_layout(train, "parallel" in start.flags, model_config, optim, hardware)
-        initial = values["attention"], seed, start.source, train, layout.value, hardware
-        model = setup.build_model(model_config, dataset.tokenizer, *initial)
-        compiles = agree(choose_compile(train, evals, model, batches(0), hardware))
-        values, reasons = values | {"compile": compiles.value}, reasons | compiles.reasons | layout.reasons
-        setup.announce(model, hardware, values, reasons, options.section(LoggingOptions).verbose)
-        score_text = partial(evaluate, model, token_bytes=dataset.tokenizer.token_bytes, autocast=hardware.autocast)
-        score = partial(score_text, dataset.val)
-        if evals.eval_only:
-            return setup.print_evaluation(start.source, score(rows=batches.size)), []
-        # ---- optimizer, and the rest of what a checkpoint holds
-        stop = stack.enter_context(StopRequest())
-        start, run = open_run(start, dataset, stack)
-        weights = run, start.resumed, start.initial
-        state = setup.make_state(model, optim, rows, *weights, layout.value, compiles.value, hardware)
-        # ---- records of the run: config.json, logs, checkpoints, samples
-        recorded = start.record(run, options, reasons, kept)
-        reference, lengths = Reference(dataset.fingerprint, options.flat(), read_curves()), start.log_lengths
-        logger = RunLogger(run, options.section(LoggingOptions), options.flat(), hardware, state, reference, lengths)
-        stack.enter_context(logger)
-        stack.enter_context(naming_saved(partial(describe_saved, run, state)))
-        save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
-        draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
-        sample = setup.make_sampler(draw, model, evals, hardware)
-        # ---- length: a number of steps, or a time
-        if "micro_batch_size" in reasons and state.step == 0:
-            batches.size = fit_micro_batch(batches.size, model, hardware)
-        started, fits = time.perf_counter(), partial(until_it_fits, batches, state, "micro_batch_size" not in reasons)
-        forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.teachers, train, hardware))
-        of_rank = partial(calculate_gradients, forward, state, hardware, train.label_smoothing, optim.grad_clip)
-        gradients = summed(of_rank, state.blame)
-        steps = setup.make_step(gradients, state, train, hardware)
-        step = partial(fits, lambda: update(*steps, state, batches(state.step)))
-        budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, start.stored)
-        logger.plan(state.step, budget)
-        recorded.change(micro_batch_size=batches.size, compile=state.compiler != "none", **budget.as_options())
-        # ---- training
-        watch = partial(kept.watch, state, batches, logger, partial(score_text, stop=stop))
-        watch(is_end=False)
-        loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
-        score_all = partial(score, rows=batches.size, stop=stop) if evals.leaves_out(len(dataset.val)) else None
-        with state.averaged():
-            finish(state, budget, logger, evals, score_all, watch, sample, save, stop)
-        return end_run(start, run, dataset, state, budget)
+        return train_on(start, dataset, kept, hardware, stack)
+
+
+def train_on(
+    start: Start, dataset: Dataset, kept: KeptText, hardware: Hardware, stack: ExitStack
+) -> tuple[int, list[str]]:
+    """train_model, from the data on."""
+    # ---- every `auto` is resolved
+    model_config, attention = start.options.section(GPTConfig), start.options.section(HardwareOptions).attention
+    train, evals = start.options.section(TrainOptions), start.options.section(EvalOptions)
+    values, reasons = setup.choose_auto(train, model_config, attention, hardware, start.reasons)
+    options = config.replace(start.options, **values)
+    train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
+    seed, logging = options.section(RunOptions).seed, options.section(LoggingOptions)
+    batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
+    # ---- model
+    layout = setup.choose_layout(train, "parallel" in start.flags, model_config, optim, hardware)
+    initial = values["attention"], seed, start.source, train, layout.value, hardware
+    model = setup.build_model(model_config, dataset.tokenizer, *initial)
+    compiles = agree(choose_compile(train, evals, model, batches(0), hardware))
+    values, reasons = values | {"compile": compiles.value}, reasons | compiles.reasons | layout.reasons
+    setup.announce(model, layout.value, hardware, values, reasons, logging.verbose)
+    score_text = partial(evaluate, model, token_bytes=dataset.tokenizer.token_bytes, autocast=hardware.autocast)
+    score = partial(score_text, dataset.val)
+    if evals.eval_only:
+        return setup.print_evaluation(start.source, score(rows=batches.size)), []
+    # ---- optimizer, and the rest of what a checkpoint holds
+    stop = stack.enter_context(StopRequest())
+    start, run = open_run(start, dataset, stack)
+    weights = run, start.resumed, start.initial, layout.value
+    state = setup.make_state(model, optim, batches.rows, *weights, compiles.value, hardware)
+    # ---- records of the run: config.json, logs, checkpoints, samples
+    recorded = start.record(run, options, reasons, kept)
+    reference = Reference(dataset.fingerprint, options.flat(), read_curves())
+    logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
+    stack.enter_context(logger)
+    stack.enter_context(naming_saved(partial(describe_saved, run, state)))
+    save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
+    draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
+    sample = setup.make_sampler(draw, model, evals, hardware)
+    # ---- length: a number of steps, or a time
+    is_forced, started = "micro_batch_size" not in reasons, time.perf_counter()
+    batches.size = fit_micro_batch(batches.size, model, hardware, is_forced or state.step > 0)
+    fits = partial(until_it_fits, batches, state, is_forced)
+    forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.teachers, train, hardware))
+    gradients = partial(calculate_gradients, forward, state, hardware, train.label_smoothing, optim.grad_clip)
+    steps = setup.make_step(gradients, state, train, hardware)
+    step = partial(fits, lambda: update(*steps, state, batches(state.step)))
+    budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, start.stored)
+    logger.plan(state.step, budget)
+    recorded.change(micro_batch_size=batches.size, compile=state.compiler != "none", **budget.as_options())
+    # ---- training
+    watch = partial(kept.watch, state, batches, logger, partial(score_text, stop=stop))
+    watch(is_end=False)
+    loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
+    score_all = partial(score, rows=batches.size, stop=stop) if evals.leaves_out(len(dataset.val)) else None
+    with state.averaged():
+        finish(state, budget, logger, evals, score_all, watch, sample, save, stop)
+    return end_run(start, run, dataset, state, budget)
 
 
 def loop(

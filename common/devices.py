@@ -1,4 +1,4 @@
-"""What GPUs can do by their data sheets. Without torch: options and plans for machines that are elsewhere read it, too."""
+"""What GPUs can do by their data sheets. Without torch, for the plan of a run on machines that are elsewhere."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Gpu(NamedTuple):
 
 # Bandwidths are the data sheets' (NVLink 3, 4, 5, Infinity Fabric; PCIe 4 where there is nothing else), the network is
 # the usual one: an adapter of 400 Gb/s for each GPU, 200 for the A100, 100 for the L40S, 25 for a node of RTX 4090.
-# sustained: the A100's, the B200's and the MI300X's are those of S. Bekman's table of the largest measured products
-# (271, 1,745 and 668 TFLOP/s), for the B200 less a tenth. The H100's lies between that table's 0.80, which is short,
-# and 0.61: MosaicML's runs of 2023 reached 0.71 of their A100 utilization on it. The H200 had 0.80 in short products here
-# (bench/results/2026-11-27-gpu_session.json). The L40S's and the RTX 4090's were not measured: half and 0.9 are guesses.
+# sustained: the A100's and the MI300X's are the largest measured products in S. Bekman's ml-engineering (271 and 668
+# TFLOP/s). The H100's lies between the 0.80 of that table, which are short, and 0.61: MosaicML's runs of 2023 reached
+# 0.71 of their A100 utilization on it. The H200 had 0.80 in short products, too
+# (bench/results/2026-11-27-gpu_session.json). Guesses: the B200's (as the H100's), the L40S's, the RTX 4090's.
 # Prices: rented by the hour, as seen by 2026 from the cheapest hosts to the large clouds, rounded. Check your own.
 GPUS = {
     "a100": Gpu("A100", 79.3, 0.86, 2039, 300, 25, (1.0, 2.5)),

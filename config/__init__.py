@@ -123,6 +123,7 @@ With --data and no preset, a plan chooses all options that are not given; it is 
   python train.py --data=my_novel.txt                    train on your own text, until the val loss stops falling
   python train.py --data=my_novel.txt --budget_minutes=15     the best model that 15 minutes give
   python train.py --data=my_novel.txt --plan             only print the plan
+  python train.py gpt2_124m --plan --gpus=1,8,64         memory, time, failures and money of a run on many GPUs
   python train.py --data=my_novel.txt --budget_minutes=60 --try=4    short runs first, which may find better settings
   python train.py finetune --init_from=models/gpt2 --data=my_novel.txt --budget_minutes=30     a model that exists
   python train.py shakespeare_char --max_steps=500       use a preset and change an option

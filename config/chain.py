@@ -26,7 +26,7 @@ from common.options import RunOptions
 from common.run_directory import claim_run, is_of_this_launch
 from config.start import Chain, Start, passed_on
 from errors import quote
-from parallel.processes import by_first
+from parallel.processes import by_first, command
 from prepare_data.shards import Dataset
 from training import setup
 from training.budget import Budget
@@ -85,11 +85,11 @@ def end_run(start: Start, run: Path, dataset: Dataset, state: TrainState, budget
     if state.is_finished:
         log_teachers(start, state, dataset)
     if state.is_finished and chain is not None:
-        if (follows := following(run, chain)) is not None:
+        if (follows := by_first(partial(following, run, chain))) is not None:
             name = _shown(follows)
-            log(f"{name} follows this run; to go on with it: python train.py --resume={quote(name)}")
+            log(f"{name} follows this run; to go on with it: {command()} --resume={quote(name)}")
         else:
-            argv = next_argv(start, chain, run, dataset)
+            argv = by_first(partial(next_argv, start, chain, run, dataset))
     return log_end(run, state, budget, argv, has_teacher=bool(start.teachers)), argv
 
 

@@ -3,6 +3,8 @@ GPUs of --gpus. Reads no data: a vocabulary that only the text would tell is tak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -10,17 +12,24 @@ import torch
 import config
 from common.devices import GPUS, find_gpu
 from common.weights import count_parameters, flops_per_token
-from config.start import Start
-from errors import UserError
+from config.start import Start, read_start
+from errors import UserError, quote
 from model import GPT, GPTConfig
 from prepare_data import PrepareOptions
-from training.cluster import FLOAT, Job, ModelSize, estimate
+from training.cluster import FLOAT, Job, ModelSize
+from training.cluster_cost import estimate
 from training.cluster_lines import describe_cluster
 from training.options import DEFAULT_GPU, OptimizerOptions, TrainOptions, read_gpus
 
 VOCABULARIES = {"gpt2": 50_257, "r50k_base": 50_257, "p50k_base": 50_281, "cl100k_base": 100_277, "o200k_base": 200_019,
                 "bytes": 257, "char": 66}  # fmt: skip
-"""By the option tokenizer. char: tinyshakespeare's 65 characters and EOS; other texts have other numbers."""
+"""By the option tokenizer. char: tinyshakespeare's 65 characters and EOS."""
+
+
+def plan_preset(argv: Sequence[str]) -> int:
+    """--plan of a preset: for the GPUs of --gpus alone, without its data. Returns the exit code. Raises UserError."""
+    with ExitStack() as stack:
+        return print_cluster(read_start(argv, stack))
 
 
 def print_cluster(start: Start, vocab_size: int | None = None) -> int:
@@ -30,7 +39,9 @@ def print_cluster(start: Start, vocab_size: int | None = None) -> int:
     if train.gpus is None:
         return 0
     refuse_unknown(start)
-    model, job = model_size(start, vocab_size), job_of(start.options)
+    optimizer, job = start.options.section(OptimizerOptions), job_of(start.options)
+    shape = replace(start.options.section(GPTConfig), vocab_size=vocab_size or vocabulary(start), eos_id=0)
+    model = model_size(shape, optimizer)
     if job.tokens_per_step % model.block_size:
         raise UserError(
             f"tokens_per_step={job.tokens_per_step} is not a multiple of block_size={model.block_size}; use"
@@ -39,8 +50,19 @@ def print_cluster(start: Start, vocab_size: int | None = None) -> int:
     name = find_gpu(train.gpu or DEFAULT_GPU)
     assert name is not None, "checked by TrainOptions"
     found = [estimate(model, job, GPUS[name], gpus) for gpus in read_gpus(train.gpus)]
-    note = "" if train.gpu is not None else " (assumed; --gpu names another)"
-    print("\n".join(describe_cluster(found, name, note, job)))
+    kind = name if train.gpu is not None else f"{name} (assumed; --gpu names another)"
+    print("\n".join(describe_cluster(found, kind, job)))
+    tokenizer = start.options.section(PrepareOptions).tokenizer
+    if (
+        vocab_size is None
+        and start.with_tokenizer is None
+        and tokenizer not in VOCABULARIES.keys() - {"char"} | {"bpe"}
+    ):
+        print(
+            f"  --tokenizer={quote(tokenizer)}: the text would tell its number of ids; {shape.vocab_size:,} are assumed"
+        )
+    if train.teachers:
+        print(f"  --teachers={train.teachers}: this is the first of {train.teachers + 1} models, one after another")
     return 0
 
 
@@ -53,15 +75,12 @@ def refuse_unknown(start: Start) -> None:
         raise UserError(f"--gpus={train.gpus} does not know teachers; leave --teacher out")
 
 
-def model_size(start: Start, vocab_size: int | None) -> ModelSize:
-    """The sizes of the model of the options."""
-    options = start.options
-    c = replace(options.section(GPTConfig), vocab_size=vocab_size or vocabulary(start), eos_id=0)
+def model_size(c: GPTConfig, optimizer: OptimizerOptions) -> ModelSize:
+    """The sizes of a model, and of its optimizer."""
     with torch.device("meta"):
         model = GPT(c, seed=None)
     layer = sum(weight.numel() for weight in model.blocks[0].parameters())
     sides = [sorted(weight.shape) for weight in model.blocks.parameters() if weight.dim() == 2]
-    optimizer = options.section(OptimizerOptions)
     muon = optimizer.muon_steps * sum(4 * rows**2 * columns + 2 * rows**3 for rows, columns in sides)
     found = ModelSize(
         c.n_layer, c.n_embd, c.block_size, c.padded_vocab_size, layer,
@@ -94,11 +113,12 @@ def job_of(options: config.Options) -> Job:
     """How the options train. A time budget is no length: its steps depend on the machine."""
     train, optimizer = options.section(TrainOptions), options.section(OptimizerOptions)
     is_timed = train.budget_minutes is not None or train.max_steps is None
+    parallel = options.values.get("parallel", "auto")
     moments = {"adamw": (2 * FLOAT, 2 * FLOAT), "muon": (FLOAT, 2 * FLOAT), "sgd": (FLOAT, FLOAT)}[optimizer.optimizer]
     return Job(
         train.tokens_per_step,
         None if is_timed or not train.max_steps else train.max_steps * train.tokens_per_step,
-        options.values.get("parallel", "auto"),
+        None if parallel == "auto" else parallel,
         train.micro_batch_size if isinstance(train.micro_batch_size, int) else None,
         bool(options.values.get("activation_checkpointing", False)),
         moments,

@@ -141,11 +141,15 @@ _HINTS = {
             "fp16 bf16 amp mixed_precision precision half use_amp torch_dtype float16 bfloat16 fp32"
         ),
         "--device=cpu, cuda or mps": (
-            "use_cpu no_cuda cpu cuda gpu gpus use_gpu n_gpu accelerator device_type num_gpus n_gpu_layers ngl"
+            "use_cpu no_cuda cpu cuda use_gpu n_gpu accelerator device_type num_gpus n_gpu_layers ngl"
         ),
         "--compile=": "torch_compile use_compile",
-        "leave it out: Sprout trains on one device": (
-            "backend ddp fsdp devices num_nodes nproc_per_node local_rank deepspeed strategy"
+        "leave it out: torchrun starts the processes (README, Many GPUs, many machines)": (
+            "devices num_nodes num_processes nproc_per_node nnodes local_rank world_size"
+        ),
+        "--parallel=auto, ddp, fsdp or hsdp": "backend ddp fsdp deepspeed strategy distributed zero_stage",
+        "--activation_checkpointing=true": (
+            "gradient_checkpointing activation_checkpoint grad_checkpointing recompute checkpoint_activations"
         ),
         "--attention=auto, triton or sdpa": (
             "flash flash_attention use_flash_attention use_flash_attn attn_implementation"
@@ -177,6 +181,7 @@ _HINTS = {
         "--interactive": "chat repl cli",
         "--novelty": "memorization memorisation copied plagiarism overlap",
         "--score=": "perplexity ppl eval eval_file eval_data evaluate score_file bits_per_byte bpb",
+        "--device=cpu, cuda or mps": "gpu gpus",
         "--eval_stride=": "stride ppl_stride window_stride",
         "--output=jsonl or csv": "format output_format json csv",
         "--serve": "server web ui gradio api",

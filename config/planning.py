@@ -94,7 +94,7 @@ class Planning:
         contexts = [teacher.config["block_size"] for teacher in (*start.teachers, *start.handed_on)]
         if "block_size" not in names and contexts and min(contexts) < rules.CONTEXT:
             self.given["block_size"] = min(contexts)
-        self.options = config.replace(start.options, **self.given, **rules.first_values(self.given))
+        self.options = config.replace(start.options, **self.given, **rules.first_values(self.given, world_size()))
 
     def prepare(self, counts: Counts) -> PrepareOptions:
         """How the text is prepared. Raises UserError where it is too short."""

@@ -16,7 +16,7 @@ from training.metrics import log
 from training.options import EvalOptions, TrainOptions
 
 
-def train_on(train: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+def begin_or_resume(train: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """train(argv), or the same with the arguments that continue what this command has begun. Raises UserError."""
     if launches():
         argv = by_first(partial(_continued, argv))

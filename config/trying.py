@@ -32,6 +32,7 @@ from config.planning import Planning, open_dataset
 from config.start import Start, read_start
 from errors import UserError, quote
 from files import read_json, write_json
+from parallel.processes import world_size
 from prepare_data.shards import Dataset
 from training import setup
 from training import tries as rules
@@ -102,6 +103,11 @@ def read_tries(run: Path) -> Tries:
 
 def try_candidates(train: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """The trials, then the run that continues the winner, by `train`. Exit codes and errors as those of train.py."""
+    if world_size() > 1:
+        raise UserError(
+            f"--try runs its trials one after another in processes of its own, and torchrun has started"
+            f" {world_size()}: run it without torchrun, or leave --try out"
+        )
     with ExitStack() as stack:
         tries = open_tries(argv, stack)
         if tries is None:  # --plan

@@ -41,13 +41,14 @@ def make_parser() -> Parser:
 
 def add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     exporting = commands.add_parser(
-        "export", allow_abbrev=False, help="a run → a folder for other programs",
+        "export", allow_abbrev=False, help="a run → a folder for other programs, or one whole model folder",
         description="Writes a folder that transformers opens (--to=hf; so do vLLM, the hub and lm_eval), or a GGUF file"
         " for llama.cpp and Ollama (--to=gguf). Before it is done, the written model is compared with ours: logits,"
-        " greedy ids and the tokenizer, in transformers or llama.cpp where they are installed.",
+        " greedy ids and the tokenizer, in transformers or llama.cpp where they are installed. --to=model: a model"
+        " folder of ours, which can be copied anywhere, also from a run of adapters or of several processes.",
     )  # fmt: skip
     exporting.add_argument("run", metavar="RUN", help="a run, a checkpoint or a model folder")
-    exporting.add_argument("--to", required=True, choices=("hf", "gguf"), help="the format")
+    exporting.add_argument("--to", required=True, choices=("hf", "gguf", "model"), help="the format")
     exporting.add_argument("--out", metavar="DIR", help="the new folder; default: exports/NAME-FORMAT")
     exporting.add_argument(
         "--dtype", metavar="DTYPE",
@@ -100,12 +101,13 @@ def expanded(what: str, text: str) -> Path:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    from interop.exporting import export_model, plain_name
+    from interop.exporting import export_model, export_model_folder, plain_name
 
-    out = None if arguments.out is None else Path(arguments.out).expanduser()
-    path, proved = export_model(
-        Path(arguments.run).expanduser(), arguments.to, out, arguments.dtype, arguments.checkpoint
-    )
+    run, out = Path(arguments.run).expanduser(), None if arguments.out is None else Path(arguments.out).expanduser()
+    if arguments.to == "model":
+        path, proved = export_model_folder(run, out, arguments.dtype, arguments.checkpoint)
+    else:
+        path, proved = export_model(run, arguments.to, out, arguments.dtype, arguments.checkpoint)
     for line in proved:
         print(line)
     shown, name = quote(str(path)), plain_name(path.name)
@@ -114,6 +116,8 @@ def run_export(arguments: argparse.Namespace) -> int:
         code = f"from transformers import pipeline; print(pipeline('text-generation', {str(path)!r})('Once'))"
         print(f'  python -c "{code}"')
         print(f"  hf upload YOUR_NAME/{name} {shown}   (first fill in the license in its README.md)")
+    elif arguments.to == "model":
+        print(f'  python sample.py --run={shown} --prompt="Once upon a time"')
     else:
         print(f"  ollama create {name.lower()} -f {quote(str(path / 'Modelfile'))}")
     return 0

@@ -5,6 +5,7 @@ model is there, space, the files under a temporary name, the proof, the name.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ from interop.layouts import split
 from interop.model_card import model_card, run_of
 from interop.tokenizer_files import tokenizer_config, tokenizer_json
 from model import GPT, GPTConfig, sinusoidal_table
-from model_folder import WEIGHTS, ModelFolder, open_model_folder
+from model_folder import WEIGHTS, ModelFolder, open_model_folder, write_model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_FILE = 5 * 10**9  # bytes of a safetensors file, as transformers has it
@@ -77,6 +78,49 @@ def export_model(run: Path, to: str, out: Path | None, dtype: str | None, which:
         raise OutOfMemory("the export needs more memory than is free; end other programs") from None
 
 
+def export_model_folder(run: Path, out: Path | None, dtype: str | None, which: str) -> tuple[Path, list[str]]:
+    """Writes the model folder `out` (None: exports/NAME-model): whole weights as stored, whatever processes wrote them,
+    adapters merged → its path, and what was checked. Raises UserError, and then there is no such folder."""
+    if dtype is not None:
+        raise UserError(f"--dtype={dtype} with --to=model, which keeps the weights as they are stored; leave it out")
+    folder = open_model_folder(resolve_model_folder(run, which), check_weights=False)  # model_tensors checks them
+    out = out or Path("exports", f"{model_name(folder.path)}-model")
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists; remove it, or give another folder with --out=DIR")
+    merged = 0 if folder.adapter is None else stored_bytes(open_model_folder(folder.base(), check_weights=False))
+    require_memory(stored_bytes(folder) + merged + MARGIN, "the export")
+    try:
+        tensors = attempt(folder.model_tensors)
+    except OutOfMemory:
+        raise OutOfMemory("the export needs more memory than is free; end other programs") from None
+    write_model_folder(out, tensors, folder.config, folder.tokenizer, {})
+    try:
+        check_copy(out, tensors, folder)
+    except UserError:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return out, [f"read back bit by bit: {len(tensors)} tensors, {size / 1e6:,.1f} MB"]
+
+
+def check_copy(out: Path, tensors: Mapping[str, Tensor], folder: ModelFolder) -> None:
+    """Raises UserError where a model folder does not hold these tensors, bit for bit, and the folder's JSON values."""
+    copy = open_model_folder(out)
+    same, reader = (copy.config, copy.tokenizer) == (folder.config, folder.tokenizer), copy.reader()
+    same = same and reader.layout == {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in reader.layout}
+    same = same and reader.layout.keys() == tensors.keys()
+    if not same or any(not as_bytes(reader.tensor(name)).equal(as_bytes(tensors[name])) for name in tensors):
+        raise UserError(f"what was read back from {out} is not what was written; check its disk")
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def stored_bytes(folder: ModelFolder) -> int:
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in folder.header().values())
+
+
 def open_model(run: Path, which: str) -> Model:
     """Raises UserError where the folder is damaged, or the model does not fit a class."""
     folder = open_model_folder(resolve_model_folder(run, which), check_weights=False)  # model_tensors checks them
@@ -107,8 +151,8 @@ def check_room(model: Model, out: Path, to: str, dtype: str | None) -> None:
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in GPT(model.target, seed=None).parameters())
     size = {"bfloat16": 2, "float16": 2, "f16": 2, "q8_0": 1.1}.get(dtype or "", 4)
-    if to == "hf" and dtype is None:
-        size = min(4, (model.folder.path / WEIGHTS).stat().st_size / numbers)
+    if to == "hf" and dtype is None and model.folder.adapter is None:
+        size = min(4, stored_bytes(model.folder) / numbers)
     home = next(place for place in (out, *out.absolute().parents) if place.exists())
     needed, free = numbers * size + MARGIN, shutil.disk_usage(home).free
     if free < needed:

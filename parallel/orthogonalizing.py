@@ -22,10 +22,11 @@ Orthogonalize = Callable[[list[Tensor]], list[Tensor]]
 
 class Divided:
     """`orthogonalize`, matrices (R, C) → matrices of one dtype, for the updates of `parameters`, or this process's rows
-    of them where the parameters are DTensors. All processes have to call it. Where there is one process, it calls
-    orthogonalize."""
+    of them where the parameters are DTensors. All processes have to call it. Where there is one, or in a process that
+    does not train with the others (alone), it is orthogonalize."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], alone: bool = False) -> None:
+        self.is_divided = world_size() > 1 and not alone
         self.sizes = [(parameter.shape[0], parameter.shape[1]) for parameter in parameters]
         mesh: Any = getattr(parameters[0], "device_mesh", None)
         self.across: Any = None if mesh is not None and mesh.ndim == 1 else dist.group.WORLD
@@ -34,7 +35,7 @@ class Divided:
             self.across = mesh.get_group(0)
 
     def __call__(self, orthogonalize: Orthogonalize, updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        if world_size() == 1:
+        if not self.is_divided:
             return orthogonalize(updates)
         numbers = [*range(len(updates))]
         if self.across is None:

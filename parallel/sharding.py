@@ -12,6 +12,7 @@ choose_layout, shard, replicate, MicroBatches in turn, then the rows of a sharde
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -60,7 +61,9 @@ def replicate(forward: nn.Module, device: torch.device) -> DistributedDataParall
     """DDP around the module that computes the loss. Gradients are added up in buckets while the backward pass goes on.
     Rank 0's weights are sent to all."""
     devices = [device] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(forward, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers, 2.11 has no other name
+        wrapped = DistributedDataParallel(forward, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
     wrapped.register_comm_hook(None, lambda state, bucket: _add_up(bucket))
     return wrapped
 

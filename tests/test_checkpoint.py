@@ -515,8 +515,13 @@ def run_child(action) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def fail_at(point: int, fault) -> None:
-    """Replaces the point-th system call on the disk from now on by `fault`; a write gets half-way first."""
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+READS = ("open", "os.listdir", "os.scandir")
+
+
+def fail_at(point: int, fault, module=checkpoint, events: tuple[str, ...] = (*READS, *CHANGES)) -> None:
+    """Replaces the point-th system call on the disk from now on by `fault`: of `events`, fsync and writes, which get
+    half-way first. module: what writes."""
     left = point
 
     def count(half=lambda: None) -> None:
@@ -527,10 +532,10 @@ def fail_at(point: int, fault) -> None:
             fault()
 
     def audit(event: str, args: tuple) -> None:
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"):
+        if event in events:
             count()
 
-    real_write = checkpoint.write_parts
+    real_write = module.write_parts
 
     def fsync(descriptor: int) -> None:
         count()
@@ -540,7 +545,7 @@ def fail_at(point: int, fault) -> None:
         count(lambda: path.write_bytes(data[: len(data) // 2]))
         return real_write(path, [data])
 
-    os.fsync, checkpoint.write_parts = fsync, write_parts  # never undone: this is a forked process
+    os.fsync, module.write_parts = fsync, write_parts  # never undone: this is a forked process
     sys.addaudithook(audit)
 
 

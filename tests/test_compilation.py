@@ -11,15 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import common.hardware as hardware_module
 import train as train_script
 from common import inductor
 from common.hardware import Hardware
 from model import GPT, GPTConfig
+from parallel.sharding import shard, whole
 from tests.test_train import read_events, tensors_of
 from training import compilation
-from training.compilation import choose_compile, compile_model
+from training.compilation import choose_compile, compile_model, use_compiled
 from training.data import MicroBatch
 from training.options import EvalOptions, TrainOptions
 
@@ -290,3 +292,26 @@ def test_compiled_gradients_differ_from_eager_ones_by_rounding(shape, dtype):
     for eager, compiled in zip(*found, strict=True):
         assert (eager - compiled).norm() <= tolerance * eager.norm() + 1e-9
     assert model.run_block is not GPT.run_block
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_blocks_of_a_sharded_model_give_the_gradients_of_a_whole_one(dtype):
+    """Under FSDP2's hooks, in a process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = []
+        for is_sharded in (False, True):
+            model, batch = model_and_batch(positions="rotary", qk_norm=True, mlp="swiglu", norm="rmsnorm")
+            if is_sharded:
+                shard(model, "fsdp", torch.device("cpu"), dtype)
+                use_compiled(model)
+            with hardware(dtype=dtype).autocast():
+                model(batch.x, batch.y).backward()
+            found.append([whole(p.grad).double() for p in model.parameters()])
+    finally:
+        dist.destroy_process_group()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= tolerance * one.norm() + 1e-9

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import generation.cuda_graphs as cuda_graphs
@@ -25,9 +26,10 @@ from generation.engine import generate, next_logits
 from generation.options import SamplingOptions
 from generation.sampling import draw, uniform
 from model import GPT, IGNORED_TARGET, ChunkedCrossEntropy, GPTConfig, widened
+from parallel.sharding import local, shard
 from tests.conftest import ROOT
 from tests.test_attention import by_definition, first_visible, fused
-from training.compilation import compile_model
+from training.compilation import compile_model, use_compiled
 from training.data import MicroBatch
 from training.evaluation import evaluate
 from training.lora import add_adapters, narrow_frozen
@@ -232,6 +234,54 @@ def test_compiled_steps_learn_as_eager_ones_do(preset, attention, lora_rank, dev
     error, allowed = (np.abs(way - exact).max(axis=0) / exact.max(axis=0) for way in (compiled, eager))
     rounding = torch.finfo(torch.bfloat16).eps / batch.y.numel() ** 0.5
     assert (error <= 2 * allowed + rounding).all(), (error, allowed)
+
+
+@pytest.fixture
+def process_group(device):
+    """Of this process alone: FSDP2 shards over it as over many."""
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
+                            world_size=1)  # fmt: skip
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("attention", ["triton", "sdpa"])
+def test_fsdp_learns_as_one_process_does(attention, compiles, recompute, device):
+    """The attention kernel and compiled blocks under fully_shard's hooks: three steps of Muon, losses and weights."""
+    tiny = device.type == "cpu"
+    if tiny and compiles:
+        pytest.skip("test_compilation.py has it on a CPU")
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32 if tiny else 256, "block_size": 32 if tiny else 256}
+    kind = {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True, "mlp": "swiglu", "bias": False}
+    config, found = GPTConfig(**shape, **kind, vocab_size=300, eos_id=0), []
+    dtype = torch.float32 if tiny else torch.bfloat16
+    hardware = Hardware(device, dtype, 1, {})
+    ids = torch.randint(300, (2, config.block_size), generator=torch.Generator().manual_seed(2)).to(device)
+    for is_divided in (False, True):
+        model = GPT(config, 5, attention)
+        if is_divided:
+            shard(model, "fsdp", device, dtype)
+            if compiles:
+                use_compiled(model)
+        model = model.to(device).train()
+        model.recompute_blocks = recompute and is_divided
+        optimizer, losses = make_optimizer(model, OptimizerOptions(optimizer="muon", learning_rate=1e-2), dtype), []
+        for _ in range(3):
+            with hardware.autocast():
+                loss = model(ids, ids)
+            loss.backward()
+            norm = clip_gradients(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses += [loss.item(), norm.item()]
+        found.append((losses, [local(parameter).clone() for parameter in model.parameters()]))
+    (losses, weights), (divided_losses, divided_weights) = found
+    assert divided_losses == pytest.approx(losses, rel=1e-4 if tiny else 2e-2)
+    for one, other in zip(weights, divided_weights, strict=True):
+        assert (one - other).norm() <= (1e-3 if tiny else 0.1) * one.norm()
 
 
 def test_float16_learns_with_a_loss_scale(device):

@@ -403,7 +403,7 @@ def test_adapters_without_their_run_are_refused_with_what_to_do():
     for path in ("alone", "copy/step-00000020"):
         message = message_of("debug", f"--init_from={path}", "--data=new.txt")
         assert "adapters" in message
-        assert "python -m interop export RUN --to=hf" in message
+        assert "python -m interop export RUN --to=model" in message
         with pytest.raises(UserError, match="interop export"):
             sample_script.main([f"--run={path}", "--prompt=A"])
     for path in ("averaged/../straight", "straight/checkpoints/step-00000010/../step-00000020/model"):

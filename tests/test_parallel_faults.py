@@ -83,7 +83,7 @@ def launched(monkeypatch, tmp_path):
 
 def continued(*argv: str) -> list[str]:
     found = list[list[str]]()
-    restart.train_on(lambda arguments: found.append([*arguments]) or 0, argv)
+    restart.begin_or_resume(lambda arguments: found.append([*arguments]) or 0, argv)
     return found[0]
 
 

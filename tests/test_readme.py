@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import interop.__main__ as interop
 import sample as sample_script
@@ -22,7 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 LINES = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 COMMANDS = [command for line in LINES if (command := line.split("  #")[0].strip())]
-PYTHON_COMMANDS = [command for command in COMMANDS if command.startswith("python ")]  # others set up the environment
+TORCHRUN_COMMANDS = re.findall(r"^(?:srun )?(torchrun .*)$", README.replace("\\\n", " "), re.MULTILINE)
+PYTHON_COMMANDS = [
+    command for command in COMMANDS if command.startswith(("python ", "torchrun "))
+]  # others set up the environment
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
 SMALL += ["--tokens_per_step=64", "--budget_minutes=none", "--warmup_steps=1"]
 QUICK = [
@@ -84,6 +88,8 @@ def run_train(args: list[str]) -> int:
 
 def run_command(command: str) -> int:
     """Runs a command of the README in this process, with flags that make it quick."""
+    if command.startswith("torchrun "):  # that it starts processes is tested in test_parallel.py
+        command = "python " + command.partition(" -- ")[2] + " --tokenizer=bytes" * ("--resume" not in command)
     script, *args = shlex.split(command.partition(" > ")[0])[1:]
     if script == "train.py":
         return run_train(args)
@@ -112,10 +118,21 @@ def test_every_command_runs(capsys):
 
 
 def test_every_command_is_known():
-    allowed = ("python ", "make ", "python3 -m venv", ".venv/bin/python ")
+    allowed = ("python ", "torchrun ", "make ", "python3 -m venv", ".venv/bin/python ")
     assert all(command.startswith(allowed) for command in COMMANDS), COMMANDS
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     assert {command.split()[1] for command in COMMANDS if command.startswith("make ")} <= targets
+
+
+def test_torchrun_leaves_the_options_of_train_py_alone():
+    """Without `--` it takes --run for an abbreviation of its --run-path."""
+    assert len(TORCHRUN_COMMANDS) >= 5
+    for command in TORCHRUN_COMMANDS:
+        _, *args = shlex.split(command.partition("  #")[0])
+        after = args[args.index("--") + 1 :]
+        parsed = get_args_parser().parse_args(args)
+        assert [parsed.training_script, *parsed.training_script_args] == after, command
+        assert after[0] == "train.py"
 
 
 @pytest.mark.slow

@@ -70,20 +70,23 @@ class Budget:
 
         It changes only before the decay of wsd, and only by more than MIN_CHANGE.
         """
-        plan = self.plan
         if self.seconds is None:
             return False
-        steps, seconds, now = agree((steps, seconds, now))
+        self.plan, is_new = agree(self._observe(step, steps, seconds, now))
+        return is_new
+
+    def _observe(self, step: int, steps: int, seconds: float, now: float) -> tuple[Plan, bool]:
+        """observe, by this process's clock: the plan, and whether it is another one."""
+        plan = self.plan
         weight = 1.0 - 0.98**steps
         self.step_seconds += weight * (seconds / steps - self.step_seconds)
         if self.options.schedule != "wsd" or step >= plan.decay_start:
-            return False
+            return plan, False
         left = self._steps_left(now)
         new = make_plan(step + left, self.options)
         if abs(new.end - plan.end) <= MIN_CHANGE * plan.end:
-            return False
-        self.plan = Plan(new.max_steps, min(left, new.decay_steps))  # an overdue decay begins now
-        return True
+            return plan, False
+        return Plan(new.max_steps, min(left, new.decay_steps)), True  # an overdue decay begins now
 
     def judge(self, state: TrainState, result: Evaluation) -> str | None:
         """Counts an evaluation of the current step for --patience. Where it was the last one that patience allowed,

@@ -1,20 +1,17 @@
-"""What a training run would cost on many GPUs: memory, time of a step, traffic, failures, days, money. Closed forms alone:
-pure functions of plain numbers, without torch and without files.
+"""Training on many GPUs, as rules: which of --parallel's modes, who holds what, and what a GPU's memory must hold. Pure
+functions of plain numbers, without torch and without files.
 
-`estimate` puts them together: `choose_parallel` → `memory` → `step_time` → `Estimate`. `traffic` counts the bytes of the
-collectives, `ring_seconds` what they take, `largest` inverts the memory. The numbers of the rules are the tables at the
-top, those of the devices are in common/devices.py. config/cluster.py takes the sizes from the options of a run;
-cluster_lines.py shows the result. tests/test_cluster.py compares with published runs, and with collectives counted at
-512 processes.
+`choose_parallel` → `memory` → `choose_rows` (a micro-batch that fits), `largest` (a model that fits). The numbers of
+the rules are at the top, those of the devices in common/devices.py. cluster_cost.py goes on with time, failures and
+money, cluster_lines.py shows the result; config/cluster.py takes the sizes from the options of a run.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from common.devices import Gpu
 
@@ -26,29 +23,9 @@ NODE = 8  # GPUs
 MAX_GPUS = 100_000
 DDP_SHARE = 0.6  # of a device: up to which weights, gradients and moments are held by each; the rest is for activations
 FLOAT, HALF = 4, 2  # bytes: weights, gradients, moments and checkpoints; matrices in products, activations
-
-# Share of `sustained` (common/devices.py) that a step reaches, low and high, by the width from which on it holds.
-# 768: 0.50 (Muon) and 0.57 (AdamW) measured here on an H200 with 124M parameters. Wider: MosaicML's table of 2023 has
-# 0.59 (350M), 0.60 to 0.70 (1B), 0.62 to 0.73 (3B), 0.66 to 0.75 (7B); llm.c 0.72, torchtitan 0.56 with recomputation.
-EFFICIENCY = {0: (0.15, 0.40), 512: (0.30, 0.50), 768: (0.48, 0.60), 1536: (0.52, 0.70), 3072: (0.55, 0.74)}
-# Seconds of a layer's kernels in a micro-batch, however few its tokens are: recorded, compiled, launched by Python one by
-# one. Measured here on an H200, with Muon's step: 0.5 to 1.1 ms and 4.7 to 5.2.
-LAYER_SECONDS = (0.0005, 0.0012, 0.0025)
-LINK_SHARE, NETWORK_SHARE = 0.8, 0.7  # of a data sheet's bandwidth that NCCL's large collectives reach
-HOP_SECONDS = (2e-6, 8e-6)  # of a ring, within a node and between two
-# A step waits for the slowest of its GPUs: share of its time for each doubling of the nodes, low, expected and high.
-# torchtitan lost 0.6 % from 1 node to 16 for each, MosaicML's A100 0.4 (13B, 4 nodes to 16) to 1.4 (7B).
-WAITING = (0.0, 0.006, 0.014)
-OPTIMIZER_BYTES = 32  # of memory traffic for each parameter: gradient norm, AdamW
-BUCKET_BYTES = 25 * 2**20  # of DDP's first and last all-reduce
-INPUT_TOKENS = 2e7  # a second and process: half of what one core here reads from the page cache
 MAX_TOKENS = 65_536  # of a micro-batch, as in training/micro_batch.py
 MAX_LOGITS = 2**28  # at a time, as in model.py
 RESERVE_GIB, PROCESS_GIB, RESERVE_SHARE = 1.0, 1.0, 0.05  # context and workspaces; NCCL; fragmentation
-WRITE_RATE, MAX_WRITE_RATE = 0.5e9, 20e9  # bytes/s: of a process, with crc32, fsync and reading back; of a file system
-FAILURES = 4.7e-4  # a GPU and day: Llama 3, 419 unexpected interruptions of 16,384 GPUs in 54 days
-RESTART_SECONDS = 600.0  # from a failure to the first step
-TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: of a run whose length is not given
 
 
 # ---- What is known ---------------------------------------------------------------------------------------------------
@@ -101,12 +78,13 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Job:
-    """How a model is trained. tokens: of the run, None where no length is given. micro_batch: rows, None for those that
-    fit. moments: bytes for each parameter of the blocks, and of the others. average: an EMA of the weights is kept."""
+    """How a model is trained. tokens: of the run, None where no length is given. parallel: None for what the rule says.
+    micro_batch: rows, None for those that fit. moments: bytes for each parameter of the blocks, and of the others.
+    average: an EMA of the weights is kept."""
 
     tokens_per_step: int
     tokens: int | None = None
-    parallel: Mode | Literal["auto"] = "auto"
+    parallel: Mode | None = None
     micro_batch: int | None = None
     activation_checkpointing: bool = False
     moments: tuple[int, int] = (2 * FLOAT, 2 * FLOAT)
@@ -131,7 +109,7 @@ def choose_parallel(state_bytes: float, device_bytes: float, processes: int, per
     """What --parallel=auto means, and why. state_bytes: weights, gradients and moments. processes: of all nodes."""
     if processes == 1:
         return "none", "one process"
-    takes, limit = f"weights, gradients and moments take {show_gib(state_bytes)}", DDP_SHARE * device_bytes
+    takes, limit = f"weights, gradients and moments take {show_size(state_bytes)}", DDP_SHARE * device_bytes
     if state_bytes <= limit:
         return "ddp", f"{takes}, {state_bytes / device_bytes:.0%} of a GPU: each holds them all"
     most = f"more than {DDP_SHARE:.0%} of a GPU"
@@ -145,8 +123,9 @@ def shard_processes(mode: Mode, processes: int, per_node: int = NODE) -> int:
     return {"fsdp": processes, "hsdp": math.gcd(per_node, processes)}.get(mode, 1)
 
 
-def show_gib(size: float) -> str:
-    return f"{size / 2**30:,.3g} GiB" if size < 1000 * 2**30 else f"{size / 2**30:,.0f} GiB"
+def show_size(size: float) -> str:
+    unit, name = (2**20, "MiB") if size < 2**30 / 10 else (2**30, "GiB")
+    return f"{size / unit:.3g} {name}" if size < 999 * unit else f"{size / unit:,.0f} {name}"
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
@@ -160,14 +139,13 @@ def memory(model: ModelSize, job: Job, mode: Mode, processes: int, rows: int, de
     if job.average:
         found["averaged weights"] = FLOAT * share
     found["16-bit copies"] = HALF * float(model.parameters)
-    if mode in ("fsdp", "hsdp"):  # the outer ones stay gathered; of the blocks this one and the next
-        found["16-bit copies"] = HALF * float(model.outer_parameters + 2 * min(2, model.n_layer) * model.layer_parameters)
-        largest_group = max(model.outer_parameters, model.layer_parameters)
-        found["reduced gradients"] = (HALF + FLOAT) * float(largest_group)  # before the reduction, in both types
-    layers = model.n_layer
-    found["activations"] = float(tokens * layers * model.kept)
+    if mode in ("fsdp", "hsdp"):  # the outer ones stay gathered; of the blocks this one, and the next one twice
+        gathered = model.outer_parameters + min(3, model.n_layer) * model.layer_parameters
+        reduced = max(model.outer_parameters, model.layer_parameters)  # in 16 bits, and copied to float32
+        found |= {"16-bit copies": HALF * float(gathered), "reduced gradients": (HALF + FLOAT) * float(reduced)}
+    found["activations"] = float(tokens * model.n_layer * model.kept)
     if job.activation_checkpointing:
-        found["activations"] = float(tokens * (FLOAT * layers * model.n_embd + model.kept))
+        found["activations"] = float(tokens * (FLOAT * model.n_layer * model.n_embd + model.kept))
     found["logits"] = HALF * min(tokens * model.rows, MAX_LOGITS) + FLOAT * (tokens + model.rows) * float(model.n_embd)
     reserve = RESERVE_GIB + PROCESS_GIB * (processes > 1)
     return found | {"reserve": reserve * 2**30 + RESERVE_SHARE * device_bytes}
@@ -190,284 +168,24 @@ def choose_rows(model: ModelSize, job: Job, mode: Mode, processes: int, rows: in
     return next(filter(fits, sizes), 1)
 
 
-def largest(model: ModelSize, job: Job, gpu: Gpu, processes: int, head: int = 64) -> tuple[ModelSize, Mode]:
+def largest(model: ModelSize, job: Job, gpu: Gpu, processes: int, head: int = 64) -> ModelSize:
     """The largest model of this shape that fits with one row at a time: widths are multiples of a head's size."""
 
-    def fits(heads: int) -> Mode | None:
+    def fits(heads: int) -> bool:
         size = model.scaled(head * heads)
-        mode = choose_mode(size, job, gpu, processes)
-        used = sum(memory(size, job, mode, processes, 1, gpu.memory_bytes).values())
-        return mode if used <= gpu.memory_bytes else None
+        mode = choose_mode(size, job, gpu, processes)[0]
+        return sum(memory(size, job, mode, processes, 1, gpu.memory_bytes).values()) <= gpu.memory_bytes
 
-    most = next(heads for heads in map(lambda power: 2**power, itertools.count()) if fits(heads) is None)
-    low, high = most // 2, most
+    high = next(heads for heads in (2**power for power in itertools.count()) if not fits(heads))
+    low = max(1, high // 2)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return model.scaled(head * max(1, low)), fits(max(1, low)) or "fsdp"
+    return model.scaled(head * low)
 
 
-def choose_mode(model: ModelSize, job: Job, gpu: Gpu, processes: int) -> Mode:
-    if processes == 1:
-        return "none"
-    if job.parallel not in ("auto", "none"):
-        return job.parallel
-    return choose_parallel(job.state_bytes(model), gpu.memory_bytes, processes)[0]
-
-
-# ---- Traffic ---------------------------------------------------------------------------------------------------------
-
-
-class Traffic(NamedTuple):
-    """Bytes that one GPU sends: all-gathers and reduce-scatters of a micro-batch, all-reduces of a step."""
-
-    gathered: float
-    scattered: float
-    reduced: float
-
-    def step(self, micro_batches: int) -> float:
-        return micro_batches * (self.gathered + self.scattered) + self.reduced
-
-
-def traffic(model: ModelSize, mode: Mode, processes: int, per_node: int = NODE) -> Traffic:
-    """Rings: an all-gather or reduce-scatter of S bytes among p sends (p − 1)/p · S, an all-reduce twice that. Blocks are
-    gathered for the forward pass and again for the backward pass, the other weights once."""
-    parts = shard_processes(mode, processes, per_node)
-    copies, share = processes // parts, (parts - 1) / parts
-    blocks = model.n_layer * model.layer_parameters
-    gathered, scattered = HALF * (2 * blocks + model.outer_parameters), FLOAT * model.parameters
-    reduced = 2 * (copies - 1) / copies * FLOAT * model.parameters / parts
-    return Traffic(share * gathered, share * scattered, reduced)
-
-
-def ring_seconds(size: float, members: int, gpu: Gpu, per_node: int = NODE) -> float:
-    """An all-gather or a reduce-scatter of so many bytes in all, among processes that fill node after node. Between
-    nodes all adapters of a node carry a part of the ring."""
-    if members == 1:
-        return 0.0
-    nodes = math.ceil(members / per_node)
-    rate, between = LINK_SHARE * gpu.link, 0
-    if nodes > 1:
-        rate, between = min(rate, NETWORK_SHARE * gpu.network * min(per_node, members)), nodes
-    hops = (members - 1 - between) * HOP_SECONDS[0] + between * HOP_SECONDS[1]
-    return size * (members - 1) / members / (1e9 * rate) + max(0.0, hops)
-
-
-def all_reduce_seconds(size: float, members: int, gpu: Gpu, per_node: int = NODE) -> float:
-    """Bytes of a ring, latency of a tree between the nodes."""
-    nodes = math.ceil(members / per_node)
-    latency = (min(members, per_node) - 1) * HOP_SECONDS[0] + math.log2(nodes) * HOP_SECONDS[1]
-    bytes_alone = ring_seconds(size, members, gpu, per_node) - ring_seconds(0.0, members, gpu, per_node)
-    return 2 * (bytes_alone + latency)
-
-
-def rail_seconds(size: float, nodes: int, gpu: Gpu) -> float:
-    """An all-reduce between the GPUs of the same place in each node, of all places at once."""
-    rate = 1e9 * NETWORK_SHARE * gpu.network
-    return 2 * ((nodes - 1) / nodes * size / rate + math.log2(nodes) * HOP_SECONDS[1])
-
-
-# ---- Time ------------------------------------------------------------------------------------------------------------
-
-
-class StepTime(NamedTuple):
-    """Seconds: compute (launches: what of it is only the least time of the kernels), communication that nothing hides,
-    the optimizer, and input that nothing hides."""
-
-    compute: float
-    launches: float
-    communication: float
-    optimizer: float
-    input: float
-
-    @property
-    def total(self) -> float:
-        return self.compute + self.communication + self.optimizer + self.input
-
-    @property
-    def bound(self) -> str:
-        """What takes most of it."""
-        if self.launches > self.compute / 2:
-            return "kernel launches"
-        names = {"compute": self.compute, "communication": self.communication, "optimizer": self.optimizer}
-        return max((names | {"input": self.input}).items(), key=lambda item: item[1])[0]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """efficiency: share of the sustained FLOP/s. layer_seconds and waiting: of the tables."""
-
-    efficiency: float
-    layer_seconds: float = LAYER_SECONDS[1]
-    waiting: float = WAITING[1]
-
-
-def speeds(width: int) -> tuple[Speed, Speed, Speed]:
-    """Fast, expected, slow."""
-    low, high = EFFICIENCY[max(least for least in EFFICIENCY if least <= width)]
-    efficiencies = high, (low + high) / 2, low
-    return tuple(itertools.starmap(Speed, zip(efficiencies, LAYER_SECONDS, WAITING, strict=True)))  # type: ignore
-
-
-def step_time(
-    model: ModelSize, job: Job, gpu: Gpu, mode: Mode, processes: int, rows: int, micro_batches: int, speed: Speed
-) -> StepTime:
-    """Of a step of so many micro-batches of so many rows on each GPU."""
-    repeated = 4 / 3 if job.activation_checkpointing else 1.0
-    rate, tokens = gpu.flops * gpu.sustained * speed.efficiency, rows * model.block_size
-    products = tokens * model.flops_per_token * repeated / rate
-    compute = max(products, model.n_layer * speed.layer_seconds)
-    forward = compute * model.layer_flops / model.flops_per_token / 3 / repeated  # of one block
-    exposed = exposed_seconds(model, gpu, mode, processes, micro_batches, compute, forward)
-    parts, nodes = shard_processes(mode, processes), math.ceil(processes / NODE)
-    optimizer = OPTIMIZER_BYTES * model.parameters / parts / (1e9 * gpu.bandwidth) + model.muon_flops / parts / rate
-    passes = micro_batches * compute
-    waiting = speed.waiting * math.log2(nodes) * passes
-    reading = micro_batches * tokens / INPUT_TOKENS
-    return StepTime(
-        passes, micro_batches * (compute - products), exposed + waiting, optimizer, max(0.0, reading - passes)
-    )
-
-
-def exposed_seconds(
-    model: ModelSize, gpu: Gpu, mode: Mode, processes: int, micro_batches: int, compute: float, forward: float
-) -> float:
-    """Communication of a step that no computation hides. compute: seconds of a micro-batch; forward: of one block."""
-    if mode in ("none", "ddp"):
-        bucket = min(model.parameters, max(BUCKET_BYTES / FLOAT, model.outer_parameters))  # of the embedding: the last
-        whole, last = (all_reduce_seconds(FLOAT * size, processes, gpu) for size in (model.parameters, bucket))
-        return 0.0 if processes == 1 else max(last, whole - 2 / 3 * compute)
-    parts = shard_processes(mode, processes)
-    gather, outer_gather = (
-        ring_seconds(HALF * size, parts, gpu) for size in (model.layer_parameters, model.outer_parameters)
-    )
-    scatter, outer_scatter = (
-        ring_seconds(FLOAT * size, parts, gpu) for size in (model.layer_parameters, model.outer_parameters)
-    )
-    first_and_last = outer_gather + gather + scatter + outer_scatter
-    others = (model.n_layer - 1) * (max(0.0, gather - forward) + max(0.0, gather + scatter - 2 * forward))
-    exposed = micro_batches * (first_and_last + others)
-    if mode == "hsdp" and (nodes := processes // parts) > 1:
-        whole, last = (rail_seconds(FLOAT * n / parts, nodes, gpu) for n in (model.parameters, model.outer_parameters))
-        exposed += max(last, whole - 2 / 3 * compute)
-    return exposed
-
-
-# ---- Failures --------------------------------------------------------------------------------------------------------
-
-
-def save_interval(save_seconds: float, mean_seconds: float) -> float:
-    """Seconds between checkpoints that lose least, √(2 · save · mean time between failures) (Young 1974)."""
-    return math.sqrt(2 * save_seconds * mean_seconds)
-
-
-def writing_seconds(model: ModelSize, job: Job, mode: Mode, processes: int) -> float:
-    """Of a checkpoint, which each process writes its shard of."""
-    rate = min(MAX_WRITE_RATE, WRITE_RATE * shard_processes(mode, processes))
-    return job.checkpoint_bytes(model) / rate
-
-
-# ---- All of it -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """job: with the tokens_per_step that the GPUs divide. times: fast, expected, slow."""
-
-    model: ModelSize
-    job: Job
-    gpu: Gpu
-    gpus: int
-    mode: Mode
-    reason: str
-    rows: int
-    micro_batches: int
-    memory: dict[str, float]
-    times: tuple[StepTime, StepTime, StepTime]
-
-    @property
-    def used_bytes(self) -> float:
-        return sum(self.memory.values())
-
-    @property
-    def fits(self) -> bool:
-        return self.used_bytes <= self.gpu.memory_bytes
-
-    @property
-    def seconds(self) -> tuple[float, float, float]:
-        """Of a step: fast, expected, slow."""
-        fast, expected, slow = (time.total for time in self.times)
-        return fast, expected, slow
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.job.tokens_per_step / self.seconds[1]
-
-    @property
-    def utilization(self) -> float:
-        """Model FLOP utilization: of the data sheet's FLOP/s, without repeated ones."""
-        return self.tokens_per_second * self.model.flops_per_token / self.gpus / self.gpu.flops
-
-    @property
-    def tokens(self) -> int:
-        """Of the run, or of one of TOKENS_PER_PARAMETER where no length is given."""
-        return self.job.tokens or TOKENS_PER_PARAMETER * self.model.parameters
-
-    @property
-    def steps(self) -> int:
-        return math.ceil(self.tokens / self.job.tokens_per_step)
-
-    @property
-    def save_seconds(self) -> float:
-        return writing_seconds(self.model, self.job, self.mode, self.gpus)
-
-    @property
-    def mean_seconds(self) -> float:
-        """Between two failures."""
-        return 86_400 / FAILURES / self.gpus
-
-    @property
-    def interval_seconds(self) -> float:
-        return save_interval(self.save_seconds, self.mean_seconds)
-
-    @property
-    def lost_share(self) -> float:
-        """Of the time: saving, repeating what a failure lost, and starting again."""
-        interval = self.interval_seconds
-        return self.save_seconds / interval + (interval / 2 + RESTART_SECONDS) / self.mean_seconds
-
-    @property
-    def run_seconds(self) -> tuple[float, float, float]:
-        """Fast, expected, slow, with what is lost by failures."""
-        fast, expected, slow = (self.steps * seconds * (1 + self.lost_share) for seconds in self.seconds)
-        return fast, expected, slow
-
-    @property
-    def failures(self) -> float:
-        """Expected in the run."""
-        return self.run_seconds[1] / self.mean_seconds
-
-    @property
-    def dollars(self) -> tuple[float, float]:
-        """Low and high: the fast run at the low price, the slow one at the high price."""
-        hours = [seconds / 3600 * self.gpus for seconds in self.run_seconds]
-        return hours[0] * self.gpu.price[0], hours[2] * self.gpu.price[1]
-
-
-def fitting_step(tokens_per_step: int, block_size: int, gpus: int) -> int:
-    """The tokens of a step, or the next larger number whose rows the GPUs divide."""
-    return gpus * block_size * math.ceil(tokens_per_step / (gpus * block_size))
-
-
-def estimate(model: ModelSize, job: Job, gpu: Gpu, gpus: int, own_speeds: Iterable[Speed] | None = None) -> Estimate:
-    """Everything for so many GPUs. own_speeds: fast, expected and slow, else those of the tables."""
-    job = replace(job, tokens_per_step=fitting_step(job.tokens_per_step, model.block_size, gpus))
-    mode, reason = choose_parallel(job.state_bytes(model), gpu.memory_bytes, gpus)
-    if gpus > 1 and job.parallel not in ("auto", "none"):
-        mode, reason = job.parallel, "as given"
-    all_rows = job.tokens_per_step // model.block_size // gpus
-    rows = choose_rows(model, job, mode, gpus, all_rows, gpu.memory_bytes)
-    used = memory(model, job, mode, gpus, rows, gpu.memory_bytes)
-    given = tuple(own_speeds or speeds(model.n_embd))
-    fast, expected, slow = (step_time(model, job, gpu, mode, gpus, rows, all_rows // rows, speed) for speed in given)
-    return Estimate(model, job, gpu, gpus, mode, reason, rows, all_rows // rows, used, (fast, expected, slow))
+def choose_mode(model: ModelSize, job: Job, gpu: Gpu, processes: int) -> tuple[Mode, str]:
+    """The mode of a job, and why."""
+    if processes > 1 and job.parallel not in (None, "none"):
+        return job.parallel, "as given"
+    return choose_parallel(job.state_bytes(model), gpu.memory_bytes, processes)

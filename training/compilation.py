@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import model as model_file
 from common.hardware import Choice, Hardware, triton_obstacle
@@ -184,18 +185,22 @@ def use_compiled(model: GPT) -> None:
         return
     compiled = torch.compile(Block.forward, fullgraph=True, dynamic=False)
     for block in model.blocks:
-        block.forward = partial(_in_training, compiled, block)  # type: ignore[method-assign]
+        block.forward = partial(_in_training, compiled, block)
 
 
 def _run_block(block: Block, x: Tensor, context: AttentionContext) -> Tensor:
     return block(x, context)
 
 
-def _in_training(run: Callable[..., Tensor], block: Block, x: Tensor, context: AttentionContext) -> Tensor:
-    return _with_gradient(run, block, x, context) if torch.is_grad_enabled() else Block.forward(block, x, context)
+def _in_training(run: Callable[..., Tensor], block: nn.Module, x: Tensor, context: AttentionContext) -> Tensor:
+    return (
+        _with_gradient(run, block, x, context)
+        if torch.is_grad_enabled()
+        else Block.forward(cast("Block", block), x, context)
+    )
 
 
-def _with_gradient(run: Callable[..., Tensor], block: Block, x: Tensor, context: AttentionContext) -> Tensor:
+def _with_gradient(run: Callable[..., Tensor], block: nn.Module, x: Tensor, context: AttentionContext) -> Tensor:
     """`run` with an x that has a gradient: that of the first block has none where embeddings are frozen, and its code
     would have to be compiled besides."""
     return run(block, x if x.requires_grad else x.detach().requires_grad_(), context)

@@ -20,7 +20,7 @@ from common.clusters import Clusters
 from common.hardware import Hardware
 from common.weights import flops_per_token
 from errors import UserError, quote
-from parallel.processes import command
+from parallel.processes import command, is_first, world_size
 from training.budget import LENGTHENED, Budget
 from training.evaluation import Evaluation, overfitting_warning
 from training.interrupt import STOPPED
@@ -53,7 +53,7 @@ class RunLogger:
         self.tokens_per_step = int(settings["tokens_per_step"])
         self.flops_per_token = flops_per_token(state.model)
         self.clock = TrainClock()
-        self.trackers = Trackers(run, options, settings)
+        self.trackers = Trackers(run, options if is_first() else LoggingOptions(), settings)
         self.files = RunLog(run, lengths)
         self.trackers.start(state.step + 1 if lengths else 0)
 
@@ -88,7 +88,7 @@ class RunLogger:
         loss = state.take_log_loss()
         tokens_per_second = steps * self.tokens_per_step / seconds
         memory, peak = self.hardware.memory_bytes(), self.hardware.peak_flops()
-        mfu = None if peak is None else tokens_per_second * self.flops_per_token / peak
+        mfu = None if peak is None else tokens_per_second * self.flops_per_token / (peak * world_size())
         fields: dict[str, float | None] = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         fields |= {"tokens": step * self.tokens_per_step}
         timing: dict[str, float | None] = {

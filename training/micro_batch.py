@@ -78,14 +78,15 @@ def divisor(rows: int, limit: int) -> int:
     return next(size for size in range(min(rows, limit), 0, -1) if rows % size == 0)
 
 
-def fit_micro_batch(size: int, model: GPT, hardware: Hardware) -> int:
+def fit_micro_batch(size: int, model: GPT, hardware: Hardware, is_chosen: bool = False) -> int:
     """On CUDA, the largest micro-batch up to `size` that fits into memory beside the weights and the optimizer's
-    state, which exist already. Logs a line where it is smaller."""
-    if hardware.device.type != "cuda":
+    state, which exist already; `size` where the user or an earlier start has chosen it. Logs a line where it is
+    smaller."""
+    if is_chosen or hardware.device.type != "cuda":
         return size
     release_memory()
     free = torch.cuda.mem_get_info(hardware.device)[0]
-    peak_bytes = partial(measure_peak, model, hardware)
+    peak_bytes: Callable[[int], float] = partial(measure_peak, model, hardware)
     if world_size() > 1:  # where one of several runs out of memory, the others wait for it in vain
         free, peak_bytes = min(gather(free)), extrapolated(peak_bytes, size)
     fitting = fit_to_memory(size, peak_bytes, free)

@@ -219,11 +219,14 @@ MOMENTS = {
 COUNTERS = {"adamw": ("step",), "adamw_rows": ("last_step", "step")}
 
 
-def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = torch.float32) -> Optimizer:
+def make_optimizer(
+    model: GPT, options: OptimizerOptions, dtype: torch.dtype = torch.float32, alone: bool = False
+) -> Optimizer:
     """The optimizer over the parameters that are trained. Those with two dimensions or more have weight decay, the
     others none.
 
-    dtype: the run's compute dtype; Muon orthogonalizes in bfloat16 if it is that, else in float32.
+    dtype: the run's compute dtype; Muon orthogonalizes in bfloat16 if it is that, else in float32. alone: other
+    processes do not take part.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     is_muon, in_blocks = options.optimizer == "muon", {id(p) for p in model.blocks.parameters()}
@@ -253,7 +256,7 @@ def make_optimizer(model: GPT, options: OptimizerOptions, dtype: torch.dtype = t
             "momentum": options.muon_momentum,
             "steps": options.muon_steps,
             "dtype": torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
-            "divided": Divided(matrices),
+            "divided": Divided(matrices, alone),
         }
         groups.insert(0, group)
     return Optimizer([group for group in groups if group["params"]])

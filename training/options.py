@@ -21,7 +21,7 @@ TRACKERS = ("wandb", "tensorboard", "trackio")
 @dataclass(frozen=True)
 class TrainOptions:
     plan: bool = False
-    """Print the plan for --data, which chooses all options that are not given, and stop. With gpus also for a preset."""
+    """Print the plan for --data, which chooses all options that are not given, and stop. With gpus of a preset too."""
     gpus: str | None = None
     """With plan: also print what the run would take on so many GPUs: memory, time, failures, money. 64, or several for
     a table: 1,8,64,512. none: nothing of it."""
@@ -91,16 +91,18 @@ class TrainOptions:
         found = []
         if self.gpus is not None and not read_gpus(self.gpus):
             found.append(
-                f"gpus={self.gpus}: expected a number of GPUs from 1 to {MAX_GPUS:,}, or several with commas between them"
-                f" ({MAX_ROWS} at most), such as --gpus=64 or --gpus=1,8,64,512"
+                f"gpus={self.gpus}: expected a number of GPUs from 1 to {MAX_GPUS:,}, or up to {MAX_ROWS} of them with"
+                " commas, such as --gpus=64 or --gpus=1,8,64,512"
             )
         elif self.gpus is not None and not self.plan:
-            found.append(f"gpus={self.gpus} has no effect without --plan: add --plan, or leave --gpus out")
+            found.append(f"gpus={self.gpus} only tells what such a run would take: add --plan, or leave --gpus out")
+        elif self.gpus is not None and self.try_ is not None:
+            found.append(f"gpus={self.gpus} is for one run, and try={self.try_} for several: leave one of them out")
         if self.gpu is not None and find_gpu(self.gpu) is None:
             known = f"this version knows {', '.join(GPUS)}"
             found.append(f"gpu={self.gpu}: no such GPU{did_you_mean(self.gpu, GPUS)}; {known}")
         elif self.gpu is not None and self.gpus is None:
-            found.append(f"gpu={self.gpu} has no effect without --gpus: add --gpus=8 and --plan, or leave --gpu out")
+            found.append(f"gpu={self.gpu} is the kind of --gpus: add --gpus=8 --plan, or leave --gpu out")
         return found
 
 

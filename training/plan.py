@@ -187,9 +187,9 @@ def nearest_power(number: float) -> int:
     return 2 ** round(math.log2(number))
 
 
-def first_values(given: Mapping[str, Any]) -> dict[str, Any]:
+def first_values(given: Mapping[str, Any], processes: int = 1) -> dict[str, Any]:
     """Values around what is given before the text is known: they show whether flags contradict each other."""
-    values = choose_freely(Facts(400_000, 40_000, NoCost()), given).values
+    values = choose_freely(Facts(400_000, 40_000, NoCost(), processes=processes), given).values
     return choose_tokenizer(Text(1_000_000, 100), given)[0] | _without(values, given)
 
 

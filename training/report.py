@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from checkpoint import list_checkpoints, run_hint
-from files import DamagedFile, read_json, replace_file
-from model_folder import BASE, CONFIG, STATE, WEIGHTS
+from files import read_json, replace_file
+from model_folder import BASE, CONFIG, STATE, WEIGHTS, open_tensors
+from tensor_files import TensorReader
 from training.copied import Mark, check_samples
 from training.metrics import METRICS, SAMPLES, format_duration
 from training.reference import Reference, plan_of, read_curves
@@ -153,7 +153,7 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
         facts["time"] = format_duration(float(np.nansum(seconds[ends]))) + f" in {len(ends)} sessions" * (len(ends) > 1)
         facts["speed"] = float(np.median(column(lines["step"], "tokens_per_second")))
     for checkpoint in list_checkpoints(run)[-1:]:
-        with suppress(DamagedFile, SafetensorError, OSError):  # a run in progress may delete it meanwhile
+        with suppress(UserError, OSError):  # a run in progress may delete it meanwhile
             facts["vocabulary"] = read_json(checkpoint / "model" / CONFIG)["vocab_size"]
             dataset = read_json(checkpoint / STATE)["dataset"]
             facts["dataset"] = dataset["name"]
@@ -162,10 +162,8 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
                 comparison = reference.describe(last["step"], last["val_loss"], plan_of(options))
                 facts["reference"] = comparison and f"{last['val_loss']:.4f} at step {last['step']:,}: {comparison}"
             base = run / BASE / WEIGHTS  # of a run that trains adapters
-            weights = base if base.is_file() else checkpoint / "model" / WEIGHTS
-            with safe_open(weights, framework="pt") as tensors:
-                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-            facts["n_params"] = sum(map(math.prod, shapes))
+            reader = TensorReader({base: None}) if base.is_file() else open_tensors(checkpoint, "model")
+            facts["n_params"] = sum(math.prod(shape) for _, shape in reader.layout.values())
     return {name: value for name, value in facts.items() if value is not None}
 
 

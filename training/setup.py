@@ -36,7 +36,7 @@ from common.weights import (
 from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
 from model_folder import ModelFolder, remove_base
-from parallel.processes import agree, by_first, local_world_size, world_size
+from parallel.processes import agree, by_first, command, local_world_size, summed, world_size
 from parallel.sharding import SHARDED, Layout, replicate, shard
 from prepare_data import PrepareOptions
 from prepare_data.resolve import Chooser, log_dataset, resolve_data
@@ -49,7 +49,7 @@ from training.evaluation import Evaluation
 from training.kept_text import KeptText
 from training.lora import adapt, describe, keep_base, narrow_frozen
 from training.metrics import log
-from training.micro_batch import choose_micro_batch
+from training.micro_batch import choose_micro_batch, divisor, own_rows
 from training.optim import make_optimizer
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 from training.state import TrainState
@@ -72,10 +72,13 @@ def choose_auto(
     the reasons stored by a resumed run."""
     if train.deterministic:
         require_determinism()
-    micro_batch = choose_micro_batch(train.micro_batch_size, train.tokens_per_step, model_config, hardware)
+    size = train.micro_batch_size
+    if "micro_batch_size" in kept and size != "auto" and world_size() > 1:  # chosen for another number of processes
+        size = divisor(own_rows(train.tokens_per_step // model_config.block_size, model_config.block_size), size)
+    micro_batch = choose_micro_batch(size, train.tokens_per_step, model_config, hardware)
     path = choose_attention(attention, hardware.device, hardware.dtype, model_config.head_size)
     reasons = {
-        **kept,
+        **{name: reason for name, reason in kept.items() if name != "parallel"},
         **hardware.reasons,
         **micro_batch.reasons,
         **path.reasons,
@@ -268,7 +271,7 @@ def make_step(
     gradients: Gradients, state: TrainState, train: TrainOptions, hardware: Hardware
 ) -> tuple[Gradients, Callable[[], object]]:
     """What train.update calls: `gradients`, and the optimizer's step; by CUDA graphs where that is possible."""
-    reason = obstacle(state.optimizer, hardware)
+    gradients, reason = summed(gradients, state.blame), obstacle(state.optimizer, hardware)
     if train.cuda_graphs and reason is None:
         torch.cuda.reset_peak_memory_stats(hardware.device)  # of an earlier run of this process
         graphs = StepGraphs(gradients, state, hardware.device, Recorder(hardware.device))
@@ -279,7 +282,9 @@ def make_step(
     return gradients, partial(state.scaler.step, optimizer)
 
 
-def announce(model: GPT, hardware: Hardware, values: Mapping[str, Any], reasons: Mapping[str, str], why: bool) -> None:
+def announce(
+    model: GPT, layout: Layout, hardware: Hardware, values: Mapping[str, Any], reasons: Mapping[str, str], why: bool
+) -> None:
     """Prints the size of the model and the automatic choices, with their reasons if `why`."""
     size = model.config
     parameters, adapters = describe(model)
@@ -291,9 +296,9 @@ def announce(model: GPT, hardware: Hardware, values: Mapping[str, Any], reasons:
     if not why:
         compiled += f": {reasons['compile']}" if "compile" in reasons else ""
         compiled += " (--verbose=true: why)"
-    print(
-        f"{hardware.describe()}, micro-batch {values['micro_batch_size']}, attention: {values['attention']}, {compiled}"
-    )
+    together = f"{world_size()} processes, {layout}: " if world_size() > 1 else ""
+    size, path = values["micro_batch_size"], values["attention"]
+    print(f"{together}{hardware.describe()}, micro-batch {size}, attention: {path}, {compiled}")
     for name, reason in reasons.items() if why else ():
         print(f"  {name}: {reason}")
 
@@ -376,4 +381,4 @@ def recovery(run: Path, optimizer: OptimizerOptions) -> str:
     names = ("learning_rate", "muon_learning_rate")
     rates = {name: rate for name in names if (rate := getattr(optimizer, name)) is not None}
     flags = [f"--{name}={rate / 3:.1e}" for name, rate in rates.items()]
-    return " ".join([f"python train.py --resume={quote(str(run))}", *flags])
+    return " ".join([f"{command()} --resume={quote(str(run))}", *flags])

@@ -247,14 +247,14 @@ class TrainState:
             what = "not saved" if self.saved_step != self.step else "saved without its final records"
             log(f"step {self.step}: {what}: {error}")
 
-    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+    def _tensors(self) -> dict[str, Any]:
         """What a checkpoint holds, without the rows that pad the vocabulary; of a sharded model this process's rows."""
         trained = trained_parameters(self.model).items()
         model = {name: self.model.unpad(name, local(p), first_row(p)) for name, p in trained}
         return {"model": model, "optimizer": self._moments()}
 
-    def _parts(self) -> dict[str, dict[str, Part]]:
-        """The same rows with their places; none where another process has them, too, and writes them."""
+    def _parts(self) -> dict[str, Any]:
+        """The same rows as Parts; none where another process has them, too, and writes them."""
         sizes, parameters = shapes(self.model), trained_parameters(self.model)
 
         def part(name: str, rows: torch.Tensor) -> Part:

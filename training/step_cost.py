@@ -96,9 +96,9 @@ class StepCost:
 
     def step_seconds(self, shape: Shape, tokens: int) -> float:
         """Predicted seconds of a step of so many tokens, which are divided among the processes."""
-        count, tokens = self.counts(shape), tokens / world_size()
-        passes = (1 - self.saves) * self._pass(count, tokens)
-        passes += sum(FORWARD_SHARE * self._pass(teacher, tokens) for teacher in self._teacher_counts)
+        count, own = self.counts(shape), tokens / world_size()
+        passes = (1 - self.saves) * self._pass(count, own)
+        passes += sum(FORWARD_SHARE * self._pass(teacher, own) for teacher in self._teacher_counts)
         return passes + sum(
             seconds * work for seconds, work in zip(self.update_seconds, self._update(count), strict=True)
         )
@@ -192,7 +192,7 @@ def measure_shape(cost: StepCost, shape: Shape) -> Seconds:
         add_adapters(model, cost.lora_rank, 1.0, seed=0)
         narrow_frozen(model, hardware.dtype)
     model.to(hardware.device).train()
-    optimizer = make_optimizer(model, cost.optimizer, hardware.dtype)
+    optimizer = make_optimizer(model, cost.optimizer, hardware.dtype, alone=True)  # rank 0 measures
     is_recorded = cost.graphs and obstacle(optimizer, hardware) is None
     recorder = Recorder(hardware.device) if is_recorded else None
     passes, update = list[tuple[int, float]](), 0.0

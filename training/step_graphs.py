@@ -19,6 +19,7 @@ from torch import Tensor
 from common.hardware import Hardware
 from common.memory import is_out_of_memory, release_memory
 from errors import UserError
+from parallel.processes import world_size
 from training.data import MicroBatch
 from training.metrics import log
 from training.optim import Optimizer
@@ -44,6 +45,8 @@ class Records(Protocol):
 def obstacle(optimizer: Optimizer, hardware: Hardware) -> str | None:
     """What of a step asks the host for something, so that it cannot be recorded; None where nothing does."""
     kinds = {group["kind"] for group in optimizer.param_groups} - {*RECORDED_KINDS}
+    if world_size() > 1:
+        return "the processes of a step wait for each other"
     if hardware.device.type != "cuda":
         return f"there are none on {hardware.device.type}"
     if hardware.dtype == torch.float16:

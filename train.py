@@ -46,7 +46,7 @@ from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
 from parallel.launch import naming_saved, together
-from parallel.processes import agree
+from parallel.processes import agree, wait_at_most
 from parallel.sharding import in_turn
 from prepare_data.shards import Dataset
 from training import setup
@@ -82,6 +82,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
         start = read_start(argv, stack)
+        wait_at_most(start.options.section(TrainOptions).parallel_timeout)
         # ---- hardware, then the data; a run with a text and no preset gets its options here, from its plan
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))

@@ -78,6 +78,20 @@ def command() -> str:
     return " ".join(["torchrun", *flags, "-- train.py"])
 
 
+def wait_at_most(seconds: float) -> None:
+    """Sets for how long an operation of all processes waits for the others. All ranks have to call it."""
+    if world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def wait_as_long(groups: Sequence[dist.ProcessGroup]) -> None:
+    """Gives groups of some processes the time limit of that of all; PyTorch's default is half an hour."""
+    world: Any = dist.group.WORLD
+    limit = world._get_backend(torch.device("cpu")).options._timeout
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(limit, group)
+
+
 # ---- The launcher ----------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
-from parallel.processes import local_world_size, rank, world_size
+from parallel.processes import local_world_size, rank, wait_as_long, world_size
 
 T = TypeVar("T")
 Layout = Literal["none", "ddp", "fsdp", "hsdp"]
@@ -42,6 +42,7 @@ def shard(model: GPT, layout: Layout, device: torch.device, dtype: torch.dtype) 
     if layout == "hsdp":
         shape, names = (world_size() // local_world_size(), local_world_size()), ("replicate", "shard")  # type: ignore[assignment]
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    wait_as_long(mesh.get_all_groups())
     narrow = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)  # the residual stream is float32
     table, model.table = model.table, None

@@ -249,6 +249,7 @@ FAULTS = {
                                   "rank 1 of 2 on {node} has ended: the file is gone"),
     ),
     "stopped_worker": Fault("stop:1:25", (SAVED,), (SILENT,), seconds=TIMEOUT + SHUTDOWN + SLACK),
+    "hanging_sharded": Fault("sleep:1:25", (SAVED,), ("rank 1 of 2 on {node} lives, but",), layout="hsdp"),
     "hanging_worker": Fault("sleep:1:25", (SAVED, "in sleep\n"), ("rank 1 of 2 on {node} lives, but",)),
     "nan": Fault("nan:1:25", once=("loss nan (rank 1 of 2 on {node})", "update skipped"), ends=False, same=False),
     "full_disk": Fault("full_disk:0:25", once=("step 30: not saved: ",), ends=False),

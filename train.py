@@ -102,6 +102,7 @@ def train_on(
     train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
     seed, logging = options.section(RunOptions).seed, options.section(LoggingOptions)
     batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
+    draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
     # ---- model
     layout = setup.choose_layout(train, "parallel" in start.flags, model_config, optim, hardware)
     initial = values["attention"], seed, start.source, train, layout.value, hardware
@@ -124,7 +125,6 @@ def train_on(
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
     stack.enter_context(logger)
     save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
-    draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time
     is_forced, started = "micro_batch_size" not in reasons, time.perf_counter()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT
 from parallel.processes import local_world_size, rank, world_size
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 T = TypeVar("T")
 Layout = Literal["none", "ddp", "fsdp", "hsdp"]
 SHARDED = ("fsdp", "hsdp")
@@ -32,16 +35,21 @@ SHARDED = ("fsdp", "hsdp")
 # ---- The layouts -----------------------------------------------------------------------------------------------------
 
 
-def shard(model: GPT, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
-    """Leaves of every parameter this process's rows, on the device; a model on the meta device gets memory for them,
-    without values. dtype: in which blocks compute. Embedding, norms outside of the blocks and head stay in float32."""
+def make_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
+    """The processes among which a model is sharded, in the last dimension; hsdp has another one, of the machines."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     shape, names = (world_size(),), ("shard",)
     if layout == "hsdp":
         shape, names = (world_size() // local_world_size(), local_world_size()), ("replicate", "shard")  # type: ignore[assignment]
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def shard(model: GPT, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:
+    """Leaves of every parameter this process's rows, on the device; a model on the meta device gets memory for them,
+    without values. dtype: in which blocks compute. Embedding, norms outside of the blocks and head stay in float32."""
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
     narrow = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)  # the residual stream is float32
     table, model.table = model.table, None

@@ -37,7 +37,7 @@ from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
 from model_folder import ModelFolder, remove_base
 from parallel.processes import agree, by_first, local_world_size, summed, world_size
-from parallel.sharding import SHARDED, Layout, replicate, shard
+from parallel.sharding import SHARDED, Layout, make_mesh, replicate, shard
 from prepare_data import PrepareOptions
 from prepare_data.resolve import Chooser, log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
@@ -237,10 +237,11 @@ def build_sharded(
 ) -> GPT:
     """This process's rows, on the device: those of the same weights, without a whole model in memory where that is
     possible. Raises UserError, ValueError."""
+    mesh = make_mesh(layout, hardware.device)
     adapted = source is not None and (source.model if isinstance(source, Checkpoint) else source).adapter is not None
     if adapted or (source is None and model_config.first_attention == "recent"):  # made of whole matrices
         model = build_whole(model_config, attention, seed, source)
-        shard(model, layout, hardware.device, hardware.dtype)
+        shard(model, mesh, hardware.device, hardware.dtype)
         return model
     read = None
     if source is not None:
@@ -251,7 +252,7 @@ def build_sharded(
         check_shapes(meta_model(model_config, len(sizes)), sizes)
     with torch.device("meta"):
         model = GPT(model_config, None, attention)
-    shard(model, layout, hardware.device, hardware.dtype)
+    shard(model, mesh, hardware.device, hardware.dtype)
     import_rows(model, read or drawn_rows(model, seed))
     return model
 

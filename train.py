@@ -104,7 +104,7 @@ def train_on(
     batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
     draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
     # ---- model
-    layout = setup.choose_layout(train, "parallel" in start.flags, model_config, optim, hardware)
+    layout = setup.choose_layout(train, start.argv, model_config, optim, hardware)
     initial = values["attention"], seed, start.source, train, layout.value, hardware
     model = setup.build_model(model_config, dataset.tokenizer, *initial)
     compiles = agree(choose_compile(train, evals, model, batches(0), hardware))

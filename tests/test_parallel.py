@@ -246,24 +246,25 @@ def test_matrices_are_assigned_by_their_work():
     assert orthogonalizing.Divided([torch.zeros(2, 3)]).sizes == [(2, 3)]
 
 
-def layout_of(monkeypatch, size: int, is_forced: bool = True, dtype: torch.dtype = torch.float32, **options) -> str:
+def layout_of(monkeypatch, size: int, is_flag: bool = True, dtype: torch.dtype = torch.float32, **options) -> str:
     monkeypatch.setattr(setup, "world_size", lambda: size)
     monkeypatch.setattr(setup, "local_world_size", lambda: 2)
     hardware = setup.Hardware(torch.device("cpu"), dtype, 1, {})
-    return setup.choose_layout(TrainOptions(**options), is_forced, GPTConfig(), OptimizerOptions(), hardware).value
+    argv = ["debug", f"--parallel={options.get('parallel', 'auto')}"] if is_flag else ["debug"]
+    return setup.choose_layout(TrainOptions(**options), argv, GPTConfig(), OptimizerOptions(), hardware).value
 
 
 def test_the_layout(monkeypatch):
     monkeypatch.setattr(setup, "free_bytes", lambda hardware: 2**40)
     assert layout_of(monkeypatch, 1) == "none"
-    assert layout_of(monkeypatch, 1, is_forced=False, parallel="fsdp") == "none", "a run of several resumes in one"
+    assert layout_of(monkeypatch, 1, is_flag=False, parallel="fsdp") == "none", "a run of several resumes in one"
     assert layout_of(monkeypatch, 4) == "ddp"
     assert layout_of(monkeypatch, 4, parallel="hsdp") == "hsdp"
     monkeypatch.setattr(setup, "free_bytes", lambda hardware: 2**30)  # GPT-2's weights and moments take 2 GB
     assert layout_of(monkeypatch, 4) == "fsdp"
     assert layout_of(monkeypatch, 4, lora_rank=4, init_from="x") == "ddp"
     for size, options, words in (
-        (1, {"parallel": "fsdp"}, "torchrun --nproc-per-node=2 -- train.py"),
+        (1, {"parallel": "fsdp"}, "torchrun --nproc-per-node=2 -- train.py debug --parallel=fsdp"),
         (2, {"parallel": "none"}, "--parallel=auto"),
         (3, {"parallel": "hsdp"}, "--parallel=fsdp"),
         (2, {"parallel": "fsdp", "lora_rank": 4, "init_from": "x"}, "--parallel=ddp"),

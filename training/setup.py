@@ -57,7 +57,6 @@ from training.step_cost import free_bytes
 from training.step_graphs import Gradients, StepGraphs, obstacle
 from training.teachers import taught
 
-TORCHRUN = "torchrun --nproc-per-node=2 -- train.py ..."
 MIN_CONTEXT = 16  # tokens; with a shorter context a model learns little but frequencies
 
 
@@ -151,14 +150,15 @@ def make_batches(
 
 
 def choose_layout(
-    train: TrainOptions, is_forced: bool, model_config: GPTConfig, optim: OptimizerOptions, hardware: Hardware
+    train: TrainOptions, argv: Sequence[str], model_config: GPTConfig, optim: OptimizerOptions, hardware: Hardware
 ) -> Choice:
-    """How the processes share the model. is_forced: by a flag of this command; what a preset or the run before asks for
-    is left out where there is one process. Raises UserError."""
+    """How the processes share the model. What a preset or the run before asks for is left out where there is one
+    process; in argv it is an error. Raises UserError."""
     size, wanted = world_size(), train.parallel
     if size == 1:
-        if is_forced and wanted not in ("auto", "none"):
-            raise UserError(f"--parallel={wanted} needs several processes: {TORCHRUN}")
+        if f"--parallel={wanted}" in argv and wanted not in ("auto", "none"):
+            command = " ".join(["torchrun --nproc-per-node=2 -- train.py", *map(quote, argv)])
+            raise UserError(f"--parallel={wanted} needs several processes, one for each GPU: {command}")
         return Choice("none", {})
     if wanted == "none":
         raise UserError(f"--parallel=none, and torchrun has started {size} processes; use --parallel=auto")

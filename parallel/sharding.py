@@ -7,7 +7,7 @@
 
 Gradients are sums over all targets of the step, so nothing is divided by the number of processes. A parameter of a
 sharded model is a DTensor: `local` is this process's rows of it, `first_row` says which these are. Reading order:
-choose_layout, shard, replicate, MicroBatches in turn, then the rows of a sharded model.
+make_mesh, shard, replicate, in_turn, then the rows of a sharded model.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def make_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     """The processes among which a model is sharded, in the last dimension; hsdp has another one, of the machines."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    shape, names = (world_size(),), ("shard",)
-    if layout == "hsdp":
-        shape, names = (world_size() // local_world_size(), local_world_size()), ("replicate", "shard")  # type: ignore[assignment]
-    return init_device_mesh(device.type, shape, mesh_dim_names=names)
+    if layout == "fsdp":
+        return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
+    shape = world_size() // local_world_size(), local_world_size()
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: GPT, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:
@@ -114,10 +114,6 @@ def local(tensor: Tensor) -> Tensor:
     """This process's rows, which share the tensor's memory; the tensor itself where it is whole."""
     with torch.no_grad():
         return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [local(tensor) for tensor in tensors]
 
 
 def first_row(tensor: Tensor) -> int:

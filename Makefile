@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test test-slow lint format bench bench-gpu clean
+.PHONY: demo test test-slow torture lint format bench bench-gpu clean
 
 demo: .venv/.ready  ## prepare a corpus, train for about three minutes, print samples
 	$(BIN)/python train.py $(ARGS)
@@ -14,6 +14,9 @@ test: .venv/.ready-dev  ## all tests except those marked slow or gpu
 
 test-slow: .venv/.ready-dev  ## tests that take minutes, or need a browser or a package index
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+torture: .venv/.ready-dev  ## train.py under faults, as a table; ARGS="kill_worker --trials=5", or --list
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py $(ARGS)
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -80,17 +81,30 @@ def run_script(main: Callable[[], int | None]) -> None:
                 code = ended.code
             sys.stdout.flush()
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            _report("interrupted")
             code = INTERRUPTED
         except OutputClosed:
             code = 0
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            _report(f"error: {error}")
             code = 2
     for name in ("SIGINT", "SIGHUP"):  # the exit itself is not to be interrupted
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.exit(code)
+
+
+def _report(message: str) -> None:
+    """Prints how the script ends: of the processes that torchrun has started on this machine, which all have the same
+    to tell as long as they have not joined, one alone. The others wait, since torchrun ends all with the first one."""
+    if _is_follower():
+        time.sleep(5)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _is_follower() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 class _Output(io.RawIOBase):
@@ -138,5 +152,5 @@ def _guarded(stream: Any, drops: bool) -> Any:
 
 def _exit_at_once(number: int, frame: FrameType | None) -> None:
     with suppress(OSError):
-        os.write(2, b"interrupted\n")  # print is not safe inside a signal handler
+        _is_follower() or os.write(2, b"interrupted\n")  # print is not safe inside a signal handler
     os._exit(INTERRUPTED)

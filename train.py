@@ -40,12 +40,13 @@ from common.options import HardwareOptions, RunOptions
 from config.chain import end_run, open_run, train_all
 from config.cluster import plan_preset, print_cluster
 from config.planning import open_data
+from config.restart import begin_or_resume
 from config.start import RunConfig, Start, read_start
 from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
-from parallel.launch import together
-from parallel.processes import agree, any_of
+from parallel.launch import naming_saved, together
+from parallel.processes import agree, wait_at_most
 from parallel.sharding import in_turn
 from prepare_data.shards import Dataset
 from training import setup
@@ -55,7 +56,7 @@ from training.data import MicroBatch, TrainBatches
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.kept_text import KeptText
-from training.logger import RunLogger
+from training.logger import RunLogger, describe_saved
 from training.micro_batch import fit_micro_batch, until_it_fits
 from training.optim import clip_gradients, finish_step, learning_rate
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, train = config.load("train.py", argv).values, partial(train_all, train_model)
     if options["plan"] and not config.needs_plan(argv):
         return plan_preset(argv)
-    action = partial(train, argv) if options["try"] is None else partial(try_candidates, train, argv)
+    action = partial(begin_or_resume, train, argv) if options["try"] is None else partial(try_candidates, train, argv)
     return together(partial(attempt, action), options["device"], options["parallel_timeout"])
 
 
@@ -81,6 +82,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
     with ExitStack() as stack:
         # ---- options: presets and flags, or those of the run to resume
         start = read_start(argv, stack)
+        wait_at_most(start.options.section(TrainOptions).parallel_timeout)
         # ---- hardware, then the data; a run with a text and no preset gets its options here, from its plan
         tune_allocator()
         hardware = choose_hardware(start.options.section(HardwareOptions))
@@ -115,7 +117,7 @@ def train_on(
     if evals.eval_only:
         return setup.print_evaluation(start.source, score(rows=batches.size)), []
     # ---- optimizer, and the rest of what a checkpoint holds
-    stop = partial(any_of, stack.enter_context(StopRequest()))
+    stop = stack.enter_context(StopRequest())
     start, run = open_run(start, dataset, stack)
     weights = run, start.resumed, start.initial, layout.value
     state = setup.make_state(model, optim, batches.rows, *weights, compiles.value, hardware)
@@ -124,6 +126,7 @@ def train_on(
     reference = Reference(dataset.fingerprint, options.flat(), read_curves())
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
     stack.enter_context(logger)
+    stack.enter_context(naming_saved(partial(describe_saved, run, state)))
     save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time
@@ -189,7 +192,7 @@ def loop(
 
         # ---- log
         if not state.advance(loss, grad_norm):
-            logger.skip(state.step, loss, grad_norm)
+            logger.skip(state.step, loss, grad_norm, state.blamed)
             state.raise_if_diverged()
         if logger.is_due(state.step, budget.plan):
             steps, seconds = logger.step(state, budget.plan, rate, grad_norm)

@@ -1,7 +1,8 @@
 """Run directories: who may write in one, and which run is the newest. checkpoints/ belongs to checkpoint.py.
 
 `run.json` holds {"ordinal": N}, a number above those of its sibling runs when it was started: the newest run is found
-without a clock or file times. `lock` is the file whose OS lock the writing process holds.
+without a clock or file times. Under torchrun it also holds "launches": the torchrun processes that have started it.
+`lock` is the file whose OS lock the writing process holds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from checkpoint import list_checkpoints
 from errors import UserError, quote
 from files import DamagedFile, read_json, write_json
 from model_folder import BASE
+from parallel.processes import launches
 
 FILES = {"run.json", "lock", "config.json", "metrics.jsonl", "samples.txt", "checkpoints", "wandb", BASE}  # of a run
 FILES |= {"tensorboard", "report.html", "loss.png", "run.json.writing", "config.json.writing"}
@@ -33,7 +35,8 @@ def claim_run(run: str | None, default_name: str, runs_dir: Path = Path("runs"))
         path = Path(run) if run else _make_numbered(runs_dir, default_name)
         path.mkdir(exist_ok=True)
         ordinal = 1 + max((_ordinal(sibling) for sibling in home.iterdir()), default=0)
-        write_json(path / "run.json", {"ordinal": ordinal})
+        launched = {"launches": launches()} if launches() else {}
+        write_json(path / "run.json", {"ordinal": ordinal, **launched})
     except OSError as error:
         raise UserError(
             f"cannot write in the run directory {run or home}: {error}; name another one with --run=PATH"
@@ -45,7 +48,8 @@ def refuse_used_run(run: str | None, runs_dir: Path = Path("runs")) -> None:
     """Raises UserError if a new run cannot use the directory `run` (None: one in `runs_dir`): it holds a run, or files
     that are not a run's, or cannot be made.
 
-    A run that ended before its first checkpoint and its first step has nothing to lose: it may be started again.
+    A run that ended before its first checkpoint and its first step has nothing to lose: it may be started again. So may
+    one that ended before its first checkpoint, where torchrun starts the same command again.
     """
     path = runs_dir if run is None else Path(run)
     try:
@@ -70,7 +74,7 @@ def refuse_used_run(run: str | None, runs_dir: Path = Path("runs")) -> None:
             f"--run={run}: a run needs a directory of its own, and this one holds other files ({listed}); "
             f"name a new one, for example --run={quote(str(path / 'run-1'))}"
         )
-    if b'"event": "step"' in _read_bytes(path / "metrics.jsonl"):
+    if not is_of_this_launch(path) and b'"event": "step"' in _read_bytes(path / "metrics.jsonl"):
         raise UserError(
             f"--run={run} holds the records of a run without a checkpoint, which cannot be resumed; "
             "name a new directory, or delete this one"
@@ -111,6 +115,21 @@ def _ordinal(run: Path) -> int:
     except DamagedFile:  # not made by claim_run: counts as the oldest
         return 0
     return ordinal if type(ordinal) is int else 0
+
+
+def is_of_this_launch(run: Path) -> bool:
+    """Whether the run was started under the torchrun that has started this process."""
+    try:
+        found = read_json(run / "run.json").get("launches")
+    except DamagedFile:
+        return False
+    return isinstance(found, list) and not set(launches()).isdisjoint(map(str, found))
+
+
+def runs_of_this_launch(runs_dir: Path) -> list[Path]:
+    """In the order of their start."""
+    found = [path for path in runs_dir.iterdir() if is_of_this_launch(path)] if runs_dir.is_dir() else []
+    return sorted(found, key=_ordinal)
 
 
 def newest_run(runs_dir: Path) -> Path:

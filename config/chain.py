@@ -23,10 +23,10 @@ from checkpoint import list_checkpoints, open_latest, run_of, teacher_runs
 from common.memory import release_memory
 from common.option import show
 from common.options import RunOptions
-from common.run_directory import claim_run
+from common.run_directory import claim_run, is_of_this_launch
 from config.start import Chain, Start, passed_on
 from errors import quote
-from parallel.processes import by_first
+from parallel.processes import by_first, command
 from prepare_data.shards import Dataset
 from training import setup
 from training.budget import Budget
@@ -76,7 +76,7 @@ def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, P
 
 def _beside(run: Path) -> str:
     names = (f"{run if run.name else run.resolve()}-teacher" + f"-{n}" * (n > 1) for n in itertools.count(1))
-    return next(name for name in names if not os.path.lexists(name))
+    return next(name for name in names if not os.path.lexists(name) or is_of_this_launch(Path(name)))
 
 
 def end_run(start: Start, run: Path, dataset: Dataset, state: TrainState, budget: Budget) -> tuple[int, list[str]]:
@@ -87,7 +87,7 @@ def end_run(start: Start, run: Path, dataset: Dataset, state: TrainState, budget
     if state.is_finished and chain is not None:
         if (follows := by_first(partial(following, run, chain))) is not None:
             name = _shown(follows)
-            log(f"{name} follows this run; to go on with it: python train.py --resume={quote(name)}")
+            log(f"{name} follows this run; to go on with it: {command()} --resume={quote(name)}")
         else:
             argv = by_first(partial(next_argv, start, chain, run, dataset))
     return log_end(run, state, budget, argv, has_teacher=bool(start.teachers)), argv

@@ -165,7 +165,7 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
             " --data=TEXT. MODEL is a run of yours, or a model folder that python -m interop import made"
         )
     if train.try_ is None:  # which may go on in a directory that is in use
-        refuse_used_run(options.section(RunOptions).run)
+        by_first(lambda: refuse_used_run(options.section(RunOptions).run))
     if train.init_from is not None:
         if train.init_from in INIT_FROM and not Path(train.init_from).exists():
             raise UserError(f"--init_from={train.init_from}: {INIT_FROM[train.init_from]}")

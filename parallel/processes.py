@@ -9,9 +9,13 @@ All ranks have to call the functions of this file in the same order: each one wa
 
 from __future__ import annotations
 
+import math
 import os
+import platform
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,6 +57,76 @@ def local_world_size() -> int:
 def is_first() -> bool:
     """Whether this process writes files and prints."""
     return rank() == 0
+
+
+def describe_rank(number: int, node: str) -> str:
+    return f"rank {number} of {world_size()} on {node}"
+
+
+def this_rank() -> str:
+    """This process, for messages; "" where there is one."""
+    return describe_rank(rank(), platform.node()) if world_size() > 1 else ""
+
+
+def command() -> str:
+    """How a command that trains with as many processes begins, for messages; options of a rendezvous are left out."""
+    if world_size() == 1:
+        return "python train.py"
+    nodes, restarts = world_size() // local_world_size(), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    flags = [f"--nnodes={nodes}"] * (nodes > 1) + [f"--nproc-per-node={local_world_size()}"]
+    flags += [f"--max-restarts={restarts}"] * (restarts != "0") + ["…"] * (nodes > 1)
+    return " ".join(["torchrun", *flags, "-- train.py"])
+
+
+def wait_at_most(seconds: float) -> None:
+    """Sets for how long an operation of all processes waits for the others. All ranks have to call it."""
+    if world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def wait_as_long(groups: Sequence[dist.ProcessGroup]) -> None:
+    """Gives groups of some processes the time limit of that of all; PyTorch's default is half an hour."""
+    world: Any = dist.group.WORLD
+    options = world._get_backend(torch.device("cpu")).options
+    if options is None:  # the simulated processes of tests/fake_cluster.py
+        return
+    limit = options._timeout
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(limit, group)
+
+
+# ---- The launcher ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def launcher() -> int | None:
+    """The process id of the torchrun that has started this process, as of the first call; None where none has."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def is_orphan() -> bool:
+    """Whether the launcher has ended: nobody restarts this process, or ends it where another one fails."""
+    return launcher() not in (None, os.getppid())
+
+
+@cache
+def launches() -> tuple[str, ...]:
+    """The torchrun processes of all machines, by which a restarted process knows what was begun before. They stay the
+    same while torchrun starts its processes again, and no two are the same. All ranks make the first call together."""
+    number, run_id = launcher(), os.environ.get("TORCHELASTIC_RUN_ID")
+    own = None if number is None else f"{run_id} {platform.node()} {number} {_start_time(number)}"
+    return tuple(sorted({found for found in gather(own) if found is not None}))
+
+
+def _start_time(process: int) -> str:
+    """In clock ticks since the machine's start; "" where the system does not tell (not Linux)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+# ---- Agreement -------------------------------------------------------------------------------------------------------
 
 
 def agree(value: T) -> T:
@@ -146,15 +220,18 @@ def stacked(array: np.ndarray) -> np.ndarray:
 
 
 def summed(
-    gradients: Callable[[Sequence[Any], int | Tensor], Tensor],
+    gradients: Callable[[Sequence[Any], int | Tensor], Tensor], blame: Callable[[str], None]
 ) -> Callable[[Sequence[Any], int | Tensor], Tensor]:
     """train.py's calculate_gradients for a step whose micro-batches are divided over the ranks: the number of targets
-    and the loss are those of all of them."""
+    and the loss are those of all of them. blame: gets the names of the ranks whose own loss is not finite."""
     if world_size() == 1:
         return gradients
 
     def calculate(batches: Sequence[Any], n_targets: int | Tensor) -> Tensor:
         own_loss, norm = gradients(batches, int(add_up(float(n_targets))[0])).tolist()
-        return torch.tensor((*add_up(own_loss), norm), dtype=torch.float64)
+        (loss,) = add_up(own_loss)
+        names = gather("" if math.isfinite(own_loss) else this_rank()) if not math.isfinite(loss) else []
+        blame(", ".join(filter(None, names)))
+        return torch.tensor((loss, norm), dtype=torch.float64)
 
     return calculate

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
-from parallel.processes import local_world_size, rank, world_size
+from parallel.processes import local_world_size, rank, wait_as_long, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -40,9 +40,12 @@ def make_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
     if layout == "fsdp":
-        return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
-    shape = world_size() // local_world_size(), local_world_size()
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
+    else:
+        shape = world_size() // local_world_size(), local_world_size()
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    wait_as_long(mesh.get_all_groups())
+    return mesh
 
 
 def shard(model: GPT, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:

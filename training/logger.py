@@ -20,7 +20,7 @@ from common.clusters import Clusters
 from common.hardware import Hardware
 from common.weights import flops_per_token
 from errors import UserError, quote
-from parallel.processes import is_first, world_size
+from parallel.processes import command, is_first, world_size
 from training.budget import LENGTHENED, Budget
 from training.evaluation import Evaluation, overfitting_warning
 from training.interrupt import STOPPED
@@ -139,10 +139,12 @@ class RunLogger:
             self.trackers.log({f"sample/{number}": text}, state.step)
             log(f"---- step {state.step} ({facts}) ----\n{text}\n----")
 
-    def skip(self, step: int, loss: float, grad_norm: float) -> None:
-        """Records an update that was skipped because loss or gradient norm is not finite."""
+    def skip(self, step: int, loss: float, grad_norm: float, ranks: str = "") -> None:
+        """Records an update that was skipped because loss or gradient norm is not finite. ranks: of several processes
+        those that have such a loss."""
         self.files.metrics("skip", step, loss=loss, grad_norm=grad_norm)
-        log(f"step {step}: loss {loss}, gradient norm {grad_norm}: update skipped")
+        where = f" ({ranks})" if ranks else ""
+        log(f"step {step}: loss {loss}{where}, gradient norm {grad_norm}: update skipped")
 
     def plan(self, step: int, budget: Budget) -> None:
         """Records a plan that follows from the time budget; nothing without one."""
@@ -174,16 +176,24 @@ class RunLogger:
         log(f"step {step}: {verdict}")
 
 
+def describe_saved(run: Path, state: TrainState) -> str:
+    """What remains of a run that ends now."""
+    if state.saved_step is None:
+        return f"nothing of {run} is saved; start it again with the same command"
+    resume = f"{command()} --resume={quote(str(run))}"
+    return f"the last checkpoint of {run} is that of step {state.saved_step}; continue with: {resume}"
+
+
 def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[str], has_teacher: bool) -> int:
     """Logs how the run ended and the next commands. Returns the exit code. next_argv: of the run that begins now, if
     one does. Raises UserError where its last step is not saved."""
     name, step, end = quote(str(run)), state.step, budget.plan.end
-    resume, config = f"python train.py --resume={name}", run / "config.json"
-    again = f"python train.py {quote(str(config))}"
+    resume, config = f"{command()} --resume={name}", run / "config.json"
+    again = f"{command()} {quote(str(config))}"
     if state.saved_step is None:
-        command = again if config.exists() else "with the same command"
+        start_again = again if config.exists() else "with the same command"
         raise UserError(
-            f"nothing is saved: {run} has no checkpoint; free disk space or memory, then start again: {command}"
+            f"nothing is saved: {run} has no checkpoint; free disk space or memory, then start again: {start_again}"
         )
     if state.saved_step != step:
         kept = f"the last checkpoint is that of step {state.saved_step}"

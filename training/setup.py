@@ -36,7 +36,7 @@ from common.weights import (
 from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
 from model_folder import ModelFolder, remove_base
-from parallel.processes import agree, by_first, local_world_size, summed, world_size
+from parallel.processes import agree, by_first, command, local_world_size, summed, world_size
 from parallel.sharding import SHARDED, Layout, make_mesh, replicate, shard
 from prepare_data import PrepareOptions
 from prepare_data.resolve import Chooser, log_dataset, resolve_data
@@ -272,7 +272,7 @@ def make_step(
     gradients: Gradients, state: TrainState, train: TrainOptions, hardware: Hardware
 ) -> tuple[Gradients, Callable[[], object]]:
     """What train.update calls: `gradients`, and the optimizer's step; by CUDA graphs where that is possible."""
-    gradients, reason = summed(gradients), obstacle(state.optimizer, hardware)
+    gradients, reason = summed(gradients, state.blame), obstacle(state.optimizer, hardware)
     if train.cuda_graphs and reason is None:
         torch.cuda.reset_peak_memory_stats(hardware.device)  # of an earlier run of this process
         graphs = StepGraphs(gradients, state, hardware.device, Recorder(hardware.device))
@@ -382,4 +382,4 @@ def recovery(run: Path, optimizer: OptimizerOptions) -> str:
     names = ("learning_rate", "muon_learning_rate")
     rates = {name: rate for name in names if (rate := getattr(optimizer, name)) is not None}
     flags = [f"--{name}={rate / 3:.1e}" for name, rate in rates.items()]
-    return " ".join([f"python train.py --resume={quote(str(run))}", *flags])
+    return " ".join([f"{command()} --resume={quote(str(run))}", *flags])

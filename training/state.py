@@ -93,6 +93,7 @@ class TrainState:
         self.progress = Progress()
         self.val_loss: float | None = None  # of the current step
         self.val_bits_per_byte: float | None = None
+        self.blamed = ""  # the ranks whose loss is not finite in the update at hand
         self.is_best = False  # whether the current step has the lowest val loss so far
         self.saved_step: int | None = None
 
@@ -149,6 +150,10 @@ class TrainState:
             return True
         progress.skipped += 1
         return False
+
+    def blame(self, ranks: str) -> None:
+        """Notes where the loss of an update that is about to be skipped comes from."""
+        self.blamed = ranks
 
     def discard_update(self) -> None:
         """Drops what a failed update has left: gradients, and the scaler's note that they are unscaled already."""

@@ -104,8 +104,9 @@ def train_on(
     train, optim = options.section(TrainOptions), options.section(OptimizerOptions)
     seed, logging = options.section(RunOptions).seed, options.section(LoggingOptions)
     batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
+    draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
     # ---- model
-    layout = setup.choose_layout(train, "parallel" in start.flags, model_config, optim, hardware)
+    layout = setup.choose_layout(train, start.argv, model_config, optim, hardware)
     initial = values["attention"], seed, start.source, train, layout.value, hardware
     model = setup.build_model(model_config, dataset.tokenizer, *initial)
     compiles = agree(choose_compile(train, evals, model, batches(0), hardware))
@@ -127,7 +128,6 @@ def train_on(
     stack.enter_context(logger)
     stack.enter_context(naming_saved(partial(describe_saved, run, state)))
     save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
-    draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time
     is_forced, started = "micro_batch_size" not in reasons, time.perf_counter()

@@ -1,6 +1,6 @@
 """Two processes on one machine (gloo) against one, the same global batch: the time of a step beside the ideal.
 
-    python bench/parallel_speed.py --text=FILE [--rounds=3] [--steps=12] [--shape=n_layer=6,…] [--tokens=8192]
+    python bench/parallel_speed.py --text=FILE [--rounds=3] [--steps=12] [--shape=n_layer=4,…] [--tokens=4096]
 
 Each side is a whole command, train.py alone or under torchrun, one thread for each process; the sides take turns, and a
 round runs each once. A step is timed by the run's own log. The ideal is half of the step of one process; `two threads`
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # for imports from the project
 from bench.hardware import commit_of, hardware, new_result, save_results  # noqa: E402
 from errors import run_script  # noqa: E402
 
-SHAPE = "n_layer=6,n_embd=384,n_head=6,block_size=256"
+SHAPE = "n_layer=4,n_embd=256,n_head=4,block_size=256"
 SIDES = {  # processes, threads of each, flags
     "one process": (1, 1, []),
     "one process, two threads": (1, 2, []),
@@ -66,7 +66,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="of each run")
     parser.add_argument("--shape", default=SHAPE, help=f"model options, default: {SHAPE}")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a step, of all processes")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a step, of all processes")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     return parser.parse_args(argv)

@@ -87,7 +87,10 @@ def wait_at_most(seconds: float) -> None:
 def wait_as_long(groups: Sequence[dist.ProcessGroup]) -> None:
     """Gives groups of some processes the time limit of that of all; PyTorch's default is half an hour."""
     world: Any = dist.group.WORLD
-    limit = world._get_backend(torch.device("cpu")).options._timeout
+    options = world._get_backend(torch.device("cpu")).options
+    if options is None:  # the simulated processes of tests/fake_cluster.py
+        return
+    limit = options._timeout
     for group in groups:
         dist.distributed_c10d._set_pg_timeout(limit, group)
 

@@ -7,14 +7,14 @@
 
 Gradients are sums over all targets of the step, so nothing is divided by the number of processes. A parameter of a
 sharded model is a DTensor: `local` is this process's rows of it, `first_row` says which these are. Reading order:
-choose_layout, shard, replicate, MicroBatches in turn, then the rows of a sharded model.
+make_mesh, shard, replicate, in_turn, then the rows of a sharded model.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT
 from parallel.processes import local_world_size, rank, wait_as_long, world_size
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 T = TypeVar("T")
 Layout = Literal["none", "ddp", "fsdp", "hsdp"]
 SHARDED = ("fsdp", "hsdp")
@@ -32,17 +35,24 @@ SHARDED = ("fsdp", "hsdp")
 # ---- The layouts -----------------------------------------------------------------------------------------------------
 
 
-def shard(model: GPT, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+def make_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
+    """The processes among which a model is sharded, in the last dimension; hsdp has another one, of the machines."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if layout == "fsdp":
+        mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
+    else:
+        shape = world_size() // local_world_size(), local_world_size()
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    wait_as_long(mesh.get_all_groups())
+    return mesh
+
+
+def shard(model: GPT, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:
     """Leaves of every parameter this process's rows, on the device; a model on the meta device gets memory for them,
     without values. dtype: in which blocks compute. Embedding, norms outside of the blocks and head stay in float32."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    shape, names = (world_size(),), ("shard",)
-    if layout == "hsdp":
-        shape, names = (world_size() // local_world_size(), local_world_size()), ("replicate", "shard")  # type: ignore[assignment]
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    wait_as_long(mesh.get_all_groups())
     narrow = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)  # the residual stream is float32
     table, model.table = model.table, None
@@ -107,10 +117,6 @@ def local(tensor: Tensor) -> Tensor:
     """This process's rows, which share the tensor's memory; the tensor itself where it is whole."""
     with torch.no_grad():
         return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [local(tensor) for tensor in tensors]
 
 
 def first_row(tensor: Tensor) -> int:

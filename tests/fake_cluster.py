@@ -5,6 +5,7 @@ others: PyTorch's fake process group and fake tensors. A script of its own, sinc
 """
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
+from parallel.sharding import local, make_mesh, shard
+from training.optim import make_optimizer
+from training.options import OptimizerOptions
 
 PROCESSES, PER_NODE, LAYERS, CONTEXT, TOKENS = 512, 8, 2, 512, 32
 
@@ -43,24 +46,17 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def local(tensor: Any) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def sharded(config: GPTConfig, devices: DeviceMesh) -> GPT:
-    """The model with each block and the rest sharded: 16-bit gathers, float32 reductions. devices: of one dimension, or
-    of two, replicated over the first."""
+def sharded(config: GPTConfig, mesh: DeviceMesh) -> GPT:
+    """The model as train.py shards it for a bfloat16 run."""
     model = GPT(config, seed=None)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=devices, mp_policy=policy)
+    shard(model, mesh, torch.device("cpu"), torch.bfloat16)
     return model
 
 
 def step(model: nn.Module) -> dict[str, Any]:
     """One step on one short row."""
     ids = torch.zeros(1, TOKENS, dtype=torch.int64)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = make_optimizer(getattr(model, "module", model), OptimizerOptions())
     collectives = Collectives()
     if isinstance(model, nn.parallel.DistributedDataParallel):  # whose collectives do not come from Python
 
@@ -72,7 +68,9 @@ def step(model: nn.Module) -> dict[str, Any]:
 
         model.register_comm_hook(collectives.seen, reduce)
     with collectives:
-        model(ids, ids).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(ids, ids)
+        loss.backward()
     optimizer.step()
     parameters = list(model.parameters())
     moments: Iterator[torch.Tensor] = (
@@ -89,9 +87,8 @@ def step(model: nn.Module) -> dict[str, Any]:
 
 def main() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=PROCESSES)
-    flat = init_device_mesh("cpu", (PROCESSES,))
-    nodes = init_device_mesh("cpu", (PROCESSES // PER_NODE, PER_NODE), mesh_dim_names=("replicate", "shard"))
-    found = {}
+    os.environ["LOCAL_WORLD_SIZE"] = str(PER_NODE)
+    found, flat, nodes = {}, *(make_mesh(layout, torch.device("cpu")) for layout in ("fsdp", "hsdp"))
     for name, width, mesh in (("fsdp", 512, flat), ("hsdp", 512, nodes), ("padded", 768, flat)):
         with FakeTensorMode(allow_non_fake_inputs=True):
             found[name] = step(sharded(shape(width), mesh))

@@ -18,7 +18,7 @@ import train as train_script
 from common import inductor
 from common.hardware import Hardware
 from model import GPT, GPTConfig
-from parallel.sharding import shard, whole
+from parallel.sharding import make_mesh, shard, whole
 from tests.test_train import read_events, tensors_of
 from training import compilation
 from training.compilation import choose_compile, compile_model, use_compiled
@@ -305,7 +305,7 @@ def test_compiled_blocks_of_a_sharded_model_give_the_gradients_of_a_whole_one(dt
         for is_sharded in (False, True):
             model, batch = model_and_batch(positions="rotary", qk_norm=True, mlp="swiglu", norm="rmsnorm")
             if is_sharded:
-                shard(model, "fsdp", torch.device("cpu"), dtype)
+                shard(model, make_mesh("fsdp", torch.device("cpu")), torch.device("cpu"), dtype)
                 use_compiled(model)
             with hardware(dtype=dtype).autocast():
                 model(batch.x, batch.y).backward()

@@ -26,7 +26,7 @@ from generation.engine import generate, next_logits
 from generation.options import SamplingOptions
 from generation.sampling import draw, uniform
 from model import GPT, IGNORED_TARGET, ChunkedCrossEntropy, GPTConfig, widened
-from parallel.sharding import local, shard
+from parallel.sharding import local, make_mesh, shard
 from tests.conftest import ROOT
 from tests.test_attention import by_definition, first_visible, fused
 from training.compilation import compile_model, use_compiled
@@ -263,7 +263,7 @@ def test_fsdp_learns_as_one_process_does(attention, compiles, recompute, device)
     for is_divided in (False, True):
         model = GPT(config, 5, attention)
         if is_divided:
-            shard(model, "fsdp", device, dtype)
+            shard(model, make_mesh("fsdp", device), device, dtype)
             if compiles:
                 use_compiled(model)
         model = model.to(device).train()

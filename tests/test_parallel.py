@@ -246,24 +246,25 @@ def test_matrices_are_assigned_by_their_work():
     assert orthogonalizing.Divided([torch.zeros(2, 3)]).sizes == [(2, 3)]
 
 
-def layout_of(monkeypatch, size: int, is_forced: bool = True, dtype: torch.dtype = torch.float32, **options) -> str:
+def layout_of(monkeypatch, size: int, is_flag: bool = True, dtype: torch.dtype = torch.float32, **options) -> str:
     monkeypatch.setattr(setup, "world_size", lambda: size)
     monkeypatch.setattr(setup, "local_world_size", lambda: 2)
     hardware = setup.Hardware(torch.device("cpu"), dtype, 1, {})
-    return setup.choose_layout(TrainOptions(**options), is_forced, GPTConfig(), OptimizerOptions(), hardware).value
+    argv = ["debug", f"--parallel={options.get('parallel', 'auto')}"] if is_flag else ["debug"]
+    return setup.choose_layout(TrainOptions(**options), argv, GPTConfig(), OptimizerOptions(), hardware).value
 
 
 def test_the_layout(monkeypatch):
     monkeypatch.setattr(setup, "free_bytes", lambda hardware: 2**40)
     assert layout_of(monkeypatch, 1) == "none"
-    assert layout_of(monkeypatch, 1, is_forced=False, parallel="fsdp") == "none", "a run of several resumes in one"
+    assert layout_of(monkeypatch, 1, is_flag=False, parallel="fsdp") == "none", "a run of several resumes in one"
     assert layout_of(monkeypatch, 4) == "ddp"
     assert layout_of(monkeypatch, 4, parallel="hsdp") == "hsdp"
     monkeypatch.setattr(setup, "free_bytes", lambda hardware: 2**30)  # GPT-2's weights and moments take 2 GB
     assert layout_of(monkeypatch, 4) == "fsdp"
     assert layout_of(monkeypatch, 4, lora_rank=4, init_from="x") == "ddp"
     for size, options, words in (
-        (1, {"parallel": "fsdp"}, "torchrun --nproc-per-node=2 -- train.py"),
+        (1, {"parallel": "fsdp"}, "torchrun --nproc-per-node=2 -- train.py debug --parallel=fsdp"),
         (2, {"parallel": "none"}, "--parallel=auto"),
         (3, {"parallel": "hsdp"}, "--parallel=fsdp"),
         (2, {"parallel": "fsdp", "lora_rank": 4, "init_from": "x"}, "--parallel=ddp"),
@@ -295,3 +296,40 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less(dropout):
     assert all(torch.equal(a, b) for a, b in zip(gradients, other_gradients, strict=True))
     assert other_size < size / 2
     assert math.isfinite(loss.item())
+
+
+SRUN = """#!/bin/bash
+# Starts the command once for each of two machines, which are this one.
+for node in 0 1; do GROUP=$node "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid" || code=1; done
+exit ${code:-0}
+"""
+
+
+def test_the_slurm_script_of_the_readme_starts_and_resumes(small_text, tmp_path):
+    """Two machines, that is two torchruns that find each other, of one process each, by stand-ins for srun and
+    scontrol; the second submission goes on with the run."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (script,) = (block for block in readme.split("```bash\n")[1:] if "#SBATCH" in block.partition("```")[0])
+    script = script.partition("```")[0].replace("--nproc-per-node=8", "--nproc-per-node=1")
+    small = " ".join(arg for arg in PLAIN if "max_steps" not in arg)
+    assert script.count('start="gpt2_124m --run=runs/gpt2"') == 1
+    shutil.copyfile(small_text, tmp_path / "text.txt")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    torchrun = f'#!/bin/bash\nexec "{sys.executable}" -m torch.distributed.run "$@"\n'
+    for name, content in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho localhost\n"), ("torchrun", torchrun)):
+        (tools / name).write_text(content)
+        (tools / name).chmod(0o755)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    for steps in (2, 4):
+        start = f'start="{small} --schedule=constant --data=text.txt --run=runs/gpt2 --max_steps={steps}"'
+        text = script.replace('start="gpt2_124m --run=runs/gpt2"', start).replace(":29500", f":{free_port()}")
+        text = text.replace('start="--resume=runs/gpt2"', f'start="--resume=runs/gpt2 --max_steps={steps}"')
+        (tmp_path / "job.sh").write_text(text, encoding="utf-8")
+        env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_JOB_ID": str(steps)}
+        env |= {"SLURM_JOB_NODELIST": "node[1-2]", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "2 processes, ddp: " in done.stdout
+    assert [event["step"] for event in read_events(tmp_path / "runs" / "gpt2", "step")] == [1, 2, 3, 4]

@@ -139,10 +139,11 @@ def memory(model: ModelSize, job: Job, mode: Mode, processes: int, rows: int, de
     if job.average:
         found["averaged weights"] = FLOAT * share
     found["16-bit copies"] = HALF * float(model.parameters)
-    if mode in ("fsdp", "hsdp"):  # the outer ones stay gathered; of the blocks this one, and the next one twice
-        gathered = model.outer_parameters + min(3, model.n_layer) * model.layer_parameters
-        reduced = max(model.outer_parameters, model.layer_parameters)  # in 16 bits, and copied to float32
-        found |= {"16-bit copies": HALF * float(gathered), "reduced gradients": (HALF + FLOAT) * float(reduced)}
+    if mode in ("fsdp", "hsdp"):  # the outer ones stay gathered, in float32; of the blocks this one, and the next twice
+        found["16-bit copies"] = HALF * float(model.head_parameters + min(3, model.n_layer) * model.layer_parameters)
+        found["gathered weights"] = FLOAT * float(model.outer_parameters)
+        reduced = max(2 * FLOAT * model.outer_parameters, (HALF + FLOAT) * model.layer_parameters)  # and a copy of them
+        found["reduced gradients"] = float(reduced)
     found["activations"] = float(tokens * model.n_layer * model.kept)
     if job.activation_checkpointing:
         found["activations"] = float(tokens * (FLOAT * model.n_layer * model.n_embd + model.kept))

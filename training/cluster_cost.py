@@ -71,7 +71,7 @@ def traffic(model: ModelSize, mode: Mode, processes: int, per_node: int = NODE) 
     parts = shard_processes(mode, processes, per_node)
     copies, share = processes // parts, (parts - 1) / parts
     blocks = model.n_layer * model.layer_parameters
-    gathered, scattered = HALF * (2 * blocks + model.outer_parameters), FLOAT * model.parameters
+    gathered, scattered = HALF * 2 * blocks + FLOAT * model.outer_parameters, FLOAT * model.parameters
     reduced = 2 * (copies - 1) / copies * FLOAT * model.parameters / parts
     return Traffic(share * gathered, share * scattered, reduced)
 
@@ -155,13 +155,27 @@ def step_time(
     forward = compute * model.layer_flops / model.flops_per_token / 3 / repeated  # of one block
     exposed = exposed_seconds(model, gpu, mode, processes, micro_batches, compute, forward)
     parts, nodes = shard_processes(mode, processes), math.ceil(processes / NODE)
-    optimizer = OPTIMIZER_BYTES * model.parameters / parts / (1e9 * gpu.bandwidth) + model.muon_flops / parts / rate
+    optimizer = OPTIMIZER_BYTES * model.parameters / parts / (1e9 * gpu.bandwidth)
+    optimizer += muon_seconds(model, gpu, mode, processes, rate)
     passes = micro_batches * compute
     waiting = speed.waiting * math.log2(nodes) * passes
     reading = micro_batches * tokens / INPUT_TOKENS
     return StepTime(
         passes, micro_batches * (compute - products), exposed + waiting, optimizer, max(0.0, reading - passes)
     )
+
+
+def muon_seconds(model: ModelSize, gpu: Gpu, mode: Mode, processes: int, rate: float) -> float:
+    """The orthogonalizations, each in one process (parallel/orthogonalizing.py), and the exchange of their results."""
+    if not model.muon_flops:
+        return 0.0
+    matrices, sent = 4 * model.n_layer, HALF * model.n_layer * model.layer_parameters
+    parts = shard_processes(mode, processes)
+    if mode in ("fsdp", "hsdp"):
+        exchange = 2 * ring_seconds(sent / parts, parts, gpu)
+    else:
+        exchange = ring_seconds(sent, processes, gpu)
+    return model.muon_flops / min(processes, matrices) / rate + exchange
 
 
 def exposed_seconds(
@@ -173,13 +187,11 @@ def exposed_seconds(
         whole, last = (all_reduce_seconds(FLOAT * size, processes, gpu) for size in (model.parameters, bucket))
         return 0.0 if processes == 1 else max(last, whole - 2 / 3 * compute)
     parts = shard_processes(mode, processes)
-    gather, outer_gather = (
-        ring_seconds(HALF * size, parts, gpu) for size in (model.layer_parameters, model.outer_parameters)
-    )
-    scatter, outer_scatter = (
+    gather = ring_seconds(HALF * model.layer_parameters, parts, gpu)
+    scatter, outer = (
         ring_seconds(FLOAT * size, parts, gpu) for size in (model.layer_parameters, model.outer_parameters)
     )
-    first_and_last = outer_gather + gather + scatter + outer_scatter
+    first_and_last = outer + gather + scatter + outer
     others = (model.n_layer - 1) * (max(0.0, gather - forward) + max(0.0, gather + scatter - 2 * forward))
     exposed = micro_batches * (first_and_last + others)
     if mode == "hsdp" and (nodes := processes // parts) > 1:

@@ -37,7 +37,7 @@ from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
 from model_folder import ModelFolder, remove_base
 from parallel.processes import agree, by_first, command, local_world_size, summed, world_size
-from parallel.sharding import SHARDED, Layout, replicate, shard
+from parallel.sharding import SHARDED, Layout, make_mesh, replicate, shard
 from prepare_data import PrepareOptions
 from prepare_data.resolve import Chooser, log_dataset, resolve_data
 from prepare_data.shards import Dataset, open_dataset
@@ -57,7 +57,6 @@ from training.step_cost import free_bytes
 from training.step_graphs import Gradients, StepGraphs, obstacle
 from training.teachers import taught
 
-TORCHRUN = "torchrun --nproc-per-node=2 -- train.py ..."
 MIN_CONTEXT = 16  # tokens; with a shorter context a model learns little but frequencies
 
 
@@ -151,14 +150,15 @@ def make_batches(
 
 
 def choose_layout(
-    train: TrainOptions, is_forced: bool, model_config: GPTConfig, optim: OptimizerOptions, hardware: Hardware
+    train: TrainOptions, argv: Sequence[str], model_config: GPTConfig, optim: OptimizerOptions, hardware: Hardware
 ) -> Choice:
-    """How the processes share the model. is_forced: by a flag of this command; what a preset or the run before asks for
-    is left out where there is one process. Raises UserError."""
+    """How the processes share the model. What a preset or the run before asks for is left out where there is one
+    process; in argv it is an error. Raises UserError."""
     size, wanted = world_size(), train.parallel
     if size == 1:
-        if is_forced and wanted not in ("auto", "none"):
-            raise UserError(f"--parallel={wanted} needs several processes: {TORCHRUN}")
+        if f"--parallel={wanted}" in argv and wanted not in ("auto", "none"):
+            command = " ".join(["torchrun --nproc-per-node=2 -- train.py", *map(quote, argv)])
+            raise UserError(f"--parallel={wanted} needs several processes, one for each GPU: {command}")
         return Choice("none", {})
     if wanted == "none":
         raise UserError(f"--parallel=none, and torchrun has started {size} processes; use --parallel=auto")
@@ -237,10 +237,11 @@ def build_sharded(
 ) -> GPT:
     """This process's rows, on the device: those of the same weights, without a whole model in memory where that is
     possible. Raises UserError, ValueError."""
+    mesh = make_mesh(layout, hardware.device)
     adapted = source is not None and (source.model if isinstance(source, Checkpoint) else source).adapter is not None
     if adapted or (source is None and model_config.first_attention == "recent"):  # made of whole matrices
         model = build_whole(model_config, attention, seed, source)
-        shard(model, layout, hardware.device, hardware.dtype)
+        shard(model, mesh, hardware.device, hardware.dtype)
         return model
     read = None
     if source is not None:
@@ -251,7 +252,7 @@ def build_sharded(
         check_shapes(meta_model(model_config, len(sizes)), sizes)
     with torch.device("meta"):
         model = GPT(model_config, None, attention)
-    shard(model, layout, hardware.device, hardware.dtype)
+    shard(model, mesh, hardware.device, hardware.dtype)
     import_rows(model, read or drawn_rows(model, seed))
     return model
 

@@ -18,7 +18,7 @@ from config.chain import share_time
 from config.start import Start
 from errors import UserError, quote
 from model import GPTConfig
-from parallel.processes import first_before_others, world_size
+from parallel.processes import first_before_others, gather, this_rank, world_size
 from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
 from prepare_data.split import Counts
@@ -39,6 +39,11 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptTex
     """The start, with the options of the plan where it needs one, which is printed; the dataset that --data names,
     prepared first where it is text; and the old text that is mixed in. Raises UserError."""
     start, dataset = first_before_others(partial(_plan_and_open, start, hardware), _chosen)
+    if len(found := dict(zip(gather(dataset.fingerprint), gather(this_rank()), strict=True))) > 1:
+        texts = ", ".join(f"{where} has {fingerprint[:12]}" for fingerprint, where in found.items())
+        raise UserError(
+            f"{dataset.folder} holds other tokens on some machines ({texts}): copy the dataset from one to all of them"
+        )
     train, block_size = start.options.section(TrainOptions), start.options.section(GPTConfig).block_size
     for teacher in (*start.teachers, *start.handed_on):
         check_context(teacher, block_size)

@@ -46,7 +46,7 @@ from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
 from parallel.launch import naming_saved, together
-from parallel.processes import agree, wait_at_most
+from parallel.processes import agree, wait_at_most, world_size
 from parallel.sharding import in_turn
 from prepare_data.shards import Dataset
 from training import setup
@@ -85,7 +85,7 @@ def train_model(argv: Sequence[str]) -> tuple[int, list[str]]:
         wait_at_most(start.options.section(TrainOptions).parallel_timeout)
         # ---- hardware, then the data; a run with a text and no preset gets its options here, from its plan
         tune_allocator()
-        hardware = choose_hardware(start.options.section(HardwareOptions))
+        hardware = choose_hardware(start.hardware_options)
         start, dataset, kept = open_data(start, hardware)
         if start.options.section(TrainOptions).plan:
             return print_cluster(start, dataset.tokenizer.vocab_size), []
@@ -231,7 +231,8 @@ def update(
 ) -> tuple[float, float]:
     """One optimizer step on the mean loss over all targets of the micro-batches. Returns that loss (nats) and the
     gradient norm before clipping; where one of them is not finite, the weights are unchanged."""
-    n_targets = max(1, sum(batch.n_targets for batch in batches))
+    n_targets = sum(batch.n_targets for batch in batches)
+    n_targets = n_targets if world_size() > 1 else max(1, n_targets)  # those of all processes: `summed`
     mean_loss, norm = gradients(batches, n_targets).tolist()  # waits for the device, once per step
     if math.isfinite(mean_loss) and math.isfinite(norm):
         finish_step(optimizer_step)

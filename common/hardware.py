@@ -22,7 +22,7 @@ from common.devices import vendor_flops
 from common.options import HardwareOptions
 from errors import UserError
 from model import MAX_FUSED_HEAD, AttentionPath
-from parallel.processes import local_rank, local_world_size, world_size
+from parallel.processes import gather, local_rank, local_world_size, this_rank, world_size
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ def choose_hardware(options: HardwareOptions, *, generating: bool = False) -> Ha
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    return Hardware(device, dtype, torch.get_num_threads(), reasons)
+    hardware = Hardware(device, dtype, torch.get_num_threads(), reasons)
+    _require_alike(hardware)
+    return hardware
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,15 @@ def _cpu_multiplies_bfloat16() -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
+def _require_alike(hardware: Hardware) -> None:
+    """Raises UserError, in all of several processes, where they would compute on other kinds of devices or in other
+    dtypes."""
+    kinds = dict(zip(gather((hardware.device.type, hardware.dtype_name)), gather(this_rank()), strict=True))
+    if len(kinds) > 1:
+        found = ", ".join(f"{where} has {device}, {dtype}" for (device, dtype), where in kinds.items())
+        raise UserError(f"the processes would not compute alike ({found}): give --device and --dtype that all have")
+
+
 def usable_cores() -> int:
     """CPU cores that this process may use."""
     try:
@@ -178,7 +189,7 @@ def usable_cores() -> int:
 
 def _own_device(name: str) -> str:
     """The device of this one of several processes, each of which has one. Raises UserError."""
-    if name == "cuda":
+    if name in ("cuda", "cuda:0"):  # the second is stored by a run of one process
         return f"cuda:{local_rank()}"
     if name != "cpu":
         raise UserError(f"--device={name} with {world_size()} processes: use --device=cuda, one GPU each, or cpu")

@@ -21,6 +21,7 @@ from torch import Tensor
 from common.memory import ONE_ROW, OutOfMemory, attempt
 from errors import UserError
 from model import GPT, IGNORED_TARGET
+from parallel.sharding import is_sharded
 
 
 class Window(NamedTuple):
@@ -94,6 +95,10 @@ def _score(
         except OutOfMemory:
             if size == 1:
                 raise UserError(ONE_ROW) from None
+            if is_sharded(model):  # of which other processes wait for this very pass
+                raise UserError(
+                    f"evaluation: out of memory with {size} rows; give --micro_batch_size={size // 2}, or less"
+                ) from None
             log(f"evaluation: out of memory; {size} rows at a time → {size // 2}")
             size, rows = size // 2, max(1, min(size, rows) // 2)
             continue

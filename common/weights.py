@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from common.memory import attempt
 from model import GPT, AttentionPath, GPTConfig
-from parallel.processes import is_first
+from parallel.processes import by_first
 from parallel.sharding import first_row, is_sharded, local, whole
 
 MAX_TABLE_BYTES = 2**31  # of a stored model's position table: 2M positions of 128 channels, 16M of 16
@@ -105,10 +106,12 @@ def drawn_rows(model: GPT, seed: int) -> Callable[[str, int, int], Tensor]:
 @torch.no_grad()
 def gathered(model: GPT, device: torch.device) -> GPT:
     """A whole copy of a sharded model in rank 0, and the model itself where it is not sharded or elsewhere. All
-    processes have to call it."""
+    processes have to call it. Raises OutOfMemory, in all of them, where rank 0 has no room for it."""
     if not is_sharded(model):
         return model
-    copy = GPT(model.config, None, model.attention).to(device) if is_first() else None
+    copies = list[GPT]()
+    by_first(lambda: copies.append(attempt(lambda: GPT(model.config, None, model.attention).to(device))))
+    copy = copies[0] if copies else None
     for name, parameter in model.named_parameters():
         weight = whole(parameter.detach())
         if copy is not None:

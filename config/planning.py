@@ -39,11 +39,7 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptTex
     """The start, with the options of the plan where it needs one, which is printed; the dataset that --data names,
     prepared first where it is text; and the old text that is mixed in. Raises UserError."""
     start, dataset = first_before_others(partial(_plan_and_open, start, hardware), _chosen)
-    if len(found := dict(zip(gather(dataset.fingerprint), gather(this_rank()), strict=True))) > 1:
-        texts = ", ".join(f"{where} has {fingerprint[:12]}" for fingerprint, where in found.items())
-        raise UserError(
-            f"{dataset.folder} holds other tokens on some machines ({texts}): copy the dataset from one to all of them"
-        )
+    require_same(dataset)
     train, block_size = start.options.section(TrainOptions), start.options.section(GPTConfig).block_size
     for teacher in (*start.teachers, *start.handed_on):
         check_context(teacher, block_size)
@@ -52,7 +48,20 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptTex
     if start.options.section(EvalOptions).eval_only:
         return start, dataset, KeptText()
     sources, is_forced = (start.resumed, start.initial), "keep_share" in start.flags
-    return start, dataset, open_kept(dataset, train, block_size, prepare, *sources, is_forced)
+    kept = open_kept(dataset, train, block_size, prepare, *sources, is_forced)
+    require_same(dataset, *kept.datasets)
+    return start, dataset, kept
+
+
+def require_same(*datasets: Dataset) -> None:
+    """Raises UserError, in all processes, where they do not have the same datasets."""
+    found = dict(zip(gather(tuple(one.fingerprint[:12] for one in datasets)), gather(this_rank()), strict=True))
+    if len(found) > 1:
+        texts = ", ".join(f"{where} has {' and '.join(texts) or 'none'}" for texts, where in found.items())
+        raise UserError(
+            f"{' and '.join(str(one.folder) for one in datasets)}: other tokens on some machines ({texts});"
+            " copy these folders from one machine to all, with --data_dir to where they are"
+        )
 
 
 def _plan_and_open(start: Start, hardware: Hardware, chosen: Any) -> tuple[Start, Dataset]:

@@ -18,14 +18,14 @@ from typing import Any
 import config
 from checkpoint import Checkpoint, open_latest, resolve_model_folder, resolve_run
 from common.option import option_names
-from common.options import RunOptions
+from common.options import HardwareOptions, RunOptions
 from common.run_directory import RunLock, refuse_used_run
 from config.hints import INIT_FROM
 from config.resume import note_unused_flags, resumed_options, with_model_options
 from errors import UserError, quote
 from files import write_json
 from model_folder import ModelFolder, open_model_folder
-from parallel.processes import Team, by_first, is_first
+from parallel.processes import Team, by_first, is_first, world_size
 from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
 from training.budget import LENGTHENED
@@ -82,6 +82,15 @@ class Start:
     def with_tokenizer(self) -> ModelFolder | None:
         """The model whose tokenizer a new run takes, if there is one."""
         return self.initial or next(iter([*self.teachers, *self.handed_on]), None)
+
+    @property
+    def hardware_options(self) -> HardwareOptions:
+        """A number of threads that was chosen for another number of processes is chosen again."""
+        options = self.options.section(HardwareOptions)
+        if self.resumed is None or "threads" not in self.reasons:
+            return options
+        is_other = self.resumed.state["environment"].get("world_size", 1) != world_size()
+        return replace(options, threads="auto") if is_other else options
 
     @property
     def stored(self) -> dict[str, Any] | None:

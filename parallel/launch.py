@@ -67,9 +67,9 @@ def join(device: str, timeout: float) -> dist.Store:
     the processes have found each other. Raises UserError."""
     launcher()
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, number, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             # torchrun may keep the store for the processes that it starts again; on many machines it counts restarts
@@ -78,7 +78,10 @@ def join(device: str, timeout: float) -> dist.Store:
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes could not be joined: {error}; start them with torchrun") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the processes could not be joined: {reason}; start them with torchrun, no more than the machine has GPUs"
+        ) from error
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     return store

@@ -228,7 +228,7 @@ def summed(
         return gradients
 
     def calculate(batches: Sequence[Any], n_targets: int | Tensor) -> Tensor:
-        own_loss, norm = gradients(batches, int(add_up(float(n_targets))[0])).tolist()
+        own_loss, norm = gradients(batches, max(1, int(add_up(float(n_targets))[0]))).tolist()
         (loss,) = add_up(own_loss)
         names = gather("" if math.isfinite(own_loss) else this_rank()) if not math.isfinite(loss) else []
         blame(", ".join(filter(None, names)))

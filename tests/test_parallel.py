@@ -8,18 +8,21 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 
+import common.hardware as hardware_module
 import sample as sample_script
 import train as train_script
 from checkpoint import list_checkpoints, open_checkpoint
+from config import planning
 from errors import UserError
 from model import GPT, GPTConfig
-from parallel import orthogonalizing
+from parallel import orthogonalizing, processes
 from parallel.orthogonalizing import assign, split_rows
 from tests.test_train import read_events
 from training import data, micro_batch, setup
@@ -272,6 +275,49 @@ def test_the_layout(monkeypatch):
     ):
         with pytest.raises(UserError, match=words):
             layout_of(monkeypatch, size, **options)
+
+
+def test_a_resume_gives_each_process_a_gpu_of_its_own(monkeypatch):
+    """What a run stores names no single GPU, and one that a run of one process has stored is not held against it."""
+    for module in (setup, micro_batch, hardware_module):
+        monkeypatch.setattr(module, "world_size", lambda: 2)
+    monkeypatch.setattr(hardware_module, "local_rank", lambda: 1)
+    hardware = setup.Hardware(torch.device("cuda:1"), torch.bfloat16, 1, {})
+    values, _ = setup.choose_auto(TrainOptions(), GPTConfig(block_size=64), "sdpa", hardware, {})
+    assert values["device"] == "cuda"
+    assert [hardware_module._own_device(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    with pytest.raises(UserError, match="--device=cuda, one GPU each"):
+        hardware_module._own_device("mps")
+
+
+def test_processes_that_differ_are_refused_in_all_of_them(monkeypatch):
+    """Other dtypes, other texts, also old ones: none may go on while the others wait for it."""
+
+    def elsewhere(value: object, *others: object) -> None:
+        values = iter([[value, *others], ["rank 0 of 2 on here", "rank 1 of 2 on there"]])
+        for module in (hardware_module, planning):
+            monkeypatch.setattr(module, "gather", lambda own: next(values))
+
+    alike = setup.Hardware(torch.device("cpu"), torch.float32, 1, {})
+    elsewhere(("cpu", "float32"), ("cpu", "bfloat16"))
+    with pytest.raises(UserError, match=r"rank 1 of 2 on there has cpu, bfloat16\): give --device and --dtype"):
+        hardware_module._require_alike(alike)
+    elsewhere(("cpu", "float32"), ("cpu", "float32"))
+    hardware_module._require_alike(alike)
+    dataset = SimpleNamespace(fingerprint="aaa", folder=Path("data/notes"))
+    elsewhere(("aaa", "bbb"), ("aaa",))
+    with pytest.raises(UserError, match="rank 1 of 2 on there has aaa"):
+        planning.require_same(dataset, SimpleNamespace(fingerprint="bbb", folder=Path("data/old")))
+
+
+def test_the_targets_of_a_step_are_those_of_all_processes(monkeypatch):
+    """Also where one of them has none, since a mask covers its rows."""
+    given = []
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "add_up", lambda *numbers: [number + 5 for number in numbers])
+    gradients = processes.summed(lambda batches, n: given.append(n) or torch.tensor([1.0, 2.0]), blame=print)
+    assert gradients([], 0).tolist() == [6.0, 2.0]
+    assert given == [5]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -24,6 +24,7 @@ from common.hardware import Choice, Hardware, triton_obstacle
 from common.inductor import cache_folder, compiler_version, cpp_compiler, shorten_inductor, use_cache
 from common.memory import OutOfMemory, attempt, is_out_of_memory
 from common.weights import flops_per_token
+from errors import UserError
 from model import GPT, AttentionContext, Block, GPTConfig
 from model_folder import LORA_A
 from parallel.processes import world_size
@@ -56,6 +57,8 @@ def choose_compile(
     if train.compile != "auto":
         return Choice(train.compile, {})
     obstacle = find_obstacle(hardware)
+    if kind == "cpu" and is_sharded(model):  # where the trial fails in one process, the others wait for it
+        obstacle = "a sharded model on a CPU is compiled with --compile=true only"
     if obstacle is not None:
         return Choice(False, {"compile": obstacle})
     takes, saves = gain(model.config, hardware)
@@ -100,7 +103,7 @@ def expected_seconds(
     steps = train.max_steps
     if steps is None:
         steps = 10 * (train.patience or 1) * evals.eval_interval
-    flops = flops_per_token(model) * train.tokens_per_step * steps
+    flops = flops_per_token(model) * train.tokens_per_step * steps / world_size()
     if hardware.device.type != "cpu":
         return flops / GPU_FLOPS + steps * (model.config.n_layer + 1) * GPU_LAYER_SECONDS
     at_most = flops / SLOW_CPU_FLOPS
@@ -144,6 +147,8 @@ def compile_model(model: GPT, state: TrainState, batch: MicroBatch, hardware: Ha
             error = _compile_block(model, batch, hardware, place)
             if error is None:
                 break
+            if is_sharded(model):  # no other process would join in another trial
+                raise UserError(f"the model could not be compiled ({error}); give --compile=false")
             log(f"the cache {place} could not be used: {error}")
     if error is not None:
         log("not compiled: training goes on without; --compile=false leaves the trial out")
@@ -171,7 +176,8 @@ def _compile_block(model: GPT, batch: MicroBatch, hardware: Hardware, folder: Pa
         model.zero_grad()
         if is_out_of_memory(error):
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        if world_size() == 1:  # others may be using it
+            shutil.rmtree(folder, ignore_errors=True)
         cause = getattr(error, "inner_exception", error)  # of a BackendCompilerFailed
         return f"{type(cause).__name__}: {cause}".strip().splitlines()[0]
     return None

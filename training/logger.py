@@ -20,7 +20,7 @@ from common.clusters import Clusters
 from common.hardware import Hardware
 from common.weights import flops_per_token
 from errors import UserError, quote
-from parallel.processes import command, is_first, world_size
+from parallel.processes import by_first, command, is_first, world_size
 from training.budget import LENGTHENED, Budget
 from training.evaluation import Evaluation, overfitting_warning
 from training.interrupt import STOPPED
@@ -205,7 +205,8 @@ def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[st
     if step < end and not is_exhausted:
         log(f"the time budget was spent at step {step} of {end}: the machine got slower in the decay")
     if is_exhausted or state.progress.early_decay is not None:
-        log(f"sample.py takes {find_checkpoint(run, 'best').name}, the best of the run by val loss")
+        found = by_first(lambda: find_checkpoint(run, "best").name)
+        log(f"sample.py takes {found}, the best of the run by val loss")
     history = state.progress.history
     if history and history[0]["step"] == 0:  # of weights that were trained before
         best = min(entry["val_loss"] for entry in history)

@@ -21,6 +21,7 @@ from common.memory import OutOfMemory, attempt
 from errors import UserError
 from model import GPT
 from parallel.orthogonalizing import Divided
+from parallel.processes import world_size
 from parallel.sharding import first_row, local, whole
 from training.muon import muon
 from training.options import OptimizerOptions
@@ -143,7 +144,7 @@ class Optimizer:
 def finish_step(step: Callable[[], object]) -> None:
     """Calls `step`, an optimizer's. Where memory runs out, the weights may be updated in part, so the gradients stay,
     and it is called once more to go on. Raises UserError where that fails too: a smaller micro-batch would not help."""
-    for _ in range(2):
+    for _ in range(2 if world_size() == 1 else 1):  # others do not repeat it
         with suppress(OutOfMemory):
             attempt(step)
             return

@@ -36,7 +36,7 @@ from common.weights import (
 from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
 from model_folder import ModelFolder, remove_base
-from parallel.processes import agree, by_first, command, local_world_size, summed, world_size
+from parallel.processes import agree, by_first, command, gather, local_world_size, summed, world_size
 from parallel.sharding import SHARDED, Layout, make_mesh, replicate, shard
 from prepare_data import PrepareOptions
 from prepare_data.resolve import Chooser, log_dataset, resolve_data
@@ -82,7 +82,8 @@ def choose_auto(
         **micro_batch.reasons,
         **path.reasons,
     }
-    values = {"device": str(hardware.device), "dtype": hardware.dtype_name, "threads": hardware.threads}
+    device = str(hardware.device) if world_size() == 1 else hardware.device.type  # each process has its own
+    values = {"device": device, "dtype": hardware.dtype_name, "threads": hardware.threads}
     values |= {"attention": path.value, "micro_batch_size": micro_batch.value}
     return values, reasons
 
@@ -167,7 +168,8 @@ def choose_layout(
         obstacle = "the loss scale of --dtype=float16"
     if wanted in SHARDED and obstacle is not None:
         raise UserError(f"--parallel={wanted}: {obstacle} needs the whole model in each process; use --parallel=ddp")
-    if wanted == "hsdp" and size % local_world_size():
+    per_machine = {*gather(local_world_size())}
+    if wanted == "hsdp" and (len(per_machine) > 1 or size % local_world_size()):
         raise UserError("--parallel=hsdp needs equally many processes on each machine; use --parallel=fsdp")
     if wanted != "auto":
         return Choice(wanted, {})
@@ -178,7 +180,7 @@ def choose_layout(
     per_parameter = {"adamw": 16, "muon": 12, "sgd": 12}[optim.optimizer]  # weights, gradients and moments, in float32
     with torch.device("meta"):
         state = per_parameter * count_parameters(GPT(model_config, None))
-    layout, reason = choose_parallel(state, memory, size, local_world_size())
+    layout, reason = choose_parallel(state, memory, size, min(per_machine) if len(per_machine) == 1 else size)
     return Choice(layout, {"parallel": reason})
 
 

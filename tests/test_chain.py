@@ -4,8 +4,10 @@ import json
 import os
 import shlex
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -173,17 +175,22 @@ def test_the_time_is_shared_and_what_the_first_leaves_is_for_the_last(monkeypatc
 
     flags = [flag for flag in FLAGS if flag != "--max_steps=20"]
     flags += [f"--data={small_text}", "--teachers=1", "--schedule=wsd", "--budget_minutes=0.15"]
-    clock = chain.time.perf_counter
-    monkeypatch.setattr(chain, "end_run", ending_after(60 * used, chain.end_run, clock))
+    monkeypatch.setattr(chain, "end_run", ending_after(60 * used, chain.end_run, monkeypatch))
     monkeypatch.setattr(train_script, "end_run", chain.end_run)
     assert chain.train_all(stopped, flags) == STOPPED
     assert "budget 0:03: " in capsys.readouterr().out  # a third
     assert f"--budget_minutes={left}" in trained[1]
 
 
-def ending_after(seconds, end_run, clock):
-    """end_run as if the run had begun so long ago."""
-    return lambda start, *rest: end_run(replace(start, began=clock() - seconds), *rest)
+def ending_after(seconds, end_run, monkeypatch):
+    """end_run as if the run had begun so long ago, and as if it took no time itself."""
+
+    def end(start, *rest):
+        now = time.perf_counter()
+        monkeypatch.setattr(chain, "time", SimpleNamespace(perf_counter=lambda: now))
+        return end_run(replace(start, began=now - seconds), *rest)
+
+    return end
 
 
 # ---- interruptions

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -106,9 +107,10 @@ def train_on(
     batches = setup.make_batches(dataset, kept, train, model_config, seed, hardware)
     draw = partial(sample_texts, tokenizer=dataset.tokenizer, prompt=choose_prompt(dataset, evals))
     # ---- model
+    tokenizer = dataset.tokenizer
+    model_config = replace(model_config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     layout = setup.choose_layout(train, start.argv, model_config, optim, hardware)
-    initial = values["attention"], seed, start.source, train, layout.value, hardware
-    model = setup.build_model(model_config, dataset.tokenizer, *initial)
+    model = setup.build_model(model_config, values["attention"], seed, start.source, train, layout.value, hardware)
     compiles = agree(choose_compile(train, evals, model, batches(0), hardware))
     values, reasons = values | {"compile": compiles.value}, reasons | compiles.reasons | layout.reasons
     setup.announce(model, layout.value, hardware, values, reasons, logging.verbose)

@@ -22,7 +22,7 @@ from common.devices import vendor_flops
 from common.options import HardwareOptions
 from errors import UserError
 from model import MAX_FUSED_HEAD, AttentionPath
-from parallel.processes import gather, local_rank, local_world_size, this_rank, world_size
+from parallel.processes import holders, local_rank, local_world_size, world_size
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _cpu_multiplies_bfloat16() -> bool:
 def _require_alike(hardware: Hardware) -> None:
     """Raises UserError, in all of several processes, where they would compute on other kinds of devices or in other
     dtypes."""
-    kinds = dict(zip(gather((hardware.device.type, hardware.dtype_name)), gather(this_rank()), strict=True))
+    kinds = holders((hardware.device.type, hardware.dtype_name))
     if len(kinds) > 1:
         found = ", ".join(f"{where} has {device}, {dtype}" for (device, dtype), where in kinds.items())
         raise UserError(f"the processes would not compute alike ({found}): give --device and --dtype that all have")

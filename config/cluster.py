@@ -113,14 +113,13 @@ def job_of(options: config.Options) -> Job:
     """How the options train. A time budget is no length: its steps depend on the machine."""
     train, optimizer = options.section(TrainOptions), options.section(OptimizerOptions)
     is_timed = train.budget_minutes is not None or train.max_steps is None
-    parallel = options.values.get("parallel", "auto")
     moments = {"adamw": (2 * FLOAT, 2 * FLOAT), "muon": (FLOAT, 2 * FLOAT), "sgd": (FLOAT, FLOAT)}[optimizer.optimizer]
     return Job(
         train.tokens_per_step,
         None if is_timed or not train.max_steps else train.max_steps * train.tokens_per_step,
-        None if parallel == "auto" else parallel,
+        None if train.parallel == "auto" else train.parallel,
         train.micro_batch_size if isinstance(train.micro_batch_size, int) else None,
-        bool(options.values.get("activation_checkpointing", False)),
+        train.activation_checkpointing,
         moments,
         optimizer.ema_half_life is not None,
     )

@@ -18,7 +18,7 @@ from config.chain import share_time
 from config.start import Start
 from errors import UserError, quote
 from model import GPTConfig
-from parallel.processes import first_before_others, gather, this_rank, world_size
+from parallel.processes import first_before_others, holders, world_size
 from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
 from prepare_data.split import Counts
@@ -39,23 +39,21 @@ def open_data(start: Start, hardware: Hardware) -> tuple[Start, Dataset, KeptTex
     """The start, with the options of the plan where it needs one, which is printed; the dataset that --data names,
     prepared first where it is text; and the old text that is mixed in. Raises UserError."""
     start, dataset = first_before_others(partial(_plan_and_open, start, hardware), _chosen)
-    require_same(dataset)
     train, block_size = start.options.section(TrainOptions), start.options.section(GPTConfig).block_size
     for teacher in (*start.teachers, *start.handed_on):
         check_context(teacher, block_size)
     data, prepare = start.options.section(RunOptions).data, start.options.section(PrepareOptions)
     setup.check_size(dataset, data, train, block_size, start.argv, start.source is not None)
-    if start.options.section(EvalOptions).eval_only:
-        return start, dataset, KeptText()
-    sources, is_forced = (start.resumed, start.initial), "keep_share" in start.flags
-    kept = open_kept(dataset, train, block_size, prepare, *sources, is_forced)
+    sources, is_forced, kept = (start.resumed, start.initial), "keep_share" in start.flags, KeptText()
+    if not start.options.section(EvalOptions).eval_only:
+        kept = open_kept(dataset, train, block_size, prepare, *sources, is_forced)
     require_same(dataset, *kept.datasets)
     return start, dataset, kept
 
 
 def require_same(*datasets: Dataset) -> None:
     """Raises UserError, in all processes, where they do not have the same datasets."""
-    found = dict(zip(gather(tuple(one.fingerprint[:12] for one in datasets)), gather(this_rank()), strict=True))
+    found = holders(tuple(one.fingerprint[:12] for one in datasets))
     if len(found) > 1:
         texts = ", ".join(f"{where} has {' and '.join(texts) or 'none'}" for texts, where in found.items())
         raise UserError(

@@ -9,6 +9,7 @@ has exchanged within.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ class Divided:
         self.is_divided = world_size() > 1 and not alone
         self.sizes = [(parameter.shape[0], parameter.shape[1]) for parameter in parameters]
         mesh: Any = getattr(parameters[0], "device_mesh", None)
-        self.across: Any = None if mesh is not None and mesh.ndim == 1 else dist.group.WORLD
-        self.within: Any = None if mesh is None else mesh.get_group(mesh.ndim - 1)
-        if mesh is not None and mesh.ndim == 2:
-            self.across = mesh.get_group(0)
+        self.across: Any = dist.group.WORLD
+        self.within: Any = None
+        if mesh is not None:
+            self.across = mesh.get_group(0) if mesh.ndim == 2 else None
+            self.within = mesh.get_group(mesh.ndim - 1)
 
     def __call__(self, orthogonalize: Orthogonalize, updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         if not self.is_divided:
@@ -47,11 +49,13 @@ class Divided:
     ) -> list[Tensor]:
         """Each process of `across` does some of the matrices; all get all results."""
         rank, size = dist.get_rank(self.across), dist.get_world_size(self.across)
-        owners = assign([self.sizes[number] for number in numbers], size)
+        owners = assign(tuple(self.sizes[number] for number in numbers), size)
         own = [number for number, owner in zip(numbers, owners, strict=True) if owner == rank]
         some = [updates[number] for number in own]
         done = orthogonalize(some) if self.within is None else self._exchange(orthogonalize, some, own, dtype)
-        counts = [sum(updates[n].numel() for n, o in zip(numbers, owners, strict=True) if o == r) for r in range(size)]
+        counts = [0] * size
+        for number, owner in zip(numbers, owners, strict=True):
+            counts[owner] += updates[number].numel()
         flat = updates[0].new_zeros(max(counts), dtype=dtype)
         if done:
             flat[: counts[rank]] = torch.cat([matrix.flatten() for matrix in done])
@@ -71,17 +75,16 @@ class Divided:
         """updates: this process's rows. Each process of `within` gets all rows of some matrices, and returns the rows
         of the results."""
         rank, size = dist.get_rank(self.within), dist.get_world_size(self.within)
-        sizes = [self.sizes[number] for number in numbers]
-        owners = assign(sizes, size)
-        theirs = [[i for i, owner in enumerate(owners) if owner == other] for other in range(size)]
-        rows = [[split_rows(sizes[i][0], size)[other] for i in theirs[rank]] for other in range(size)]
-        columns = [sizes[i][1] for i in theirs[rank]]
-        sent = [[updates[i].to(dtype).flatten() for i in theirs[other]] for other in range(size)]
-        shares = [[(n, c) for n, c in zip(rows[other], columns, strict=True)] for other in range(size)]
+        sizes = tuple(self.sizes[number] for number in numbers)
+        theirs: list[list[int]] = [[] for _ in range(size)]
+        for i, owner in enumerate(assign(sizes, size)):
+            theirs[owner].append(i)
+        rows = [split_rows(sizes[i][0], size) for i in theirs[rank]]  # of each process, in each of its own matrices
+        sent = [[updates[i].to(dtype).flatten() for i in some] for some in theirs]
+        shares = [[(n[other], sizes[i][1]) for n, i in zip(rows, theirs[rank], strict=True)] for other in range(size)]
         received = self._all_to_all(sent, shares, updates, dtype)
-        whole = [torch.cat([received[other][k] for other in range(size)]) for k in range(len(columns))]
-        done = orthogonalize(whole)
-        parts = [matrix.split(split_rows(len(matrix), size)) for matrix in done]
+        done = orthogonalize([torch.cat(parts) for parts in zip(*received, strict=True)])
+        parts = [matrix.split(n) for matrix, n in zip(done, rows, strict=True)]
         back = [[part[other].flatten() for part in parts] for other in range(size)]
         returned = self._all_to_all(back, [[tuple(updates[i].shape) for i in one] for one in theirs], updates, dtype)
         results = dict[int, Tensor]()
@@ -109,7 +112,8 @@ class Divided:
         return found
 
 
-def assign(sizes: Sequence[tuple[int, int]], processes: int) -> list[int]:
+@cache
+def assign(sizes: tuple[tuple[int, int], ...], processes: int) -> list[int]:
     """The process of each matrix (R, C): the most costly ones first, each to the process with the least work."""
     work, owners = [0] * processes, [0] * len(sizes)
     costs = [min(size) ** 2 * max(size) for size in sizes]

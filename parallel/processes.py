@@ -147,6 +147,11 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return found
 
 
+def holders(value: T) -> dict[T, str]:
+    """Each value that a rank has, with one rank that has it, for messages: a single one where all agree."""
+    return dict(gather((value, this_rank())))
+
+
 class Team:
     """This process among the others, as checkpoint.py needs it: it knows no torch.distributed."""
 

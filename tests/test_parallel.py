@@ -240,7 +240,7 @@ def test_rows_that_cannot_be_divided_are_an_error_that_names_what_works(monkeypa
 
 def test_matrices_are_assigned_by_their_work():
     sizes = [(100, 400)] * 6 + [(10, 10)] * 3
-    owners = assign(sizes, 3)
+    owners = assign((*sizes,), 3)
     assert [owners[:6].count(process) for process in range(3)] == [2, 2, 2]
     assert sorted(owners[6:]) == [0, 1, 2]
     assert split_rows(7, 4) == [2, 2, 2, 1]
@@ -293,10 +293,9 @@ def test_a_resume_gives_each_process_a_gpu_of_its_own(monkeypatch):
 def test_processes_that_differ_are_refused_in_all_of_them(monkeypatch):
     """Other dtypes, other texts, also old ones: none may go on while the others wait for it."""
 
-    def elsewhere(value: object, *others: object) -> None:
-        values = iter([[value, *others], ["rank 0 of 2 on here", "rank 1 of 2 on there"]])
-        for module in (hardware_module, planning):
-            monkeypatch.setattr(module, "gather", lambda own: next(values))
+    def elsewhere(*values: object) -> None:
+        names = ("rank 0 of 2 on here", "rank 1 of 2 on there")
+        monkeypatch.setattr(processes, "gather", lambda own: [*zip(values, names, strict=True)])
 
     alike = setup.Hardware(torch.device("cpu"), torch.float32, 1, {})
     elsewhere(("cpu", "float32"), ("cpu", "bfloat16"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from common.cuda_graphs import Recorder
 from common.hardware import Choice, Hardware, choose_attention, require_determinism
 from common.memory import OutOfMemory, attempt
 from common.run_directory import RunLock, claim_run
-from common.tokenizer import PUBLISHED, Tokenizer, tokenizer_from_dict
+from common.tokenizer import PUBLISHED, tokenizer_from_dict
 from common.weights import (
     build_for_weights,
     check_shapes,
@@ -178,6 +177,7 @@ def choose_layout(
     memory = free_bytes(hardware) or math.inf
     memory = agree(memory / (local_world_size() if hardware.device.type == "cpu" else 1))
     per_parameter = {"adamw": 16, "muon": 12, "sgd": 12}[optim.optimizer]  # weights, gradients and moments, in float32
+    per_parameter += 4 * (optim.ema_half_life is not None)
     with torch.device("meta"):
         state = per_parameter * count_parameters(GPT(model_config, None))
     layout, reason = choose_parallel(state, memory, size, min(per_machine) if len(per_machine) == 1 else size)
@@ -186,7 +186,6 @@ def choose_layout(
 
 def build_model(
     model_config: GPTConfig,
-    tokenizer: Tokenizer,
     attention: Literal["auto"] | AttentionPath,
     seed: int,
     source: Checkpoint | ModelFolder | None,
@@ -194,10 +193,9 @@ def build_model(
     layout: Layout,
     hardware: Hardware,
 ) -> GPT:
-    """The model for the tokenizer's vocabulary on the device, with weights drawn from the seed or those of `source`,
+    """The model on the device, with weights drawn from the seed or those of `source`,
     and with the adapters of a run that has any; of a sharded one the rows of this process. Raises UserError."""
     assert attention != "auto"
-    model_config = replace(model_config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     try:
         if layout in SHARDED:
             model = build_sharded(model_config, attention, seed, source, layout, hardware)

@@ -690,8 +690,8 @@ def test_a_checkpoint_that_fails_verification_is_removed(tmp_path, monkeypatch):
         assert value_of(open_latest(tmp_path)) == 1.0
 
 
-@needs_fork
-def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
+def watch_syncs(monkeypatch) -> tuple[list[bool], set[int]]:
+    """Whether everything in a directory was synced before each rename of it, and the inodes that were synced since."""
     synced, complete = set(), []
     real_fsync, real_rename = os.fsync, os.rename
 
@@ -706,6 +706,12 @@ def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
+    return complete, synced
+
+
+@needs_fork
+def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
+    complete, synced = watch_syncs(monkeypatch)
     save(tmp_path, 10)
     assert complete == [True]
     assert synced == {(tmp_path / "checkpoints").stat().st_ino}

@@ -49,6 +49,7 @@ from tests.test_checkpoint import (
     no_fsync,
     safetensors_file,
     steps,
+    watch_syncs,
 )
 
 __all__ = ["no_fsync"]  # a fixture
@@ -714,20 +715,7 @@ def test_a_file_size_limit_of_one_rank_is_a_save_failed_that_can_be_retried(tmp_
 
 
 def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
-    synced, complete = set(), []
-    real_fsync, real_rename = os.fsync, os.rename
-
-    def fsync(descriptor: int) -> None:
-        synced.add(os.fstat(descriptor).st_ino)
-        real_fsync(descriptor)
-
-    def rename(source: Path, target: Path) -> None:
-        complete.append({path.stat().st_ino for path in [source, *source.rglob("*")]} <= synced)
-        real_rename(source, target)
-        synced.clear()
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", rename)
+    complete, synced = watch_syncs(monkeypatch)
     save_all(tmp_path, 10)
     assert complete == [True]
     assert synced == {(tmp_path / "checkpoints").stat().st_ino}

@@ -59,6 +59,7 @@ from model_folder import (
 from tensor_files import TensorReader, bytes_needed, parts_of
 
 OURS = re.compile(r"step-\d{8,}(\.(writing(-[0-9a-f]{8})?|removing|replaced))?")  # names of directories
+PROVEN_STEPS = 100  # of training after a checkpoint without trouble: its weights were sound
 T = TypeVar("T")
 
 
@@ -190,19 +191,28 @@ def put_in_place(temporary: Path, final: Path) -> None:
         raise
 
 
-def prune_checkpoints(run_dir: Path) -> None:
-    """Removes all but the newest two checkpoints and the best one, and the leftovers of killed processes.
+def prune_checkpoints(run_dir: Path, keep_interval: int | None = None) -> None:
+    """Removes checkpoints and the leftovers of killed processes. Kept are the newest two, the best one, those
+    whose step is a multiple of `keep_interval`, the newest one that PROVEN_STEPS of training have followed, and the one
+    that will be that next: a run that has diverged may have to go back as far.
 
     The caller holds the RunLock. Whatever cannot be read or removed is kept, with a warning on standard error.
     """
     try:
-        checkpoints = list_checkpoints(run_dir)
-        losses = _val_losses(checkpoints)
-        keep = {*checkpoints[-2:], _best(losses)}
-        keep |= set(checkpoints) - set(losses)  # unreadable ones: one of them may be the best
+        checkpoints = dict(_complete_paths(run_dir))
+        losses = _val_losses([*checkpoints.values()])
+        keep = {_best(losses), *(checkpoints[step] for step in _steps_to_keep([*checkpoints], keep_interval))}
+        keep |= set(checkpoints.values()) - set(losses)  # unreadable ones: one of them may be the best
         try_discard(path for path in run_directories(run_dir) if path not in keep and OURS.fullmatch(path.name))
     except OSError as error:
         print(f"warning: old checkpoints could not be removed: {error}", file=sys.stderr)
+
+
+def _steps_to_keep(steps: list[int], keep_interval: int | None) -> set[int]:
+    """Of the steps of checkpoints, ascending, those that are kept whatever their loss is."""
+    keep = {*steps[-2:], *(step for step in steps if keep_interval is not None and step % keep_interval == 0)}
+    proven = [step for step in steps if step <= steps[-1] - PROVEN_STEPS]
+    return keep | {*proven[-1:], *steps[len(proven) : len(proven) + 1]}
 
 
 def _write_contents(directory: Path, contents: dict[str, bytes | dict[str, Tensor]]) -> None:
@@ -252,14 +262,24 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return list(dict(_complete_paths(run_dir)).values())
 
 
+def saved_steps(run_dir: Path) -> list[int]:
+    """The steps of the complete checkpoints of a run, ascending. Reads no file."""
+    return [*dict(_complete_paths(run_dir))]
+
+
+def discard_later(run_dir: Path, step: int) -> None:
+    """Removes the checkpoints of later steps. The caller holds the RunLock."""
+    try_discard(path for other, path in _complete_paths(run_dir) if other > step)
+
+
 def teacher_runs(run: Path) -> list[Path]:
     """The runs RUN-teacher, RUN-teacher-2 … beside a run that have a checkpoint, in this order."""
     beside = run.parent.glob(f"{glob.escape(run.name)}-teacher*")
     return [path for path in sorted(beside, key=lambda path: (len(path.name), path.name)) if list_checkpoints(path)]
 
 
-def find_checkpoint(run_dir: Path, which: str) -> Path:
-    """The checkpoint `latest`, `best` or `step-N` of a run. Raises UserError if there is none.
+def find_checkpoint(run_dir: Path, which: str, flag: str = "--checkpoint") -> Path:
+    """The checkpoint `latest`, `best` or `step-N` of a run. Raises UserError if there is none. flag: that names it.
 
     best: the lowest val_loss in state.json; ties go to the earlier step; latest if none has a val_loss.
     """
@@ -275,7 +295,7 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
     if match and int(match[1]) in checkpoints:
         return checkpoints[int(match[1])]
     names = ", ".join(f"step-{step}" for step in checkpoints)
-    raise UserError(f"--checkpoint={which!r} is not in {run_dir}; expected one of: best, latest, {names}")
+    raise UserError(f"{flag}={which!r} is not in {run_dir}; expected one of: best, latest, {names}")
 
 
 def _no_checkpoint(path: Path) -> str:
@@ -339,20 +359,19 @@ def run_hint(path: Path) -> str:
     return f"; did you mean {known[near[0]]}?" if near else ""
 
 
-def resolve_run(path: Path) -> Path:
-    """The run that `path` names for --resume: its directory, or its last checkpoint or a file in either. Raises
-    UserError."""
+def resolve_run(path: Path) -> tuple[Path, str | None]:
+    """The run that `path` names for --resume, its directory or a file in it; and where that is a checkpoint, or in one,
+    but not in the last one, its name, `step-N`. Raises UserError."""
     run = run_of(path) if path.exists() else None
     if run is None:
         raise UserError(_no_checkpoint(path))
     inside = path.resolve().relative_to(run.resolve()).parts
-    if len(inside) > 1 and (run / inside[0] / inside[1]).resolve() != list_checkpoints(run)[-1].resolve():
-        checkpoint = quote(str(run / inside[0] / inside[1]))
-        raise UserError(
-            f"--resume={path} is not the last checkpoint of {run}, and a run continues from its last one: "
-            f"--resume={quote(str(run))}. For a new run from these weights: --init_from={checkpoint}"
-        )
-    return run
+    if len(inside) < 2 or (run / inside[0] / inside[1]).resolve() == list_checkpoints(run)[-1].resolve():
+        return run, None
+    steps = [step for step, other in _complete_paths(run) if other.name == inside[1]]
+    if not steps:
+        raise UserError(f"--resume={path} is in no checkpoint of {run}; resume the run: --resume={quote(str(run))}")
+    return run, f"step-{steps[0]}"
 
 
 def _val_losses(checkpoints: list[Path]) -> dict[Path, float | None]:

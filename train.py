@@ -42,6 +42,7 @@ from config.chain import end_run, open_run, train_all
 from config.cluster import plan_preset, print_cluster
 from config.planning import open_data
 from config.restart import begin_or_resume
+from config.rollback import go_back
 from config.start import RunConfig, Start, read_start
 from config.trying import try_candidates
 from generation.text import sample_texts
@@ -54,6 +55,7 @@ from training import setup
 from training.budget import Budget, make_budget
 from training.compilation import choose_compile
 from training.data import MicroBatch, TrainBatches
+from training.divergence import Diverged
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.kept_text import KeptText
@@ -63,6 +65,7 @@ from training.optim import clip_gradients, finish_step, learning_rate
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
 from training.prompt import choose_prompt
 from training.reference import Reference, read_curves
+from training.saving import CheckpointWriter
 from training.state import TrainState
 from training.step_graphs import Gradients
 
@@ -128,27 +131,30 @@ def train_on(
     reference = Reference(dataset.fingerprint, options.flat(), read_curves())
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
     stack.enter_context(logger)
-    stack.enter_context(naming_saved(partial(describe_saved, run, state)))
-    save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
+    stack.enter_context(naming_saved(partial(describe_saved, run)))
+    save = CheckpointWriter(run, state, dataset, hardware, evals, lambda: recorded.facts() | logger.facts())
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time
     is_forced, started = "micro_batch_size" not in reasons, time.perf_counter()
     batches.size = fit_micro_batch(batches.size, model, hardware, is_forced or state.step > 0)
     fits = partial(until_it_fits, batches, state, is_forced)
-    forward = fits(lambda: setup.make_forward(state, batches(state.step)[0], start.teachers, train, hardware))
+    forward = fits(lambda: setup.make_forward(state, batches(state.data_step)[0], start.teachers, train, hardware))
     gradients = partial(calculate_gradients, forward, state, hardware, train.label_smoothing, optim.grad_clip)
     steps = setup.make_step(gradients, state, train, hardware)
-    step = partial(fits, lambda: update(*steps, state, batches(state.step)))
+    step = partial(fits, lambda: update(*steps, state, batches(state.data_step)))
     budget = make_budget(train, evals, optim, len(dataset.val), state, step, hardware, started, start.stored)
     logger.plan(state.step, budget)
     recorded.change(micro_batch_size=batches.size, compile=state.compiler != "none", **budget.as_options())
     # ---- training
     watch = partial(kept.watch, state, batches, logger, partial(score_text, stop=stop))
-    watch(is_end=False)
-    loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
     score_all = partial(score, rows=batches.size, stop=stop) if evals.leaves_out(len(dataset.val)) else None
-    with state.averaged():
-        finish(state, budget, logger, evals, score_all, watch, sample, save, stop)
+    try:
+        with save:
+            watch(is_end=False)
+            loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
+            finish(state, budget, logger, evals, score_all, watch, sample, save, stop)
+    except Diverged as error:
+        return 0, go_back(error, run, state, batches, recorded, hardware)
     return end_run(start, run, dataset, state, budget)
 
 
@@ -156,16 +162,16 @@ def loop(
     state: TrainState, batches: TrainBatches, budget: Budget, recorded: RunConfig, logger: RunLogger,
     evals: EvalOptions, step: Callable[[], tuple[float, float]],
     score: Callable[..., Evaluation | None], sample: Callable[[int, int], list[tuple[str, str]]],
-    save: Callable[[], None], stop: Callable[[], bool],
+    save: CheckpointWriter, stop: Callable[[], bool],
 ) -> None:  # fmt: skip
     """Trains until the last step, the end of the time budget, the end of patience, or a stop signal; the last step is
-    saved, and evaluated unless a signal ended the run."""
+    saved, and evaluated unless a signal ended the run. Raises Diverged."""
     logger.start(state.step)
     while True:
         # ---- evaluate, sample, save
         done = budget.is_over(state, time.perf_counter())
         due = (done or state.step % evals.eval_interval == 0) and state.progress.evaluated_step != state.step
-        if due or done or stop() or state.save_is_due(evals.save_interval):
+        if due or done or stop() or save.is_due():
             with logger.clock.pause(), state.averaged():
                 result = score(max_tokens=evals.eval_tokens, rows=batches.size) if due else None  # None after a signal
                 if result is not None:
@@ -175,12 +181,14 @@ def loop(
                         recorded.change(**budget.as_options())
                         done = budget.is_over(state, time.perf_counter())
                     logger.samples(state, sample(1 if state.is_trained else 0, evals.sample_seed))
-                ends, is_new = done or stop(), result is not None or state.saved_step != state.step
-                if is_new and (ends or state.save_is_due(evals.save_interval)):
+                ends, is_new = done or stop(), result is not None or state.begun_step != state.step
+                if not stop():
+                    state.raise_if_diverged(ends)
+                if is_new and (ends or save.is_due()):
                     save()
             if due:
                 budget.pause_seconds = logger.clock.last_pause
-            if ends or (stop() and state.saved_step == state.step):  # the signal may have come during the save
+            if ends or (stop() and state.begun_step == state.step):  # the signal may have come during the save
                 return
 
         # ---- one step: learning rate, then forward, backward, clipping and update of the weights
@@ -188,6 +196,7 @@ def loop(
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         size = batches.size
+        save.poll()
         loss, grad_norm = step()
         if batches.size != size:  # it did not fit into memory
             recorded.change(micro_batch_size=batches.size)
@@ -195,7 +204,7 @@ def loop(
         # ---- log
         if not state.advance(loss, grad_norm):
             logger.skip(state.step, loss, grad_norm, state.blamed)
-            state.raise_if_diverged()
+        state.raise_if_diverged()
         if logger.is_due(state.step, budget.plan):
             steps, seconds = logger.step(state, budget.plan, rate, grad_norm)
             if budget.observe(state.step, steps, seconds, time.perf_counter()):
@@ -206,26 +215,27 @@ def loop(
 def finish(
     state: TrainState, budget: Budget, logger: RunLogger, evals: EvalOptions,
     score: Callable[[], Evaluation | None] | None, watch: Callable[..., bool],
-    sample: Callable[[int, int], list[tuple[str, str]]], save: Callable[[], None], stop: Callable[[], bool],
+    sample: Callable[[int, int], list[tuple[str, str]]], save: CheckpointWriter, stop: Callable[[], bool],
 ) -> None:  # fmt: skip
     """After the last step: the evaluation of the whole val split (score; None where each one was that), that of the
     text that is mixed in (watch) and the final samples, unless a signal came. The last step is saved
     again with them, so that a resumed run keeps its records."""
     if stop() or state.is_finished:
         return
-    if score is not None:
-        result = score()
-        if result is None:  # after a signal
+    with state.averaged():
+        if score is not None:
+            result = score()
+            if result is None:  # after a signal
+                return
+            logger.evaluation(state, budget.plan, result, None, event="final")
+        is_watched = watch(is_end=True)
+        if stop():
             return
-        logger.evaluation(state, budget.plan, result, None, event="final")
-    is_watched = watch(is_end=True)
-    if stop():
-        return
-    samples = sample(evals.final_samples, evals.sample_seed + 1)
-    logger.samples(state, samples)
-    state.progress.finished_step = state.step
-    if samples or score is not None or is_watched:
-        save()
+        samples = sample(evals.final_samples, evals.sample_seed + 1)
+        logger.samples(state, samples)
+        state.progress.finished_step = state.step
+        if samples or score is not None or is_watched:
+            save()
 
 
 def update(

@@ -30,7 +30,7 @@ from errors import UserError
 T = TypeVar("T")
 # modules in the folder of the presets
 NOT_PRESETS = ("__init__", "advice", "chain", "cluster", "help_text", "hints", "loader", "planning", "restart",
-               "resume", "start", "trying", "value_files")  # fmt: skip
+               "resume", "rollback", "start", "trying", "value_files")  # fmt: skip
 HELP = ("--help", "-h", "-help")
 
 

@@ -29,7 +29,7 @@ def _continued(argv: Sequence[str]) -> list[str]:
     if train.plan or options.section(EvalOptions).eval_only:
         return [*argv]
     if train.resume is not None:  # which may have been followed by another run (--teachers)
-        run = str(resolve_run(Path(train.resume)))
+        run = str(resolve_run(Path(train.resume))[0])
     begun = runs_of_this_launch(Path(run).parent if run else Path("runs"))
     if saved := [path for path in begun if list_checkpoints(path)]:
         log(f"torchrun has started again; {saved[-1]} is resumed")

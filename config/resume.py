@@ -31,7 +31,7 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
     if options.presets:
         refused.append(f"{options.presets[0]}: a resumed run keeps its options; presets are for new runs")
     for name, value in options.flat().items():
-        if options.origin[name] != "flag" or name == "resume" or value == stored.get(name):
+        if options.origin[name] != "flag" or name in ("resume", "from") or value == stored.get(name):
             continue
         flag, was = f"--{name}={show(value)}", f"{name}={show(stored.get(name))}"
         if name == "run":
@@ -50,7 +50,7 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
             changed[name] = value
     if refused:
         raise UserError("\n".join([*refused, advice]))
-    merged = config.replace(options, **{**stored, **changed, "resume": resume, "run": resume})
+    merged = config.replace(options, **{**stored, **changed, "resume": resume, "from": None, "run": resume})
     if changed and not changed.get("eval_only"):
         values = [f"{name}={show(value)} (was {show(stored.get(name))})" for name, value in changed.items()]
         merged.notes.append(f"changed on resume: {', '.join(values)}")

@@ -12,11 +12,20 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import config
-from checkpoint import Checkpoint, open_latest, resolve_model_folder, resolve_run
+from checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    open_checkpoint,
+    open_latest,
+    resolve_model_folder,
+    resolve_run,
+    saved_steps,
+)
 from common.option import option_names
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import RunLock, refuse_used_run
@@ -35,7 +44,7 @@ from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
 # Options of a command that the runs which follow do not take over: each has its own, the text is prepared, and the
 # teacher brings the tokenizer.
-OF_ONE_RUN = {"run", "data", "resume", "seed", "teacher", "teachers", "budget_minutes", "plan"}
+OF_ONE_RUN = {"run", "data", "resume", "from", "seed", "teacher", "teachers", "budget_minutes", "plan"}
 OF_ONE_RUN |= {*option_names(PrepareOptions)} - {"data_dir"}
 
 
@@ -151,12 +160,14 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     options = resolve_length(options)
     if train.resume is None and not eval_only:
         check_length(options, argv)
+    if train.resume is None and train.from_ is not None:
+        raise UserError(f"--from={train.from_} names a checkpoint of a run to go on from: add --resume=RUN")
     if train.resume is not None:
-        run = resolve_run(Path(train.resume))
+        run, which = resolve_run(Path(train.resume))
         options = replace(options, values=options.values | {"resume": str(run)})
         if not eval_only:
             by_first(lambda: stack.enter_context(RunLock(run)) and None)
-        resumed = open_latest(run, Team())
+        resumed = open_resumed(run, train.from_ or which)
         options = note_unused_flags(resumed_options(options, resumed.state["options"]))
         max_steps = options.section(TrainOptions).max_steps
         if not eval_only:
@@ -191,6 +202,19 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     if eval_only:
         raise UserError("--eval_only=true needs weights to evaluate: add --resume=RUN or --init_from=RUN")
     return with_teachers(Start(options, argv=[*argv]))
+
+
+def open_resumed(run: Path, which: str | None) -> Checkpoint:
+    """The checkpoint from which a run goes on: the newest intact one, or exactly the one that is named, best or step-N.
+    Raises UserError."""
+    if which is None:
+        return open_latest(run, Team())
+    path = by_first(partial(find_checkpoint, run, which, "--from"))
+    resumed = open_checkpoint(path, Team())
+    if later := [step for step in saved_steps(run) if step > resumed.step]:
+        steps = ", ".join(map(str, later))
+        log(f"{run} goes on from step {resumed.step}; the first checkpoint that it saves replaces those of {steps}")
+    return resumed
 
 
 def with_teachers(start: Start) -> Start:

@@ -72,24 +72,25 @@ def mark() -> None:
 def with_fault(kind: str, step: int) -> None:
     """Patches what train.py calls, in this process."""
     from training import data
-    from training.state import TrainState
+    from training.saving import CheckpointWriter
 
     if kind == "full_disk":
-        save = TrainState.save
+        save = CheckpointWriter.__call__
 
-        def save_on_full_disk(state: TrainState, *args: Any) -> None:
+        def save_on_full_disk(writer: CheckpointWriter) -> None:
             import resource
 
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            if is_first := not marks and state.step >= step:
-                marks.append(state.step)
+            if is_first := not marks and writer.state.step >= step:
+                marks.append(writer.state.step)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-            save(state, *args)
+            save(writer)
             if is_first:
+                writer.join()
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        TrainState.save = save_on_full_disk  # type: ignore[method-assign]
+        CheckpointWriter.__call__ = save_on_full_disk  # type: ignore[method-assign]
         return
     if kind == "nan":
         patch_loss(step)
@@ -146,18 +147,19 @@ def check_weights() -> None:
     import zlib
 
     from parallel.processes import gather
-    from training.state import TrainState
+    from training.saving import CheckpointWriter
 
-    save = TrainState.save
+    save = CheckpointWriter.__call__
 
-    def check_and_save(state: TrainState, *args: Any) -> None:
+    def check_and_save(writer: CheckpointWriter) -> None:
+        state = writer.state
         if state.layout == "ddp":
             sums = gather([zlib.crc32(weights.detach().numpy().tobytes()) for weights in state.model.parameters()])
             if any(other != sums[0] for other in sums):
                 raise ArithmeticError(f"step {state.step}: the ranks have different weights")
-        save(state, *args)
+        save(writer)
 
-    TrainState.save = check_and_save  # type: ignore[method-assign]
+    CheckpointWriter.__call__ = check_and_save  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def test_a_second_signal_leaves_at_once(number):
 
 @pytest.mark.parametrize("moment", ["evaluate", "sample_texts", "save_checkpoint"])
 def test_a_signal_during_evaluation_sample_or_save(folder, monkeypatch, moment):
-    module = {"save_checkpoint": "training.state"}.get(moment, "train")
+    module = {"save_checkpoint": "training.saving"}.get(moment, "train")
     function = getattr(sys.modules[module], moment)
     calls = []
 
@@ -206,6 +206,7 @@ def test_a_signal_during_evaluation_sample_or_save(folder, monkeypatch, moment):
 
     monkeypatch.setattr(f"{module}.{moment}", interrupted)
     arguments = [*TINY, "--data=notes", "--max_steps=8", "--eval_interval=4", "--eval_tokens=1000", "--dtype=float32"]
+    arguments.append("--async_save=false")
     assert train_script.main([*arguments, "--run=run"]) == STOPPED
     assert open_checkpoint(list_checkpoints(Path("run"))[-1]).step == 4
     monkeypatch.undo()

@@ -217,7 +217,7 @@ def test_a_compiled_block_trains_adapters(dtype, close):
         model = adapted(CONFIG).train()
         narrow_frozen(model, hardware.dtype)
         optimizer = make_optimizer(model, OptimizerOptions())
-        state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 2, "", compiler=compiler)
+        state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 2, compiler=compiler)
         ids = some_ids(CONFIG, length=32)
         forward = compile_model(model, state, train_script.MicroBatch(ids, ids.roll(-1), None), hardware)
         assert state.compiler.startswith(compiler)
@@ -294,7 +294,7 @@ def test_a_killed_run_ends_in_the_same_bits(moment, monkeypatch):
 @pytest.mark.parametrize("when", ["_link_or_copy", "sync_directory", "save_checkpoint"])
 def test_a_run_killed_before_its_first_checkpoint_is_started_again(when, monkeypatch):
     """Killed while the base is written, or after it."""
-    place = "training.state" if when == "save_checkpoint" else "model_folder"
+    place = "training.saving" if when == "save_checkpoint" else "model_folder"
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt

@@ -42,7 +42,7 @@ def make_state(kind="adamw", config=TINY, lora_rank=None):
     if lora_rank is not None:
         add_adapters(model, lora_rank, 4.0, seed=0)
     optimizer = make_optimizer(model, OptimizerOptions(optimizer=kind, learning_rate=0.01, weight_decay=0.5))
-    return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 4, "")
+    return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 4)
 
 
 def batch(number, rows=4, seed=None):

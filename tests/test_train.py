@@ -298,17 +298,17 @@ def test_a_lengthened_run_that_is_killed_ends_in_the_same_bits(run, monkeypatch,
 
 
 def test_a_kill_between_the_final_records_and_their_save_repeats_them(run, small_text, monkeypatch):
-    save, calls = train_script.TrainState.save, itertools.count(1)
+    save, calls = train_script.CheckpointWriter.__call__, itertools.count(1)
 
-    def killed(self, *args):
+    def killed(self):
         if next(calls) == 4:  # after those of steps 0, 10 and 20
             raise KeyboardInterrupt
-        save(self, *args)
+        save(self)
 
-    monkeypatch.setattr(train_script.TrainState, "save", killed)
+    monkeypatch.setattr(train_script.CheckpointWriter, "__call__", killed)
     with pytest.raises(KeyboardInterrupt):
         train(*TINY, f"--data={small_text}", "--run=cut")
-    monkeypatch.setattr(train_script.TrainState, "save", save)
+    monkeypatch.setattr(train_script.CheckpointWriter, "__call__", save)
     assert train("--resume=cut") == 0
     assert reproducible("cut") == reproducible(run)
     assert Path("cut/samples.txt").read_bytes() == (run / "samples.txt").read_bytes()
@@ -573,7 +573,7 @@ def test_a_full_disk_stops_no_training(small_text, monkeypatch, capsys):
         raise SaveFailed("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.state.save_checkpoint", full)
+        patch.setattr("training.saving.save_checkpoint", full)
         message = message_of(*TINY, f"--data={small_text}", "--run=full")
     assert (
         "full has no checkpoint; free disk space or memory, then start again: python train.py full/config.json"

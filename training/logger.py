@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from checkpoint import find_checkpoint
+from checkpoint import find_checkpoint, saved_steps
 from common.clusters import Clusters
 from common.hardware import Hardware
 from common.weights import flops_per_token
@@ -56,6 +56,7 @@ class RunLogger:
         self.trackers = Trackers(run, options if is_first() else LoggingOptions(), settings)
         self.files = RunLog(run, lengths)
         self.trackers.start(state.step + 1 if lengths else 0)
+        self._rollbacks(state)
 
     def __enter__(self) -> RunLogger:
         return self
@@ -66,9 +67,9 @@ class RunLogger:
         self.files.close()
         self.trackers.finish()
 
-    def lengths(self) -> dict[str, int]:
+    def facts(self) -> dict[str, dict[str, int]]:
         """Bytes of each log file, for a checkpoint; they are synced to disk."""
-        return self.files.lengths()
+        return {"logs": self.files.lengths()}
 
     def start(self, step: int) -> None:
         """Marks the beginning of the first step: throughput is measured from here."""
@@ -146,6 +147,16 @@ class RunLogger:
         where = f" ({ranks})" if ranks else ""
         log(f"step {step}: loss {loss}{where}, gradient norm {grad_norm}: update skipped")
 
+    def _rollbacks(self, state: TrainState) -> None:
+        """Records that the run, which has diverged, goes on from the current step with other data."""
+        for entry in state.new_rollbacks:
+            self.files.metrics("rollback", state.step, diverged=entry["step"], reason=entry["reason"])
+            end = entry["passed_over"] + state.step
+            log(
+                f"rolled back to step {state.step}; the data of steps {state.step} to {end} is passed over. At step"
+                f" {entry['step']} the run had diverged: {entry['reason']}"
+            )
+
     def plan(self, step: int, budget: Budget) -> None:
         """Records a plan that follows from the time budget; nothing without one."""
         plan, seconds = budget.plan, budget.seconds
@@ -176,12 +187,12 @@ class RunLogger:
         log(f"step {step}: {verdict}")
 
 
-def describe_saved(run: Path, state: TrainState) -> str:
+def describe_saved(run: Path) -> str:
     """What remains of a run that ends now."""
-    if state.saved_step is None:
+    if not (steps := saved_steps(run)):
         return f"nothing of {run} is saved; start it again with the same command"
     resume = f"{command()} --resume={quote(str(run))}"
-    return f"the last checkpoint of {run} is that of step {state.saved_step}; continue with: {resume}"
+    return f"the last checkpoint of {run} is that of step {steps[-1]}; continue with: {resume}"
 
 
 def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[str], has_teacher: bool) -> int:
@@ -195,6 +206,9 @@ def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[st
         raise UserError(
             f"nothing is saved: {run} has no checkpoint; free disk space or memory, then start again: {start_again}"
         )
+    if state.saved_step != step and (trouble := state.trouble()) is not None:
+        log(f"stopped; step {step} is not saved: {trouble}. From step {state.saved_step} on: {resume}")
+        return STOPPED
     if state.saved_step != step:
         kept = f"the last checkpoint is that of step {state.saved_step}"
         raise UserError(f"the weights of step {step} are not saved ({kept}): free disk space or memory, then {resume}")

@@ -32,6 +32,9 @@ class TrainOptions:
     one for the rest of them: learning rate, size, regularization. none: the plan alone."""
     resume: str | None = path(None)
     """Run directory to resume from its last checkpoint (bitwise exact on a CPU)."""
+    from_: str | None = None
+    """With resume: the checkpoint to go on from, best (by val loss) or step-N; the first save then removes those of
+    later steps. none: the last one. A run that has diverged goes back by itself; this is for another learning rate."""
     init_from: str | None = fixed(None, path=True)
     """Run, checkpoint or model folder with the initial weights and the tokenizer of a new run."""
     keep_share: Annotated[float, Interval(ge=0, le=0.9)] | None = fixed(None)
@@ -179,6 +182,13 @@ class EvalOptions:
     """Evaluate the weights of --resume or --init_from on the whole val split and exit."""
     save_interval: Annotated[int, Ge(1)] | None = None
     """Steps between checkpoints; none: at every evaluation. A new best val loss is always saved."""
+    save_minutes: Annotated[float, Gt(0)] | None = 15.0
+    """Minutes after which a checkpoint is written where none has been meanwhile; none: never because of the time."""
+    keep_interval: Annotated[int, Ge(1)] | None = None
+    """Steps between checkpoints that are never removed (milestones); none: only the newest two, the best one, and
+    up to two that a diverged run could go back to."""
+    async_save: bool = True
+    """Write checkpoints while the training goes on, from a copy, where memory has room for one."""
     sample_prompt: str | None = escaped(None)
     r"""Prompt of the samples shown during training; \n, \t and \\ are escapes. Empty: a new document. none: a new
     document, or, where the text has fewer than twenty documents, words from its val split."""

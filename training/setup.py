@@ -33,9 +33,10 @@ from common.weights import (
     meta_model,
 )
 from errors import UserError, quote
+from files import DamagedFile
 from model import GPT, AttentionPath, GPTConfig
 from model_folder import ModelFolder, remove_base
-from parallel.processes import agree, by_first, command, gather, local_world_size, summed, world_size
+from parallel.processes import agree, by_first, gather, local_world_size, summed, world_size
 from parallel.sharding import SHARDED, Layout, make_mesh, replicate, shard
 from prepare_data import PrepareOptions
 from prepare_data.resolve import Chooser, log_dataset, resolve_data
@@ -44,6 +45,7 @@ from training.average import WeightAverage
 from training.cluster import choose_parallel
 from training.compilation import compile_model, compiler_name
 from training.data import MicroBatch, TrainBatches
+from training.divergence import following, read_rollbacks
 from training.evaluation import Evaluation
 from training.kept_text import KeptText
 from training.lora import adapt, describe, keep_base, narrow_frozen
@@ -347,12 +349,22 @@ def make_state(
     average = None if options.ema_half_life is None else WeightAverage(model, options.ema_half_life)
     adapter = by_first(partial(keep_base, model, run, resumed, initial))
     narrow_frozen(model, hardware.dtype)
-    restart = recovery(run, options)
-    state = TrainState(model, optimizer, scaler, rows, restart, initial is not None, compiler, average, adapter, layout)
+    state = TrainState(model, optimizer, scaler, rows, initial is not None, compiler, average, adapter, layout)
     if resumed is not None:
         state.restore(resumed, hardware)
+        state.new_rollbacks = new_rollbacks(run, state)
+        state.progress.rollbacks += state.new_rollbacks
     optimizer.allocate()
     return state
+
+
+def new_rollbacks(run: Path, state: TrainState) -> list[dict[str, Any]]:
+    """The rollbacks that have led back to the checkpoint of a resumed run, which does not know them yet."""
+    try:
+        return by_first(lambda: following(read_rollbacks(run), len(state.progress.rollbacks), state.step))
+    except DamagedFile as error:
+        log(f"the rollbacks of this run are not known: {error}")
+        return []
 
 
 def make_sampler(
@@ -375,11 +387,3 @@ def make_sampler(
             return []
 
     return sample
-
-
-def recovery(run: Path, optimizer: OptimizerOptions) -> str:
-    """The command that resumes a diverged run with a third of its learning rates."""
-    names = ("learning_rate", "muon_learning_rate")
-    rates = {name: rate for name in names if (rate := getattr(optimizer, name)) is not None}
-    flags = [f"--{name}={rate / 3:.1e}" for name, rate in rates.items()]
-    return " ".join([f"{command()} --resume={quote(str(run))}", *flags])

@@ -10,36 +10,31 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoint
+from checkpoint import Checkpoint
 from common.clusters import Clusters
 from common.hardware import Hardware
-from common.memory import OutOfMemory, attempt
 from common.weights import shapes, trained_parameters
 from errors import UserError
 from model import GPT
 from model_folder import Adapter
-from parallel.processes import Team, by_first, is_first, world_size
+from parallel.processes import world_size
 from parallel.sharding import SHARDED, Layout, first_row, is_written_here, local
 from prepare_data.shards import Dataset
-from sharded_checkpoint import save_sharded_checkpoint
 from tensor_files import Part
 from training.average import WeightAverage
+from training.divergence import MAX_HIGH, MAX_SKIPPED, MIN_HIGH, RECENT, Diverged, first_limit, limit
 from training.evaluation import Evaluation
 from training.metrics import log
 from training.optim import Optimizer, load_optimizer_tensors, optimizer_tensors
 from training.prompt import example_prompt
-
-MAX_SKIPPED = 3  # consecutive updates that may be skipped because their gradient is not finite
 
 
 @dataclass
@@ -53,7 +48,11 @@ class Progress:
     log_count: int = 0
     eval_loss: float = 0.0  # sum of the losses since the last evaluation
     eval_count: int = 0
-    skipped: int = 0  # consecutive skipped updates
+    skipped: int = 0  # consecutive updates that were skipped because loss or gradient norm is not finite
+    high: int = 0  # consecutive losses far above their running median (divergence.py), skipped updates included
+    recent: list[float] = field(default_factory=list)  # the newest losses that were not: those of the running median
+    limit: float | None = None  # the lowest limit so far, above which a loss is far above
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)  # as make_rollback returns them
     # of each evaluation: step, val_loss, standard_error, train_loss, clear_rise (see overfitting_warning)
     history: list[dict[str, Any]] = field(default_factory=list)
     best: list[dict[str, Any]] = field(default_factory=list)  # Evaluation.compared of the best one in the history
@@ -68,9 +67,9 @@ class Progress:
 
 
 class TrainState:
-    """The state of a run between two steps. rows: windows per step. recovery: the command named in the errors of
-    a diverged run. pretrained: the run starts from weights of another run. compiler: of the training step, or "none".
-    average: of the weights, which takes their place within `averaged`, or None. adapter: where adapters are trained.
+    """The state of a run between two steps. rows: windows per step. pretrained: the run starts from weights of another
+    run. compiler: of the training step, or "none". average: of the weights, which takes their place within `averaged`,
+    or None. adapter: where adapters are trained.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class TrainState:
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         rows: int,
-        recovery: str,
         pretrained: bool = False,
         compiler: str = "none",
         average: WeightAverage | None = None,
@@ -87,20 +85,27 @@ class TrainState:
         layout: Layout = "none",
     ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.rows, self.recovery, self.pretrained, self.compiler = rows, recovery, pretrained, compiler
+        self.rows, self.pretrained, self.compiler = rows, pretrained, compiler
         self.average, self.adapter, self.layout = average, adapter, layout
         self.module: torch.nn.Module = model  # DDP's around the model, where there is one
         self.progress = Progress()
         self.val_loss: float | None = None  # of the current step
         self.val_bits_per_byte: float | None = None
+        self.new_rollbacks: list[dict[str, Any]] = []  # those that have led here since the checkpoint was written
         self.blamed = ""  # the ranks whose loss is not finite in the update at hand
         self.is_best = False  # whether the current step has the lowest val loss so far
-        self.saved_step: int | None = None
+        self.begun_step: int | None = None  # the last one whose checkpoint is written, or about to be
+        self.saved_step: int | None = None  # the last one whose checkpoint is known to be written
 
     @property
     def step(self) -> int:
         """Number of updates done."""
         return self.progress.step
+
+    @property
+    def data_step(self) -> int:
+        """The place in the order of the data, in steps: rollbacks pass over some."""
+        return self.step + sum(entry["passed_over"] for entry in self.progress.rollbacks)
 
     @property
     def is_finished(self) -> bool:
@@ -134,7 +139,8 @@ class TrainState:
             self.average.swap()
 
     def advance(self, loss: float, grad_norm: float) -> bool:
-        """Counts an update. Returns False where it was skipped because loss or gradient norm is not finite."""
+        """Counts an update. Returns False where it was skipped because loss or gradient norm is not finite. Raises
+        Diverged."""
         progress = self.progress
         progress.step += 1
         if self.average is not None:
@@ -144,12 +150,45 @@ class TrainState:
             progress.skipped = 0
             progress.log_loss, progress.log_count = progress.log_loss + loss, progress.log_count + 1
             progress.eval_loss, progress.eval_count = progress.eval_loss + loss, progress.eval_count + 1
+            if loss > self.limit:
+                progress.high += 1
+            else:
+                progress.high, progress.recent = 0, [*progress.recent[1 - RECENT :], loss]
+                progress.limit = min(self.limit, limit(progress.recent))
             return True
         if math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
             # a float16 overflow: the scaler has halved its scale, which was above 1, and the next step tries again
             return True
-        progress.skipped += 1
+        progress.skipped, progress.high = progress.skipped + 1, progress.high + 1
         return False
+
+    @property
+    def limit(self) -> float:
+        """The loss above which one is far above the running median, nats."""
+        return first_limit(self.model.config.vocab_size) if self.progress.limit is None else self.progress.limit
+
+    def trouble(self) -> str | None:
+        """Why the current step is not to be saved; None where nothing is wrong with the losses."""
+        progress = self.progress
+        if progress.skipped:
+            return "updates are being skipped, since loss or gradient norm is not finite"
+        if progress.high >= MIN_HIGH:
+            return f"for {progress.high} steps the loss has been above {self.limit:.2f}, far above its running median"
+        return None
+
+    def raise_if_diverged(self, ends: bool = False) -> None:
+        """Raises Diverged where too many updates in a row were skipped, or had a loss far above the running median.
+        ends: the run would end now, in trouble or not."""
+        progress = self.progress
+        if progress.skipped >= MAX_SKIPPED:
+            self.diverge(f"{progress.skipped} updates in a row had no finite gradient")
+        if progress.high >= MAX_HIGH:
+            self.diverge(f"for {progress.high} steps the loss was far above its running median, above {self.limit:.2f}")
+        if ends and (reason := self.trouble()) is not None:
+            self.diverge(f"at the end of the run {reason}")
+
+    def diverge(self, reason: str) -> None:
+        raise Diverged(reason, self.step - max(self.progress.high, self.progress.skipped))
 
     def blame(self, ranks: str) -> None:
         """Notes where the loss of an update that is about to be skipped comes from."""
@@ -162,14 +201,6 @@ class TrainState:
             self.scaler.scale(torch.zeros((), device=next(self.model.parameters()).device))  # update needs a first use
             self.scaler.update(self.scaler.get_scale())
 
-    def raise_if_diverged(self) -> None:
-        """Raises UserError after MAX_SKIPPED skipped updates in a row."""
-        if self.progress.skipped >= MAX_SKIPPED:
-            raise UserError(
-                f"{MAX_SKIPPED} updates in a row had no finite gradient at step {self.step}; none of them was saved. "
-                f"Resume from the last checkpoint with a smaller learning rate: {self.recovery}"
-            )
-
     def take_log_loss(self) -> float:
         """The mean loss since the last call; NaN where all updates were skipped."""
         progress = self.progress
@@ -179,13 +210,10 @@ class TrainState:
 
     def record_evaluation(self, result: Evaluation) -> float | None:
         """Adds the evaluation of the current step to the history. Returns the mean train loss since the previous one
-        (None: no update since). Raises UserError where the val loss is not finite."""
+        (None: no update since). Raises Diverged where the val loss is not finite."""
         progress = self.progress
         if not math.isfinite(result.loss):
-            raise UserError(
-                f"the val loss at step {self.step} is {result.loss}; this step was not saved. "
-                f"Resume from the last checkpoint with a smaller learning rate: {self.recovery}"
-            )
+            self.diverge(f"the val loss is {result.loss}")
         train_loss = progress.eval_loss / progress.eval_count if progress.eval_count else None
         progress.eval_loss, progress.eval_count = 0.0, 0
         self.is_best = result.loss < min((entry["val_loss"] for entry in progress.history), default=math.inf)
@@ -200,27 +228,24 @@ class TrainState:
         self.val_loss, self.val_bits_per_byte = result.loss, result.bits_per_byte
         return train_loss
 
-    def save_is_due(self, interval: int | None) -> bool:
-        """Whether a checkpoint of the current step is wanted: every `interval` steps (None: at every evaluation), and
-        for a new best."""
+    def save_is_due(self, interval: int | None, kept: int | None = None) -> bool:
+        """Whether a checkpoint of the current step is wanted: every `interval` steps (None: at every evaluation), every
+        `kept` steps, and for a new best."""
+        if kept is not None and self.step % kept == 0:
+            return True
         if interval is None:
             return self.progress.evaluated_step == self.step
         return self.is_best or self.step % interval == 0
 
-    def save(self, run: Path, dataset: Dataset, hardware: Hardware, facts: Callable[[], dict[str, Any]]) -> None:
-        """Writes a checkpoint of the current step, with what `facts()` returns in its state.json, and prunes older
-        ones. Called within `averaged`.
-
-        A failed save is logged and does not stop the training: the checkpoint before it remains.
-        """
+    def facts(self, dataset: Dataset, hardware: Hardware) -> dict[str, Any]:
+        """What state.json holds of the current step."""
         self.progress.grad_scaler = self.scaler.state_dict()
-        samples = self.step * self.rows
-        state = {
+        return {
             "progress": asdict(self.progress),
             "val_loss": self.val_loss if self.is_trained else None,  # random weights are never the best ones
             "val_bits_per_byte": self.val_bits_per_byte if self.is_trained else None,
-            "samples": samples,
-            "tokens": samples * self.model.config.block_size,
+            "samples": self.data_step * self.rows,
+            "tokens": self.step * self.rows * self.model.config.block_size,
             "dataset": {
                 "name": dataset.name,
                 "path": str(dataset.folder.resolve()),
@@ -230,30 +255,13 @@ class TrainState:
             "environment": environment(hardware, self.compiler, self.layout),
         }
 
-        def write() -> None:
-            others: dict[str, Any] = {"config": self.model.config.to_dict(), "tokenizer": dataset.tokenizer.to_dict()}
-            others |= {"adapter": self.adapter, "state": {**state, **facts()}}
-            if self.layout in SHARDED:
-                save_sharded_checkpoint(run, self.step, Team(), **self._parts(), **others)
-            else:
-                by_first(partial(save_checkpoint, run, self.step, **self._tensors(), **others))
-
-        try:
-            attempt(write)
-            self.saved_step = self.step
-            if is_first():
-                prune_checkpoints(run)
-        except (SaveFailed, OutOfMemory) as error:
-            what = "not saved" if self.saved_step != self.step else "saved without its final records"
-            log(f"step {self.step}: {what}: {error}")
-
-    def _tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Any]:
         """What a checkpoint holds, without the rows that pad the vocabulary; of a sharded model this process's rows."""
         trained = trained_parameters(self.model).items()
         model = {name: self.model.unpad(name, local(p), first_row(p)) for name, p in trained}
         return {"model": model, "optimizer": self._moments()}
 
-    def _parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Any]:
         """The same rows as Parts; none where another process has them, too, and writes them."""
         sizes, parameters = shapes(self.model), trained_parameters(self.model)
 
@@ -264,7 +272,7 @@ class TrainState:
         is_written = all(is_written_here(parameter) for parameter in parameters.values())
         return {
             kind: {name: part(name, rows) for name, rows in tensors.items() if is_written}
-            for kind, tensors in self._tensors().items()
+            for kind, tensors in self.tensors().items()
         }
 
     def _stored_moments(self, saved: Checkpoint) -> dict[str, torch.Tensor]:
@@ -310,7 +318,7 @@ class TrainState:
             ) from error
         if self.progress.grad_scaler:
             self.scaler.load_state_dict(self.progress.grad_scaler)
-        self.saved_step = self.step
+        self.begun_step = self.saved_step = self.step
         now = environment(hardware, self.compiler, self.layout)
         if changed := [f"{name} {before.get(name)} → {now[name]}" for name in now if now[name] != before.get(name)]:
             log(f"the resume may not be bitwise exact: {', '.join(changed)}")

@@ -29,9 +29,13 @@ _HINTS = {
         "leave it out: checkpoints are always saved; --save_interval=STEPS says how often": (
             "always_save_checkpoint save_checkpoint save_strategy save_model do_save"
         ),
-        "leave it out: the newest two checkpoints and the best one are kept": (
-            "save_total_limit keep_checkpoints max_checkpoints load_best_model_at_end"
+        "leave it out: the newest two checkpoints and the best one are kept; --keep_interval=STEPS keeps more": (
+            "save_total_limit keep_checkpoints max_checkpoints load_best_model_at_end keep_last_n"
         ),
+        "--keep_interval=": "milestone_interval milestones keep_every keep_every_n_steps permanent_interval",
+        "--save_minutes=": "save_time checkpoint_minutes save_every_minutes train_time_interval",
+        "--async_save=": "async_checkpoint async_mode async_checkpointing use_async_save",
+        "--from=best or --from=step-N": "from_step resume_step resume_from_step resume_checkpoint load_step ckpt_step",
         "--save_interval=": "save_steps save_every save_freq checkpoint_interval checkpoint_every ckpt_interval",
         "--log_interval=": "logging_steps log_every log_every_n_steps log_freq logging_interval print_every",
         # ---- data

@@ -9,7 +9,6 @@ from typing import Any
 import config
 from checkpoint import discard_later, find_checkpoint, saved_steps
 from common.hardware import Hardware
-from common.option import show
 from config.start import RunConfig
 from errors import UserError, quote
 from files import read_json
@@ -64,12 +63,18 @@ def changed_flags(recorded: RunConfig, stored: dict[str, Any]) -> list[str]:
     """The flags that give a resumed run the options of now, where those of its checkpoint are others."""
     now, kept = recorded.options.flat(), config.fixed_names() | recorded.reasons.keys() | {"run", "resume", "from"}
     names = [name for name in now if name in stored and name not in kept]
-    return [f"--{name}={show(now[name])}" for name in names if _plain(now[name]) != stored[name]]
+    changed = {name: now[name] for name in names if now[name] != stored[name] and not isinstance(now[name], tuple)}
+    return [f"--{name}={typed(value, name in config.escaped_names())}" for name, value in changed.items()]
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
+def typed(value: object, is_escaped: bool) -> str:
+    """A value as a flag has it."""
+    text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    if not is_escaped:
+        return text
+    for char, escape in (("\\", "\\\\"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        text = text.replace(char, escape)
+    return text
 
 
 def describe_end(error: Diverged, run: Path, state: TrainState, options: config.Options) -> str:

@@ -28,6 +28,7 @@ from checkpoint import (
     prune_checkpoints,
     resolve_model_folder,
     save_checkpoint,
+    saved_steps,
 )
 from errors import UserError
 from files import DamagedFile, json_bytes, read_json
@@ -233,9 +234,23 @@ def test_prune_keeps_the_newest_two_the_best_and_foreign_files(tmp_path):
         (home / name).mkdir(parents=True)
     (home / "step-00000007").write_text("a file")
     prune_checkpoints(tmp_path)
-    ours = ["step-00000002", "step-00000004", "step-00000005"]
+    ours = ["step-00000001", "step-00000002", "step-00000004", "step-00000005"]  # the first may be gone back to
     assert steps(tmp_path) == sorted([*ours, "step-00000001.mine", "step-00000007", "notes"])
     assert [path.name for path in list_checkpoints(tmp_path)] == ours
+
+
+def test_prune_keeps_milestones_and_what_a_diverged_run_can_go_back_to(tmp_path):
+    """At any time a checkpoint that a hundred steps have followed, once there was one."""
+    kept = dict[int, list[int]]()
+    for step in range(0, 400, 30):
+        save(tmp_path, step, val_loss=1.0 + step)  # the first one is the best
+        prune_checkpoints(tmp_path, keep_interval=120)
+        kept[step] = saved_steps(tmp_path)
+    assert kept[90] == [0, 60, 90]
+    for step, steps_now in kept.items():
+        assert {step, *range(0, step + 1, 120)} <= {*steps_now}
+        assert step < 100 or any(old <= step - 100 for old in steps_now)
+        assert len([old for old in steps_now if old % 120]) <= 5
 
 
 def test_prune_keeps_unreadable_checkpoints(tmp_path, capsys):

@@ -47,7 +47,7 @@ class CheckpointWriter:
         self.evals, self.facts = evals, facts
         self.is_pending = False  # a save was due when the run was in trouble
         self.last = time.perf_counter()  # when the last save began
-        self.checked = 0  # the step at which the time was looked at
+        self.late = (-1, False)  # the step at which the time was looked at last, and what that showed
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.flying: tuple[int, Future[None]] | None = None
 
@@ -104,12 +104,12 @@ class CheckpointWriter:
 
     def _is_late(self) -> bool:
         minutes, state = self.evals.save_minutes, self.state
-        if minutes is None or state.begun_step == state.step or self.checked == state.step:
+        if minutes is None or state.begun_step == state.step or (world_size() > 1 and state.step % 8):
             return False
-        if world_size() > 1 and state.step % 8:
-            return False
-        self.checked = state.step
-        return any_of(lambda: is_first() and time.perf_counter() - self.last >= 60 * minutes)
+        if self.late[0] != state.step:
+            is_late = any_of(lambda: is_first() and time.perf_counter() - self.last >= 60 * minutes)
+            self.late = state.step, is_late
+        return self.late[1]
 
     def _outcome(self, step: int, write: Callable[[], object]) -> None:
         state = self.state

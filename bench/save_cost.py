@@ -11,6 +11,7 @@ first save on take more than as many median steps of the side that saves nothing
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace, folder: Path, side: str) -> list[float]:
 
 
 def spans(ends: list[float]) -> list[float]:
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def cost(ends: list[float], step: float) -> float:

@@ -108,6 +108,10 @@ class ModelFolder:
             )
         return base
 
+    def frozen_header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each weight without adapters. Raises DamagedFile."""
+        return self.header() if self.adapter is None else TensorReader({self.base() / WEIGHTS: None}).layout
+
     def header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor of its file, or of its shards."""
         return self.reader().layout

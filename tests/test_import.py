@@ -21,7 +21,7 @@ import sample
 import train
 from common.imported_tokenizer import CHARACTER_OF, ImportedTokenizer, ids_around
 from common.tokenizer import named_tokenizer, tokenizer_from_dict
-from common.weights import build_for_weights, count_parameters, import_weights, meta_model
+from common.weights import build_for_weights, count_parameters, import_weights, without_memory
 from errors import UserError
 from interop import __main__ as interop
 from interop import classes, layouts
@@ -409,7 +409,7 @@ def test_a_download_that_breaks_off_is_one_message(tmp_path, monkeypatch):
 def test_the_four_sizes_of_gpt2(layers, width, heads, parameters):
     config = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_ctx": 1024, "activation_function": "gelu_new"}
     made = classes.to_config(classes.read_config(config, "GPT2LMHeadModel"), 50_257, 50_256)
-    model = meta_model(made, 10**4)
+    model = without_memory(made)
     assert count_parameters(model) == parameters
     names = {name for entry in layouts.gpt2(made) for name in entry.theirs}
     assert {"transformer.h.11.attn.c_attn.weight", "transformer.ln_f.bias"} <= names

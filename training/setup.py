@@ -24,13 +24,12 @@ from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, tokenizer_from_dict
 from common.weights import (
     build_for_weights,
-    check_shapes,
+    check_header,
     count_parameters,
     drawn_rows,
     gathered,
     import_rows,
     import_weights,
-    meta_model,
 )
 from errors import UserError, quote
 from model import GPT, AttentionPath, GPTConfig
@@ -249,7 +248,7 @@ def build_sharded(
         sizes, read = {name: [*size] for name, (_, size) in reader.layout.items()}, reader.rows
         if "position.weight" in sizes:
             sizes["position.weight"][0] = min(model_config.block_size, sizes["position.weight"][0])
-        check_shapes(meta_model(model_config, len(sizes)), sizes)
+        check_header(model_config, sizes)
     with torch.device("meta"):
         model = GPT(model_config, None, attention)
     shard(model, mesh, hardware.device, hardware.dtype)

@@ -213,6 +213,14 @@ def shapes(model: GPT) -> dict[str, torch.Size]:
     }
 
 
+def weight_count(config: GPTConfig) -> int:
+    """Weights of a model, but for those of norms and biases. Builds no model."""
+    c = config
+    rows = c.vocab_size * (1 if c.tie_embeddings else 2)
+    rows += c.block_size * (c.positions == "learned") + c.ngram_rows * (c.max_ngram > 1)
+    return c.matrix_weights + rows * c.n_embd
+
+
 def flops_per_token(model: GPT) -> int:
     """FLOPs of forward and backward pass per token at full context: 6 per weight of every matrix (Kaplan et al. 2020),
     4 of those that have no gradient, and 12 · L · T · H · D for attention, masked scores included (Chowdhery et al.

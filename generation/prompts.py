@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.tokenizer import Tokenizer
 from errors import UserError
 from generation.options import SampleScriptOptions
 from generation.text import Piece, Token, prompt_ids
+
+MAX_BYTES = 2**28  # of a file of prompts
 
 
 class Prompt(NamedTuple):
@@ -34,7 +35,13 @@ def read_prompts(script: SampleScriptOptions) -> list[Prompt]:
 
 def _read(path: str, option: str) -> str:
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        if path == "-":
+            data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        else:
+            with open(path, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UserError(f"--{option}={path} is larger than {MAX_BYTES:,} bytes; give prompts in several files")
         return data.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise UserError(

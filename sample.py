@@ -53,9 +53,6 @@ from prepare_data import TextOptions
 from prepare_data.novelty import Copied, Novelty
 from server.options import ServerOptions
 
-MAX_SAMPLES = 1_000_000  # of one command: their texts are kept until all are printed
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code. Raises UserError."""
     argv = sys.argv[1:] if argv is None else argv
@@ -75,11 +72,6 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(run_options.run) if run_options.run is not None else newest_run(Path("runs"))
     folder = resolve_model_folder(path, script.checkpoint)
     prompts = read_prompts(script)
-    if len(prompts) * script.num_samples > MAX_SAMPLES:
-        raise UserError(
-            f"--num_samples={script.num_samples} of {len(prompts):,} prompts are more than {MAX_SAMPLES:,} samples; give"
-            " fewer, or several commands with other seeds"
-        )
     model, tokenizer, hardware = load_run(folder, script, options.section(HardwareOptions))
     text = run_options.data if options.origin["data"] == "flag" else None
     novelty = None if server.serve else open_novelty(folder, text, script)

@@ -137,7 +137,7 @@ class Option:
         if self.path:
             return expand_home(text)
         if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError("expected text, and this holds a NUL character or bytes that are not UTF-8")
+            raise ValueError("expected text, and this holds NUL, or a lone surrogate (a byte that is not UTF-8)")
         return text
 
     def _refuse(self, value: object) -> NoReturn:

@@ -16,6 +16,7 @@ from generation.options import SampleScriptOptions
 from generation.text import Piece, Token, prompt_ids
 
 MAX_BYTES = 2**28  # of a file of prompts
+MAX_SAMPLES = 1_000_000  # of one command: their texts are kept until all are printed
 
 
 class Prompt(NamedTuple):
@@ -29,7 +30,13 @@ class Prompt(NamedTuple):
 def read_prompts(script: SampleScriptOptions) -> list[Prompt]:
     """Reads the prompts that the options give; "" starts a new document. Raises UserError."""
     if script.prompts is not None:
-        return parse_prompts(_read(script.prompts, "prompts"), f"--prompts={script.prompts}")
+        prompts = parse_prompts(_read(script.prompts, "prompts"), f"--prompts={script.prompts}")
+        if len(prompts) * script.num_samples > MAX_SAMPLES:
+            raise UserError(
+                f"--num_samples={script.num_samples} of {len(prompts):,} prompts are more than {MAX_SAMPLES:,} samples;"
+                " give fewer, or several commands with other seeds"
+            )
+        return prompts
     return [Prompt(script.prompt or "" if script.prompt_file is None else _read(script.prompt_file, "prompt_file"))]
 
 

@@ -35,7 +35,7 @@ class GPTConfig:
     FREE_ON_RESUME: ClassVar = {"dropout"}  # a resumed run may change these alone; the weights depend on the others
     MIN_TABLE_BYTES: ClassVar = 2**25  # that a table of positions may take in any model: 131,072 of 64 channels
 
-    n_layer: Annotated[int, Interval(ge=1, le=1024)] = 12
+    n_layer: Annotated[int, Interval(ge=1, le=512)] = 12
     """Number of blocks."""
     n_head: Annotated[int, Interval(ge=1, le=1024)] = 12
     """Query heads per block; divides n_embd."""

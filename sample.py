@@ -53,6 +53,7 @@ from prepare_data import TextOptions
 from prepare_data.novelty import Copied, Novelty
 from server.options import ServerOptions
 
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code. Raises UserError."""
     argv = sys.argv[1:] if argv is None else argv

@@ -30,7 +30,7 @@ DTYPES = {  # safetensors' names; a file holds the tensors in the order of these
 }  # fmt: skip
 # Of a header: its bytes, and its tensors. The deepest model that options allow has fewer, with its moments and averaged
 # weights in the shard of one rank.
-MAX_HEADER, MAX_TENSORS = 2**24, 2**16
+MAX_HEADER, MAX_TENSORS = 2**24, 2**15
 RANKS = {dtype: (rank, name) for rank, (name, dtype) in enumerate(DTYPES.items())}
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------

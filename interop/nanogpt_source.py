@@ -16,7 +16,7 @@ from interop import layouts
 from interop.pickled import load_pickled, plain_tensors
 from interop.sources import Source
 
-MAX_LAYERS = 1024
+MAX_LAYERS = 512
 LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
 
 

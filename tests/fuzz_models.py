@@ -93,7 +93,7 @@ def sign(checkpoint: Path) -> None:
 def any_value(rng: random.Random, near: object) -> Any:
     """A hostile value, or one near to the given one."""
     kind = rng.randrange(4)
-    if kind == 0 and isinstance(near, int | float) and not isinstance(near, bool):
+    if kind == 0 and isinstance(near, int | float) and not isinstance(near, bool) and abs(near) < 2**60:
         return rng.choice([near + 1, near - 1, near * 2, near * 1000, -near, float(near), near + 0.5])
     if kind == 1:
         return rng.choice(OTHERS)
@@ -300,6 +300,6 @@ def _peak() -> float:
 
 
 if __name__ == "__main__":
-    problems = run(int(sys.argv[1]), int(sys.argv[2]))
-    print("\n".join(line[:600] for line in problems[:40]))
-    print(f"{len(problems)} problems in {sys.argv[1]} examples")
+    for number in range(int(sys.argv[1]) // 1000):
+        problems = run(1000, seed=int(sys.argv[2]) + number)
+        print("\n".join([f"{len(problems)} problems in 1000 examples", *(line[:700] for line in problems)]), flush=True)

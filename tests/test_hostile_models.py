@@ -130,7 +130,7 @@ def test_a_config_that_the_weights_do_not_bear_out_is_one_error(folders, tmp_pat
     started = time.process_time()
     said = message(sample.main, f"--run={folder}", "--max_new_tokens=2", "--device=cpu")
     assert time.process_time() - started < 1
-    assert "config.json" in said
+    assert "config.json" in said or "holds adapters, without the weights" in said
     assert re.search(expected, said)
 
 

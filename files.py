@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import stat
@@ -16,7 +17,12 @@ from typing import Any
 
 from errors import UserError
 
-MAX_JSON = 100_000_000  # bytes; larger JSON files are not read
+MAX_JSON = 2**24  # bytes of a JSON file, where its reader names no other limit
+MAX_CONFIG = 2**18  # of a config.json of ours, which has about 2,000
+MAX_TOKENIZER = 100_000_000  # of a file with a tokenizer: those of large vocabularies have some ten million
+SPARE, TOKENIZER_SPARE = 2**25, 2**27  # bytes that parsed JSON may take beside twice its size
+MAX_DIGITS = 300  # of a whole number in JSON: more would be no float
+SLOW = 2**20  # bytes of JSON from which on only Python's own limit of 4,300 digits counts
 CHUNK = 1 << 20
 
 
@@ -95,10 +101,6 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
 def read_text(path: Path, limit: int = MAX_JSON) -> str:
     """The text of a UTF-8 file of at most `limit` bytes. Raises DamagedFile on anything else."""
     try:
@@ -111,15 +113,60 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     with reading(path) as size:
         if size > limit:
             raise DamagedFile(path, f"{size} bytes of JSON or text; the maximum is {limit}")
-        return path.read_bytes()
+        with open(path, "rb", opener=_open_at_once) as file:
+            data = file.read(size + 1)  # another program may write it, or put another file in its place
+        if len(data) > size:
+            raise DamagedFile(path, "it was written to while it was read")
+        return data
 
 
-def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes. Raises DamagedFile on anything else."""
+def _open_at_once(path: str, flags: int) -> int:
+    """os.open that neither waits for the other end of a pipe nor follows a link."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+
+
+def parse_json(data: bytes, spare: int = SPARE) -> Any:
+    """The value of JSON text. Numbers are finite, keys unique, and the values take no more memory than twice the text
+    and `spare` bytes. Raises ValueError."""
+    values, objects = data.count(b",") + data.count(b":"), data.count(b"{") + data.count(b"[")
+    if 64 * values + 88 * objects > 2 * len(data) + spare:  # what Python takes for each at least
+        raise ValueError(f"{objects:,} objects and lists with {values:,} values are too many in {len(data):,} bytes")
+    hooks: dict[str, Any] = {"parse_constant": _number, "parse_float": _number}
+    if len(data) < SLOW:  # the ids of a vocabulary would take three times as long
+        hooks["parse_int"] = _whole_number
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_unique, **hooks)
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:30]} is not a number that JSON has")
+    return number
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:60]!r} stands there twice")
+    return found
+
+
+def read_json(path: Path, limit: int = MAX_JSON, spare: int = SPARE) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes; spare: see parse_json. Raises DamagedFile on anything
+    else."""
     data = _read_bytes(path, limit)
     try:
-        value = json.loads(data.decode(), parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data, spare)
+    except ValueError as error:
         raise DamagedFile(path, f"not valid JSON ({str(error)[:200]})") from error
     if not isinstance(value, dict):
         raise DamagedFile(path, "expected a JSON object")

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     import triton.language as tl
-    from annotated_types import Ge, Gt, Interval
+    from annotated_types import Interval
 
 IGNORED_TARGET = -100  # targets with this id count neither in the loss nor in its divisor
 
@@ -33,33 +33,34 @@ class GPTConfig:
     """Architecture; the defaults are GPT-2 124M. Raises ValueError that names the options that do not fit together."""
 
     FREE_ON_RESUME: ClassVar = {"dropout"}  # a resumed run may change these alone; the weights depend on the others
+    MIN_TABLE_BYTES: ClassVar = 2**25  # that a table of positions may take in any model: 131,072 of 64 channels
 
-    n_layer: Annotated[int, Ge(1)] = 12
+    n_layer: Annotated[int, Interval(ge=1, le=512)] = 12
     """Number of blocks."""
-    n_head: Annotated[int, Ge(1)] = 12
+    n_head: Annotated[int, Interval(ge=1, le=1024)] = 12
     """Query heads per block; divides n_embd."""
-    n_kv_head: Annotated[int, Ge(1)] | None = None
+    n_kv_head: Annotated[int, Interval(ge=1, le=1024)] | None = None
     """Key/value heads per block (grouped-query attention), divides n_head; none: as many as n_head."""
-    n_embd: Annotated[int, Ge(1)] = 768
+    n_embd: Annotated[int, Interval(ge=1, le=65_536)] = 768
     """Channels: the width of the residual stream."""
-    head_dim: Annotated[int, Ge(1)] | None = None
+    head_dim: Annotated[int, Interval(ge=1, le=65_536)] | None = None
     """Channels of a head; none: n_embd / n_head."""
-    block_size: Annotated[int, Ge(1)] = 1024
+    block_size: Annotated[int, Interval(ge=1, le=2**24)] = 1024
     """Context length in tokens: the longest sequence that the model takes."""
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     """Position encoding: a learned table, fixed sine waves, or rotated queries and keys (RoPE)."""
-    rope_theta: Annotated[float, Gt(0)] = 10_000.0
+    rope_theta: Annotated[float, Interval(ge=1, le=1e12)] = 10_000.0
     """Base of the rotary wavelengths; larger for longer contexts."""
-    rope_factor: Annotated[float, Ge(1)] | None = None
+    rope_factor: Annotated[float, Interval(ge=1, le=1e6)] | None = None
     """Llama 3.1's scaling of rotary wavelengths: those beyond rope_original_context are so many times longer. none: no
     scaling."""
-    rope_original_context: Annotated[int, Ge(1)] = 8192
+    rope_original_context: Annotated[int, Interval(ge=1, le=2**24)] = 8192
     """With rope_factor: the context, in tokens, of the model before it was extended."""
-    rotary_dim: Annotated[int, Ge(2)] | None = None
+    rotary_dim: Annotated[int, Interval(ge=2, le=65_536)] | None = None
     """Channels of a head that are rotated, the first ones (GPT-NeoX); none: all."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalization: LayerNorm, or RMSNorm (no mean, no bias)."""
-    norm_eps: Annotated[float, Gt(0)] = 1e-5
+    norm_eps: Annotated[float, Interval(gt=0, le=1)] = 1e-5
     """Added to the variance before the square root."""
     norm_position: Literal["pre", "post"] = "pre"
     """Normalize the input of a sublayer (GPT-2 and later), or its sum with the residual (the 2017 paper)."""
@@ -67,7 +68,7 @@ class GPTConfig:
     """Attention and MLP of a block both read its input, and their outputs are added together (GPT-NeoX)."""
     mlp: Literal["gelu", "gelu_exact", "relu", "relu2", "swiglu"] = "gelu"
     """Nonlinearity of the MLP: GELU (tanh form, or exact), ReLU, squared ReLU, or SiLU-gated."""
-    n_hidden: Annotated[int, Ge(1)] | None = None
+    n_hidden: Annotated[int, Interval(ge=1, le=2**20)] | None = None
     """Width of the MLP; none: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 64."""
     qk_norm: bool = False
     """RMSNorm with learned scales on every head's queries and keys, before the rotation."""
@@ -82,19 +83,19 @@ class GPTConfig:
     """Use the token embedding as the output head too."""
     scale_embeddings: bool = False
     """Multiply token embeddings by the square root of n_embd (the 2017 paper)."""
-    max_ngram: Annotated[int, Ge(1)] = 1
+    max_ngram: Annotated[int, Interval(ge=1, le=64)] = 1
     """Add to a token's embedding those of the n-grams that end with it, n = 2 to this, from a hashed table; 1: none."""
-    ngram_rows: Annotated[int, Ge(1)] = 16_384
+    ngram_rows: Annotated[int, Interval(ge=1, le=2**31 - 1)] = 16_384
     """Rows of the n-gram table; n-grams with the same hash share a row."""
-    sliding_window: Annotated[int, Ge(1)] | None = None
+    sliding_window: Annotated[int, Interval(ge=1, le=2**31 - 1)] | None = None
     """Each token attends to this many tokens, itself and those before it; none: to the whole context."""
     document_mask: bool = False
     """Tokens attend to their own document only, and positions restart at 0 where a document starts."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Dropout on the outputs of the embedding and the residual branches; attention weights are never dropped."""
-    vocab_size: int = field(default=50_257, metadata={"derived": True})
+    vocab_size: Annotated[int, Interval(ge=1, le=2**24)] = field(default=50_257, metadata={"derived": True})
     """Number of token ids; comes from the tokenizer, so it is not an option."""
-    eos_id: int | None = field(default=50_256, metadata={"derived": True})
+    eos_id: Annotated[int, Interval(ge=0, lt=2**24)] | None = field(default=50_256, metadata={"derived": True})
     """The end-of-sequence id; it starts the document that follows it. The document mask needs it."""
 
     @property
@@ -121,6 +122,18 @@ class GPTConfig:
         return 64 * math.ceil(8 * self.n_embd / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
 
     @property
+    def table_bytes(self) -> int:
+        """Of the table of fixed positions, sine waves or rotations, in float32; 0 where positions are learned."""
+        width = {"sinusoidal": self.n_embd, "rotary": self.rotated_size}.get(self.positions, 0)
+        return 4 * self.block_size * width
+
+    @property
+    def matrix_weights(self) -> int:
+        """Weights of the matrices of all blocks."""
+        attention = (2 * self.n_head + 2 * self.kv_heads) * self.head_size
+        return self.n_layer * self.n_embd * (attention + (3 if self.mlp == "swiglu" else 2) * self.hidden_size)
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding in memory: a large vocabulary is padded to a multiple of 128, for the speed of GPUs."""
         return 128 * math.ceil(self.vocab_size / 128) if self.vocab_size > 1024 else self.vocab_size
@@ -132,6 +145,7 @@ class GPTConfig:
             head = f"n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}"
         sinusoidal, rotary = self.positions == "sinusoidal", self.positions == "rotary"
         partly, recent = self.rotary_dim is not None, self.first_attention == "recent"
+        max_table = max(self.MIN_TABLE_BYTES, 2 * self.matrix_weights)  # no weight has the length of such a table
         violated = {
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": not self.head_dim
             and self.n_embd % self.n_head,
@@ -145,6 +159,9 @@ class GPTConfig:
             "parallel_residual=true needs norm_position=pre": self.parallel_residual and self.norm_position == "post",
             "document_mask=true needs a tokenizer with an end-of-sequence id": self.document_mask and eos is None,
             f"eos_id={eos} lies outside the vocabulary of {self.vocab_size}": not 0 <= (eos or 0) < self.vocab_size,
+            f"block_size={self.block_size} is too long for so small a model: its table of positions would take"
+            f" {self.table_bytes / 1e6:,.0f} MB, at most {max_table / 1e6:,.0f} MB are allowed": self.table_bytes
+            > max_table,
         }
         return [rule for rule, is_violated in violated.items() if is_violated]
 

@@ -27,6 +27,9 @@ from torch import Tensor
 
 from errors import UserError
 from files import (
+    MAX_CONFIG,
+    MAX_TOKENIZER,
+    TOKENIZER_SPARE,
     DamagedFile,
     compare,
     json_bytes,
@@ -40,7 +43,7 @@ from files import (
 from tensor_files import TensorReader, bytes_needed, parts_of, read_header
 
 VERSION, SHARDED_VERSION = 1, 2  # of a manifest: of whole files, and of one shard for each rank
-MANIFEST = "manifest.json"
+MANIFEST, MAX_MANIFEST = "manifest.json", 2**22  # bytes: some ten thousand ranks
 WEIGHTS, CONFIG, TOKENIZER = ("model.safetensors", "config.json", "sprout_tokenizer.json")
 MODEL_FILES = tuple(f"model/{name}" for name in (WEIGHTS, CONFIG, TOKENIZER))
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -108,6 +111,10 @@ class ModelFolder:
             )
         return base
 
+    def frozen_header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each weight without adapters. Raises DamagedFile."""
+        return self.header() if self.adapter is None else TensorReader({self.base() / WEIGHTS: None}).layout
+
     def header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor of its file, or of its shards."""
         return self.reader().layout
@@ -174,9 +181,10 @@ def open_without_base(path: Path, check_weights: bool = True, rank: int = 0, siz
             share = large[(rank - 1) % size :: size] if check_weights else []
             check_files(checkpoint, [f"model/{CONFIG}", f"model/{TOKENIZER}", *share])
             open_tensors(checkpoint, "model")
-        config = read_json(path / CONFIG)
+        config = read_json(path / CONFIG, MAX_CONFIG)
         adapter = _adapter(path / CONFIG, config.pop("adapter", None))
-        return ModelFolder(path, config, read_json(path / TOKENIZER), adapter)
+        tokenizer = read_json(path / TOKENIZER, MAX_TOKENIZER, TOKENIZER_SPARE)
+        return ModelFolder(path, config, tokenizer, adapter)
 
 
 def _adapter(path: Path, entry: object) -> Adapter | None:
@@ -359,7 +367,7 @@ def manifest_files(directory: Path) -> dict[str, object]:
     """The manifest's entries: one for each of FILES, or of SHARDED_FILES and the shards. Raises DamagedFile; UserError
     for another version."""
     path = directory / MANIFEST
-    manifest = read_json(path)
+    manifest = read_json(path, MAX_MANIFEST)
     checksum, files, version = manifest.pop("crc32", None), manifest.get("files"), manifest.get("version")
     try:
         intact = checksum == zlib.crc32(json_bytes(manifest)) and manifest.get("format") == "sprout checkpoint"

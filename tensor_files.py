@@ -22,12 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from files import CHUNK, MAX_JSON, DamagedFile, compare, reading
+from files import CHUNK, DamagedFile, compare, parse_json, reading
 
 DTYPES = {  # safetensors' names; a file holds the tensors in the order of these dtypes, then by name
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
     "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+# Of a header: its bytes, and its tensors. The deepest model that options allow has fewer, with its moments and averaged
+# weights in the shard of one rank.
+MAX_HEADER, MAX_TENSORS = 2**24, 2**15
 RANKS = {dtype: (rank, name) for rank, (name, dtype) in enumerate(DTYPES.items())}
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -115,11 +118,14 @@ def read_header(path: Path) -> Header:
     data without a gap. Raises DamagedFile."""
     with reading(path) as size, open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-    if not 0 < length <= min(MAX_JSON, size - 8):
+    if not 0 < length <= min(MAX_HEADER, size - 8):
         raise DamagedFile(path, f"its header length of {length} bytes is impossible in a file of {size} bytes")
     try:
         with safe_open(path, framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
+            names = tensors.offset_keys()
+            if len(names) > MAX_TENSORS:
+                raise DamagedFile(path, f"{len(names):,} tensors; Sprout writes at most {MAX_TENSORS:,}")
+            slices = {name: tensors.get_slice(name) for name in names}
             found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
             metadata = tensors.metadata() or {}
     except SafetensorError as error:
@@ -154,8 +160,8 @@ def _pieces(path: Path, header: Header, is_shard: bool) -> Iterator[tuple[str, t
 def _placed(path: Path, name: str, text: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """The whole shape and the first row from the metadata of a part of this shape. Raises DamagedFile."""
     try:
-        value = json.loads(text) if len(text) <= 2000 else None
-    except (ValueError, RecursionError):
+        value = parse_json(text.encode()) if len(text) <= 2000 else None
+    except ValueError:
         value = None
     whole: Any
     start: Any

@@ -6,7 +6,6 @@ Others are refused with the reason. As everywhere in Sprout, `encode` reads the 
 The file is data: patterns in it are compiled as regular expressions, nothing is executed.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,6 +16,7 @@ import numpy as np
 from common.option import show
 from common.tokenizer import FORMAT, VERSION, Tokenizer
 from errors import UserError
+from files import TOKENIZER_SPARE, parse_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -88,8 +88,8 @@ def from_dict(content: dict[str, Any]) -> ImportedTokenizer:
 def read_tokenizer_json(text: str) -> dict[str, Any]:
     """The content of a tokenizer.json that ImportedTokenizer can represent. Raises UserError with the reason."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text.encode(), TOKENIZER_SPARE)
+    except ValueError as error:
         raise UserError(f"tokenizer.json: not valid JSON ({str(error)[:200]})") from None
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):

@@ -40,6 +40,7 @@ T = TypeVar("T")
 # Removed options and their defaults. Files of earlier versions may hold them: they are skipped when read.
 RETIRED: dict[str, object] = {"zero_init": False, "token_noise": 0.0, "students": 0}
 NEAR = 0.68  # least similarity of a suggested name: --stream is no misspelling of --threads (0.62)
+MAX_NAME, MAX_PATH = 255, 4095  # bytes; of Linux, and about those of other systems
 MAX_INT = 2**63  # integers are below this: they are stored in 64 bits, by torch and numpy too
 
 
@@ -95,7 +96,7 @@ class Option:
         """Parses and checks the text of a flag. Raises ValueError with what was expected."""
         word = text.lower()
         if self.repeatable:
-            return () if word == "none" else (unescape(text) if self.escaped else self._expanded(text),)
+            return () if word == "none" else (self._text(unescape(text) if self.escaped else text),)
         if text in self.choices:
             return text
         if self.none and word == "none":
@@ -119,9 +120,9 @@ class Option:
         if value is None and self.none:
             return None
         if self.repeatable and isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
-            return tuple(value)
+            return tuple(map(self._text, value))
         if isinstance(value, str) and (value in self.choices or str in self.kinds):
-            return self._expanded(value)
+            return self._text(value)
         if isinstance(value, bool) and bool in self.kinds:
             return value
         if isinstance(value, int | float) and not isinstance(value, bool) and self._in_range(value):
@@ -131,8 +132,13 @@ class Option:
                 return float(value)
         return self._refuse(value)
 
-    def _expanded(self, text: str) -> str:
-        return expand_home(text) if self.path else text
+    def _text(self, text: str) -> str:
+        """A text, of a path with ~ replaced. Raises ValueError where no file or none of our files can hold it."""
+        if self.path:
+            return expand_home(text)
+        if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError("expected text, and this holds NUL, or a lone surrogate (a byte that is not UTF-8)")
+        return text
 
     def _refuse(self, value: object) -> NoReturn:
         kinds = {int: f"a whole number {self.limits()}", float: f"a number {self.limits()}", str: "text"}
@@ -319,11 +325,28 @@ def show(value: object) -> str:
 
 
 def expand_home(text: str) -> str:
-    """A path with ~ or ~user at its start replaced; shells do this only at the start of a word. Raises ValueError."""
+    """A path with ~ or ~user at its start replaced; shells do this only at the start of a word. Raises ValueError, also
+    where no file can have that name."""
+    check_path(text)
     expanded = os.path.expanduser(text)
     if expanded.startswith("~") and not os.path.lexists(text):
         raise ValueError(f"there is no home directory of that name; for a folder named {text[:30]} write ./{text[:30]}")
     return expanded
+
+
+def check_path(text: str) -> None:
+    """Raises ValueError where no file can have that path."""
+    try:
+        data = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError("expected a path, and this holds a lone surrogate, which is no character") from None
+    if b"\0" in data:
+        raise ValueError("expected a path, and this holds a NUL character")
+    longest = max(map(len, data.replace(b"\\", b"/").split(b"/")))
+    if longest > MAX_NAME or len(data) > MAX_PATH:
+        found = f"a name of {longest:,} bytes" if longest > MAX_NAME else f"{len(data):,} bytes"
+        allowed = f"names of at most {MAX_NAME} bytes and {MAX_PATH:,} in all"
+        raise ValueError(f"expected a path, with {allowed}; found {found}")
 
 
 def _is_huge(value: object) -> bool:

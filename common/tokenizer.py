@@ -28,6 +28,7 @@ import tiktoken_ext.openai_public
 
 from common.download import DownloadFailed, download
 from errors import UserError
+from files import MAX_TOKENIZER, TOKENIZER_SPARE, DamagedFile, read_json
 
 # How text is split before byte pairs are merged: the exact patterns of the published encodings.
 PATTERNS = {
@@ -342,17 +343,18 @@ def named_tokenizer(name: str) -> Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a sprout_tokenizer.json or a dataset.json."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path.resolve(), MAX_TOKENIZER, TOKENIZER_SPARE)
+    except DamagedFile as error:
         raise UserError(
-            f"--tokenizer={path}: cannot be read as JSON ({error}); expected a sprout_tokenizer.json or a dataset.json"
+            f"--tokenizer={path}: cannot be read as JSON ({error.problem}); expected a sprout_tokenizer.json or a"
+            " dataset.json"
         ) from None
-    if isinstance(content, dict) and "model" in content and "format" not in content:
+    if "model" in content and "format" not in content:
         raise UserError(
             f"--tokenizer={path}: of another program; `python -m interop import` of its model makes a folder with a"
             " sprout_tokenizer.json, which this option takes"
         )
     try:
-        return tokenizer_from_dict(content.get("tokenizer", content) if isinstance(content, dict) else content)
+        return tokenizer_from_dict(content.get("tokenizer", content))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

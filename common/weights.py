@@ -1,19 +1,128 @@
-"""Export and import of a model's weights (vocab_size rows, no padding); counts of parameters and FLOPs. No file I/O."""
+"""Export and import of a model's weights (vocab_size rows, no padding); counts of parameters and FLOPs; whether the
+config of a stored model is the one of its weights, by their header alone.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from common.memory import attempt
+from common.option import section_from
+from errors import UserError
 from model import GPT, AttentionPath, GPTConfig
+from model_folder import CONFIG, LORA_A, LORA_B, WEIGHTS, ModelFolder, open_model_folder
 from parallel.processes import by_first
 from parallel.sharding import first_row, is_sharded, local, whole
 
-MAX_TABLE_BYTES = 2**31  # of a stored model's position table: 2M positions of 128 channels, 16M of 16
+COPY_AGAIN = "copy the folder again from its source, or use another checkpoint"
+Shapes = Mapping[str, Sequence[int]]
+LAYER = re.compile(r"blocks\.(0|[1-9][0-9]{0,3})\.(.+)")  # a tensor of a block: its layer, its name there
+OPTIONS = {  # the beginning of a tensor's name → the options that its shape, or its being there, depends on
+    "embed": "n_embd, vocab_size", "ngrams": "max_ngram, ngram_rows, n_embd",
+    "position": "positions, block_size, n_embd", "head": "tie_embeddings, n_embd, vocab_size",
+    "final_norm": "norm, norm_position, bias, n_embd", "attn_norm": "norm, bias, n_embd",
+    "mlp_norm": "norm, bias, n_embd", "attn.qkv.bias": "bias, qkv_bias, n_head, n_kv_head, head_dim",
+    "attn.qkv": "n_head, n_kv_head, head_dim, n_embd", "attn.proj": "bias, n_head, head_dim, n_embd",
+    "attn.": "qk_norm, head_dim, n_head", "mlp": "mlp, bias, n_hidden, n_embd",
+}  # fmt: skip
+
+# ---- A stored model's config -----------------------------------------------------------------------------------------
+
+
+def open_checked(path: Path, *, check_weights: bool = True) -> tuple[ModelFolder, GPTConfig]:
+    """open_model_folder, with its options as checked_config has them. Raises UserError."""
+    folder = open_model_folder(path, check_weights=check_weights)
+    config = checked_config(folder)
+    return replace(folder, config=config.to_dict()), config
+
+
+def checked_config(folder: ModelFolder) -> GPTConfig:
+    """The options of a stored model. Every option is in its range, and those that say how many tensors there are, and
+    how large, agree with the headers of the weights, which the sizes of the files have confirmed. So what is built
+    from them takes no more memory than the weights. Takes neither memory nor time that they could ask for. Raises
+    UserError."""
+    place = folder.path / CONFIG
+    try:
+        config = section_from(GPTConfig, folder.config)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; {COPY_AGAIN}") from None
+    try:
+        given = {name: shape for name, (_, shape) in folder.frozen_header().items()}
+        check_header(config, given)
+        if folder.adapter is not None:
+            own = {name: shape for name, (_, shape) in folder.header().items()}
+            check_adapters(given, own, folder.adapter.rank)
+    except ValueError as error:
+        weights = folder.path / WEIGHTS if folder.adapter is None else folder.base() / WEIGHTS
+        raise UserError(f"{place} does not fit {weights}: {error}; {COPY_AGAIN}") from None
+    return config
+
+
+def check_header(config: GPTConfig, given: Shapes) -> None:
+    """Raises ValueError that names options and a tensor where the shapes of stored weights are not those of a model of
+    this config. Builds a model of one layer alone, without memory."""
+    layers = dict[int, dict[str, Sequence[int]]]()
+    others = dict[str, Sequence[int]]()
+    for name, shape in given.items():
+        if match := LAYER.fullmatch(name):
+            layers.setdefault(int(match[1]), {})[match[2]] = shape
+        else:
+            others[name] = shape
+    if len(layers) != config.n_layer or max(layers) != config.n_layer - 1:
+        raise ValueError(f"n_layer={config.n_layer}: the weights have {len(layers)} layers")
+    expected = shapes(without_memory(replace(config, n_layer=1)))
+    block = {name.removeprefix("blocks.0."): shape for name, shape in expected.items() if name.startswith("blocks.")}
+    _compare({name: shape for name, shape in expected.items() if not name.startswith("blocks.")}, others)
+    for layer, found in sorted(layers.items()):
+        _compare(block, found, f"blocks.{layer}.")
+
+
+def without_memory(config: GPTConfig) -> GPT:
+    """A model on the meta device, without a table of positions. Raises ValueError for sizes that nothing can have."""
+    try:
+        with torch.device("meta"):
+            return GPT(replace(config, block_size=1) if config.table_bytes else config, seed=None)
+    except RuntimeError as error:  # more bytes than 64 bits count
+        raise ValueError(f"the sizes of its config are impossible ({str(error)[:200]})") from error
+
+
+def _compare(expected: Shapes, given: Shapes, prefix: str = "") -> None:
+    """Raises ValueError where names or shapes differ."""
+    if missing := sorted(expected.keys() - given.keys()):
+        what = f"the weights lack {prefix + missing[0]!r} ({len(missing)} missing)"
+        raise ValueError(f"{_options_of(missing[0])}: {what}")
+    if extra := sorted(given.keys() - expected.keys()):
+        what = f"the weights hold {prefix + extra[0]!r}, which this model does not have ({len(extra)} too many)"
+        raise ValueError(f"{_options_of(extra[0])}: {what}")
+    for name, shape in expected.items():
+        if tuple(shape) != tuple(given[name]):
+            what = f"{prefix + name!r} has the shape {tuple(given[name])}, this model has {tuple(shape)}"
+            raise ValueError(f"{_options_of(name)}: {what}")
+
+
+def _options_of(name: str) -> str:
+    return next((options for start, options in OPTIONS.items() if name.startswith(start)), "the options")
+
+
+def check_adapters(weights: Shapes, adapters: Shapes, rank: int) -> None:
+    """Raises ValueError where adapters (training/lora.py) are not those of a rank for matrices of these weights."""
+    for name, shape in adapters.items():
+        layer = name.removesuffix(LORA_A).removesuffix(LORA_B)
+        matrix = tuple(weights.get(f"{layer}.weight", ()))
+        if layer == name or len(matrix) != 2 or {layer + LORA_A, layer + LORA_B} - adapters.keys():
+            raise ValueError(f"{name!r} is not part of an adapter of its base")
+        expected = (rank, matrix[1]) if name.endswith(LORA_A) else (matrix[0], rank)
+        if tuple(shape) != expected:
+            raise ValueError(f"adapter.rank={rank}: {name!r} has the shape {tuple(shape)}, expected {expected}")
+
+
+# ---- Export and import -----------------------------------------------------------------------------------------------
 
 
 def export_weights(model: GPT) -> dict[str, Tensor]:
@@ -29,43 +138,13 @@ def trained_parameters(model: GPT) -> dict[str, nn.Parameter]:
 def build_for_weights(config: GPTConfig, tensors: Mapping[str, Tensor], attention: AttentionPath = "sdpa") -> GPT:
     """A model without initial weights, for tensors that fit. Raises ValueError, before it takes memory or time for a
     config that belongs to other weights."""
-    check_weights(meta_model(config, len(tensors)), tensors)
+    check_header(config, {name: tensor.shape for name, tensor in tensors.items()})
     return GPT(config, None, attention)
-
-
-def meta_model(config: GPTConfig, n_tensors: int) -> GPT:
-    """A model without memory, which has the names and shapes of its parameters, for weights of so many tensors. Raises
-    ValueError for a config that belongs to other weights, or whose table of positions would be too large."""
-    if config.n_layer > n_tensors:
-        raise ValueError(f"n_layer={config.n_layer}: the weights have {n_tensors} tensors, too few for the layers")
-    table_width = {"rotary": 2 * config.rotated_size, "sinusoidal": config.n_embd}.get(config.positions, 0)
-    try:
-        with torch.device("meta"):
-            model = GPT(replace(config, block_size=1) if table_width else config, seed=None)
-    except RuntimeError as error:  # more bytes than 64 bits count
-        raise ValueError(f"the sizes of its config are impossible ({str(error)[:200]})") from error
-    table_bytes = 4 * config.block_size * table_width
-    if table_bytes > MAX_TABLE_BYTES:
-        size = f"{table_bytes / 2**30:.0f} GiB (maximum {MAX_TABLE_BYTES / 2**30:.0f})"
-        raise ValueError(f"block_size={config.block_size}: its table of positions takes {size}")
-    return model
 
 
 def check_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError that names a tensor that does not fit the model."""
-    check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()})
-
-
-def check_shapes(model: GPT, given: Mapping[str, Sequence[int]]) -> None:
-    """check_weights, by name → shape."""
-    own = shapes(model)
-    if missing := sorted(own.keys() - given.keys()):
-        raise ValueError(f"the weights lack {missing[0]!r} ({len(missing)} missing)")
-    if extra := sorted(given.keys() - own.keys()):
-        raise ValueError(f"the weights hold {extra[0]!r}, which this model does not have ({len(extra)} too many)")
-    for name, expected in own.items():
-        if tuple(expected) != tuple(given[name]):
-            raise ValueError(f"{name!r} has the shape {tuple(given[name])}, this model has {tuple(expected)}")
+    _compare(shapes(model), {name: tensor.shape for name, tensor in tensors.items()})
 
 
 @torch.no_grad()
@@ -132,6 +211,14 @@ def shapes(model: GPT) -> dict[str, torch.Size]:
         name: torch.Size((V, *shape[1:])) if name in ("embed.weight", "head.weight") else shape
         for name, shape in padded.items()
     }
+
+
+def weight_count(config: GPTConfig) -> int:
+    """Weights of a model, but for those of norms and biases. Builds no model."""
+    c = config
+    rows = c.vocab_size * (1 if c.tie_embeddings else 2)
+    rows += c.block_size * (c.positions == "learned") + c.ngram_rows * (c.max_ngram > 1)
+    return c.matrix_weights + rows * c.n_embd
 
 
 def flops_per_token(model: GPT) -> int:

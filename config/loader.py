@@ -230,7 +230,7 @@ class Loader:
         if not arg.endswith((".py", ".json")):
             return self.presets().get(arg)
         places = (Path(os.path.expanduser(arg)), self.root / arg)
-        return next((place for place in places if place.is_file()), None)
+        return next((place for place in places if os.path.isfile(place)), None)  # False, too, for impossible names
 
     def _preset(self, path: Path, arg: str, problems: list[str], notes: list[str]) -> list[Setting]:
         if path.suffix == ".json":

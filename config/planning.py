@@ -11,9 +11,10 @@ from typing import Any
 
 import config
 from common.hardware import Hardware, choose_attention
-from common.option import option_names, section_from
+from common.option import option_names
 from common.options import HardwareOptions, RunOptions
 from common.tokenizer import bytes_per_token
+from common.weights import checked_config
 from config.chain import share_time
 from config.start import Start
 from errors import UserError, quote
@@ -193,7 +194,7 @@ class Planning:
         compiles = train.compile
         if compiles == "auto":
             compiles = find_obstacle(hardware) is None and saves * seconds > takes
-        teachers = [section_from(GPTConfig, teacher.config) for teacher in self.start.teachers]
+        teachers = [checked_config(teacher) for teacher in self.start.teachers]
         saves = saves if compiles else 0.0
         optimizer, others = options.section(OptimizerOptions), (saves, teachers, train.cuda_graphs, train.lora_rank)
         cost = StepCost(model, optimizer, hardware, path, *others)

@@ -29,11 +29,12 @@ from checkpoint import (
 from common.option import option_names
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import RunLock, refuse_used_run
+from common.weights import checked_config, open_checked
 from config.hints import INIT_FROM
 from config.resume import note_unused_flags, resumed_options, with_model_options
 from errors import UserError, quote
 from files import write_json
-from model_folder import ModelFolder, open_model_folder
+from model_folder import ModelFolder
 from parallel.processes import Team, by_first, is_first, world_size
 from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
@@ -168,6 +169,7 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         if not eval_only:
             by_first(lambda: stack.enter_context(RunLock(run)) and None)
         resumed = open_resumed(run, train.from_ or which)
+        checked_config(resumed.model)
         options = note_unused_flags(resumed_options(options, resumed.state["options"]))
         max_steps = options.section(TrainOptions).max_steps
         if not eval_only:
@@ -189,7 +191,7 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     if train.init_from is not None:
         if train.init_from in INIT_FROM and not Path(train.init_from).exists():
             raise UserError(f"--init_from={train.init_from}: {INIT_FROM[train.init_from]}")
-        initial = open_model_folder(resolve_model_folder(Path(train.init_from)))
+        initial, _ = open_checked(resolve_model_folder(Path(train.init_from)))
         options = with_model_options(options, f"--init_from={train.init_from}", initial.config, initial.tokenizer)
         options = config.replace(options, lora_rank=None) if eval_only else options
         check_adapters(options)
@@ -223,7 +225,7 @@ def with_teachers(start: Start) -> Start:
     may_follow = start.needs_plan or start.options.section(TrainOptions).teachers > 0
     if "teacher_share" in start.flags and not given and not may_follow:
         raise UserError(f"--teacher_share={share}: there is no teacher; add --teacher=RUN, or leave it out")
-    teachers = [open_model_folder(resolve_model_folder(Path(path))) for path in given]
+    teachers = [open_checked(resolve_model_folder(Path(path)))[0] for path in given]
     models = [*([start.initial] if start.initial else []), *teachers]
     for model in models[1:]:
         if model.tokenizer != models[0].tokenizer:
@@ -254,7 +256,7 @@ def same_teachers(resumed: Checkpoint, paths: Sequence[str]) -> list[ModelFolder
         why = "resuming needs the same teacher; restore it from a copy, or name where it is now with --teacher=PATH"
         if not Path(path).exists():
             raise UserError(f"--teacher={path}, from which this run learns, is gone: {why}")
-        teacher = open_model_folder(resolve_model_folder(Path(path)))
+        teacher, _ = open_checked(resolve_model_folder(Path(path)))
         if teacher.weights_entry() != entry:
             raise UserError(f"--teacher={path}, from which this run learns, has other weights than before: {why}")
         found.append(teacher)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.option import RETIRED, show, without_retired
+from files import MAX_CONFIG, DamagedFile, read_json, read_text
 from training.options import TRACKERS
 
+MAX_PRESET = 2**16  # bytes
 RUN_SPECIFIC = ("run", "resume", "teachers", *TRACKERS)  # not taken over from a saved config.json
 # Nor these where they were chosen automatically: they suit that machine. What a plan has chosen is taken over.
 MACHINE_SPECIFIC = ("device", "dtype", "threads", "attention", "micro_batch_size", "compile")
@@ -27,11 +29,14 @@ class Setting(NamedTuple):
 def read_preset(path: Path, shown: str, problems: list[str]) -> list[Setting]:
     """The `name = value` lines of a preset, which is never executed. Appends a line to `problems` for anything else."""
     try:
-        body = ast.parse(path.read_bytes()).body
+        body = ast.parse(read_text(path.resolve(), MAX_PRESET)).body
     except SyntaxError as error:
         problems.append(f"{shown}:{error.lineno or 1}: expected name = value ({error.msg})")
         return []
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
+    except DamagedFile as error:
+        problems.append(f"{shown}: cannot be read as a preset: {error.problem}")
+        return []
+    except (ValueError, RecursionError, MemoryError) as error:
         problems.append(f"{shown}: cannot be read as a preset: {error}")
         return []
     settings = []
@@ -95,11 +100,11 @@ def _number(value: Any) -> Any:
 def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) -> list[Setting]:
     """The settings of a run's config.json; those that belong to that run alone are left out and named in `notes`."""
     try:
-        saved = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{shown}: not valid JSON: {error}")
+        saved = read_json(path.resolve(), MAX_CONFIG)
+    except DamagedFile as error:
+        problems.append(f"{shown}: {error.problem}")
         return []
-    if not isinstance(saved, dict) or saved.get("format") != "sprout-config" or saved.get("version") != 1:
+    if saved.get("format") != "sprout-config" or saved.get("version") != 1:
         problems.append(
             f'{shown}: not the config.json of a run: expected an object with "format": "sprout-config" and "version": 1'
         )

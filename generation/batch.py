@@ -8,6 +8,7 @@ numbers change when samples leave, so every step remembers its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -32,17 +33,19 @@ CHUNK = 16  # steps whose uniform numbers are sent to the device together
 
 
 class PlainDecoder:
-    """GPT.decode for a batch, with the methods of GraphDecoder: nothing is recorded, and no row is idle."""
+    """GPT.decode for a batch, with the methods of GraphDecoder: nothing is recorded, and no row is idle. longest: ids
+    that a row will hold at most; a cache of the whole context would take gigabytes in models of a long one."""
 
-    def __init__(self, model: GPT, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: GPT, device: torch.device, dtype: torch.dtype, longest: int) -> None:
         self.model, self.device, self.dtype = model, device, dtype
+        self.config = replace(model.config, block_size=max(1, min(longest, model.config.block_size)))
         self.look_ahead = 1 if is_gpu(device) else 0
 
     def rows_for(self, samples: int) -> int:
         return samples
 
     def new_cache(self, samples: int) -> KVCache:
-        return KVCache(self.model.config, samples, self.device, self.dtype)
+        return KVCache(self.config, samples, self.device, self.dtype)
 
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
         return widened(self.model.decode(ids, cache))

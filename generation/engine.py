@@ -113,7 +113,7 @@ def generate(
             continue
         fits = False
         with _suppressed_out_of_memory():
-            with _decoder_for(model, len(group.texts), size, dtype) as decoder:
+            with _decoder_for(model, group, size, dtype, options.max_new_tokens) as decoder:
                 yield from _decode_loop(decoder, group, options, seed, draws, stopped)
             fits = True
         if not fits:
@@ -163,15 +163,16 @@ def end_programs(device: torch.device) -> str:
 
 @contextmanager
 def _decoder_for(
-    model: GPT, samples: int, max_samples: int, dtype: torch.dtype
+    model: GPT, group: _Group, max_samples: int, dtype: torch.dtype, max_new_tokens: int
 ) -> Iterator[cuda_graphs.GraphDecoder | PlainDecoder]:
     """Steps recorded as CUDA graphs on a GPU, unless the model has hooks, which a recording would not call."""
-    device, direct = model.embed.weight.device, with_direct_calls(model)
+    device, direct, samples = model.embed.weight.device, with_direct_calls(model), len(group.texts)
     if is_gpu(device) and direct is not model:
         with cuda_graphs.lent(model, direct, samples, max_samples, device, dtype) as decoder:
             yield decoder
     else:
-        yield PlainDecoder(direct, device, dtype)
+        longest = max(map(len, group.texts.values()), default=1) - group.step + max_new_tokens
+        yield PlainDecoder(direct, device, dtype, longest)
 
 
 def _prefill(model: GPT, cache: KVCache, rows: Sequence[int], texts: Sequence[Sequence[int]], keep_head: int) -> None:

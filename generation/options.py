@@ -24,7 +24,7 @@ class SampleScriptOptions:
     """Read many prompts from this JSON Lines file, each a string or {"prompt": "…", "id": …}; - for standard input."""
     quantize: Literal["int8"] | None = None
     """int8: 8-bit weights, on CPUs only; a 124M model generates 1.9 times as fast on two cores, small ones slower."""
-    num_samples: Annotated[int, Ge(1)] = 1
+    num_samples: Annotated[int, Interval(ge=1, le=100_000)] = 1
     """Samples per prompt, generated in one batch."""
     output: Literal["text", "jsonl", "csv"] = "text"
     """Print samples as text, or as one JSON object per line with token ids, log-probabilities and finish reason. With
@@ -33,7 +33,7 @@ class SampleScriptOptions:
     """Interactive session: the model continues each line that you type; /help lists its commands."""
     novelty: bool = False
     """Mark what stands word for word in the training text; say how much that is, and how much of the val split does."""
-    novelty_words: Annotated[int, Ge(1)] = 6
+    novelty_words: Annotated[int, Interval(ge=1, le=1000)] = 6
     """Shortest passage that --novelty marks, in words."""
     inspect: str | None = path(None)
     """Write an HTML page with the attention maps, scores and next-token probabilities of the prompt; no samples."""
@@ -42,7 +42,7 @@ class SampleScriptOptions:
     glob, or of standard input (-); with --separator of each document. May be given several times."""
     score_end: bool = True
     """Count the end-of-sequence token after each scored document, as the val loss does; false suits excerpts."""
-    eval_stride: Annotated[int, Ge(1)] | None = None
+    eval_stride: Annotated[int, Interval(ge=1, le=2**24)] | None = None
     """How many tokens the window of --score moves on, at most block_size (none: that, as in the val loss). A smaller
     stride sees each token with at least block_size - stride tokens of context; its time is block_size / stride fold."""
 
@@ -85,15 +85,15 @@ class SamplingOptions:
     """Subtract this from a token's logit once for each time it was generated before."""
     temperature: Annotated[float, Ge(0)] = 0.8
     """Divide the logits by this: 0 always takes the likeliest token, 1 leaves them as they are, more is more random."""
-    top_k: Annotated[int, Ge(1)] | None = None
+    top_k: Annotated[int, Interval(ge=1, le=2**24)] | None = None
     """Sample from the k likeliest tokens only."""
     top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
     """Sample from the smallest set of tokens whose total probability reaches this (nucleus sampling)."""
     min_p: Annotated[float, Interval(ge=0, le=1)] | None = None
     """Sample only tokens whose probability is at least this fraction of the highest one."""
-    max_new_tokens: Annotated[int, Ge(0)] = 500
+    max_new_tokens: Annotated[int, Interval(ge=0, le=10**9)] = 500
     """Maximum length of a sample, in tokens."""
-    min_new_tokens: Annotated[int, Ge(0)] = 0
+    min_new_tokens: Annotated[int, Interval(ge=0, le=10**9)] = 0
     """Never draw end-of-sequence before a sample has this many tokens."""
     stop: tuple[str, ...] = escaped(())
     r"""Stop string: end a sample just before this text; \n, \t and \\ are escapes. May be given several times."""
@@ -101,7 +101,7 @@ class SamplingOptions:
     """End a sample when the end-of-sequence token is drawn."""
     prepend_eos: bool = True
     """Prepend the end-of-sequence token to the prompt: in training it came before every document."""
-    keep_head: Annotated[int, Ge(0)] = 1
+    keep_head: Annotated[int, Interval(ge=0, le=2**24)] = 1
     """First tokens that stay visible (attention sink) beyond block_size; of the others, the newer half."""
     logprobs: Annotated[int, Interval(ge=0, le=100)] | None = None
     """Report each token's unfiltered log-probability, and those of this many likeliest tokens (--output=jsonl)."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.tokenizer import Tokenizer
 from errors import UserError
 from generation.options import SampleScriptOptions
 from generation.text import Piece, Token, prompt_ids
+
+MAX_BYTES = 2**28  # of a file of prompts
+MAX_SAMPLES = 1_000_000  # of one command: their texts are kept until all are printed
 
 
 class Prompt(NamedTuple):
@@ -28,13 +30,25 @@ class Prompt(NamedTuple):
 def read_prompts(script: SampleScriptOptions) -> list[Prompt]:
     """Reads the prompts that the options give; "" starts a new document. Raises UserError."""
     if script.prompts is not None:
-        return parse_prompts(_read(script.prompts, "prompts"), f"--prompts={script.prompts}")
+        prompts = parse_prompts(_read(script.prompts, "prompts"), f"--prompts={script.prompts}")
+        if len(prompts) * script.num_samples > MAX_SAMPLES:
+            raise UserError(
+                f"--num_samples={script.num_samples} of {len(prompts):,} prompts are more than {MAX_SAMPLES:,} samples;"
+                " give fewer, or several commands with other seeds"
+            )
+        return prompts
     return [Prompt(script.prompt or "" if script.prompt_file is None else _read(script.prompt_file, "prompt_file"))]
 
 
 def _read(path: str, option: str) -> str:
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        if path == "-":
+            data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        else:
+            with open(path, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UserError(f"--{option}={path} is larger than {MAX_BYTES:,} bytes; give prompts in several files")
         return data.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise UserError(

@@ -15,15 +15,13 @@ from typing import NamedTuple
 import torch
 
 from common.memory import OutOfMemory, attempt
-from common.option import section_from
 from common.tokenizer import Tokenizer, tokenizer_from_dict
-from common.weights import build_for_weights, import_weights
+from common.weights import build_for_weights, import_weights, open_checked
 from errors import UserError
 from generation.cuda_graphs import drop_kept
 from generation.engine import STOP, Event, end_programs, generate
 from generation.options import SamplingOptions
-from model import GPT, GPTConfig
-from model_folder import open_model_folder
+from model import GPT
 
 
 class Token(NamedTuple):
@@ -63,10 +61,9 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
 
 
 def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
-    saved = open_model_folder(folder, check_weights=False)  # model_tensors checks them
+    saved, config = open_checked(folder, check_weights=False)  # model_tensors checks them
     try:
         tokenizer = tokenizer_from_dict(saved.tokenizer)
-        config = section_from(GPTConfig, saved.config)
         if (config.vocab_size, config.eos_id) != (tokenizer.vocab_size, tokenizer.eos_id):
             raise ValueError(
                 f"the model has {config.vocab_size} ids with end-of-sequence {config.eos_id}, "

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     start_script()  # before the imports that take time
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def run_import(arguments: argparse.Namespace) -> int:
         path = expanded("PATH", given)
     out = expanded("--out", arguments.out) if arguments.out else Path("models", name_for(given))
     try:
-        if out.exists():
+        if os.path.lexists(out):
             raise UserError(f"{out} exists; remove it, or give another folder with --out=DIR")
         source = open_source(path, pickle=arguments.pt, tokenizer=arguments.tokenizer, eos=arguments.eos)
         for note in source.notes:
@@ -92,18 +93,18 @@ def run_import(arguments: argparse.Namespace) -> int:
 
 def expanded(what: str, text: str) -> Path:
     """A path as typed, ~ replaced. Raises UserError."""
-    from common.option import expand_home
+    from common.option import expand_home, show
 
     try:
         return Path(expand_home(text))
     except ValueError as error:
-        raise UserError(f"{what}={text}: {error}") from None
+        raise UserError(f"{what}={show(text)}: {error}") from None
 
 
 def run_export(arguments: argparse.Namespace) -> int:
     from interop.exporting import export_model, export_model_folder, plain_name
 
-    run, out = Path(arguments.run).expanduser(), None if arguments.out is None else Path(arguments.out).expanduser()
+    run, out = expanded("RUN", arguments.run), None if arguments.out is None else expanded("--out", arguments.out)
     if arguments.to == "model":
         path, proved = export_model_folder(run, out, arguments.dtype, arguments.checkpoint)
     else:

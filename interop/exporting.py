@@ -20,9 +20,8 @@ from torch import Tensor
 
 from checkpoint import resolve_model_folder
 from common.memory import OutOfMemory, attempt, require_memory
-from common.option import section_from
 from common.tokenizer import Tokenizer, tokenizer_from_dict
-from common.weights import check_weights
+from common.weights import check_weights, open_checked
 from errors import UserError
 from files import sync_directory
 from interop import classes, gguf_file, proof
@@ -83,7 +82,7 @@ def export_model_folder(run: Path, out: Path | None, dtype: str | None, which: s
     adapters merged → its path, and what was checked. Raises UserError, and then there is no such folder."""
     if dtype is not None:
         raise UserError(f"--dtype={dtype} with --to=model, which keeps the weights as they are stored; leave it out")
-    folder = open_model_folder(resolve_model_folder(run, which), check_weights=False)  # model_tensors checks them
+    folder, _ = open_checked(resolve_model_folder(run, which), check_weights=False)  # model_tensors checks them
     out = out or Path("exports", f"{model_name(folder.path)}-model")
     if os.path.lexists(out):
         raise UserError(f"{out} exists; remove it, or give another folder with --out=DIR")
@@ -123,10 +122,9 @@ def stored_bytes(folder: ModelFolder) -> int:
 
 def open_model(run: Path, which: str) -> Model:
     """Raises UserError where the folder is damaged, or the model does not fit a class."""
-    folder = open_model_folder(resolve_model_folder(run, which), check_weights=False)  # model_tensors checks them
+    folder, config = open_checked(resolve_model_folder(run, which), check_weights=False)  # the same
     try:
         tokenizer = tokenizer_from_dict(folder.tokenizer)
-        config = section_from(GPTConfig, folder.config)
         if (config.vocab_size, config.eos_id) != (tokenizer.vocab_size, tokenizer.eos_id):
             raise ValueError(f"the model has {config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}")
     except ValueError as error:

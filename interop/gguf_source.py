@@ -50,7 +50,7 @@ PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]] | None, dict[str, Any]]] = 
 }
 STRING, ARRAY = 8, 9  # kinds of values
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of the others
-MAX_ENTRIES, MAX_ARRAY = 2**16, 2**21
+MAX_ENTRIES, MAX_VALUES = 2**14, 2**21  # tensors or fields; values in all arrays together
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 
 
@@ -105,10 +105,13 @@ def check_header(path: Path) -> None:
             raise ValueError(f"version {version}, expected 2 or 3, little-endian")
         if max(n_tensors, n_fields) > MAX_ENTRIES:
             raise ValueError(f"{n_tensors} tensors and {n_fields} fields")
-        at = 24
+        at, values = 24, 0
         for _ in range(n_fields):
             at = _end_of(data, at, STRING)
             (kind,) = struct.unpack_from("<I", data, at)
+            values += struct.unpack_from("<Q", data, at + 8)[0] if kind == ARRAY else 1
+            if values > MAX_VALUES:
+                raise ValueError(f"{values} values in its fields")
             at = _end_of(data, at + 4, kind)
 
 
@@ -119,8 +122,8 @@ def _end_of(data: mmap.mmap, at: int, kind: int) -> int:
     elif kind == ARRAY:
         of, count = struct.unpack_from("<IQ", data, at)
         end = at + 12
-        if count > MAX_ARRAY or of == ARRAY:
-            raise ValueError(f"an array of {count} values")
+        if of == ARRAY:
+            raise ValueError("an array of arrays")
         for _ in range(count if of == STRING else 0):
             end = _end_of(data, end, STRING)
         end += 0 if of == STRING else count * SIZES[of]

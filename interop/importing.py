@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.memory import require_memory
 from common.option import show
-from common.weights import count_parameters, meta_model
+from common.weights import count_parameters, without_memory
 from errors import UserError
 from files import json_bytes
 from interop import classes
@@ -46,7 +46,9 @@ def import_model(source: Source, out: Path, block_size: int | None = None) -> GP
 def read_tensors(source: Source, config: GPTConfig) -> dict[str, Tensor]:
     """Our tensors by name, in the dtypes of the file. Raises UserError where theirs are not those of the config."""
     try:
-        model = meta_model(config, len(source.names))
+        if config.n_layer > len(source.names):
+            raise ValueError(f"n_layer={config.n_layer}: {len(source.names)} tensors are too few for the layers")
+        model = without_memory(config)
     except ValueError as error:
         raise UserError(f"config.json and the weights do not belong together: {error}") from None
     expected = {name: tuple(model.unpad(name, parameter).shape) for name, parameter in model.named_parameters()}
@@ -121,7 +123,7 @@ def refuse_extra(
 
 def describe(config: GPTConfig) -> str:
     """One line: parameters, layers, width, context, vocabulary."""
-    count = count_parameters(meta_model(config, config.n_layer))
+    count = count_parameters(without_memory(config))
     return (
         f"{count:,} parameters, {config.n_layer} layers, {config.n_embd} channels, context {config.block_size:,},"
         f" {config.vocab_size:,} ids, end-of-sequence {config.eos_id}"

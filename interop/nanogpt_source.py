@@ -16,6 +16,7 @@ from interop import layouts
 from interop.pickled import load_pickled, plain_tensors
 from interop.sources import Source
 
+MAX_LAYERS = 512
 LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
 
 
@@ -71,6 +72,8 @@ def open_llmc(path: Path, head: bytes, tokenizer: str | None) -> Source:
     count = (padded + T + 2) * C + L * sum(map(math.prod, layer_shapes.values()))
     if path.stat().st_size != (expected := 1024 + count * dtype.itemsize):
         raise DamagedFile(path, f"{path.stat().st_size} bytes, but its header says {expected}")
+    if L > MAX_LAYERS:
+        raise DamagedFile(path, f"{L} layers; Sprout's models have at most {MAX_LAYERS}")
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (padded, C), "wpe.weight": (T, C)}
     for name, shape in layer_shapes.items():
         shapes |= {f"h.{layer}.{name}": shape for layer in range(L)}

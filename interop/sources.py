@@ -26,10 +26,12 @@ from errors import UserError, quote
 from files import DamagedFile, read_json, read_text
 from interop import classes, layouts
 from interop.pickled import load_pickled, plain_tensors
+from tensor_files import MAX_HEADER, MAX_TENSORS
 
 # buffers in older files: masks, and frequencies of the rotation
 IGNORED = re.compile(r".*(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)")
-MAX_SETTINGS, MAX_TOKENIZER = 2**24, 2**26  # bytes of JSON, which takes up to 30 times as much memory
+MAX_SETTINGS, MAX_TOKENIZER = 2**24, 2**26  # bytes of JSON
+MAX_CONFIG = 2**20  # bytes of a config.json
 LLMC_MAGIC = 20240326
 FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
@@ -103,7 +105,7 @@ def open_transformers(folder: Path, pickle: bool, eos: str | None) -> Source:
     if not (folder / "config.json").is_file():
         ours = "; it is a run or model folder of Sprout already" if (folder / "checkpoints").is_dir() else ""
         raise UserError(f"{folder}: has no config.json, so it is no transformers model{ours}")
-    config = read_object(folder / "config.json")
+    config = read_object(folder / "config.json", MAX_CONFIG)
     if (folder / "sprout_tokenizer.json").is_file():
         again = f"python sample.py --run={quote(str(folder))}"
         raise UserError(f"{folder}: is a model folder of Sprout already: {again}")
@@ -130,9 +132,9 @@ def open_transformers(folder: Path, pickle: bool, eos: str | None) -> Source:
     )
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, limit: int = MAX_SETTINGS) -> dict[str, Any]:
     """A JSON file; the hub's cache consists of links."""
-    return read_json(path.resolve(), MAX_SETTINGS)
+    return read_json(path.resolve(), limit)
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -160,10 +162,16 @@ def open_safetensors(folder: Path) -> tuple[set[str], Callable[[str], Tensor], i
         if not file.is_file():
             raise DamagedFile(file, "is missing; the download is not complete")
         try:
-            with file.open("rb"), safe_open(file, framework="pt") as tensors:  # open says why a file cannot be read
+            with file.open("rb") as header:  # says why a file cannot be read
+                length = int.from_bytes(header.read(8), "little")
+            if length > MAX_HEADER:
+                raise DamagedFile(file, f"a header of {length:,} bytes; Sprout reads at most {MAX_HEADER:,}")
+            with safe_open(file, framework="pt") as tensors:
                 place |= dict.fromkeys(tensors.keys(), file)
         except (SafetensorError, OSError, MemoryError) as error:
             raise DamagedFile(file, f"damaged, or not complete ({error})") from None
+        if len(place) > MAX_TENSORS:
+            raise DamagedFile(file, f"more than {MAX_TENSORS:,} tensors, which no model has that Sprout reads")
 
     def read(name: str) -> Tensor:
         with safe_open(place[name], framework="pt") as tensors:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from common.option import escaped, path
 
 if TYPE_CHECKING:
-    from annotated_types import Ge, Interval
+    from annotated_types import Interval
 
 SOURCES = ("text", "shakespeare", "python_stdlib")
 
@@ -32,8 +32,11 @@ class TextOptions:
     r"""Ends a document within a file; \n, \t and \\ are escapes: '\n' is one document per line. none: one per file."""
 
     def problems(self) -> list[str]:
+        from prepare_data.sources.encodings import encoding_problem
+
         empty = self.separator == ""
-        return ["--separator must not be empty; use none for one document per file"] if empty else []
+        found = ["--separator must not be empty; use none for one document per file"] if empty else []
+        return found + [problem for problem in [encoding_problem(self.encoding)] if problem]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class PrepareOptions(TextOptions):
 
     tokenizer: str = path("bpe")
     """bpe (trained on the corpus), bytes, char, a published encoding (gpt2, o200k_base, …), or a tokenizer's file."""
-    vocab_size: Annotated[int, Ge(1)] = 4096
+    vocab_size: Annotated[int, Interval(ge=1, le=2**24)] = 4096
     """Vocabulary size of bpe, EOS included, at least 257; larger: fewer tokens, more parameters. Other tokenizers have
     their own."""
     split_pattern: Literal["gpt4o", "gpt2"] = "gpt4o"

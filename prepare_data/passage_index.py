@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.tokenizer import Tokenizer
-from files import DamagedFile, reading, sync_directory
+from files import DamagedFile, parse_json, reading, sync_directory
 from prepare_data import folders
 from prepare_data.passages import (
     MAX_BYTES,
@@ -152,10 +152,20 @@ def _open(path: Path, fingerprint: str) -> TrainText:
         data = file.read(length)
     if zlib.crc32(data) != crc32:
         raise DamagedFile(path, "its list of blocks is damaged")
-    content = json.loads(data)
-    if content["fingerprint"] != fingerprint:
+    try:
+        content = parse_json(data)
+        entries = [BlockEntry(**entry) for entry in content["blocks"]]
+        others = content["fingerprint"] != fingerprint
+    except (ValueError, TypeError, LookupError):
+        raise DamagedFile(path, "its list of blocks is another program's") from None
+    if others:
         raise DamagedFile(path, "the dataset has changed since")
-    return TrainText([BlockEntry(**entry) for entry in content["blocks"]], path, [])
+    numbers = [number for entry in entries for number in asdict(entry).values()]
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers) or any(
+        entry.position + entry.text_bytes + 4 * entry.places > size for entry in entries
+    ):
+        raise DamagedFile(path, "its list of blocks has numbers that no index has")
+    return TrainText(entries, path, [])
 
 
 # ---- building --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import numpy as np
 
 from common.tokenizer import Tokenizer, tokenizer_from_dict
 from errors import UserError
+from files import MAX_TOKENIZER, TOKENIZER_SPARE, DamagedFile, read_json
 from prepare_data.foreign import describe_foreign, is_foreign
 from prepare_data.shard_check import ContentCheck
 from prepare_data.shard_format import HEADER_BYTES, PREPARE_AGAIN, SPLITS, Shard, check_ids, dtype_for, read_header
@@ -215,10 +216,10 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], Tokenizer]:
     """dataset.json, untrusted until every field has been checked. Raises UserError."""
     expect = partial(_expect, path)
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); {PREPARE_AGAIN}") from None
-    expect(isinstance(meta, dict) and meta.get("format") == FORMAT, f'expected an object with "format": "{FORMAT}"')
+        meta = read_json(path.resolve(), MAX_TOKENIZER, TOKENIZER_SPARE)
+    except DamagedFile as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error.problem}); {PREPARE_AGAIN}") from None
+    expect(meta.get("format") == FORMAT, f'expected an object with "format": "{FORMAT}"')
     expect(meta.get("version") == VERSION, f"its version is {meta.get('version')!r}, expected {VERSION}")
     try:
         tokenizer = tokenizer_from_dict(meta.pop("tokenizer", None))
@@ -231,7 +232,7 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], Tokenizer]:
         "vocab_size": tokenizer.vocab_size,
     }
     expect(found == expected, f"it says {found}, but its tokenizer implies {expected}")
-    shards = meta.get("shards")
+    shards: Any = meta.get("shards")
     expect(isinstance(shards, dict) and set(shards) == set(SPLITS), "expected shards of train and val")
     for split in SPLITS:
         entries = shards[split]

@@ -254,7 +254,7 @@ def test_no_float64_is_sent_to_mps(monkeypatch):
 
     monkeypatch.setattr(batch, "to_device", send)
     model = tiny_model(dtype=torch.float32)
-    decoder = batch.PlainDecoder(model, torch.device("mps"), torch.float32)
+    decoder = batch.PlainDecoder(model, torch.device("mps"), torch.float32, 8)
     monkeypatch.setattr(decoder, "new_cache", lambda samples: KVCache(model.config, samples))
     new = batch.Batch(decoder, {0: [1, 2], 1: [3]}, 0, SAMPLED, seed=0, draws=[0, 1])
     assert new.uniforms_at(0).tolist() == [new.uniform_of(0, 0), new.uniform_of(1, 0)]

@@ -423,7 +423,7 @@ def test_weights_of_narrow_activations_keep_their_dtype():
     [
         ("n_embd", 2**20, "has the shape"),
         ("n_embd", 10**18, "impossible"),
-        ("n_layer", 10**9, "too few for the layers"),
+        ("n_layer", 10**9, "the weights have 2 layers"),
         ("block_size", 10**9, "table of positions"),
         ("n_hidden", 10**10, "has the shape"),
         ("ngram_rows", 10**12, "'ngrams.weight'"),

@@ -40,7 +40,7 @@ class TrainOptions:
     keep_share: Annotated[float, Interval(ge=0, le=0.9)] | None = fixed(None)
     """With init_from: share of the windows that come from the text of those weights, so that it is not forgotten.
     none: a quarter, where that text is still there; 0: nothing but the new text."""
-    lora_rank: Annotated[int, Ge(1)] | None = fixed(None)
+    lora_rank: Annotated[int, Interval(ge=1, le=65_536)] | None = fixed(None)
     """With init_from: train low-rank adapters of this rank on the matrices of the blocks, and keep the weights as they
     are. Takes less memory and disk, for models that are large for the machine: 8 to 64. none: train the weights."""
     teacher: tuple[str, ...] = path(())
@@ -51,17 +51,17 @@ class TrainOptions:
     teachers: Annotated[int, Interval(ge=0, le=100)] = 0
     """Train so many models first, one after another, and then one that learns from them all, and from those of teacher.
     They share budget_minutes: the last one has twice as much as each of the others."""
-    max_steps: Annotated[int, Ge(0)] | None = 2000
+    max_steps: Annotated[int, Interval(ge=0, le=10**9)] | None = 2000
     """Number of optimizer steps; none: as many as --patience allows (schedule wsd, constant or inverse_sqrt)."""
     budget_minutes: Annotated[float, Interval(gt=0, le=1_000_000)] | None = None
     """Train for about this long, a resumed run for so much longer: sets max_steps from the measured speed (stored in
     config.json)."""
-    patience: Annotated[int, Ge(1)] | None = None
+    patience: Annotated[int, Interval(ge=1, le=10**6)] | None = None
     """Evaluations in a row without a clearly better val loss that end the run; with wsd they begin its decay, after
     which it ends. Better: by more than the standard error of the difference. none: the val loss ends no run."""
-    tokens_per_step: Annotated[int, Ge(1)] = fixed(8192)
+    tokens_per_step: Annotated[int, Interval(ge=1, le=2**30)] = fixed(8192)
     """Tokens per optimizer step; a multiple of block_size."""
-    micro_batch_size: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
+    micro_batch_size: Annotated[int, Interval(ge=1, le=2**20)] | Literal["auto"] = "auto"
     """Sequences of block_size tokens per forward pass; gradients accumulate over tokens_per_step. auto: what fits."""
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of each target's probability spread over the vocabulary; raises the logged loss, not the val loss."""
@@ -128,13 +128,13 @@ class OptimizerOptions:
     """Peak learning rate of Muon's matrices, on AdamW's scale; none: learning_rate. The schedule scales both."""
     muon_momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.95
     """Muon: EMA decay of the momentum."""
-    muon_steps: Annotated[int, Ge(1)] = 5
+    muon_steps: Annotated[int, Interval(ge=1, le=100)] = 5
     """Muon: Newton–Schulz iterations. 3 are cheaper and cost no loss in the small models measured."""
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
     """After warm-up: decay to min_learning_rate; wsd: constant, then linear decay; inverse_sqrt: the 2017 paper's."""
-    warmup_steps: Annotated[int, Ge(0)] = 100
+    warmup_steps: Annotated[int, Interval(ge=0, le=10**9)] = 100
     """Steps of linear warm-up from 0."""
-    decay_steps: Annotated[int, Ge(1)] | None = None
+    decay_steps: Annotated[int, Interval(ge=1, le=10**9)] | None = None
     """wsd: number of final steps in which it decays; none: a fifth of max_steps."""
     min_learning_rate: Annotated[float, Ge(0)] = 0.0
     """Final learning rate of cosine, linear and wsd."""
@@ -172,19 +172,19 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    eval_interval: Annotated[int, Ge(1)] = 250
+    eval_interval: Annotated[int, Interval(ge=1, le=10**9)] = 250
     """Steps between evaluations on the val split."""
-    eval_tokens: Annotated[int, Ge(2)] | None = None
+    eval_tokens: Annotated[int, Interval(ge=2, le=10**12)] | None = None
     """Evaluate on the first N tokens of the val split, and at the end on all of it; none: always on all of it."""
     final_eval: bool = True
     """Evaluate on the whole val split after the last step, where eval_tokens leaves some of it out."""
     eval_only: bool = False
     """Evaluate the weights of --resume or --init_from on the whole val split and exit."""
-    save_interval: Annotated[int, Ge(1)] | None = None
+    save_interval: Annotated[int, Interval(ge=1, le=10**9)] | None = None
     """Steps between checkpoints; none: at every evaluation. A new best val loss is always saved."""
-    save_minutes: Annotated[float, Gt(0)] | None = 15.0
+    save_minutes: Annotated[float, Interval(gt=0, le=1_000_000)] | None = 15.0
     """Minutes after which a checkpoint is written where none has been meanwhile; none: never because of the time."""
-    keep_interval: Annotated[int, Ge(1)] | None = None
+    keep_interval: Annotated[int, Interval(ge=1, le=10**9)] | None = None
     """Steps between checkpoints that are never removed (milestones); none: only the newest two, the best one, and
     up to two that a diverged run could go back to."""
     async_save: bool = True
@@ -192,7 +192,7 @@ class EvalOptions:
     sample_prompt: str | None = escaped(None)
     r"""Prompt of the samples shown during training; \n, \t and \\ are escapes. Empty: a new document. none: a new
     document, or, where the text has fewer than twenty documents, words from its val split."""
-    sample_tokens: Annotated[int, Ge(0)] = 100
+    sample_tokens: Annotated[int, Interval(ge=0, le=10**6)] = 100
     """Maximum length of these samples in tokens; 0: no samples."""
     sample_temperature: Annotated[float, Ge(0)] = 0.8
     """Temperature of these samples."""
@@ -200,7 +200,7 @@ class EvalOptions:
     """Top-p of these samples: drawn from the smallest set of tokens whose total probability reaches this."""
     sample_seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1337
     """Seed of these samples."""
-    final_samples: Annotated[int, Ge(0)] = 3
+    final_samples: Annotated[int, Interval(ge=0, le=1000)] = 3
     """Number of samples at the end of training."""
 
     def leaves_out(self, n_val: int) -> bool:
@@ -210,7 +210,7 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class LoggingOptions:
-    log_interval: Annotated[int, Ge(1)] = 10
+    log_interval: Annotated[int, Interval(ge=1, le=10**9)] = 10
     """Steps between log lines on the console and in metrics.jsonl."""
     wandb: Literal["online", "offline"] | None = None
     """Also log to Weights & Biases; none: metrics.jsonl only."""

@@ -19,18 +19,18 @@ from torch import Tensor
 from checkpoint import Checkpoint
 from common.cuda_graphs import Recorder
 from common.hardware import Choice, Hardware, choose_attention, require_determinism
-from common.memory import OutOfMemory, attempt
+from common.memory import OutOfMemory, attempt, require_memory
 from common.run_directory import RunLock, claim_run
 from common.tokenizer import PUBLISHED, tokenizer_from_dict
 from common.weights import (
     build_for_weights,
-    check_shapes,
+    check_header,
     count_parameters,
     drawn_rows,
     gathered,
     import_rows,
     import_weights,
-    meta_model,
+    weight_count,
 )
 from errors import UserError, quote
 from files import DamagedFile
@@ -58,6 +58,7 @@ from training.step_cost import free_bytes
 from training.step_graphs import Gradients, StepGraphs, obstacle
 from training.teachers import taught
 
+TRAINED_BYTES = 12  # of a weight that is trained, its gradient and one moment, in float32: the least that a run takes
 MIN_CONTEXT = 16  # tokens; with a shorter context a model learns little but frequencies
 
 
@@ -198,6 +199,9 @@ def build_model(
     """The model on the device, with weights drawn from the seed or those of `source`,
     and with the adapters of a run that has any; of a sharded one the rows of this process. Raises UserError."""
     assert attention != "auto"
+    count = weight_count(model_config)
+    if hardware.device.type == "cpu" and layout not in SHARDED:
+        require_memory((TRAINED_BYTES if source is None else 4) * count, f"a model of {count:,} weights")
     try:
         if layout in SHARDED:
             model = build_sharded(model_config, attention, seed, source, layout, hardware)
@@ -251,7 +255,7 @@ def build_sharded(
         sizes, read = {name: [*size] for name, (_, size) in reader.layout.items()}, reader.rows
         if "position.weight" in sizes:
             sizes["position.weight"][0] = min(model_config.block_size, sizes["position.weight"][0])
-        check_shapes(meta_model(model_config, len(sizes)), sizes)
+        check_header(model_config, sizes)
     with torch.device("meta"):
         model = GPT(model_config, None, attention)
     shard(model, mesh, hardware.device, hardware.dtype)

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.hardware import Hardware, choose_attention
-from common.option import section_from
-from common.weights import build_for_weights, import_weights
+from common.weights import build_for_weights, checked_config, import_weights
 from errors import UserError
-from model import GPT, IGNORED_TARGET, AttentionPath, GPTConfig
+from model import GPT, IGNORED_TARGET, AttentionPath
 from model_folder import ModelFolder
 from training.metrics import log
 
@@ -63,7 +62,7 @@ def mean_probabilities(teachers: Sequence[GPT], x: Tensor) -> Tensor:
 
 def check_context(folder: ModelFolder, block_size: int) -> None:
     """Raises UserError for a teacher that cannot read windows of block_size."""
-    if (context := section_from(GPTConfig, folder.config).block_size) < block_size:
+    if (context := checked_config(folder).block_size) < block_size:
         raise UserError(
             f"--teacher={folder.path}: its context of {context} is shorter than --block_size={block_size} of this run;"
             f" give --block_size={context}, or another teacher"
@@ -73,7 +72,7 @@ def check_context(folder: ModelFolder, block_size: int) -> None:
 def load_teacher(folder: ModelFolder, student: GPT, hardware: Hardware) -> GPT:
     """The teacher, to be evaluated, on the hardware; by PyTorch's attention if the student is. Raises UserError."""
     check_context(folder, student.config.block_size)
-    config = section_from(GPTConfig, folder.config)
+    config = checked_config(folder)
     wanted: AttentionPath | Literal["auto"] = "sdpa" if student.attention == "sdpa" else "auto"
     path = choose_attention(wanted, hardware.device, hardware.dtype, config.head_size).value
     tensors = folder.model_tensors()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import IO
 
-from common.option import did_you_mean
+from common.option import did_you_mean, show
 from errors import UserError
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -94,24 +94,31 @@ class NotDecodable(Exception):
 
 def check_encoding(name: str) -> None:
     """Raises UserError unless the name is `auto` or that of a text encoding."""
+    if problem := encoding_problem(name):
+        raise UserError(problem)
+
+
+def encoding_problem(name: str) -> str | None:
+    """What is wrong with a name that is neither `auto` nor that of a text encoding."""
     if name == "auto":
-        return
+        return None
     try:
         " ".encode(name)
-        refused = codecs.lookup(name).name in NOT_FOR_TEXT
+        refused = len(name) > 40 or codecs.lookup(name).name.replace("_", "-") in NOT_FOR_TEXT
     except (LookupError, UnicodeError, ValueError):
         refused = True
-    if refused:
-        text_encodings = {
-            alias
-            for alias, codec in encodings.aliases.aliases.items()
-            if not codec.endswith("_codec") and codec not in ("rot_13", "utf_7") and alias != name
-        }
-        hint = did_you_mean(name, text_encodings)
-        raise UserError(
-            f"--encoding={name}: not a text encoding of Python{hint}; try utf-8, cp1252, gb18030, utf-16, or auto,"
-            " which decides for each file"
-        )
+    if not refused:
+        return None
+    text_encodings = {
+        alias
+        for alias, codec in encodings.aliases.aliases.items()
+        if not codec.endswith("_codec") and codec not in ("rot_13", "utf_7") and alias != name
+    }
+    hint = did_you_mean(name, text_encodings)
+    return (
+        f"--encoding={show(name)}: not a text encoding of Python{hint}; try utf-8, cp1252, gb18030, utf-16, or auto,"
+        " which decides for each file"
+    )
 
 
 def decode(file: IO[bytes], encoding: Encoding, lenient: bool) -> Iterator[str]:

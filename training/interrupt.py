@@ -11,10 +11,12 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from errors import STOPPED
 from parallel.processes import any_of, gather, is_orphan, launcher, this_rank, world_size
 from training.metrics import log
 
-STOPPED = 75  # exit code of a run that a signal stopped and that can be resumed (EX_TEMPFAIL of sysexits.h)
+__all__ = ["GRACE", "STOPPED", "StopRequest"]
+
 GRACE = 1.0  # seconds
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; not on Windows
 BREAK = getattr(signal, "SIGBREAK", None)  # the console was closed, or Ctrl-Break; Windows only

@@ -31,7 +31,8 @@ class TrainOptions:
     """Try so many settings of the plan in short runs on this very text, in half of --budget_minutes, and train the best
     one for the rest of them: learning rate, size, regularization. none: the plan alone."""
     resume: str | None = path(None)
-    """Run directory to resume from its last checkpoint (bitwise exact on a CPU)."""
+    """Run directory to resume from its last checkpoint (bitwise exact on a CPU). auto: begin the run of --run, or go on
+    with it where it has a checkpoint, so that one command does both."""
     init_from: str | None = fixed(None, path=True)
     """Run, checkpoint or model folder with the initial weights and the tokenizer of a new run."""
     keep_share: Annotated[float, Interval(ge=0, le=0.9)] | None = fixed(None)

@@ -7,9 +7,7 @@ import gc
 import io
 import os
 import select
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +48,11 @@ def quote(text: str) -> str:
     """A text as a user types it in a shell, on one line; for the commands that messages name."""
     for char, escape in (("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
         text = text.replace(char, escape)
+    import shlex  # here, like subprocess: until start_script has been called Ctrl-C would end in a traceback
+
     if os.name == "nt":
+        import subprocess
+
         return subprocess.list2cmdline([text])
     quoted = shlex.quote(text)
     return quoted if quoted == text or set(text) & set('"$`\\!') else f'"{text}"'

@@ -14,16 +14,17 @@ from typing import Any
 
 import config
 from checkpoint import list_checkpoints, resolve_run, teacher_runs
-from common.option import Option, show
+from common.option import Option, option_names, show
 from common.options import RunOptions
 from common.run_directory import RunLock, asked_before, note_asked, runs_of_this_launch
 from common.run_state import read_state, write_done
-from config.resume import asked, from_json, is_over, longer
+from config.resume import asked, from_json, is_over, longer, refuse_without_effect, resumed_options
 from config.trying import has_unfinished_tries, try_candidates
 from errors import FAILED, UserError, quote
 from files import DamagedFile, read_json
 from model_folder import STATE
 from parallel.processes import by_first, command, is_first, launches
+from prepare_data import PrepareOptions
 from training.metrics import log
 from training.options import EvalOptions, TrainOptions
 
@@ -111,19 +112,21 @@ def _begun(argv: Sequence[str]) -> list[str]:
     if before is None:  # a run of an earlier version: what it has may have been chosen automatically
         new = {name for name in new - FOR_NEW_RUNS if options.values[name] != "auto"}
     refuse_other(run, new, options, known)
-    step = state.get("step", 0)
     if found == run and not options.values["eval_only"] and _is_complete(state, stored, options, new):
-        values = stored | {"resume": str(run)}
+        step, values = state["step"], stored | {"resume": str(run)}
         log(f"{run} is complete at step {step}; next: python sample.py --run={quote(str(run))}; {longer(values, step)}")
         write_done(run, step)
         return []
-    if before is not None and new and not options.values["eval_only"]:
+    flags = [flag for name in sorted(new) for flag in as_flags(options.loader.options[name], options.values[name])]
+    once = [f"--{name}=true" for name in ("verbose", "eval_only") if options.values[name]]
+    argv = [f"--resume={found}", *flags, *once]
+    if before is not None and new and state and not options.values["eval_only"]:
+        merged = resumed_options(config.load("train.py", argv), state["options"])
+        refuse_without_effect(merged, state["options"], state["step"], state["progress"], "chain" in state)
         with RunLock(run):
             note_asked(run, {**before, **{name: given[name] for name in new}})
     log(f"{found} is resumed")
-    flags = [flag for name in sorted(new) for flag in as_flags(options.loader.options[name], options.values[name])]
-    once = [f"--{name}=true" for name in ("verbose", "eval_only") if options.values[name]]
-    return [f"--resume={found}", *flags, *once]
+    return argv
 
 
 def _teachers_of(run: Path) -> list[Path]:
@@ -141,9 +144,10 @@ def _last_state(run: Path) -> dict[str, Any]:
 
 
 def _is_complete(state: dict[str, Any], stored: dict[str, Any], options: config.Options, new: set[str]) -> bool:
-    """Whether the run has ended, also before its last step for lack of time, and the command does not lengthen it.
-    state: of its last checkpoint; stored: the options there."""
-    if not state or state["progress"].get("finished_step") != state["step"]:
+    """Whether the run has ended, also before its last step for lack of time, and the command neither lengthens it nor
+    asks for another run. state: of its last checkpoint; stored: the options there."""
+    others = {*config.fixed_names(), *option_names(PrepareOptions)}
+    if not state or state["progress"].get("finished_step") != state["step"] or new & others:
         return False
     length = {name: options.values[name] for name in ("max_steps", "patience") if name in new}
     values = stored | length | {"budget_minutes": None}

@@ -13,15 +13,14 @@ from errors import UserError, quote
 from model import GPTConfig
 from prepare_data import PrepareOptions
 from training.budget import LENGTHENED
-from training.optim import learning_rate, make_plan
-from training.options import OptimizerOptions
 
 # Options of preparation that may differ where a resumed run's text is named again, as long as its tokens are the same.
 WITH_DATA = {"data_dir", "encoding", "exclude"}
 TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
 OF_ONE_PROCESS = {"run", "resume", "plan", "gpus", "gpu", "verbose", "eval_only"}  # options that say nothing of a run
-# Options that one optimizer alone reads, or one device.
-READ_WITH = {
+# Options that have an effect with some values of another one alone.
+READ_WITH: dict[str, tuple[str, tuple[object, ...]]] = {
+    "decay_steps": ("schedule", ("wsd",)), "min_learning_rate": ("schedule", ("cosine", "linear", "wsd")),
     "muon_learning_rate": ("optimizer", ("muon",)), "muon_momentum": ("optimizer", ("muon",)),
     "muon_steps": ("optimizer", ("muon",)), "momentum": ("optimizer", ("sgd",)),
     "beta1": ("optimizer", ("adamw", "muon")), "beta2": ("optimizer", ("adamw", "muon")),
@@ -29,9 +28,7 @@ READ_WITH = {
     "wandb_project": ("wandb", ("online", "offline")),
 }  # fmt: skip
 ON_A_CPU = {"cuda_graphs": "it is for CUDA", "deterministic": "a CPU always is"}
-IN_SCHEDULE = ("learning_rate", "schedule", "warmup_steps", "decay_steps", "min_learning_rate")
 ON_COMPLETE = {"verbose", "eval_only", "data", "teacher", "teachers", *WITH_DATA}  # flags that a complete run accepts
-MANY = 1000  # steps at the beginning, at the end and in between whose learning rates are compared
 
 
 def asked(options: config.Options) -> dict[str, Any]:
@@ -78,7 +75,6 @@ def refuse_without_effect(
             complete = f"the run is complete at step {step}, and trains no further"
             raise UserError(f"{' and '.join(found)}: {complete}; {longer(values, step)}")
         return
-    is_known = not values["budget_minutes"] and values["patience"] is None  # the length, and with it the rates
     for name in changed:
         flag = f"--{name}={show(values[name])}"
         other, needed = READ_WITH.get(name, ("", ()))
@@ -86,9 +82,8 @@ def refuse_without_effect(
             found.append(f"{flag} has no effect with {other}={show(values[other])}; leave it out")
         elif name in ON_A_CPU and values["device"] == "cpu":
             found.append(f"{flag} has no effect on a CPU: {ON_A_CPU[name]}; leave it out")
-        elif is_known and name in IN_SCHEDULE and has_same_rates(options, name, stored[name], step):
-            was = f"{name}={show(stored[name])}"
-            found.append(f"{flag}: from step {step} on the learning rate is the same with {was}; leave the flag out")
+        elif name == "warmup_steps" and step >= max(values[name], stored[name]) and not has_warmup_later(values):
+            found.append(f"{flag}: the run is at step {step}, after this warm-up and its own of {stored[name]} steps")
     if found:
         raise UserError("\n".join(found))
 
@@ -103,16 +98,9 @@ def longer(values: Mapping[str, Any], step: int) -> str:
     return f"to train longer: {more}{decayed}"
 
 
-def has_same_rates(options: config.Options, name: str, before: object, step: int) -> bool:
-    """Whether the learning rates from `step` on are the same where an option of the schedule has the value `before`."""
-    max_steps, rates = options.values["max_steps"], []
-    for values in (options.values, {**options.values, name: before}):
-        section = OptimizerOptions(**{field: values[field] for field in option_names(OptimizerOptions)})
-        plan = make_plan(max_steps, section)
-        steps = range(step, step + 2 * MANY if max_steps is None else max(max_steps, step + 1))
-        some = [*steps[:MANY], *steps[:: max(1, len(steps) // MANY)], *steps[-MANY:]]
-        rates.append([learning_rate(number, plan, section) for number in some])
-    return rates[0] == rates[1]
+def has_warmup_later(values: Mapping[str, Any]) -> bool:
+    """Whether the learning rates after the warm-up depend on its length: the curve of a decay begins there."""
+    return values["schedule"] in ("cosine", "linear", "inverse_sqrt")
 
 
 def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> config.Options:

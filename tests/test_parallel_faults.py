@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common.run_directory import claim_run, is_of_this_launch, refuse_used_run, runs_of_this_launch
+from common.run_directory import claim_run, is_of_this_launch, runs_of_this_launch
+from common.run_state import write_state
 from config import restart
-from errors import UserError
 from parallel import processes
 from parallel.launch import LostContact, is_lost_contact, naming_saved
 from tests import torture
@@ -124,9 +124,26 @@ def test_a_run_without_a_checkpoint_begins_anew_in_its_directory(launched):
     (run / "metrics.jsonl").write_text('{"event": "step", "step": 1}\n')
     assert continued("debug", "--seed=2") == ["debug", "--seed=2", f"--run={run}"]
     assert claim_run(str(run), "debug") == run
+    assert (run / "metrics.jsonl.old").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "resumable", "code"), [("stopped", True, 75), ("failed", False, 2), ("failed", True, None)]
+)
+def test_what_a_restart_cannot_mend_is_not_repeated(launched, monkeypatch, capsys, state, resumable, code):
+    """Of the same launch, also where it is resumed; another one goes on."""
+    run = save(claim_run(None, "debug"))
+    monkeypatch.setattr("common.run_state.launches", lambda: ("second",))
+    values = {"state": state, "resumable": resumable, "exit_code": code or 69, "message": "a reason\nmore"}
+    write_state(run, values)
+    assert continued("debug") == [f"--resume={run}"]
     launched("second")
-    with pytest.raises(UserError, match="without a checkpoint"):
-        refuse_used_run(str(run))
+    assert continued("debug") == ["debug"], "begun by another launch, and not named"
+    found = list[list[str]]()
+    for number, argv in enumerate(([f"--resume={run}"], ["debug", f"--run={run}", "--resume=auto"]), 1):
+        assert restart.begin_or_resume(lambda arguments: found.append([*arguments]) or 0, argv) == (code or 0)
+        assert len(found) == (number if code is None else 0)
+    assert capsys.readouterr().err.count("is not to go on here: a reason\n") == (0 if code is None else 2)
 
 
 def test_run_json_tells_the_launch_and_damage_is_no_match(launched):

@@ -119,7 +119,7 @@ def train_on(
     if evals.eval_only:
         return setup.print_evaluation(start.source, score(rows=batches.size)), []
     # ---- optimizer, and the rest of what a checkpoint holds
-    stop = stack.enter_context(StopRequest())
+    stop = stack.enter_context(StopRequest(begun=False))
     start, run = open_run(start, dataset, stack)
     told = stack.enter_context(RunState(start.directories(run), start.argv, start.saved_step))
     weights = run, start.resumed, start.initial, layout.value
@@ -145,6 +145,7 @@ def train_on(
     logger.plan(state.step, budget)
     recorded.change(micro_batch_size=batches.size, compile=state.compiler != "none", **budget.as_options())
     # ---- training
+    stop.begin()
     watch = partial(kept.watch, state, batches, logger, partial(score_text, stop=stop))
     watch(is_end=False)
     loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)

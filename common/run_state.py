@@ -56,7 +56,8 @@ class RunState:
         if error is not None:
             code, may_go_on = judge(error)
             state = "stopped" if code == INTERRUPTED else "failed"
-            self.write(state, may_go_on, code, str(error) or type(error).__name__)
+            nothing = "interrupted before there was anything to save" if code == INTERRUPTED else type(error).__name__
+            self.write(state, may_go_on, code, str(error) or nothing)
         elif self.code == STOPPED:
             self.write("stopped", True, self.code, "stopped by a signal, and saved")
         elif self.code is not None:

@@ -8,6 +8,7 @@ without a clock or file times. Under torchrun it also holds "launches": the torc
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any
 
 from checkpoint import list_checkpoints
 from common.run_state import STATE_FILE
-from errors import InUse, UserError, quote
+from errors import InUse, OutOfResources, UserError, quote
 from files import DamagedFile, read_json, write_json
 from model_folder import BASE
 from parallel.processes import launches
@@ -52,7 +53,8 @@ def claim_run(
         known = asked_before(path) if asked is None else asked
         write_json(path / "run.json", {"ordinal": ordinal, **launched, **({} if known is None else {"asked": known})})
     except OSError as error:
-        raise UserError(
+        kind = OutOfResources if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE) else UserError
+        raise kind(
             f"cannot write in the run directory {run or home}: {error}; name another one with --run=PATH"
         ) from error
     return path

@@ -31,6 +31,7 @@ __all__ = [
     "SCRIPTS",
     "SECTIONS",
     "Options",
+    "check",
     "check_command_line",
     "dump",
     "fixed_names",
@@ -272,6 +273,11 @@ def check_command_line(script: str) -> None:
             raise reason
 
         run_script(end)
+
+
+def check(name: str, value: object) -> Any:
+    """A stored value in the type of the option `name`. Raises UserError if it does not fit."""
+    return _loader.check(name, value)
 
 
 def fixed_names() -> set[str]:

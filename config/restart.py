@@ -18,10 +18,10 @@ from common.option import Option, option_names, show
 from common.options import RunOptions
 from common.run_directory import RunLock, asked_before, note_asked, runs_of_this_launch
 from common.run_state import read_state, write_done
-from config.resume import asked, from_json, is_over, longer, refuse_without_effect, resumed_options
+from config.resume import asked, from_json, is_over, longer, refuse_without_effect, resumed_options, same_place
 from config.trying import has_unfinished_tries, try_candidates
 from errors import FAILED, UserError, quote
-from files import DamagedFile, read_json
+from files import read_json
 from model_folder import STATE
 from parallel.processes import by_first, command, is_first, launches
 from prepare_data import PrepareOptions
@@ -67,12 +67,12 @@ def _ended_before(argv: Sequence[str]) -> int | None:
         state = read_state(run)
         if set(launches()).isdisjoint(map(str, state.get("launches", []))):
             continue
-        if state["state"] == "stopped" or (state["state"] == "failed" and not state["resumable"]):
-            message = str(state["message"]).partition("\n")[0]
+        if state.get("state") == "stopped" or (state.get("state") == "failed" and not state.get("resumable")):
+            message = str(state.get("message")).partition("\n")[0]
             if is_first():
                 why = f"torchrun has started again, but {run} is not to go on here: {message}"
                 print(why, file=sys.stderr, flush=True)
-            code = state["exit_code"]
+            code = state.get("exit_code")
             return code if type(code) is int and 0 < code < 256 else FAILED
         return None
     return None
@@ -132,14 +132,19 @@ def _begun(argv: Sequence[str]) -> list[str]:
 def _teachers_of(run: Path) -> list[Path]:
     """The runs that are trained before this one (--teachers), the newest first."""
     found = [(path, _last_state(path).get("chain")) for path in reversed(teacher_runs(run))]
-    return [path for path, chain in found if chain and Path(chain["run"]).resolve() == run.resolve()]
+    return [path for path, chain in found if isinstance(chain, dict) and same_place(str(chain.get("run")), str(run))]
 
 
 def _last_state(run: Path) -> dict[str, Any]:
-    """state.json of the last checkpoint; nothing where that is damaged, and an older one is to be resumed."""
+    """state.json of the last checkpoint; nothing where that is damaged, and the resume finds an older one or says what
+    is wrong."""
     try:
-        return read_json(list_checkpoints(run)[-1] / STATE)
-    except DamagedFile:
+        state = read_json(list_checkpoints(run)[-1] / STATE)
+        for name in ("max_steps", "patience"):
+            config.check(name, state["options"][name])
+        numbers = state["step"], state["progress"].get("stale", 0)
+        return state if all(type(number) is int for number in numbers) else {}
+    except (UserError, KeyError, TypeError, AttributeError):
         return {}
 
 

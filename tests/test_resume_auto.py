@@ -15,7 +15,6 @@ from common.run_directory import RunLock, asked_before
 from common.run_state import read_state
 from config import restart, trying
 from config.resume import asked
-from prepare_data.resolve import resolve_data
 from tests import test_trying
 from tests.test_train import message_of, read_events, reproducible, tensors_of, train, train_until_cut
 from training.interrupt import STOPPED
@@ -270,7 +269,6 @@ def test_it_repeats_a_changed_run_from_any_directory(flags, monkeypatch):
     found = options_of("again")
     assert {name for name in found if found[name] != expected[name]} == {"run", "resume"}
     assert (found["max_steps"], found["grad_clip"]) == (6, 2)
-    assert resolve_data is not None
 
 
 def test_it_is_written_again_where_it_was_deleted_edited_or_not_written(flags, monkeypatch):
@@ -360,3 +358,26 @@ def test_a_complete_run_says_what_would_train_it_further(flags, capsys):
     assert "the run is complete at step 8" in out
     assert "next: python sample.py" in out
     assert train("--resume=my run", "--learning_rate=1e-4", "--max_steps=10") == 0
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"options": []}, {"progress": None}, {"step": "8"}, {"progress": {"stale": "x", "finished_step": 8}},
+        {"options": {"max_steps": {}, "patience": []}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_crafted_state_is_left_to_the_checks_of_the_resume(flags, edit):
+    assert train(*flags) == 0
+    path = list_checkpoints(Path("my run"))[-1] / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | edit))
+    assert restart._last_state(Path("my run")) == {}
+    assert train(*flags, AUTO) == 0, "it is damaged: the checkpoint before it goes on"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"asked": 3}', '{"asked": {"n_layer": [], "no_such": {}}}'])
+def test_a_crafted_run_json_ends_in_no_traceback(flags, monkeypatch, content):
+    train_until_cut(monkeypatch, "SIGTERM", 5, flags)
+    Path("my run/run.json").write_text(content)
+    assert train(*flags, AUTO) == 0, "what looks new is what the run has"

@@ -72,6 +72,7 @@ def start_script(*, prints_result: bool = False) -> None:
     garbage collector rests until run_script: while modules are imported it would find nothing, in a tenth of the time.
     """
     gc.disable()
+    sys.tracebacklimit = 1000  # Python's default; a script sets 0 before it imports this file
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -13,6 +13,11 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    sys.tracebacklimit = 0  # so that Ctrl-C is one line, until start_script
+
 from errors import run_script, start_script
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -24,7 +29,6 @@ if __name__ == "__main__":  # the same
     config.check_command_line("train.py")
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

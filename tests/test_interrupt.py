@@ -262,6 +262,14 @@ def test_a_signal_before_the_first_step_ends_at_once(folder, monkeypatch, number
         assert train_script.main(command) == 0
 
 
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_ctrl_c_in_the_first_import_is_one_line(tmp_path, script):
+    (tmp_path / "select.py").write_text("raise KeyboardInterrupt")  # in the place of what errors.py imports
+    command = [sys.executable, str(ROOT / script)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "KeyboardInterrupt\n")
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what a process has loaded")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals_in_the_first_seconds_end_it_too(folder, number):

@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from common.run_directory import claim_run, is_of_this_launch, runs_of_this_launch
 from common.run_state import write_state
 from config import restart
+from errors import UserError
 from parallel import processes
-from parallel.launch import LostContact, is_lost_contact, naming_saved
+from parallel.launch import LostContact, give_up, is_lost_contact, naming_saved, refuse_repetition
 from tests import torture
 from tests.conftest import ROOT
 
@@ -60,6 +62,32 @@ def test_an_error_of_all_processes_is_told_once(folder):
         assert one.wait(60)
     assert one.text().count("error: ") == 1, one.text()
     assert "rank 1 of 2" not in one.text().partition("Traceback")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "words"), [("none:0:0", "would fail as before"), ("terminate:1:15", "not to go on")])
+def test_torchrun_repeats_no_work_that_would_end_the_same(folder, fault, words):
+    """An error of the user, and a stop by a signal: it starts the processes again, and they end at once."""
+    data = "--data=no such text" if fault.startswith("none") else "--data=text.txt"
+    command = [*torture.torchrun(2, "--max-restarts=2"), str(ROOT / "tests/faulty_train.py"), *torture.TRAIN, data]
+    one = torture.launch(folder, [*command, "--run=run"], fault)
+    with torture.ending(one):
+        assert one.wait(120)
+    assert one.text().count(words) == 2, one.text()
+    assert one.text().count("step 16/") <= 1
+
+
+def test_an_error_is_left_for_the_processes_that_start_again(monkeypatch):
+    """In the store of all attempts, below the prefixes of each; not what another attempt may mend."""
+    base = dist.HashStore()
+    one, other = (dist.PrefixStore("a", dist.PrefixStore(f"attempt {number}", base)) for number in range(2))
+    refuse_repetition(one)
+    give_up(one, UserError("no such text\nmore"))
+    with pytest.raises(UserError, match=r"would fail as before: no such text$") as caught:
+        refuse_repetition(other)
+    assert caught.value.exit_code == 2
+    assert not caught.value.may_retry
+    assert LostContact("").may_retry
 
 
 # ---- What a restarted process goes on with

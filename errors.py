@@ -1,5 +1,5 @@
 """UserError, the error meant for the user; how a script starts (start_script) and ends (run_script): its standard
-streams, Ctrl-C and the exit code.
+streams, Ctrl-C and the exit codes, of which those below are all but 0 (complete) and 1 (Python's, for a traceback).
 """
 
 import errno
@@ -7,9 +7,7 @@ import gc
 import io
 import os
 import select
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,18 +17,42 @@ from typing import Any
 
 from terminal import symbols_on_terminals
 
-INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as shells have it
+FAILED = 2  # an error of the user: the same command fails again
+LOST = 69  # a process has lost contact with another one: the same command goes on (EX_UNAVAILABLE of sysexits.h)
+NO_RESOURCES = 71  # the disk or the memory is full: the same command goes on once some is free (EX_OSERR)
+IN_USE = 73  # another process writes in the run: the same command goes on after that has ended (EX_CANTCREAT)
+STOPPED = 75  # a signal stopped the run, which is saved and can be resumed (EX_TEMPFAIL)
+INTERRUPTED = 130  # Ctrl-C before there was anything to save: 128 + SIGINT, as shells have it
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message names what was found, where, what was expected and what to do."""
+    """An error that the user can fix. The message names what was found, where, what was expected and what to do.
+    exit_code: of a script that ends with it. may_retry: whether the same command may do better another time."""
+
+    exit_code, may_retry = FAILED, False
+
+
+class InUse(UserError):
+    """Another process writes there."""
+
+    exit_code, may_retry = IN_USE, True
+
+
+class OutOfResources(UserError):
+    """The disk or the memory is full."""
+
+    exit_code, may_retry = NO_RESOURCES, True
 
 
 def quote(text: str) -> str:
     """A text as a user types it in a shell, on one line; for the commands that messages name."""
     for char, escape in (("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
         text = text.replace(char, escape)
+    import shlex  # here, like subprocess: until start_script has been called Ctrl-C would end in a traceback
+
     if os.name == "nt":
+        import subprocess
+
         return subprocess.list2cmdline([text])
     quoted = shlex.quote(text)
     return quoted if quoted == text or set(text) & set('"$`\\!') else f'"{text}"'
@@ -50,6 +72,7 @@ def start_script(*, prints_result: bool = False) -> None:
     garbage collector rests until run_script: while modules are imported it would find nothing, in a tenth of the time.
     """
     gc.disable()
+    sys.tracebacklimit = 1000  # Python's default; a script sets 0 before it imports this file
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -65,9 +88,9 @@ def start_script(*, prints_result: bool = False) -> None:
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and exits with its return value, without a traceback for UserError and Ctrl-C.
 
-    A UserError is printed to standard error as `error: …`, exit code 2. Ctrl-C: exit code 130. A reader that closed the
-    pipe has all that it wanted: exit code 0, silently. Characters that the console cannot encode are replaced; a
-    terminal gets control characters as symbols.
+    A UserError is printed to standard error as `error: …`, and has its exit code. Ctrl-C: exit code 130. A reader that
+    closed the pipe has all that it wanted: exit code 0, silently. Characters that the console cannot encode are
+    replaced; a terminal gets control characters as symbols.
     """
     gc.freeze()  # what the imports made stays
     gc.enable()
@@ -87,7 +110,7 @@ def run_script(main: Callable[[], int | None]) -> None:
             code = 0
         except UserError as error:
             _report(f"error: {error}")
-            code = 2
+            code = error.exit_code
     for name in ("SIGINT", "SIGHUP"):  # the exit itself is not to be interrupted
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

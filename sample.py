@@ -17,6 +17,11 @@ generated, everything else to standard error.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    sys.tracebacklimit = 0  # so that Ctrl-C is one line, until start_script
+
 from errors import UserError, quote, run_script, start_script
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -28,7 +33,6 @@ if __name__ == "__main__":  # the same
     config.check_command_line("sample.py")
 
 import io
-import sys
 import time
 from functools import partial
 from pathlib import Path

@@ -13,6 +13,11 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    sys.tracebacklimit = 0  # so that Ctrl-C is one line, until start_script
+
 from errors import run_script, start_script
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -24,7 +29,6 @@ if __name__ == "__main__":  # the same
     config.check_command_line("train.py")
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -38,13 +42,13 @@ from torch import Tensor
 from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
+from common.run_state import RunState
 from config.chain import end_run, open_run, train_all
 from config.cluster import plan_preset, print_cluster
 from config.planning import open_data
 from config.restart import begin_or_resume
 from config.rollback import go_back
 from config.start import RunConfig, Start, read_start
-from config.trying import try_candidates
 from generation.text import sample_texts
 from model import GPTConfig
 from parallel.launch import naming_saved, together
@@ -72,12 +76,12 @@ from training.step_graphs import Gradients
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the run is complete, STOPPED when a signal ended it early. Raises UserError, also where memory
-    runs out and fewer rows do not help."""
+    runs out and fewer rows do not help. The other exit codes are in errors.py."""
     argv = sys.argv[1:] if argv is None else argv
     options, train = config.load("train.py", argv).values, partial(train_all, train_model)
     if options["plan"] and not config.needs_plan(argv):
         return plan_preset(argv)
-    action = partial(begin_or_resume, train, argv) if options["try"] is None else partial(try_candidates, train, argv)
+    action = partial(begin_or_resume, train, argv)
     return together(partial(attempt, action), options["device"], options["parallel_timeout"])
 
 
@@ -122,17 +126,19 @@ def train_on(
     if evals.eval_only:
         return setup.print_evaluation(start.source, score(rows=batches.size)), []
     # ---- optimizer, and the rest of what a checkpoint holds
-    stop = stack.enter_context(StopRequest())
+    stop = stack.enter_context(StopRequest(begun=False))
     start, run = open_run(start, dataset, stack)
+    told = stack.enter_context(RunState(start.directories(run), start.argv, start.saved_step))
     weights = run, start.resumed, start.initial, layout.value
-    state = setup.make_state(model, optim, batches.rows, *weights, compiles.value, hardware)
+    state = setup.make_state(model, optim, batches.rows, *weights, compiles.value, hardware, options.flat())
     # ---- records of the run: config.json, logs, checkpoints, samples
     recorded = start.record(run, options, reasons, kept)
     reference = Reference(dataset.fingerprint, options.flat(), read_curves())
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
     stack.enter_context(logger)
     stack.enter_context(naming_saved(partial(describe_saved, run)))
-    save = CheckpointWriter(run, state, dataset, hardware, evals, lambda: recorded.facts() | logger.facts())
+    facts = lambda: recorded.facts() | logger.facts()  # noqa: E731
+    save = CheckpointWriter(run, state, dataset, hardware, evals, facts, told)
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time
     is_forced, started = "micro_batch_size" not in reasons, time.perf_counter()
@@ -146,6 +152,7 @@ def train_on(
     logger.plan(state.step, budget)
     recorded.change(micro_batch_size=batches.size, compile=state.compiler != "none", **budget.as_options())
     # ---- training
+    stop.begin()
     watch = partial(kept.watch, state, batches, logger, partial(score_text, stop=stop))
     score_all = partial(score, rows=batches.size, stop=stop) if evals.leaves_out(len(dataset.val)) else None
     try:
@@ -155,7 +162,7 @@ def train_on(
             finish(state, budget, logger, evals, score_all, watch, sample, save, stop)
     except Diverged as error:
         return 0, go_back(error, run, state, batches, recorded, hardware)
-    return end_run(start, run, dataset, state, budget)
+    return told.ended(end_run(start, run, dataset, state, budget))
 
 
 def loop(

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from errors import UserError
+from errors import OutOfResources, UserError
 
 T = TypeVar("T")
 # Errors that are no torch.OutOfMemoryError: of a driver, of Triton, of torch.compile, which wraps errors, of MPS; of
@@ -23,7 +23,7 @@ MESSAGE = re.compile(
 ONE_ROW = "one row does not fit into the device's memory; use a smaller model or a smaller --block_size"
 
 
-class OutOfMemory(UserError):
+class OutOfMemory(OutOfResources):
     """Memory ran out; what the failed action held is free again."""
 
 

@@ -2,30 +2,43 @@
 
 `run.json` holds {"ordinal": N}, a number above those of its sibling runs when it was started: the newest run is found
 without a clock or file times. Under torchrun it also holds "launches": the torchrun processes that have started it.
+"asked": the options that its command gave, by which a repeated command (--resume=auto) is known.
 `lock` is the file whose OS lock the writing process holds.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from checkpoint import list_checkpoints
-from errors import UserError, quote
+from common.run_state import STATE_FILE
+from errors import InUse, OutOfResources, UserError, quote
 from files import DamagedFile, read_json, write_json
 from model_folder import BASE
 from parallel.processes import launches
 
 FILES = {"run.json", "lock", "config.json", "metrics.jsonl", "samples.txt", "checkpoints", "wandb", BASE}  # of a run
-FILES |= {"tensorboard", "report.html", "loss.png", "run.json.writing", "config.json.writing"}
+FILES |= {"tensorboard", "report.html", "loss.png", "run.json.writing", "config.json.writing", STATE_FILE}
+RECORDS = ("metrics.jsonl", "samples.txt")
+OLD = ".old"  # what the name of a record ends in, once its run began anew
+FILES |= {name + OLD for name in RECORDS}
 
 
-def claim_run(run: str | None, default_name: str, runs_dir: Path = Path("runs")) -> Path:
-    """Creates a run's directory and returns it: `run`, or else RUNS_DIR/DEFAULT_NAME-N with the next number.
+def claim_run(
+    run: str | None, default_name: str, runs_dir: Path = Path("runs"), asked: Mapping[str, Any] | None = None
+) -> Path:
+    """Creates a run's directory and returns it: `run`, or else RUNS_DIR/DEFAULT_NAME-N with the next number. asked: the
+    options that the command gave; None: those that run.json has already.
 
-    Raises UserError where it holds a run already or is not writable. Processes that claim at the same time get
+    A run there that ended before its first checkpoint begins anew; its records are kept under other names. Raises
+    UserError where the directory holds a run already or is not writable. Processes that claim at the same time get
     different numbers, but may get the same ordinal; newest_run then takes the last by name.
     """
     refuse_used_run(run)
@@ -34,11 +47,14 @@ def claim_run(run: str | None, default_name: str, runs_dir: Path = Path("runs"))
         home.mkdir(parents=True, exist_ok=True)
         path = Path(run) if run else _make_numbered(runs_dir, default_name)
         path.mkdir(exist_ok=True)
+        _keep_records(path)
         ordinal = 1 + max((_ordinal(sibling) for sibling in home.iterdir()), default=0)
         launched = {"launches": launches()} if launches() else {}
-        write_json(path / "run.json", {"ordinal": ordinal, **launched})
+        known = asked_before(path) if asked is None else asked
+        write_json(path / "run.json", {"ordinal": ordinal, **launched, **({} if known is None else {"asked": known})})
     except OSError as error:
-        raise UserError(
+        kind = OutOfResources if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE) else UserError
+        raise kind(
             f"cannot write in the run directory {run or home}: {error}; name another one with --run=PATH"
         ) from error
     return path
@@ -48,8 +64,8 @@ def refuse_used_run(run: str | None, runs_dir: Path = Path("runs")) -> None:
     """Raises UserError if a new run cannot use the directory `run` (None: one in `runs_dir`): it holds a run, or files
     that are not a run's, or cannot be made.
 
-    A run that ended before its first checkpoint and its first step has nothing to lose: it may be started again. So may
-    one that ended before its first checkpoint, where torchrun starts the same command again.
+    A run that ended before its first checkpoint has nothing that could be resumed: it may be started again, also where
+    the trials of --try were still being prepared.
     """
     path = runs_dir if run is None else Path(run)
     try:
@@ -67,33 +83,49 @@ def refuse_used_run(run: str | None, runs_dir: Path = Path("runs")) -> None:
     resume = f"continue it with --resume={quote(run)}, or name a new directory"
     if list_checkpoints(path):
         raise UserError(f"--run={run} holds a run already (checkpoints is there); {resume}")
-    known = FILES if _ordinal(path) else ()
+    known = FILES if _ordinal(path) else set[str]()
+    if known and not (path / "tries" / "tries.json").exists():
+        known = known | {"tries"}
     if others := [name for name in found if name not in known and not _is_ignored(name)]:
         listed = ", ".join(others[:3]) + ", …" * (len(others) > 3)
         raise UserError(
             f"--run={run}: a run needs a directory of its own, and this one holds other files ({listed}); "
             f"name a new one, for example --run={quote(str(path / 'run-1'))}"
         )
-    if not is_of_this_launch(path) and b'"event": "step"' in _read_bytes(path / "metrics.jsonl"):
-        raise UserError(
-            f"--run={run} holds the records of a run without a checkpoint, which cannot be resumed; "
-            "name a new directory, or delete this one"
-        )
     if "lock" in found:
         with RunLock(path):  # raises if a process is writing there
             pass
 
 
+def _keep_records(path: Path) -> None:
+    """Gives the records of a run that begins anew other names, and says so; one generation is kept. Raises OSError."""
+    if not any(os.path.lexists(path / name) for name in (*RECORDS, "config.json", "tries")):
+        return
+    kept = [name for name in RECORDS if (path / name).is_file() and (path / name).stat().st_size]
+    for name in kept:
+        os.replace(path / name, path / (name + OLD))
+    records = f"; its former records are now {' and '.join(name + OLD for name in kept)}" if kept else ""
+    print(f"{path} ended before its first checkpoint, and begins anew{records}")
+
+
+def asked_before(path: Path) -> dict[str, Any] | None:
+    """The options that the command of a run gave, as JSON values; None where run.json does not know."""
+    try:
+        asked = read_json(path / "run.json").get("asked")
+    except DamagedFile:
+        return None
+    return asked if isinstance(asked, dict) else None
+
+
+def note_asked(path: Path, asked: Mapping[str, Any]) -> None:
+    """Replaces these options. The caller holds the RunLock. What fails is dropped."""
+    with suppress(OSError, DamagedFile):
+        write_json(path / "run.json", {**read_json(path / "run.json"), "asked": asked})
+
+
 def _is_ignored(name: str) -> bool:
     """Hidden files, and the output of the command itself (`> notes/out.log`)."""
     return name.startswith(".") or name.endswith((".log", ".out", ".err"))
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def _make_numbered(runs_dir: Path, name: str) -> Path:
@@ -170,7 +202,7 @@ class RunLock:
             ) from error
         if not locked:
             self.file.close()
-            raise UserError(
+            raise InUse(
                 f"{self.run_dir}: another process is writing there; wait for it or stop it, "
                 "or name another directory with --run=PATH"
             )

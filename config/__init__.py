@@ -7,6 +7,7 @@ answer to a wrong option would wait for it.
 """
 
 import ast
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +25,19 @@ from training.options import EvalOptions, LoggingOptions, OptimizerOptions, Trai
 from training.plan import OPEN_SCHEDULES, first_values
 
 __all__ = [
+    "AUTO",
     "HELP",
     "PLANNED",
     "SCRIPTS",
     "SECTIONS",
     "Options",
+    "check",
     "check_command_line",
     "dump",
     "fixed_names",
     "load",
     "replace",
+    "without_auto",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +113,7 @@ FOR_SCORES = {"score_end", "eval_stride", *option_names(TextOptions)}
 """Options of sample.py that concern --score alone."""
 WITH_SCORE = {"run", "checkpoint", "quantize", "output", "score", *FOR_SCORES, *option_names(HardwareOptions)}
 
+AUTO = "--resume=auto"
 PLANNED = "finetune"
 """The preset that leaves to a plan what it does not give."""
 
@@ -169,7 +174,17 @@ _loader = Loader(SECTIONS, SCRIPTS, USAGE, ROOT)
 
 
 def load(script: str, argv: Sequence[str]) -> Options:
-    """The options of a script from its command line. Raises one UserError with all problems; --help exits with 0."""
+    """The options of a script from its command line. Raises one UserError with all problems; --help exits with 0.
+
+    With --resume=auto they are those of a new run, but for `resume`; config/restart.py looks what there is."""
+    if script == "train.py" and AUTO in argv:
+        options = load(script, without_auto(argv))
+        if options.values["run"] is None or options.values["resume"] is not None:
+            add = "without another --resume" if options.values["resume"] is not None else "with --run=PATH"
+            raise UserError(f"{AUTO} begins the run of --run, or goes on with it: give it {add}")
+        return dataclasses.replace(
+            options, values=options.values | {"resume": "auto"}, origin=options.origin | {"resume": "flag"}
+        )
     resuming = any(arg.startswith("--resume=") for arg in argv)  # a resumed run has its own options
     default_preset = "quickstart" if script == "train.py" and not resuming else None
     if script == "train.py" and needs_plan(argv):
@@ -188,10 +203,15 @@ def load(script: str, argv: Sequence[str]) -> Options:
     return options
 
 
+def without_auto(argv: Sequence[str]) -> list[str]:
+    """The arguments without --resume=auto."""
+    return [arg for arg in argv if arg != AUTO]
+
+
 def needs_plan(argv: Sequence[str]) -> bool:
     """Whether a command of train.py names a text and no preset but PLANNED, so that a plan chooses the other
     options."""
-    names = {arg.partition("=")[0] for arg in argv if arg.lower() not in ("--eval_only=false", "--resume=none")}
+    names = {arg.partition("=")[0] for arg in argv if arg.lower() not in ("--eval_only=false", "--resume=none", AUTO)}
     others = {"--resume", "--eval_only", *HELP}
     return "--data" in names and names.isdisjoint(others) and not _loader.has_preset(argv, besides=PLANNED)
 
@@ -253,6 +273,11 @@ def check_command_line(script: str) -> None:
             raise reason
 
         run_script(end)
+
+
+def check(name: str, value: object) -> Any:
+    """A stored value in the type of the option `name`. Raises UserError if it does not fit."""
+    return _loader.check(name, value)
 
 
 def fixed_names() -> set[str]:

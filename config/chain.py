@@ -23,9 +23,9 @@ from checkpoint import list_checkpoints, open_latest, run_of, teacher_runs
 from common.memory import release_memory
 from common.option import show
 from common.options import RunOptions
-from common.run_directory import claim_run, is_of_this_launch
+from common.run_directory import claim_run, refuse_used_run
 from config.start import Chain, Start, passed_on
-from errors import quote
+from errors import UserError, quote
 from parallel.processes import by_first, command
 from prepare_data.shards import Dataset
 from training import setup
@@ -69,14 +69,26 @@ def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, P
     too. Raises UserError."""
     run, name = start.options.section(RunOptions).run, start.default_name(dataset)
     if start.chain is not None and start.resumed is None:
-        last = by_first(partial(claim_run, run, name))
-        start, run = replace(start, chain=replace(start.chain, run=str(last.resolve()))), _beside(last)
-    return start, setup.open_run(run, name, start.source, stack)
+        last = by_first(partial(claim_run, run, name, asked=start.asked))
+        start, run = (
+            replace(start, chain=replace(start.chain, run=str(last.resolve()))),
+            by_first(partial(_beside, last)),
+        )
+    return start, setup.open_run(run, name, start.source, stack, start.asked if start.resumed is None else None)
 
 
 def _beside(run: Path) -> str:
     names = (f"{run if run.name else run.resolve()}-teacher" + f"-{n}" * (n > 1) for n in itertools.count(1))
-    return next(name for name in names if not os.path.lexists(name) or is_of_this_launch(Path(name)))
+    return next(name for name in names if not os.path.lexists(name) or _is_unused(name))
+
+
+def _is_unused(run: str) -> bool:
+    """Whether a run may begin there: what a killed one has left without a checkpoint is no obstacle."""
+    try:
+        refuse_used_run(run)
+    except UserError:
+        return False
+    return True
 
 
 def end_run(start: Start, run: Path, dataset: Dataset, state: TrainState, budget: Budget) -> tuple[int, list[str]]:

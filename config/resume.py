@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,95 @@ from common.options import HardwareOptions
 from errors import UserError, quote
 from model import GPTConfig
 from prepare_data import PrepareOptions
+from training.budget import LENGTHENED
 
 # Options of preparation that may differ where a resumed run's text is named again, as long as its tokens are the same.
 WITH_DATA = {"data_dir", "encoding", "exclude"}
 TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
+OF_ONE_PROCESS = {"run", "resume", "from", "plan", "gpus", "gpu", "verbose", "eval_only"}  # these say nothing of a run
+# Options that have an effect with some values of another one alone.
+READ_WITH: dict[str, tuple[str, tuple[object, ...]]] = {
+    "decay_steps": ("schedule", ("wsd",)), "min_learning_rate": ("schedule", ("cosine", "linear", "wsd")),
+    "muon_learning_rate": ("optimizer", ("muon",)), "muon_momentum": ("optimizer", ("muon",)),
+    "muon_steps": ("optimizer", ("muon",)), "momentum": ("optimizer", ("sgd",)),
+    "beta1": ("optimizer", ("adamw", "muon")), "beta2": ("optimizer", ("adamw", "muon")),
+    "adam_eps": ("optimizer", ("adamw", "muon")), "trackio_project": ("trackio", (True,)),
+    "wandb_project": ("wandb", ("online", "offline")),
+}  # fmt: skip
+ON_A_CPU = {"cuda_graphs": "it is for CUDA", "deterministic": "a CPU always is"}
+ON_COMPLETE = {"verbose", "eval_only", "data", "teacher", "teachers", *WITH_DATA}  # flags that a complete run accepts
+
+
+def asked(options: config.Options) -> dict[str, Any]:
+    """What a command asks of a run, as JSON values: the options that its flags and presets give."""
+    given = {name for name, origin in options.origin.items() if origin not in ("default", "plan")} - OF_ONE_PROCESS
+    return {name: list(value) if isinstance(value := options.values[name], tuple) else value for name in sorted(given)}
+
+
+def from_json(options: config.Options, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint or run.json; those that an earlier version did not have get their defaults."""
+    defaults = {name: options.loader.options[name].default for name in options.values}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in without_retired(stored).items()}
+    return defaults | values
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths name the same directory."""
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def is_over(values: Mapping[str, Any], stored: Mapping[str, Any], step: int, progress: Mapping[str, Any]) -> bool:
+    """Whether a run that is resumed with these options has nothing left to train. stored: its own; progress: of its
+    checkpoint's state."""
+    if progress.get("finished_step") != step or (values["budget_minutes"] and not stored.get("budget_minutes")):
+        return False
+    if values["max_steps"] is not None and step >= values["max_steps"]:
+        return True
+    patience, stale = values["patience"], progress.get("stale", 0)
+    return patience is not None and values["max_steps"] == stored["max_steps"] and stale >= patience
+
+
+def refuse_without_effect(
+    options: config.Options, stored: Mapping[str, Any], step: int, progress: Mapping[str, Any], follows: bool
+) -> None:
+    """Raises UserError on flags that change nothing in a run that is resumed at `step`, with the reasons. options: as
+    merged by resumed_options; follows: whether another run comes after this one, which takes flags over."""
+    stored, values = from_json(options, stored), options.values
+    changed = [name for name, origin in options.origin.items() if origin == "flag" and values[name] != stored[name]]
+    changed = [name for name in changed if name not in ("run", "resume")]
+    found = []
+    if is_over(values, stored, step, progress) and not follows:
+        found = [f"--{name}={show(values[name])}" for name in changed if name not in ON_COMPLETE]
+        if found:
+            complete = f"the run is complete at step {step}, and trains no further"
+            raise UserError(f"{' and '.join(found)}: {complete}; {longer(values, step)}")
+        return
+    for name in changed:
+        flag = f"--{name}={show(values[name])}"
+        other, needed = READ_WITH.get(name, ("", ()))
+        if other and values[other] not in needed:
+            found.append(f"{flag} has no effect with {other}={show(values[other])}; leave it out")
+        elif name in ON_A_CPU and values["device"] == "cpu":
+            found.append(f"{flag} has no effect on a CPU: {ON_A_CPU[name]}; leave it out")
+        elif name == "warmup_steps" and step >= max(values[name], stored[name]) and not has_warmup_later(values):
+            found.append(f"{flag}: the run is at step {step}, after this warm-up and its own of {stored[name]} steps")
+    if found:
+        raise UserError("\n".join(found))
+
+
+def longer(values: Mapping[str, Any], step: int) -> str:
+    """What trains a complete run further, or a longer one."""
+    max_steps, resume = values["max_steps"], f"--resume={quote(values['resume'])}"
+    if max_steps is not None and step < max_steps:
+        return f"to train on although its val loss has stopped falling: {resume} --patience=none"
+    more = f"{resume} --max_steps={2 * max(1, step)}"
+    decayed = "" if values["schedule"] in LENGTHENED else " (its learning rate has decayed: README, --resume)"
+    return f"to train longer: {more}{decayed}"
+
+
+def has_warmup_later(values: Mapping[str, Any]) -> bool:
+    """Whether the learning rates after the warm-up depend on its length: the curve of a decay begins there."""
+    return values["schedule"] in ("cosine", "linear", "inverse_sqrt")
 
 
 def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> config.Options:
@@ -25,7 +111,7 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
     would have no effect or make another run, with both values.
     """
     resume = options.flat()["resume"]
-    stored = {name: tuple(v) if isinstance(v, list) else v for name, v in without_retired(stored).items()}  # from JSON
+    stored = from_json(options, stored)
     fixed, preparation = config.fixed_names(), option_names(PrepareOptions)
     changed, refused, advice = {}, [], f"--init_from={quote(resume)} starts a new run from these weights"
     if options.presets:
@@ -34,6 +120,8 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
         if options.origin[name] != "flag" or name in ("resume", "from") or value == stored.get(name):
             continue
         flag, was = f"--{name}={show(value)}", f"{name}={show(stored.get(name))}"
+        if name == "run" and same_place(value, resume):
+            continue
         if name == "run":
             refused.append(f"{flag}: a resumed run stays in its directory {resume}; leave out --run")
         elif name in preparation and name in WITH_DATA:

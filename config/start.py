@@ -7,10 +7,11 @@ training/ must not import the option loader.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,16 +25,18 @@ from checkpoint import (
     open_latest,
     resolve_model_folder,
     resolve_run,
+    run_of,
     saved_steps,
+    teacher_runs,
 )
 from common.option import option_names
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import RunLock, refuse_used_run
 from common.weights import checked_config, open_checked
 from config.hints import INIT_FROM
-from config.resume import note_unused_flags, resumed_options, with_model_options
+from config.resume import asked, note_unused_flags, refuse_without_effect, resumed_options, with_model_options
 from errors import UserError, quote
-from files import write_json
+from files import json_bytes, write_json
 from model_folder import ModelFolder
 from parallel.processes import Team, by_first, is_first, world_size
 from prepare_data import PrepareOptions
@@ -108,15 +111,43 @@ class Start:
         return None if self.resumed is None else self.resumed.state["options"]
 
     @property
+    def saved_step(self) -> int | None:
+        """The step from which a run is resumed."""
+        return None if self.resumed is None else self.resumed.step
+
+    @property
     def log_lengths(self) -> dict[str, int]:
         """Bytes of a resumed run's logs at its checkpoint; none of a new run's."""
         return {} if self.resumed is None else self.resumed.state["logs"]
+
+    def directories(self, run: Path) -> list[Path]:
+        """That of the run, and of the last one of its chain, which waits for it."""
+        return [run, *([Path(self.chain.run)] if self.chain is not None and self.chain.run else [])]
 
     def record(self, run: Path, options: config.Options, reasons: Mapping[str, str], kept: KeptText) -> RunConfig:
         """The record of the run, in which the weights of the teachers are named."""
         facts = kept.facts() | {"teachers": [teacher.weights_entry() for teacher in self.teachers]}
         facts |= {"chain": asdict(self.chain)} if self.chain is not None else {}
-        return RunConfig(run, config.replace(options, **kept.values), {**reasons, **kept.reasons}, facts)
+        values = {**kept.values, **self._absolute(options)}
+        return RunConfig(run, config.replace(options, **values), {**reasons, **kept.reasons}, facts)
+
+    def _absolute(self, options: config.Options) -> dict[str, str]:
+        """The paths among the options that exist, so that config.json repeats the run from any directory. Those that a
+        resumed run has stored may have been typed in another one."""
+        names = ("data", "data_dir", "init_from")
+        typed = {name: options.values[name] for name in names if self.resumed is None or name in self.flags}
+        return {name: os.path.abspath(path) for name, path in typed.items() if path and os.path.exists(path)}
+
+    @property
+    def asked(self) -> dict[str, Any] | None:
+        """What the command asks of the run, by which it is known when it is repeated; None of a run that --teachers
+        has begun, since the command is that of the first one."""
+        run = self.options.section(RunOptions).run
+        before = [path.resolve() for path in teacher_runs(Path(run))] if run is not None else []
+        runs = [run_of(teacher.path) for teacher in (*self.teachers, *self.handed_on)]
+        if any(path is not None and path.resolve() in before for path in runs):
+            return None
+        return asked(config.load("train.py", self.argv))
 
     def default_name(self, dataset: Dataset) -> str:
         """The name of a new run without --run: that of its text where the user chose one or gave weights, else that
@@ -180,6 +211,9 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         reasons = {name: reason for name, reason in stored.items() if options.origin.get(name, "flag") != "flag"}
         teachers = [] if eval_only else same_teachers(resumed, options.section(TrainOptions).teacher)
         chain = same_chain(resumed, options, argv)
+        if not eval_only:
+            stored_options, progress = resumed.state["options"], resumed.state["progress"]
+            refuse_without_effect(options, stored_options, resumed.step, progress, follows=chain is not None)
         return Start(options, resumed=resumed, teachers=teachers, reasons=reasons, argv=[*argv], chain=chain)
     if config.PLANNED in options.presets and not (train.init_from and options.origin["data"] == "flag"):
         raise UserError(
@@ -362,5 +396,10 @@ class RunConfig:
             log(f"cannot write {self.path}: {error}; training continues without it")
 
     def facts(self) -> dict[str, Any]:
-        """Options, reasons and the other facts, for a checkpoint's state.json."""
+        """Options, reasons and the other facts, for a checkpoint's state.json. config.json is written again where it is
+        not the same: it was deleted, or could not be written."""
+        content = config.dump(self.options, self.reasons)
+        with suppress(OSError):
+            if is_first() and not (self.path.is_file() and self.path.read_bytes() == json_bytes(content)):
+                write_json(self.path, content)
         return {"options": self.options.flat(), "auto": self.reasons, **self.others}

@@ -28,6 +28,7 @@ from common.memory import release_memory
 from common.option import show
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import RunLock, claim_run, refuse_used_run
+from common.run_state import RunState
 from config.planning import Planning, open_dataset
 from config.start import Start, read_start
 from errors import UserError, quote
@@ -98,6 +99,11 @@ def read_tries(run: Path) -> Tries:
         raise UserError(f"{path}: not in this version's format ({error}); name another run with --run=PATH") from error
 
 
+def has_unfinished_tries(run: Path) -> bool:
+    """Raises UserError where tries.json is damaged."""
+    return (run / FOLDER / STATE).exists() and not read_tries(run).is_finished
+
+
 # ---- The order of events ---------------------------------------------------------------------------------------------
 
 
@@ -113,16 +119,18 @@ def try_candidates(train: Callable[[Sequence[str]], int], argv: Sequence[str]) -
         if tries is None:  # --plan
             return 0
         release_memory()  # of the measured steps, on a GPU
-        with StopRequest() as stop:
-            is_complete = run_rounds(tries, stop) and not stop()
-        if not is_complete:
-            log(f"stopped in the trials, which are saved; continue with: {tries.again}")
-            return STOPPED
-        winner = choose_winner(tries.trials)
-        if winner is None:
-            tries.is_finished, why = True, f"trial 1: {tries.trials[0].out}"
-            tries.save()
-            raise UserError(f"all trials failed ({why}); their output is in {tries.folder}; train without --try")
+        with RunState([tries.run], tries.command) as told:
+            with StopRequest() as stop:
+                is_complete = run_rounds(tries, stop) and not stop()
+            if not is_complete:
+                log(f"stopped in the trials, which are saved; continue with: {tries.again}")
+                told.code = STOPPED
+                return STOPPED
+            winner = choose_winner(tries.trials)
+            if winner is None:
+                tries.is_finished, why = True, f"trial 1: {tries.trials[0].out}"
+                tries.save()
+                raise UserError(f"all trials failed ({why}); their output is in {tries.folder}; train without --try")
         try:
             code = train(continue_winner(tries, winner))
             tries.is_finished = code == 0
@@ -139,7 +147,7 @@ def open_tries(argv: Sequence[str], stack: ExitStack) -> Tries | None:
     None."""
     start = read_start(argv, stack)
     run, train = start.options.section(RunOptions).run, start.options.section(TrainOptions)
-    if run is None or not (Path(run) / FOLDER / STATE).exists() or read_tries(Path(run)).is_finished:
+    if run is None or not has_unfinished_tries(Path(run)):
         refuse_used_run(run)
     tune_allocator()
     hardware = choose_hardware(start.options.section(HardwareOptions))
@@ -208,7 +216,7 @@ def begin(
         later = {name: options.values[name] for name in (*LENGTH, *changed)}
         trials.append(Trial(number, candidate.changes, later, candidate.step_seconds))
         dumped.append(config.dump(trial, {}))
-    run = claim_run(start.options.section(RunOptions).run, start.default_name(dataset))
+    run = claim_run(start.options.section(RunOptions).run, start.default_name(dataset), asked=start.asked)
     minutes, command = start.options.section(TrainOptions).budget_minutes, [a for a in start.argv if a != "--plan"]
     reasons = planning.reasons | plan.plan.reasons
     tries = Tries(run, command, key, minutes or 0.0, plan.seconds, plan.sizes, trials, reasons)
@@ -341,6 +349,8 @@ def continue_winner(tries: Tries, winner: Trial) -> list[str]:
     log(f"\nthe best is {best}: it goes on in {run}; the checkpoints of the other trials are deleted")
     later, left = dict(winner.later), max(60 * tries.minutes - rules.spent(tries.trials), 6 * tries.minutes)
     max_steps, minutes = later.pop("max_steps"), later.pop("budget_minutes")
+    if open_latest(run).state["options"]["schedule"] != "wsd":
+        later.pop("decay_steps", None)  # without effect
     if minutes is None and (max_steps - steps) * winner.step_seconds < left:
         argv.append(f"--max_steps={max_steps}")
     else:

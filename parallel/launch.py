@@ -22,17 +22,23 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import LOST, UserError
 from parallel.processes import has_group, is_first, launcher, rank, this_rank, world_size
-from parallel.watch import LOST, PATIENCE, Watch, find_lost, get, within
+from parallel.watch import PATIENCE, Watch, find_lost, get, within
 
-FAILED = 2  # exit code of a process that ends with an error
 # What gloo's errors begin with; those of NCCL and of the store have classes of their own.
 GLOO = re.compile(r"\[[^\]]*\bgloo/")
+GIVEN_UP = "given up"  # key of a store
 
 
 class LostContact(UserError):
     """Another process has ended or does not answer."""
+
+    exit_code, may_retry = LOST, True
+
+
+class EndedBefore(UserError):
+    """torchrun has started this process again, after an error that would come again."""
 
 
 def has_launcher() -> bool:
@@ -71,6 +77,7 @@ def join(device: str, timeout: float) -> dist.Store:
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, number, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        refuse_repetition(store)
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             # torchrun may keep the store for the processes that it starts again; on many machines it counts restarts
             # differently on each, and README's command makes it take a new store
@@ -84,6 +91,29 @@ def join(device: str, timeout: float) -> dist.Store:
         ) from error
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    return store
+
+
+def refuse_repetition(store: dist.Store) -> None:
+    """Raises EndedBefore where the processes that torchrun starts again with this store had an error of the user: with
+    --max-restarts it starts them after any."""
+    store = shared(store)
+    if store.check([GIVEN_UP]):
+        code, _, text = store.get(GIVEN_UP).decode().partition(" ")
+        error = EndedBefore(f"torchrun has started again, but this would fail as before: {text}")
+        error.exit_code = int(code)
+        raise error
+
+
+def give_up(store: dist.Store, error: UserError) -> None:
+    """Leaves an error for the processes that torchrun starts again."""
+    shared(store).set(GIVEN_UP, f"{error.exit_code} {str(error).partition(chr(10))[0]}")
+
+
+def shared(store: dist.Store) -> dist.Store:
+    """The store of all attempts, without the prefix of this one."""
+    while (below := getattr(store, "underlying_store", None)) is not None:
+        store = below
     return store
 
 
@@ -124,10 +154,12 @@ def fail(error: UserError, watch: Watch) -> NoReturn:
             say(text)
         os._exit(LOST)
     is_alike = bool(store and within(PATIENCE, lambda: tell(store, text)))
+    if store is not None and not error.may_retry:
+        within(PATIENCE, lambda: give_up(store, error))
     if is_first() or not is_alike:
         say(text if is_alike else f"{this_rank()}: {text}")
     time.sleep(1)  # others read it in a store that may be kept by this process
-    os._exit(FAILED)
+    os._exit(error.exit_code)
 
 
 def tell(store: dist.Store, text: str) -> bool:

@@ -22,11 +22,11 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from errors import LOST
 from parallel.processes import describe_rank, is_orphan, rank, this_rank, world_size
 
 T = TypeVar("T")
 
-LOST = 69  # exit code of a process that has lost contact with another one (EX_UNAVAILABLE of sysexits.h)
 INTERVAL = 1.0  # seconds between signs of life
 PATIENCE = 5.0  # seconds for what helps a message only, and for a process to notice by itself that others have ended
 

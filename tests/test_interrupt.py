@@ -14,6 +14,8 @@ import pytest
 
 import train as train_script
 from checkpoint import list_checkpoints, open_checkpoint
+from common.run_state import read_state
+from errors import NO_RESOURCES
 from tests.conftest import ROOT
 from training.interrupt import GRACE, STOPPED
 
@@ -225,12 +227,62 @@ def test_a_stopping_run_that_cannot_save_says_so(folder):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))  # as if the disk were full
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 2, errors
+    assert process.returncode == NO_RESOURCES, errors
     assert "are not saved (the last checkpoint is that of step 0): free disk space or memory, then" in errors
     assert "Traceback" not in errors
 
 
 # ---- the first seconds, and the other scripts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_ends_at_once(folder, monkeypatch, number):
+    """While the model is built or compiled: nothing would be saved after it. The same command then begins, or goes
+    on."""
+    arguments = [*TINY, "--data=notes", "--run=run", "--eval_interval=4", "--eval_tokens=1000", "--dtype=float32"]
+    make_forward = train_script.setup.make_forward
+
+    def interrupted(*args):
+        os.kill(os.getpid(), number)
+        return make_forward(*args)
+
+    for steps, saved in ((4, None), (8, 4)):
+        command = [*arguments, f"--max_steps={steps}", "--resume=auto"]
+        with monkeypatch.context() as patch:
+            patch.setattr(train_script.setup, "make_forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train_script.main(command)
+        state = read_state(Path("run"))
+        assert (state["state"], state["resumable"], state["saved_step"], state["exit_code"]) == (
+            "stopped",
+            True,
+            saved,
+            130,
+        )
+        assert signal.getsignal(number) != signal.SIG_IGN
+        assert train_script.main(command) == 0
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_ctrl_c_in_the_first_import_is_one_line(tmp_path, script):
+    (tmp_path / "select.py").write_text("raise KeyboardInterrupt")  # in the place of what errors.py imports
+    command = [sys.executable, str(ROOT / script)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "KeyboardInterrupt\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what a process has loaded")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_in_the_first_seconds_end_it_too(folder, number):
+    """A closed connection while torch is imported: the process ends, and the same command begins."""
+    process = start(*TINY, "--data=notes", "--run=run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch_cpu" not in maps.read_text():
+        time.sleep(0.001)
+    process.send_signal(number)
+    assert process.communicate(timeout=SECONDS) == (b"", b"")
+    assert process.returncode == -number
+    assert not Path("run").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what a process has loaded")

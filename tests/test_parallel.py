@@ -358,7 +358,7 @@ def test_the_slurm_script_of_the_readme_starts_and_resumes(small_text, tmp_path)
     (script,) = (block for block in readme.split("```bash\n")[1:] if "#SBATCH" in block.partition("```")[0])
     script = script.partition("```")[0].replace("--nproc-per-node=8", "--nproc-per-node=1")
     small = " ".join(arg for arg in PLAIN if "max_steps" not in arg)
-    assert script.count('start="gpt2_124m --run=runs/gpt2"') == 1
+    assert script.count("gpt2_124m --run=runs/gpt2 --resume=auto") == 1
     shutil.copyfile(small_text, tmp_path / "text.txt")
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -368,13 +368,13 @@ def test_the_slurm_script_of_the_readme_starts_and_resumes(small_text, tmp_path)
         (tools / name).chmod(0o755)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     for steps in (2, 4):
-        start = f'start="{small} --schedule=constant --data=text.txt --run=runs/gpt2 --max_steps={steps}"'
-        text = script.replace('start="gpt2_124m --run=runs/gpt2"', start).replace(":29500", f":{free_port()}")
-        text = text.replace('start="--resume=runs/gpt2"', f'start="--resume=runs/gpt2 --max_steps={steps}"')
+        preset = f"{small} --schedule=constant --data=text.txt --max_steps={steps}"
+        text = script.replace("gpt2_124m", preset).replace(":29500", f":{free_port()}")
         (tmp_path / "job.sh").write_text(text, encoding="utf-8")
         env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_JOB_ID": str(steps)}
         env |= {"SLURM_JOB_NODELIST": "node[1-2]", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert "2 processes, ddp: " in done.stdout
+        assert json.loads((tmp_path / "runs/gpt2/run_state.json").read_text())["state"] == "done"
     assert [event["step"] for event in read_events(tmp_path / "runs" / "gpt2", "step")] == [1, 2, 3, 4]

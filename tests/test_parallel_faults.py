@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from common.run_directory import claim_run, is_of_this_launch, refuse_used_run, runs_of_this_launch
+from common.run_directory import claim_run, is_of_this_launch, runs_of_this_launch
+from common.run_state import write_state
 from config import restart
 from errors import UserError
 from parallel import processes
-from parallel.launch import LostContact, is_lost_contact, naming_saved
+from parallel.launch import LostContact, give_up, is_lost_contact, naming_saved, refuse_repetition
 from tests import torture
 from tests.conftest import ROOT
 
@@ -60,6 +62,32 @@ def test_an_error_of_all_processes_is_told_once(folder):
         assert one.wait(60)
     assert one.text().count("error: ") == 1, one.text()
     assert "rank 1 of 2" not in one.text().partition("Traceback")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "words"), [("none:0:0", "would fail as before"), ("terminate:1:15", "not to go on")])
+def test_torchrun_repeats_no_work_that_would_end_the_same(folder, fault, words):
+    """An error of the user, and a stop by a signal: it starts the processes again, and they end at once."""
+    data = "--data=no such text" if fault.startswith("none") else "--data=text.txt"
+    command = [*torture.torchrun(2, "--max-restarts=2"), str(ROOT / "tests/faulty_train.py"), *torture.TRAIN, data]
+    one = torture.launch(folder, [*command, "--run=run"], fault)
+    with torture.ending(one):
+        assert one.wait(120)
+    assert one.text().count(words) == 2, one.text()
+    assert one.text().count("step 16/") <= 1
+
+
+def test_an_error_is_left_for_the_processes_that_start_again(monkeypatch):
+    """In the store of all attempts, below the prefixes of each; not what another attempt may mend."""
+    base = dist.HashStore()
+    one, other = (dist.PrefixStore("a", dist.PrefixStore(f"attempt {number}", base)) for number in range(2))
+    refuse_repetition(one)
+    give_up(one, UserError("no such text\nmore"))
+    with pytest.raises(UserError, match=r"would fail as before: no such text$") as caught:
+        refuse_repetition(other)
+    assert caught.value.exit_code == 2
+    assert not caught.value.may_retry
+    assert LostContact("").may_retry
 
 
 # ---- What a restarted process goes on with
@@ -124,9 +152,26 @@ def test_a_run_without_a_checkpoint_begins_anew_in_its_directory(launched):
     (run / "metrics.jsonl").write_text('{"event": "step", "step": 1}\n')
     assert continued("debug", "--seed=2") == ["debug", "--seed=2", f"--run={run}"]
     assert claim_run(str(run), "debug") == run
+    assert (run / "metrics.jsonl.old").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "resumable", "code"), [("stopped", True, 75), ("failed", False, 2), ("failed", True, None)]
+)
+def test_what_a_restart_cannot_mend_is_not_repeated(launched, monkeypatch, capsys, state, resumable, code):
+    """Of the same launch, also where it is resumed; another one goes on."""
+    run = save(claim_run(None, "debug"))
+    monkeypatch.setattr("common.run_state.launches", lambda: ("second",))
+    values = {"state": state, "resumable": resumable, "exit_code": code or 69, "message": "a reason\nmore"}
+    write_state(run, values)
+    assert continued("debug") == [f"--resume={run}"]
     launched("second")
-    with pytest.raises(UserError, match="without a checkpoint"):
-        refuse_used_run(str(run))
+    assert continued("debug") == ["debug"], "begun by another launch, and not named"
+    found = list[list[str]]()
+    for number, argv in enumerate(([f"--resume={run}"], ["debug", f"--run={run}", "--resume=auto"]), 1):
+        assert restart.begin_or_resume(lambda arguments: found.append([*arguments]) or 0, argv) == (code or 0)
+        assert len(found) == (number if code is None else 0)
+    assert capsys.readouterr().err.count("is not to go on here: a reason\n") == (0 if code is None else 2)
 
 
 def test_run_json_tells_the_launch_and_damage_is_no_match(launched):

@@ -131,7 +131,11 @@ def test_a_text_that_is_named_again_may_have_another_folder_and_encoding(run):
     assert train(f"--resume={run}", "--max_steps=3", *flags) == 0
     assert Path("other").is_dir()
     options = options_of_run(run)
-    assert (options["data"], options["encoding"], options["data_dir"]) == ("moved/text.txt", "utf-16", "other")
+    assert (options["data"], options["encoding"], options["data_dir"]) == (
+        os.path.abspath("moved/text.txt"),
+        "utf-16",
+        os.path.abspath("other"),
+    )
     assert train(f"{run}/config.json", "--run=again", "--max_steps=2") == 0
     assert "the run's text was prepared with" in message_of(f"--resume={run}", *flags, "--tokenizer=char")
 

@@ -79,8 +79,8 @@ def test_a_run_with_a_checkpoint_is_refused_and_the_error_names_resume(tmp_path)
     refuse_used_run(None)
 
 
-def test_a_run_that_lost_nothing_may_start_again(tmp_path):
-    """Killed before its first checkpoint, with its first files there; not once it has trained a step."""
+def test_a_run_without_a_checkpoint_may_start_again(tmp_path, capsys):
+    """Killed before its first one, with its first files there; its records are kept, those of the last attempt."""
     run = claim_run(str(tmp_path / "run"), "debug")
     with RunLock(run):
         (run / "checkpoints" / "step-00000000.writing").mkdir(parents=True)
@@ -89,9 +89,17 @@ def test_a_run_that_lost_nothing_may_start_again(tmp_path):
         (run / "metrics.jsonl").write_text('{"event": "eval", "step": 0}\n')
         assert all("another process is writing there" in message for message in refusals(run))
     assert claim_run(str(run), "debug") == run
-    (run / "metrics.jsonl").write_text('{"event": "eval", "step": 0}\n{"event": "step", "step": 1}\n')
-    for message in refusals(run):
-        assert "cannot be resumed; name a new directory" in message
+    capsys.readouterr()
+    (run / "metrics.jsonl").write_text('{"event": "step", "step": 1}\n')
+    (run / "samples.txt").write_text("")
+    (run / "tries").mkdir()  # killed before it wrote tries.json
+    assert claim_run(str(run), "debug") == run
+    line = "run ended before its first checkpoint, and begins anew; its former records are now metrics.jsonl.old\n"
+    assert capsys.readouterr().out.endswith(line)
+    assert (run / "metrics.jsonl.old").read_text() == '{"event": "step", "step": 1}\n'
+    assert not (run / "metrics.jsonl").exists()
+    (run / "tries" / "tries.json").write_text("{}")
+    assert all("holds other files (tries)" in message for message in refusals(run))
 
 
 @pytest.mark.parametrize("name", ["README.md", "samples.txt", "config.json", "notes"])

@@ -579,9 +579,10 @@ def test_a_full_disk_stops_no_training(small_text, monkeypatch, capsys):
     assert capsys.readouterr().out.count("not saved: no room") == 4  # at every evaluation and at the end
     assert read_events("full", "step")[-1]["step"] == 20
     assert "full has no checkpoint" in message_of("--resume=full")
-    assert "cannot be resumed; name a new directory" in message_of(*TINY, f"--data={small_text}", "--run=full")
     assert train("full/config.json") == 0  # what both messages say
     assert read_events("runs/full-1", "step")[-1]["step"] == 20
+    assert train(*TINY, f"--data={small_text}", "--run=full") == 0
+    assert "full ended before its first checkpoint, and begins anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

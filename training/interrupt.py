@@ -11,10 +11,12 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from errors import STOPPED
 from parallel.processes import any_of, gather, is_orphan, launcher, this_rank, world_size
 from training.metrics import log
 
-STOPPED = 75  # exit code of a run that a signal stopped and that can be resumed (EX_TEMPFAIL of sysexits.h)
+__all__ = ["GRACE", "STOPPED", "StopRequest"]
+
 GRACE = 1.0  # seconds
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; not on Windows
 BREAK = getattr(signal, "SIGBREAK", None)  # the console was closed, or Ctrl-Break; Windows only
@@ -27,9 +29,13 @@ class StopRequest:
     A second Ctrl-C or SIGTERM exits at once. It counts from GRACE seconds after the first one: one Ctrl-C may arrive
     twice, and impatient fingers press it twice. A closed terminal is never a reason to lose what is being saved. Under
     nohup, SIGHUP stays ignored.
+
+    begun: whether a signal lets a loop end. Otherwise, until `begin` is called, it raises KeyboardInterrupt in a single
+    process, where compiling takes long and leaves nothing to save; several processes have to stop together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, begun: bool = True) -> None:
+        self._begun = begun or world_size() > 1
         self._requested: float | None = None  # time.monotonic of the first signal
         self._reason = ""
         self._agreed = False
@@ -44,6 +50,10 @@ class StopRequest:
             self._agreed = True
             self._tell()
         return self._agreed
+
+    def begin(self) -> None:
+        """From here on a signal only sets the flag."""
+        self._begun = True
 
     def _tell(self) -> None:
         """Says, once for all processes, why they stop. Those that had no signal are from here on as if they had."""
@@ -80,6 +90,8 @@ class StopRequest:
         if self._requested is None:
             name, again = signal.Signals(number).name, f"another Ctrl-C after {GRACE:.0f} s exits at once"
             self._request(name)
+            if not self._begun:  # where that is caught by whoever should not, the flag counts
+                raise KeyboardInterrupt
             if world_size() > 1:  # torchrun sends a signal to all, which one of them reports: _tell
                 return
             with suppress(OSError):  # the terminal or the pipe may be gone

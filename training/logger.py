@@ -19,7 +19,7 @@ from checkpoint import find_checkpoint, saved_steps
 from common.clusters import Clusters
 from common.hardware import Hardware
 from common.weights import flops_per_token
-from errors import UserError, quote
+from errors import OutOfResources, quote
 from parallel.processes import by_first, command, is_first, world_size
 from training.budget import LENGTHENED, Budget
 from training.evaluation import Evaluation, overfitting_warning
@@ -197,13 +197,13 @@ def describe_saved(run: Path) -> str:
 
 def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[str], has_teacher: bool) -> int:
     """Logs how the run ended and the next commands. Returns the exit code. next_argv: of the run that begins now, if
-    one does. Raises UserError where its last step is not saved."""
+    one does. Raises OutOfResources where its last step is not saved."""
     name, step, end = quote(str(run)), state.step, budget.plan.end
     resume, config = f"{command()} --resume={name}", run / "config.json"
     again = f"{command()} {quote(str(config))}"
     if state.saved_step is None:
         start_again = again if config.exists() else "with the same command"
-        raise UserError(
+        raise OutOfResources(
             f"nothing is saved: {run} has no checkpoint; free disk space or memory, then start again: {start_again}"
         )
     if state.saved_step != step and (trouble := state.trouble()) is not None:
@@ -211,7 +211,9 @@ def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[st
         return STOPPED
     if state.saved_step != step:
         kept = f"the last checkpoint is that of step {state.saved_step}"
-        raise UserError(f"the weights of step {step} are not saved ({kept}): free disk space or memory, then {resume}")
+        raise OutOfResources(
+            f"the weights of step {step} are not saved ({kept}): free disk space or memory, then {resume}"
+        )
     if not state.is_finished:
         log(f"stopped; everything up to step {step} is saved; continue with: {resume}")
         return STOPPED

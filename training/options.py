@@ -31,7 +31,8 @@ class TrainOptions:
     """Try so many settings of the plan in short runs on this very text, in half of --budget_minutes, and train the best
     one for the rest of them: learning rate, size, regularization. none: the plan alone."""
     resume: str | None = path(None)
-    """Run directory to resume from its last checkpoint (bitwise exact on a CPU)."""
+    """Run directory to resume from its last checkpoint (bitwise exact on a CPU). auto: begin the run of --run, or go on
+    with it where it has a checkpoint, so that one command does both."""
     from_: str | None = None
     """With resume: the checkpoint to go on from, best (by val loss) or step-N; the first save then removes those of
     later steps. none: the last one. A run that has diverged goes back by itself; this is for another learning rate."""

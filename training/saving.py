@@ -21,6 +21,7 @@ import torch
 from checkpoint import SaveFailed, prune_checkpoints, save_checkpoint
 from common.hardware import Hardware
 from common.memory import OutOfMemory, attempt, available_memory
+from common.run_state import RunState
 from parallel.processes import Team, agree, any_of, by_first, is_first, world_size
 from parallel.sharding import SHARDED
 from prepare_data.shards import Dataset
@@ -36,15 +37,17 @@ Tensors = dict[str, dict[str, torch.Tensor]]
 
 
 class CheckpointWriter:
-    """Calling it saves the current step, within `averaged`. facts: further entries of state.json. Failures are logged
+    """Calling it saves the current step, within `averaged`. facts: further entries of state.json. told:
+    learns of each save. Failures are logged
     and do not stop the training: the checkpoint before remains, and the next one is tried when it is due."""
 
     def __init__(
         self, run: Path, state: TrainState, dataset: Dataset, hardware: Hardware, evals: EvalOptions,
-        facts: Callable[[], dict[str, Any]],
+        facts: Callable[[], dict[str, Any]], told: RunState,
     ) -> None:  # fmt: skip
         self.run, self.state, self.dataset, self.hardware = run, state, dataset, hardware
-        self.evals, self.facts = evals, facts
+        self.evals, self.facts, self.told = evals, facts, told
+        told.steps = lambda: (state.step, state.saved_step)
         self.is_pending = False  # a save was due when the run was in trouble
         self.last = time.perf_counter()  # when the last save began
         self.late = (-1, False)  # the step at which the time was looked at last, and what that showed
@@ -116,6 +119,7 @@ class CheckpointWriter:
         try:
             attempt(write)
             state.saved_step = step
+            self.told.saved()
         except (SaveFailed, OutOfMemory) as error:
             what = "not saved" if state.saved_step != step else "saved without its final records"
             log(f"step {step}: {what}: {error}")

@@ -59,6 +59,11 @@ from training.step_graphs import Gradients, StepGraphs, obstacle
 from training.teachers import taught
 
 TRAINED_BYTES = 12  # of a weight that is trained, its gradient and one moment, in float32: the least that a run takes
+# Options on which the bits of a step depend, and which a resumed run may change; further ones are in `environment`.
+ROUNDING, ON_CUDA = (
+    ("dtype", "attention", "micro_batch_size", "activation_checkpointing"),
+    ("cuda_graphs", "deterministic"),
+)
 MIN_CONTEXT = 16  # tokens; with a shorter context a model learns little but frequencies
 
 
@@ -323,9 +328,12 @@ def make_scaler(hardware: Hardware) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
 
 
-def open_run(name: str | None, default_name: str, source: Checkpoint | ModelFolder | None, stack: ExitStack) -> Path:
+def open_run(
+    name: str | None, default_name: str, source: Checkpoint | ModelFolder | None, stack: ExitStack,
+    asked: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
     """The run directory: that of a resumed run, which is locked already, or a new one, locked in `stack`: `name`, else
-    runs/DEFAULT_NAME-N. Raises UserError."""
+    runs/DEFAULT_NAME-N. asked: see claim_run. Raises UserError."""
     if isinstance(source, Checkpoint):
         assert name is not None
         return Path(name)
@@ -333,7 +341,7 @@ def open_run(name: str | None, default_name: str, source: Checkpoint | ModelFold
         print(f"weights and tokenizer from {source.path}")
 
     def claim() -> Path:
-        run = claim_run(name, default_name)
+        run = claim_run(name, default_name, asked=asked)
         stack.enter_context(RunLock(run))
         remove_base(run)
         return run
@@ -345,15 +353,18 @@ def open_run(name: str | None, default_name: str, source: Checkpoint | ModelFold
 
 def make_state(
     model: GPT, options: OptimizerOptions, rows: int, run: Path, resumed: Checkpoint | None,
-    initial: ModelFolder | None, layout: Layout, compiles: bool, hardware: Hardware,
+    initial: ModelFolder | None, layout: Layout, compiles: bool, hardware: Hardware, values: Mapping[str, Any],
 ) -> TrainState:  # fmt: skip
-    """The state of a new run, or the one that is resumed. rows: windows per step. Raises UserError."""
+    """The state of a new run, or the one that is resumed. rows: windows per step. values: the options, resolved. Raises
+    UserError."""
     optimizer, scaler = make_optimizer(model, options, hardware.dtype), make_scaler(hardware)
     compiler = compiler_name(hardware) if compiles else "none"
     average = None if options.ema_half_life is None else WeightAverage(model, options.ema_half_life)
     adapter = by_first(partial(keep_base, model, run, resumed, initial))
     narrow_frozen(model, hardware.dtype)
-    state = TrainState(model, optimizer, scaler, rows, initial is not None, compiler, average, adapter, layout)
+    rounding = {name: values[name] for name in ROUNDING + ON_CUDA * (hardware.device.type == "cuda")}
+    others = average, adapter, layout, rounding
+    state = TrainState(model, optimizer, scaler, rows, initial is not None, compiler, *others)
     if resumed is not None:
         state.restore(resumed, hardware)
         state.new_rollbacks = new_rollbacks(run, state)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -69,7 +69,7 @@ class Progress:
 class TrainState:
     """The state of a run between two steps. rows: windows per step. pretrained: the run starts from weights of another
     run. compiler: of the training step, or "none". average: of the weights, which takes their place within `averaged`,
-    or None. adapter: where adapters are trained.
+    or None. adapter: where adapters are trained. rounding: the resolved options on which the bits of a step depend.
     """
 
     def __init__(
@@ -83,10 +83,11 @@ class TrainState:
         average: WeightAverage | None = None,
         adapter: Adapter | None = None,
         layout: Layout = "none",
+        rounding: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.rows, self.pretrained, self.compiler = rows, pretrained, compiler
-        self.average, self.adapter, self.layout = average, adapter, layout
+        self.average, self.adapter, self.layout, self.rounding = average, adapter, layout, dict(rounding or {})
         self.module: torch.nn.Module = model  # DDP's around the model, where there is one
         self.progress = Progress()
         self.val_loss: float | None = None  # of the current step
@@ -319,7 +320,8 @@ class TrainState:
         if self.progress.grad_scaler:
             self.scaler.load_state_dict(self.progress.grad_scaler)
         self.begun_step = self.saved_step = self.step
-        now = environment(hardware, self.compiler, self.layout)
+        now = environment(hardware, self.compiler, self.layout) | self.rounding
+        before |= {name: saved.state["options"].get(name, value) for name, value in self.rounding.items()}
         if changed := [f"{name} {before.get(name)} → {now[name]}" for name in now if now[name] != before.get(name)]:
             log(f"the resume may not be bitwise exact: {', '.join(changed)}")
         log(f"resumed {saved.path} at step {self.step}")

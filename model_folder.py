@@ -27,11 +27,14 @@ from torch import Tensor
 
 from errors import UserError
 from files import (
+    CHUNK,
     DamagedFile,
     compare,
     json_bytes,
+    plain_file,
     read_json,
     reading,
+    remove_tree,
     require_space,
     size_and_crc,
     sync_directory,
@@ -301,9 +304,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except (OSError, NotImplementedError):  # another disk, or a file system without links
         require_space(target.parent, source.stat().st_size)
-        shutil.copyfile(source, target, follow_symlinks=False)
-        with open(target, "rb+") as file:
-            os.fsync(file.fileno())
+        with open(source, "rb", opener=plain_file) as file:
+            write_parts(target, iter(lambda: file.read(CHUNK), b""))
 
 
 # ---- The manifest of a checkpoint ------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ from checkpoint import (
     OURS,
     SaveFailed,
     Team,
+    discard_obsolete,
+    make_home,
     obsolete_after,
     on_all_ranks,
     open_share,
@@ -89,7 +91,7 @@ def save_sharded_checkpoint(
     def end() -> None:
         if team.rank == 0:
             put_in_place(temporary, final)
-            try_discard(obsolete)
+            discard_obsolete(obsolete, final)
 
     try:
         begun = _together(team, final, begin)
@@ -111,6 +113,7 @@ def _make_temporary(run_dir: Path, temporary: Path) -> None:
     """Makes the directory in which all ranks write; removes those of killed attempts. Raises OSError."""
     left = [path for path in run_directories(run_dir) if OURS.fullmatch(path.name) and _is_unfinished(path)]
     try_discard(left)
+    make_home(run_dir)
     for name in ("model", SHARDS):
         (temporary / name).mkdir(parents=True)
     sync_directory(run_dir)

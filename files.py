@@ -229,8 +229,8 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[int]:
-    """Yields the size of a regular file, which the body opens with `opener=plain_file`. An OSError, here or in the body,
-    becomes DamagedFile where the file is missing or no plain file, else UnreadableFile."""
+    """Yields the size of a regular file, which the body opens with `opener=plain_file`. An OSError, here or in the
+    body, becomes DamagedFile where the file is missing or no plain file, else UnreadableFile."""
     try:
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode):

@@ -235,7 +235,7 @@ def write_model_folder(
     parents = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
         require_space(path.parent, bytes_needed(contents))
         temporary.mkdir()
         for name, content in contents.items():
@@ -290,7 +290,7 @@ def remove_base(run: Path) -> None:
     if (run / BASE).is_symlink():
         raise UserError(f"{run / BASE} is a link, and not of this run; remove it, or name another run with --run=PATH")
     try:
-        shutil.rmtree(run / f".{BASE}.writing", ignore_errors=True)
+        remove_tree(run / f".{BASE}.writing")
         for name in (WEIGHTS, CONFIG, TOKENIZER):
             (run / BASE / name).unlink(missing_ok=True)
         if (run / BASE).exists():

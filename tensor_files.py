@@ -118,7 +118,7 @@ def read_header(path: Path) -> Header:
     if not 0 < length <= min(MAX_JSON, size - 8):
         raise DamagedFile(path, f"its header length of {length} bytes is impossible in a file of {size} bytes")
     try:
-        with safe_open(path, framework="pt") as tensors:
+        with reading(path), safe_open(path, framework="pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
             found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
             metadata = tensors.metadata() or {}

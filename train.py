@@ -125,6 +125,7 @@ def train_on(
     state = setup.make_state(model, optim, batches.rows, *weights, compiles.value, hardware)
     # ---- records of the run: config.json, logs, checkpoints, samples
     recorded = start.record(run, options, reasons, kept)
+    stack.callback(recorded.close)
     reference = Reference(dataset.fingerprint, options.flat(), read_curves())
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
     stack.enter_context(logger)

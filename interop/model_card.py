@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import resolve_model_folder
+from common.signature import own_texts
 from errors import UserError
 from files import DamagedFile, read_json
 from model import GPTConfig
@@ -75,13 +76,13 @@ def model_rows(config: GPTConfig, kind: str, tokenizer: str) -> list[str]:
 
 
 def data_rows(state: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
-    dataset = state.get("dataset")
-    if not isinstance(dataset, dict):
+    dataset = next(iter(own_texts(state)), None)
+    if dataset is None:
         return []
-    rows = [f"dataset: {dataset.get('name')}"]
+    rows = [f"dataset: {dataset['name']}"] if dataset["name"] else []
     try:
-        content = read_json(Path(str(dataset.get("path"))) / "dataset.json")
-    except DamagedFile:  # prepared elsewhere, or removed
+        content = read_json(Path(dataset["path"]) / "dataset.json")
+    except (DamagedFile, KeyError):  # prepared elsewhere, or removed
         return rows
     sizes = [_count(content[key], key) for key in ("documents", "bytes") if isinstance(content.get(key), int)]
     for split, files in dictionary(content.get("shards")).items():

@@ -157,7 +157,9 @@ class LogFile:
                 self.path.unlink()  # the next record tries again
                 raise
         old, self._file, self.size = self._file, file, size
-        what = "was removed, and is written again" if is_removed else "was renamed or replaced; records go on in a new one"
+        what = (
+            "was removed, and is written again" if is_removed else "was renamed or replaced; records go on in a new one"
+        )
         print(f"{self.path} {what}", file=sys.stderr, flush=True)
         os.close(old)
 

@@ -53,7 +53,7 @@ from prepare_data.shards import Dataset
 from training import setup
 from training.budget import Budget, make_budget
 from training.compilation import choose_compile
-from training.data import MicroBatch, TrainBatches
+from training.data import MicroBatch, TrainBatches, naming_lost_text
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.kept_text import KeptText
@@ -130,6 +130,7 @@ def train_on(
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
     stack.enter_context(logger)
     stack.enter_context(naming_saved(partial(describe_saved, run, state)))
+    stack.enter_context(naming_lost_text(partial(describe_saved, run, state)))
     save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time

@@ -20,7 +20,7 @@ from prepare_data import PrepareOptions
 from prepare_data.resolve import is_safe_name
 
 # Options of preparation that may differ where a resumed run's text is named again, as long as its tokens are the same.
-WITH_DATA = {"data_dir", "encoding", "exclude"}
+WITH_DATA = {"data_dir", "encoding", "exclude", "follow_links"}
 TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
 
 

@@ -49,7 +49,9 @@ class UnreadableFile(DamagedFile):
 def plain_file(path: str | os.PathLike[str], flags: int) -> int:
     """os.open for a plain file alone, which may serve as `opener` of open. Raises OSError for a link, a folder, a pipe
     and a device; never waits for the other end of a pipe."""
-    odd = OSError(errno.ELOOP, "a link, a pipe or a device; only plain files are opened here", os.fspath(path))
+    odd = OSError(
+        errno.ELOOP, "a link, a pipe or a device, where a plain file is expected; move it away", os.fspath(path)
+    )
     if not hasattr(os, "O_NOFOLLOW") and os.path.islink(path):
         raise odd
     try:

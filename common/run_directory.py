@@ -164,7 +164,8 @@ class RunLock:
             self._file = plain_file(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise UserError(
-                f"cannot write in the run directory {self.run_dir}: {error}; check its path and permissions"
+                f"cannot write in the run directory {self.run_dir} (lock: {error.strerror});"
+                " check its path and permissions"
             ) from error
         try:
             locked = _lock(self._file)

@@ -57,7 +57,8 @@ def without_foreign_parts(
         if name not in given and stored.get(name, value) != value:
             changed[name] = value
             if not name.endswith("_project"):
-                notes.append(f"note: {name} is left off, since you did not make this run here: --{name}=… turns it on")
+                flag = f"--{name}={show(stored[name])}"
+                notes.append(f"note: {name} is left off, since you did not make this run here: {flag} turns it on")
     if resumed.state.get("chain") is not None:
         again = f"{command()} {quote(str(run / 'config.json'))} --teacher={quote(str(run))} --seed=2"
         notes.append(f"note: the runs that follow this one are not begun; a model that learns from it: {again}")

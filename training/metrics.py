@@ -184,7 +184,9 @@ class RunLog:
             try:
                 file = self._files[name] = LogFile(path, expected)
             except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error}); check its permissions and the disk") from error
+                raise UserError(
+                    f"{path}: cannot be written ({error.strerror}); check its permissions and the disk"
+                ) from error
             if file.found < expected:
                 print(
                     f"{path}: {file.found} bytes, {expected} at the checkpoint: the end of this log is lost",

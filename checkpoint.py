@@ -25,7 +25,6 @@ import glob
 import itertools
 import os
 import re
-import shutil
 import sys
 import time
 import zlib
@@ -48,6 +47,7 @@ from files import (
     remove_tree,
     require_space,
     sync_directory,
+    try_remove_tree,
     write_parts,
 )
 from model_folder import (
@@ -178,7 +178,7 @@ def save_checkpoint(
             f"the checkpoint of step {step} could not be saved in {home}: {error}. The earlier ones are unchanged"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try_remove_tree(temporary)
     discard_obsolete(obsolete, final)
     return final
 

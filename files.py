@@ -116,6 +116,13 @@ def remove_tree(path: Path) -> None:
         path.unlink()
 
 
+def try_remove_tree(path: Path) -> None:
+    """The same, as far as it is possible. shutil.rmtree raises some errors even where it is to ignore them."""
+    with suppress(OSError):
+        if is_plain_directory(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,6 +37,7 @@ from files import (
     require_space,
     size_and_crc,
     sync_directory,
+    try_remove_tree,
     write_parts,
 )
 from tensor_files import TensorReader, bytes_needed, parts_of, read_header
@@ -248,7 +248,7 @@ def write_model_folder(
     except OSError as error:
         raise UserError(f"{path} could not be written: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try_remove_tree(temporary)
         for folder in parents:
             with suppress(OSError):  # not empty
                 folder.rmdir()
@@ -277,7 +277,7 @@ def save_base(run: Path, source: ModelFolder, weights: dict[str, Tensor], config
     except OSError as error:
         raise UserError(f"{base} could not be written: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try_remove_tree(temporary)
     found = size_and_crc(base / WEIGHTS)
     if (checkpoint := checkpoint_of(source.path)) is not None:
         compare(source.path / WEIGHTS, found, manifest_files(checkpoint)[f"model/{WEIGHTS}"])

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +41,7 @@ from checkpoint import (
     try_discard,
 )
 from errors import UserError
-from files import CHUNK, DamagedFile, json_bytes, require_space, sync_directory, write_parts
+from files import CHUNK, DamagedFile, json_bytes, require_space, sync_directory, try_remove_tree, write_parts
 from model_folder import CONFIG, MANIFEST, SHARDED_VERSION, SHARDS, STATE, TOKENIZER, Adapter
 from tensor_files import Part, TensorReader, rows_of, shard_bytes
 
@@ -102,7 +101,7 @@ def save_sharded_checkpoint(
             _together(team, final, phase)
     finally:
         if team.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            try_remove_tree(temporary)
     return final
 
 

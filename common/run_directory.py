@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -193,7 +194,8 @@ class RunLock:
 
     def __exit__(self, *exc: object) -> None:
         self.held.pop(self.run_dir, None)
-        os.close(self._file)
+        with suppress(OSError):
+            os.close(self._file)
 
     def keep_place(self) -> list[str]:
         """Makes the directory, its lock and run.json again where they were removed or renamed. Returns what was, in
@@ -232,8 +234,10 @@ def refuse_links(run_dir: Path) -> None:
     """Raises UserError where one of FOLDERS is a link: what is written there would be outside of the run. Not for what
     the system does not tell."""
     for name in FOLDERS:
-        path = run_dir / name
-        if os.path.islink(path) or (path.is_dir() and not is_plain_directory(path)):
+        path, is_plain = run_dir / name, True
+        with suppress(OSError):
+            is_plain = not os.path.isdir(path) or is_plain_directory(path)
+        if os.path.islink(path) or not is_plain:
             raise UserError(
                 f"{path} is a link, and a run writes nothing outside its directory; move what it leads to in its"
                 f" place, or remove it. The run directory itself may be a link"

@@ -131,7 +131,7 @@ def train_on(
     stack.enter_context(logger)
     stack.enter_context(naming_saved(partial(describe_saved, run, state)))
     stack.enter_context(naming_lost_text(partial(describe_saved, run, state)))
-    save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
+    save = partial(state.save, run, dataset, hardware, lambda: {"logs": logger.lengths()} | recorded.facts())
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time
     is_forced, started = "micro_batch_size" not in reasons, time.perf_counter()
@@ -213,6 +213,8 @@ def finish(
     """After the last step: the evaluation of the whole val split (score; None where each one was that), that of the
     text that is mixed in (watch) and the final samples, unless a signal came. The last step is saved
     again with them, so that a resumed run keeps its records."""
+    if state.saved_step != state.step:  # once more: a disk may fail for a moment
+        save()
     if stop() or state.is_finished:
         return
     if score is not None:

@@ -230,10 +230,10 @@ def keep_place(run_dir: Path) -> list[str]:
     return lock.keep_place() if lock is not None else []
 
 
-def refuse_links(run_dir: Path) -> None:
-    """Raises UserError where one of FOLDERS is a link: what is written there would be outside of the run. Not for what
-    the system does not tell."""
-    for name in FOLDERS:
+def refuse_links(run_dir: Path, *others: str) -> None:
+    """Raises UserError where one of FOLDERS, or another folder in the run, is a link: what is written there would be
+    outside of the run. Not for what the system does not tell."""
+    for name in (*FOLDERS, *others):
         path, is_plain = run_dir / name, True
         with suppress(OSError):
             is_plain = not os.path.isdir(path) or is_plain_directory(path)

@@ -33,7 +33,7 @@ from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
 from training.budget import LENGTHENED
 from training.kept_text import KeptText
-from training.metrics import Trouble
+from training.metrics import Trouble, keep_and_tell
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
 # Options of a command that the runs which follow do not take over: each has its own, the text is prepared, and the
@@ -355,6 +355,7 @@ class RunConfig:
         if not is_first():
             return
         try:
+            keep_and_tell(self.path.parent)
             write_json(self.path, signed(config.dump(self.options, self.reasons)))
             self._is_written = True
             self._trouble.ends()

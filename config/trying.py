@@ -27,7 +27,7 @@ from common.hardware import choose_hardware, tune_allocator
 from common.memory import release_memory
 from common.option import show
 from common.options import HardwareOptions, RunOptions
-from common.run_directory import RunLock, claim_run, refuse_used_run
+from common.run_directory import RunLock, claim_run, refuse_links, refuse_used_run
 from common.signature import signed
 from config.planning import Planning, open_dataset
 from config.start import Start, read_start
@@ -170,6 +170,7 @@ def find_unfinished(run: str | None, key: dict[str, Any], stack: ExitStack) -> T
                     f"--run={run}: its trials were begun by another command or on another text; go on with them:"
                     f" {found.again}; or name another directory"
                 )
+            refuse_links(home, *(f"{FOLDER}/{trial.number}" for trial in found.trials))
             stack.enter_context(RunLock(found.folder))
         except UserError:
             if run is not None:

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,8 @@ class LogFile:
         """Writes and syncs what can be."""
         self.write()
         try:
-            os.ftruncate(self._file, self.size)  # a part of a record
+            if os.fstat(self._file).st_size > self.size:  # a part of a record
+                os.ftruncate(self._file, self.size)
             os.fsync(self._file)
         except OSError as error:
             self._trouble.begins(error)
@@ -138,6 +139,11 @@ class LogFile:
             os.close(self._file)
         except OSError as error:
             self._trouble.begins(error, "its last records may be lost")
+
+    def abandon(self) -> None:
+        """Closes it as it is."""
+        with suppress(OSError):
+            os.close(self._file)
 
     def _follow(self) -> None:
         """Opens the file again where its name no longer is that of the open one."""
@@ -222,17 +228,24 @@ class RunLog:
             self._files[name].write(text.encode("utf-8", errors="replace"))
 
     def _keep_place(self) -> None:
-        """Makes the directory and its lock again where they were removed or renamed."""
+        """Makes the directory and its lock again where they were removed or renamed. Where another process has taken
+        it, nothing more is written there."""
         try:
-            for what in keep_place(self._run) if self._files else ():
-                print(
-                    f"{self._run}: {what} was removed or renamed, and is made again; what was there before is not",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            keep_and_tell(self._run)
             self._trouble.ends("the directory can be used again")
         except OSError as error:
             self._trouble.begins(error)
+        except UserError:
+            while self._files:
+                self._files.popitem()[1].abandon()
+            raise
+
+
+def keep_and_tell(run: Path) -> None:
+    """keep_place, with a line on what was made again. Raises UserError, OSError."""
+    for what in keep_place(run):
+        line = f"{run}: {what} was removed or renamed, and is made again; what was there before is not"
+        print(line, file=sys.stderr, flush=True)
 
 
 def _finite(value: Any) -> Any:

@@ -58,7 +58,7 @@ from prepare_data.shards import Dataset
 from training import setup
 from training.budget import Budget, make_budget
 from training.compilation import choose_compile
-from training.data import MicroBatch, TrainBatches
+from training.data import MicroBatch, TrainBatches, naming_lost_text
 from training.divergence import Diverged
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
@@ -132,13 +132,13 @@ def train_on(
     weights = run, start.resumed, start.initial, layout.value
     state = setup.make_state(model, optim, batches.rows, *weights, compiles.value, hardware, options.flat())
     # ---- records of the run: config.json, logs, checkpoints, samples
-    recorded = start.record(run, options, reasons, kept)
+    recorded = stack.enter_context(start.record(run, options, reasons, kept))
     reference = Reference(dataset.fingerprint, options.flat(), read_curves())
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
     stack.enter_context(logger)
     stack.enter_context(naming_saved(partial(describe_saved, run)))
-    facts = lambda: recorded.facts() | logger.facts()  # noqa: E731
-    save = CheckpointWriter(run, state, dataset, hardware, evals, facts, told)
+    stack.enter_context(naming_lost_text(partial(describe_saved, run)))
+    save = CheckpointWriter(run, state, dataset, hardware, evals, lambda: logger.facts() | recorded.facts(), told)
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time
     is_forced, started = "micro_batch_size" not in reasons, time.perf_counter()
@@ -227,6 +227,8 @@ def finish(
     """After the last step: the evaluation of the whole val split (score; None where each one was that), that of the
     text that is mixed in (watch) and the final samples, unless a signal came. The last step is saved
     again with them, so that a resumed run keeps its records."""
+    with state.averaged():
+        save.try_again()
     if stop() or state.is_finished:
         return
     with state.averaged():

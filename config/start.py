@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,18 +33,26 @@ from checkpoint import (
 from common.option import option_names
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import RunLock, refuse_used_run
+from common.signature import is_own, signed
 from common.weights import checked_config, open_checked
 from config.hints import INIT_FROM
-from config.resume import asked, note_unused_flags, refuse_without_effect, resumed_options, with_model_options
+from config.resume import (
+    asked,
+    note_unused_flags,
+    refuse_without_effect,
+    resumed_options,
+    with_model_options,
+    without_foreign_parts,
+)
 from errors import UserError, quote
-from files import json_bytes, write_json
+from files import json_bytes, plain_file, write_json
 from model_folder import ModelFolder
 from parallel.processes import Team, by_first, is_first, world_size
 from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
 from training.budget import LENGTHENED
 from training.kept_text import KeptText
-from training.metrics import log
+from training.metrics import Trouble, keep_and_tell, log
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
 # Options of a command that the runs which follow do not take over: each has its own, the text is prepared, and the
@@ -199,9 +208,12 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         options = replace(options, values=options.values | {"resume": str(run)})
         if not eval_only:
             by_first(lambda: stack.enter_context(RunLock(run)) and None)
-        resumed = open_resumed(run, train.from_ or which)
+        resumed, notes = open_resumed(run, train.from_ or which), list[str]()
         checked_config(resumed.model)
+        if not by_first(lambda: is_own(resumed.state)):
+            resumed, notes = without_foreign_parts(resumed, options, argv)
         options = note_unused_flags(resumed_options(options, resumed.state["options"]))
+        options.notes.extend(notes)
         max_steps = options.section(TrainOptions).max_steps
         if not eval_only:
             check_length(options, argv)
@@ -249,7 +261,7 @@ def open_resumed(run: Path, which: str | None) -> Checkpoint:
     resumed = open_checkpoint(path, Team())
     if later := [step for step in saved_steps(run) if step > resumed.step]:
         steps = ", ".join(map(str, later))
-        log(f"{run} goes on from step {resumed.step}; the first checkpoint that it saves replaces those of {steps}")
+        log(f"{run} goes on from step {resumed.step}; its first checkpoint sets those of {steps} aside")
     return resumed
 
 
@@ -385,21 +397,46 @@ class RunConfig:
         self, run: Path, options: config.Options, reasons: Mapping[str, str], others: Mapping[str, Any]
     ) -> None:
         self.path, self.options, self.reasons, self.others = run / "config.json", options, dict(reasons), others
+        self._trouble = Trouble(self.path)
 
     def change(self, **values: object) -> None:
-        """Changes options, and rewrites config.json. A full disk is reported; a checkpoint's state holds them too."""
+        """Changes options, and rewrites config.json. A disk that fails is reported, and tried again at the next save; a
+        checkpoint's state holds them too."""
         self.options = config.replace(self.options, **values)
-        try:
-            if is_first():
-                write_json(self.path, config.dump(self.options, self.reasons))
-        except OSError as error:
-            log(f"cannot write {self.path}: {error}; training continues without it")
+        self._write()
 
     def facts(self) -> dict[str, Any]:
-        """Options, reasons and the other facts, for a checkpoint's state.json. config.json is written again where it is
-        not the same: it was deleted, or could not be written."""
-        content = config.dump(self.options, self.reasons)
-        with suppress(OSError):
-            if is_first() and not (self.path.is_file() and self.path.read_bytes() == json_bytes(content)):
-                write_json(self.path, content)
+        """Options, reasons and the other facts, for a checkpoint's state.json. Writes config.json where it is not
+        there as it should be."""
+        if is_first() and (self._trouble.is_there or not self._is_written()):
+            self._write()
         return {"options": self.options.flat(), "auto": self.reasons, **self.others}
+
+    def __enter__(self) -> RunConfig:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Tells whether config.json is not what it should be."""
+        if self._trouble.is_there:
+            print(f"not saved: {self.path}; the checkpoints hold the same options", file=sys.stderr, flush=True)
+
+    def _is_written(self) -> bool:
+        """Whether the file is there as it should be."""
+        try:
+            with open(self.path, "rb", opener=plain_file) as file:
+                return file.read() == json_bytes(self._content())
+        except OSError:
+            return False
+
+    def _content(self) -> dict[str, Any]:
+        return signed(config.dump(self.options, self.reasons))
+
+    def _write(self) -> None:
+        if not is_first():
+            return
+        try:
+            keep_and_tell(self.path.parent)
+            write_json(self.path, self._content())
+            self._trouble.ends()
+        except OSError as error:
+            self._trouble.begins(error)

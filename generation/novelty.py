@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from common.signature import own_texts
 from common.tokenizer import Tokenizer
 from errors import UserError
 from files import read_json
@@ -33,10 +34,10 @@ def open_novelty(model_folder: Path, data: str | None, script: SampleScriptOptio
     if not script.novelty:
         return None
     state = read_json(model_folder.parent / STATE) if (model_folder.parent / STATE).is_file() else {}
-    recorded = state.get("dataset")
+    recorded = next(iter(own_texts(state)), {})
     with redirect_stdout(sys.stderr):  # standard output is for the samples
         try:
-            dataset = training_text(data, recorded if isinstance(recorded, dict) else {}, model_folder / TOKENIZER)
+            dataset = training_text(data, recorded, model_folder / TOKENIZER)
         except UserError as error:
             raise UserError(f"--novelty: {error}") from None
     options = state.get("options")

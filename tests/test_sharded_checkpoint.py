@@ -23,6 +23,7 @@ from torch import Tensor
 import model_folder
 import sharded_checkpoint
 from checkpoint import (
+    SET_ASIDE,
     Checkpoint,
     SaveFailed,
     find_checkpoint,
@@ -290,8 +291,8 @@ def test_whole_and_sharded_checkpoints_follow_each_other_in_a_run(tmp_path):
     save_all(tmp_path, 10, val_loss=1.0)
     save_checkpoint(tmp_path, 20, model=tensors_of(2), config={}, tokenizer={}, optimizer={}, state={"val_loss": 2.0})
     save_all(tmp_path, 30, size=2, val_loss=3.0)
-    save_all(tmp_path, 20, value=5, val_loss=2.0)  # again, by several ranks: the later one goes
-    assert steps(tmp_path) == ["step-00000010", "step-00000020"]
+    save_all(tmp_path, 20, value=5, val_loss=2.0)  # by several ranks; the later one is set aside
+    assert steps(tmp_path) == [SET_ASIDE, "step-00000010", "step-00000020"]
     for name in (
         "step-00000020.writing-0123abcd/shards",
         "step-00000030.writing-0123abcd",
@@ -299,7 +300,7 @@ def test_whole_and_sharded_checkpoints_follow_each_other_in_a_run(tmp_path):
     ):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     prune_checkpoints(tmp_path)
-    assert steps(tmp_path) == ["step-00000010", "step-00000020", "step-00000020.writing-mine"]
+    assert steps(tmp_path) == [SET_ASIDE, "step-00000010", "step-00000020", "step-00000020.writing-mine"]
     assert value_of(open_latest(tmp_path)) == 5
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint import list_checkpoints
+from common.signature import own_texts
 from errors import UserError, quote
 from files import DamagedFile, read_json
 from model_folder import CONFIG, STATE, TOKENIZER
@@ -37,7 +38,7 @@ def check_samples(run: Path, samples: Sequence[str]) -> tuple[list[list[Mark]], 
         checkpoint = next(reversed(list_checkpoints(run)), None)
         if checkpoint is None:
             raise UserError("there is no checkpoint yet, which says what its text is")
-        recorded = read_json(checkpoint / STATE).get("dataset") or {}
+        recorded = next(iter(own_texts(read_json(checkpoint / STATE))), {})
         dataset = training_text(None, recorded, checkpoint / "model" / TOKENIZER)
         if len(dataset.train) > MAX_INDEXED and not (dataset.folder / INDEX).exists():
             raise UserError(f"for a text of this size, first run python sample.py --run={quote(str(run))} --novelty")

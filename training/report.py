@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint import list_checkpoints, run_hint
-from files import read_json, replace_file
+from files import plain_file, read_json, reading, replace_file
 from model_folder import BASE, CONFIG, STATE, WEIGHTS, open_tensors
 from tensor_files import TensorReader
 from training.copied import Mark, check_samples
@@ -107,7 +107,9 @@ def read_metrics(run: Path) -> Lines:
         hint = run_hint(run) or "; give one such as runs/quickstart-1, or train first: python train.py"
         raise UserError(f"{run}: {problem}{hint}")
     lines: Lines = {event: [] for event in ("eval", "step", "plan", "patience", "kept", "skip", "final")}
-    for text in (run / METRICS).read_bytes().split(b"\n"):
+    with reading(run / METRICS), open(run / METRICS, "rb", opener=plain_file) as file:
+        content = file.read()
+    for text in content.split(b"\n"):
         with suppress(ValueError, RecursionError):  # an incomplete line: still being written, or the run was killed
             line = json.loads(text)
             if isinstance(line, dict) and line.get("event") in lines and type(line.get("step")) is int:
@@ -171,7 +173,7 @@ def read_samples(run: Path) -> list[tuple[str, str]]:
     """(heading, text) of each of the last MAX_SAMPLES samples of the last step that has any."""
     if not (run / SAMPLES).is_file():
         return []
-    with (run / SAMPLES).open("rb") as file:
+    with reading(run / SAMPLES), open(run / SAMPLES, "rb", opener=plain_file) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_SAMPLE_BYTES))
         content = file.read().decode("utf-8", errors="replace")
     _, *parts = re.split(r"^==== step (\d+) (\(.*\)) ====\n", content, flags=re.MULTILINE)

@@ -22,6 +22,7 @@ from checkpoint import SaveFailed, prune_checkpoints, save_checkpoint
 from common.hardware import Hardware
 from common.memory import OutOfMemory, attempt, available_memory
 from common.run_state import RunState
+from common.signature import signed
 from parallel.processes import Team, agree, any_of, by_first, is_first, world_size
 from parallel.sharding import SHARDED
 from prepare_data.shards import Dataset
@@ -92,6 +93,13 @@ class CheckpointWriter:
             (step, future), self.flying = self.flying, None
             self._outcome(step, future.result)
 
+    def try_again(self) -> None:
+        """Saves the current step where its save has failed: a disk may fail for a moment."""
+        self.join()
+        self.state.saved_step = agree(self.state.saved_step)
+        if self.state.begun_step == self.state.step != self.state.saved_step:
+            self()
+
     def __enter__(self) -> CheckpointWriter:
         return self
 
@@ -136,7 +144,7 @@ class CheckpointWriter:
 
     def _others(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors, as it is now."""
-        facts = self.state.facts(self.dataset, self.hardware) | self.facts()
+        facts = signed(self.state.facts(self.dataset, self.hardware) | self.facts())
         config, tokenizer = self.state.model.config.to_dict(), self.dataset.tokenizer.to_dict()
         return {"config": config, "tokenizer": tokenizer, "adapter": self.state.adapter, "state": facts}
 

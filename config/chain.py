@@ -12,11 +12,12 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import config
 from checkpoint import list_checkpoints, open_latest, run_of, teacher_runs
@@ -28,6 +29,7 @@ from config.start import Chain, Start, passed_on
 from errors import quote
 from parallel.processes import by_first, command
 from prepare_data.shards import Dataset
+from state_file import build
 from training import setup
 from training.budget import Budget
 from training.logger import log_end
@@ -99,9 +101,10 @@ def following(run: Path, chain: Chain) -> Path | None:
     if list_checkpoints(last):
         return last
     for other in teacher_runs(last):
-        known = open_latest(other).state.get("chain") or {"run": None, "teachers": []}
-        runs = [run_of(Path(path)) for path in known["teachers"]]
-        if known["run"] == chain.run and run.resolve() in [path.resolve() for path in runs if path is not None]:
+        state = open_latest(other).state
+        known = build(Chain, state, "chain") if state.get("chain") else None
+        runs = [run_of(Path(path)) for path in known.teachers] if known else []
+        if known and known.run == chain.run and run.resolve() in [path.resolve() for path in runs if path is not None]:
             return other
     return None
 
@@ -134,9 +137,10 @@ def log_teachers(start: Start, state: TrainState, dataset: Dataset) -> None:
     best = min((entry["val_loss"] for entry in state.progress.history), default=math.inf)
     same = dataset.fingerprint, start.options.section(EvalOptions).eval_tokens
     for teacher in start.teachers:
-        stored = teacher.state() or {}
+        stored: Mapping[str, Any] = teacher.state() or {}
         loss, name = stored.get("val_loss"), quote(_shown(run_of(teacher.path) or teacher.path))
-        if loss is None or (stored["dataset"]["fingerprint"], stored["options"]["eval_tokens"]) != same:
+        known = stored.get("dataset", {}).get("fingerprint"), stored.get("options", {}).get("eval_tokens")
+        if loss is None or known != same:
             continue
         better = "" if best < loss else f"; the teacher is better: python sample.py --run={name}"
         log(f"best val loss {best:.4f}, that of the teacher {name} {loss:.4f}{better}")

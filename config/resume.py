@@ -11,21 +11,22 @@ from common.options import HardwareOptions
 from errors import UserError, quote
 from model import GPTConfig
 from prepare_data import PrepareOptions
+from state_file import StateFile, WrongEntry
 
 # Options of preparation that may differ where a resumed run's text is named again, as long as its tokens are the same.
 WITH_DATA = {"data_dir", "encoding", "exclude"}
 TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
 
 
-def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> config.Options:
-    """Merges the options of the command line (`options`) with those of the checkpoint's state (`stored`), by name.
+def resumed_options(options: config.Options, state: StateFile) -> config.Options:
+    """Merges the options of the command line (`options`) with those of a checkpoint's state.
 
     A flag for a fixed option must equal the stored value, and so must one of preparation, because the run's text is
     prepared already; a changed free option is added to the result's `notes`. Raises UserError naming every flag that
-    would have no effect or make another run, with both values.
+    would have no effect or make another run, with both values, and WrongEntry.
     """
     resume = options.flat()["resume"]
-    stored = {name: tuple(v) if isinstance(v, list) else v for name, v in without_retired(stored).items()}  # from JSON
+    stored = _stored_options(options, state)
     fixed, preparation = config.fixed_names(), option_names(PrepareOptions)
     changed, refused, advice = {}, [], f"--init_from={quote(resume)} starts a new run from these weights"
     if options.presets:
@@ -55,6 +56,19 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
         values = [f"{name}={show(value)} (was {show(stored.get(name))})" for name, value in changed.items()]
         merged.notes.append(f"changed on resume: {', '.join(values)}")
     return merged
+
+
+def _stored_options(options: config.Options, state: StateFile) -> dict[str, Any]:
+    """The options in a state, with their names, types, ranges and rules checked. Raises WrongEntry."""
+    stored = {name: tuple(v) if isinstance(v, list) else v for name, v in without_retired(state["options"]).items()}
+    if "max_steps" not in stored:
+        raise WrongEntry(state.path, "options.max_steps", "is missing")
+    try:
+        config.replace(options, **{**stored, "resume": options.values["resume"]})
+    except UserError as error:
+        problem = str(error).partition("\n`")[0]  # without the line that names --help
+        raise WrongEntry(state.path, "options", f"cannot be used: {problem}") from None
+    return stored
 
 
 def note_unused_flags(options: config.Options) -> config.Options:

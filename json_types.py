@@ -15,10 +15,7 @@ from functools import cache
 from typing import Annotated, Any, NoReturn, NotRequired, Required
 
 MAX_INT = 2**63  # of 64 bits
-# A text on one line, for messages: without control characters and those that reorder the text around them.
-Line = Annotated[str, re.compile(r"[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*")]
-Argument = Annotated[str, re.compile(r"[^\0]*")]  # of a command, which the system cannot start with a NUL in it
-Filename = Annotated[str, re.compile(r"[^\0]+")]
+Argument = Annotated[str, re.compile(r"[^\0]*")]  # a path, or another text that the system does not take with a NUL
 
 
 class Mismatch(ValueError):
@@ -74,13 +71,13 @@ def _any_of(hint: Any, args: tuple[Any, ...], value: Any) -> Any:
 
 def _record(hint: Any, value: dict[str, Any], hints: Mapping[str, Any]) -> Any:
     """A TypedDict or a dataclass."""
-    known = {**_hints(hint), **hints}
+    known = {**{name: _unmarked(its) for name, its in _hints(hint).items()}, **hints}
     if typing.is_typeddict(hint):
-        required = hint.__required_keys__
+        required = _required_keys(hint)
     else:
-        fields = dataclasses.fields(hint)
-        missing = dataclasses.MISSING
-        required = {field.name for field in fields if field.default is missing and field.default_factory is missing}
+        unset = dataclasses.MISSING
+        fields = [field for field in dataclasses.fields(hint) if field.default is field.default_factory is unset]
+        required = frozenset(field.name for field in fields)
         if unknown := sorted(value.keys() - known.keys()):
             raise Mismatch("is not known to this version", _key(unknown[0])[1:])
     for name in sorted(required - value.keys()):
@@ -102,11 +99,20 @@ def _hints(cls: type) -> dict[str, Any]:
     """The annotations of a class. The names of annotated_types may be known to type checkers alone."""
     import annotated_types
 
-    def plain(hint: Any) -> Any:  # a TypedDict's marks are no types
-        return typing.get_args(hint)[0] if typing.get_origin(hint) in (Required, NotRequired) else hint
+    return typing.get_type_hints(cls, localns=vars(annotated_types), include_extras=True)
 
-    found = typing.get_type_hints(cls, localns=vars(annotated_types), include_extras=True)
-    return {name: plain(hint) for name, hint in found.items()}
+
+def _unmarked(hint: Any) -> Any:
+    """Without the mark of a TypedDict's key."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) in (Required, NotRequired) else hint
+
+
+@cache
+def _required_keys(cls: Any) -> frozenset[str]:
+    """Of a TypedDict. Where annotations are texts, __required_keys__ does not know the marks."""
+    marks = {name: typing.get_origin(hint) for name, hint in _hints(cls).items()}
+    required = {name for name in cls.__required_keys__ if marks[name] is not NotRequired}
+    return frozenset(required | {name for name, mark in marks.items() if mark is Required})
 
 
 def _fits(rule: Any, value: Any) -> bool:
@@ -147,7 +153,7 @@ def _words(hint: Any) -> Iterator[str]:
         limits = [f"{sign} {limit}" for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
                   for rule in args[1:] if (limit := getattr(rule, name, None)) is not None]  # fmt: skip
         if any(isinstance(rule, re.Pattern) for rule in args[1:]):
-            limits.append("without control characters" if hint == Line else "without a NUL, not empty")
+            limits.append("without a NUL")
         yield " ".join([word.removesuffix(" >= 0") if limits else word, *limits])
     else:
         words: dict[Any, str] = {int: "an integer >= 0", float: "a finite number", str: "text", bool: "true or false"}

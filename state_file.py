@@ -13,7 +13,7 @@ from typing import Any, NoReturn, NotRequired, Required, TypedDict, TypeVar
 
 from errors import UserError
 from files import read_json
-from json_types import Filename, Line, Mismatch, conform
+from json_types import Argument, Mismatch, conform
 
 T = TypeVar("T")
 
@@ -21,21 +21,22 @@ T = TypeVar("T")
 class WrongEntry(UserError):
     """An entry of a state.json is missing, or has another type or range than this version writes."""
 
-    def __init__(self, path: Path, entry: str, problem: str) -> None:
-        self.path, self.entry = path, entry
-        super().__init__(
-            f"{path}: {entry} {problem}. The file is as it was written, so by another version or program: open it with"
-            " the Sprout that wrote it, or use another checkpoint (sample.py --checkpoint=step-N, train.py"
-            " --init_from=RUN/checkpoints/step-N)"
-        )
+
+def wrong_entry(path: Path, entry: str, problem: str) -> WrongEntry:
+    """problem: what was found, and what was expected."""
+    return WrongEntry(
+        f"{path}: {entry} {problem}. The file is as it was written, so by another version or program: open it with the"
+        " Sprout that wrote it, or use another checkpoint (sample.py --checkpoint=step-N, train.py"
+        " --init_from=RUN/checkpoints/step-N)"
+    )
 
 
 class DatasetEntry(TypedDict):
     """A dataset as a state.json names it."""
 
-    name: Filename
-    path: Filename
-    fingerprint: Line
+    name: Argument
+    path: Argument
+    fingerprint: str
     example_prompt: NotRequired[str | None]
 
 
@@ -45,6 +46,16 @@ class Weights(TypedDict):
     bytes: int
     crc32: int
     base: NotRequired[dict[str, int]]
+
+
+class StoredOptions(TypedDict, total=False):
+    """The options that are read on their own. Whoever takes over all of them checks them by the option loader."""
+
+    max_steps: int | None
+    eval_tokens: int | None
+    teachers: int
+    init_from: Argument | None
+    separator: str | None
 
 
 class State(TypedDict, total=False):
@@ -57,9 +68,9 @@ class State(TypedDict, total=False):
     tokens: int
     progress: dict[str, Any]  # Progress in training/state.py
     dataset: DatasetEntry
-    environment: dict[str, Line | float | None]
-    options: dict[str, Any]  # checked by the option loader
-    auto: dict[str, Line]
+    environment: dict[str, str | float | None]
+    options: StoredOptions
+    auto: dict[str, str]
     logs: dict[str, int]
     kept: list[DatasetEntry]
     teachers: list[Weights]
@@ -74,7 +85,7 @@ class StateFile(dict[str, Any]):
         self.path = path
 
     def __missing__(self, name: str) -> NoReturn:
-        raise WrongEntry(self.path, name, "is missing")
+        raise wrong_entry(self.path, name, "is missing")
 
 
 def read_state(path: Path) -> StateFile:
@@ -83,7 +94,7 @@ def read_state(path: Path) -> StateFile:
     try:
         conform(State, values)
     except Mismatch as error:
-        raise WrongEntry(path, error.entry or "its content", error.problem) from None
+        raise wrong_entry(path, error.entry or "its content", error.problem) from None
     return StateFile(path, values)
 
 
@@ -94,4 +105,4 @@ def build(cls: type[T], state: StateFile, entry: str, hints: Mapping[str, Any] |
         found: T = conform(cls, state[entry], hints)
         return found
     except Mismatch as error:
-        raise WrongEntry(state.path, ".".join(filter(None, (entry, error.entry))), error.problem) from None
+        raise wrong_entry(state.path, ".".join(filter(None, (entry, error.entry))), error.problem) from None

@@ -11,7 +11,7 @@ from common.options import HardwareOptions
 from errors import UserError, quote
 from model import GPTConfig
 from prepare_data import PrepareOptions
-from state_file import StateFile, WrongEntry
+from state_file import StateFile, wrong_entry
 
 # Options of preparation that may differ where a resumed run's text is named again, as long as its tokens are the same.
 WITH_DATA = {"data_dir", "encoding", "exclude"}
@@ -62,12 +62,12 @@ def _stored_options(options: config.Options, state: StateFile) -> dict[str, Any]
     """The options in a state, with their names, types, ranges and rules checked. Raises WrongEntry."""
     stored = {name: tuple(v) if isinstance(v, list) else v for name, v in without_retired(state["options"]).items()}
     if "max_steps" not in stored:
-        raise WrongEntry(state.path, "options.max_steps", "is missing")
+        raise wrong_entry(state.path, "options.max_steps", "is missing")
     try:
         config.replace(options, **{**stored, "resume": options.values["resume"]})
     except UserError as error:
         problem = str(error).partition("\n`")[0]  # without the line that names --help
-        raise WrongEntry(state.path, "options", f"cannot be used: {problem}") from None
+        raise wrong_entry(state.path, "options", f"cannot be used: {problem}") from None
     return stored
 
 

@@ -100,7 +100,7 @@ class TrainOptions:
             found.append(f"gpus={self.gpus} is for one run, and try={self.try_} for several: leave one of them out")
         if self.gpu is not None and find_gpu(self.gpu) is None:
             known = f"this version knows {', '.join(GPUS)}"
-            found.append(f"gpu={self.gpu}: no such GPU{did_you_mean(self.gpu, GPUS)}; {known}")
+            found.append(f"gpu={self.gpu[:60]}: no such GPU{did_you_mean(self.gpu, GPUS)}; {known}")
         elif self.gpu is not None and self.gpus is None:
             found.append(f"gpu={self.gpu} is the kind of --gpus: add --gpus=8 --plan, or leave --gpu out")
         return found

@@ -32,7 +32,7 @@ from parallel.processes import Team, by_first, is_first, world_size
 from parallel.sharding import SHARDED, Layout, first_row, is_written_here, local
 from prepare_data.shards import Dataset
 from sharded_checkpoint import save_sharded_checkpoint
-from state_file import StateFile, WrongEntry
+from state_file import StateFile, wrong_entry
 from tensor_files import Part
 from training.average import WeightAverage
 from training.evaluation import Evaluation
@@ -320,7 +320,7 @@ class TrainState:
             stored, names = self.progress.grad_scaler, {*self.scaler.state_dict()}
             if {*stored} != names or not 0 < stored["scale"] < 2.0**127 or max(stored.values()) >= 2.0**127:
                 expected = f"{', '.join(sorted(names))}, with a scale above 0 and below 2**127"
-                raise WrongEntry(state.path, "progress.grad_scaler", f"is {stored}, expected {expected}")
+                raise wrong_entry(state.path, "progress.grad_scaler", f"is {stored}, expected {expected}")
             self.scaler.load_state_dict(stored)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeVar
 
 from common.clusters import Clusters
-from state_file import StateFile, WrongEntry, build
+from state_file import StateFile, build, wrong_entry
 
 if TYPE_CHECKING:
     from training.state import Progress
@@ -51,27 +51,27 @@ def read_progress(cls: type[P], state: StateFile) -> P:
     """The entry `progress`. Raises WrongEntry."""
     progress, step = build(cls, state, "progress", HINTS), state["step"]
     if progress.step != step:
-        raise WrongEntry(state.path, "progress.step", f"is {progress.step}, and step is {step}: expected the same")
+        raise wrong_entry(state.path, "progress.step", f"is {progress.step}, and step is {step}: expected the same")
     steps = {field.name: getattr(progress, field.name) for field in dataclasses.fields(progress)}
     steps = {name: value for name, value in steps.items() if name.endswith("step") or name == "early_decay"}
     steps |= {f"history[{i}].step": entry["step"] for i, entry in enumerate(progress.history)}
     steps |= {"bar.step": progress.bar["step"]} if progress.bar else {}
     for name, value in steps.items():
         if value is not None and value > step:
-            raise WrongEntry(state.path, f"progress.{name}", f"is {value}, expected {step}, the step, at most")
+            raise wrong_entry(state.path, f"progress.{name}", f"is {value}, expected {step}, the step, at most")
     course = [entry["step"] for entry in progress.history]
     if course != sorted({*course}):
-        raise WrongEntry(state.path, "progress.history", "has steps that are not in order, or twice")
+        raise wrong_entry(state.path, "progress.history", "has steps that are not in order, or twice")
     sums: dict[str, list[dict[str, Any]]] = {"best": progress.best}
     sums |= {"bar.compared": progress.bar["compared"]} if progress.bar else {}
     sums |= {f"kept[{i}].compared": entry["compared"] for i, entry in enumerate(progress.kept)}
     for name, kinds in sums.items():
         for i, kind in enumerate(kinds):
-            _check_sums(state, f"progress.{name}[{i}]", Clusters(**kind))
+            _check_sums(state, f"progress.{name}[{i}]", Clusters(kind["nats"], kind["counts"]))
     return progress
 
 
 def _check_sums(state: StateFile, entry: str, kind: Clusters) -> None:
     if not 1 < len(kind.nats) == len(kind.counts) or min(kind.counts) < 1:
         found = f"has {len(kind.nats)} sums of nats and {len(kind.counts)} counts"
-        raise WrongEntry(state.path, entry, f"{found}: expected as many, two at least, all counts positive")
+        raise wrong_entry(state.path, entry, f"{found}: expected as many, two at least, all counts positive")

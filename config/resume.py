@@ -18,15 +18,15 @@ WITH_DATA = {"data_dir", "encoding", "exclude"}
 TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
 
 
-def resumed_options(options: config.Options, state: StateFile) -> config.Options:
-    """Merges the options of the command line (`options`) with those of a checkpoint's state.
+def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> config.Options:
+    """Merges the options of the command line (`options`) with those of the checkpoint's state (`stored`), by name.
 
     A flag for a fixed option must equal the stored value, and so must one of preparation, because the run's text is
     prepared already; a changed free option is added to the result's `notes`. Raises UserError naming every flag that
-    would have no effect or make another run, with both values, and WrongEntry.
+    would have no effect or make another run, with both values.
     """
     resume = options.flat()["resume"]
-    stored = _stored_options(options, state)
+    stored = {name: tuple(v) if isinstance(v, list) else v for name, v in without_retired(stored).items()}  # from JSON
     fixed, preparation = config.fixed_names(), option_names(PrepareOptions)
     changed, refused, advice = {}, [], f"--init_from={quote(resume)} starts a new run from these weights"
     if options.presets:
@@ -58,8 +58,8 @@ def resumed_options(options: config.Options, state: StateFile) -> config.Options
     return merged
 
 
-def _stored_options(options: config.Options, state: StateFile) -> dict[str, Any]:
-    """The options in a state, with their names, types, ranges and rules checked. Raises WrongEntry."""
+def check_stored(options: config.Options, state: StateFile) -> None:
+    """Checks names, types, ranges and rules of the options in a state. Raises WrongEntry."""
     stored = {name: tuple(v) if isinstance(v, list) else v for name, v in without_retired(state["options"]).items()}
     if "max_steps" not in stored:
         raise wrong_entry(state.path, "options.max_steps", "is missing")
@@ -68,7 +68,6 @@ def _stored_options(options: config.Options, state: StateFile) -> dict[str, Any]
     except UserError as error:
         problem = str(error).partition("\n`")[0]  # without the line that names --help
         raise wrong_entry(state.path, "options", f"cannot be used: {problem}") from None
-    return stored
 
 
 def note_unused_flags(options: config.Options) -> config.Options:

@@ -21,7 +21,7 @@ from common.option import option_names
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import RunLock, refuse_used_run
 from config.hints import INIT_FROM
-from config.resume import note_unused_flags, resumed_options, with_model_options
+from config.resume import check_stored, note_unused_flags, resumed_options, with_model_options
 from errors import UserError, quote
 from files import write_json
 from json_types import Argument
@@ -159,7 +159,8 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         if not eval_only:
             by_first(lambda: stack.enter_context(RunLock(run)) and None)
         resumed = open_latest(run, Team())
-        options = note_unused_flags(resumed_options(options, resumed.state))
+        check_stored(options, resumed.state)
+        options = note_unused_flags(resumed_options(options, resumed.state["options"]))
         max_steps = options.section(TrainOptions).max_steps
         if not eval_only:
             check_length(options, argv)

@@ -7,7 +7,6 @@ import io
 import json
 import random
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from common.tokenizer import bytes_tokenizer, char_tokenizer, tokenizer_from_dic
 from files import json_bytes, read_json
 from prepare_data.__main__ import main as prepare
 from prepare_data.shards import open_dataset
-from tests.fuzz_values import Tries, as_json, edit, edit_bytes
+from tests.fuzz_values import Tries, as_json, edit, edit_bytes, memory_folder
 from tests.test_checkpoint import save
 
 Fuzz = Callable[[random.Random, Tries], None]
@@ -26,7 +25,7 @@ Fuzz = Callable[[random.Random, Tries], None]
 def run(examples: int, seed: int) -> list[str]:
     """Four of ten are tokenizers, three manifests, three datasets."""
     rng, tries = random.Random(seed), Tries()
-    with tempfile.TemporaryDirectory() as home, contextlib.redirect_stdout(io.StringIO()):
+    with memory_folder() as home, contextlib.redirect_stdout(io.StringIO()):
         kinds = (tokenizers(), manifests(Path(home)), datasets(Path(home)))
         for number in range(examples):
             kinds[(0, 1, 2, 0, 1, 2, 0, 1, 2, 0)[number % 10]](rng, tries)

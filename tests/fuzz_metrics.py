@@ -6,10 +6,9 @@ import contextlib
 import io
 import json
 import random
-import tempfile
 from pathlib import Path
 
-from tests.fuzz_values import VALUES, Tries, as_json, edit, edit_bytes
+from tests.fuzz_values import VALUES, Tries, as_json, edit, edit_bytes, memory_folder
 from training.report import draw, page, read_facts, read_metrics
 
 SCORES = {"val_loss": 3.0, "standard_error": 0.1, "perplexity": 20.0, "bits_per_byte": 2.0, "targets": 999}
@@ -50,7 +49,7 @@ DRAWN = 2000  # one of so many is drawn, too, which takes half a second
 
 def run(examples: int, seed: int) -> list[str]:
     rng, tries = random.Random(seed), Tries()
-    with tempfile.TemporaryDirectory() as home, contextlib.redirect_stderr(io.StringIO()):
+    with memory_folder() as home, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(home)
         for number in range(examples):
             lines = [_line(rng) for _ in range(rng.randint(1, 8))]

@@ -4,7 +4,6 @@ options."""
 from __future__ import annotations
 
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from config.resume import check_stored, resumed_options
 from config.start import Chain
 from files import json_bytes
 from state_file import build, read_state
-from tests.fuzz_values import Tries, as_json, edit, edit_bytes
+from tests.fuzz_values import Tries, as_json, edit, edit_bytes, memory_folder
 from training.state import Progress
 from training.stored import read_progress
 
@@ -43,7 +42,7 @@ def example() -> dict[str, Any]:
 def run(examples: int, seed: int) -> list[str]:
     rng, tries, whole = random.Random(seed), Tries(), example()
     resume = config.load("train.py", ["--resume=run"])
-    with tempfile.TemporaryDirectory() as home:
+    with memory_folder() as home:
         path = Path(home, "state.json")
         for number in range(examples):
             data = json_bytes(whole) if number == 0 else as_json(_edited(whole, rng))

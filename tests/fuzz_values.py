@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -85,6 +87,12 @@ def edit_bytes(data: bytes, rng: random.Random) -> bytes:
 def as_json(value: Any) -> bytes:
     """NaN as such, infinity as a number that is read as infinity."""
     return json.dumps(value).replace("Infinity", "1e999").encode("utf-8", "replace")
+
+
+def memory_folder() -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder, in memory where the system has such a place: opening a file on a disk takes longer than most
+    inputs."""
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
 
 
 class Tries:

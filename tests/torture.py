@@ -99,7 +99,7 @@ def make_faults() -> dict[str, Fault]:
     return found
 
 
-FUZZ = {"options": 100_000, "state": 70_000, "metrics": 60_000, "files": 60_000, "requests": 40_000, "models": 5_000}
+FUZZ = {"options": 80_000, "state": 60_000, "metrics": 50_000, "files": 50_000, "requests": 70_000, "models": 5_000}
 FAULTS = make_faults()
 SECTIONS = list(dict.fromkeys(fault.section for fault in FAULTS.values()))
 

@@ -32,6 +32,7 @@ from config.planning import Planning, open_dataset
 from config.start import Start, read_start
 from errors import UserError, quote
 from files import read_json, write_json
+from json_types import Mismatch, conform
 from parallel.processes import world_size
 from prepare_data.shards import Dataset
 from training import setup
@@ -94,9 +95,9 @@ def read_tries(run: Path) -> Tries:
     try:
         if (kind := (values.pop("format"), values.pop("version"))) != ("sprout-tries", 1):
             raise TypeError(kind)
-        trials = [Trial(**{**one, "results": [Result(**each) for each in one["results"]]}) for one in values["trials"]]
-        return Tries(**{**values, "run": run, "trials": trials})
-    except (KeyError, TypeError) as error:
+        tries: Tries = conform(Tries, {**values, "run": ""}, {"run": str})
+        return replace(tries, run=run)
+    except (KeyError, TypeError, Mismatch) as error:
         raise UserError(f"{path}: not in this version's format ({error}); name another run with --run=PATH") from error
 
 

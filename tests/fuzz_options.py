@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+import warnings
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -26,6 +27,7 @@ LINES = (
 def run(examples: int, seed: int) -> list[str]:
     """Half of them command lines, the rest files."""
     rng, tries = random.Random(seed), Tries()
+    warnings.simplefilter("ignore", SyntaxWarning)  # of presets such as 1and
     names = [
         *config.load("train.py", ["debug"]).values,
         *config.load("sample.py", []).values,

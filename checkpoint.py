@@ -9,7 +9,8 @@
 A directory `step-N` is always complete: it gets that name by a rename. The writer also uses these names:
 `step-N.writing` (of several ranks `step-N.writing-NONCE`) is unfinished, `step-N.removing` partly deleted, and
 `step-N.replaced` is the complete former checkpoint of a step that is being saved again; it counts while there is no
-`step-N`. A kill at any moment leaves the old state or the new one.
+`step-N`. A kill at any moment leaves the old state or the new one. `set-aside/step-N` was skipped by a resume and is
+not proven to be damaged: it could not be read, for example. Nothing counts or removes what is there.
 
 Files are data: their names are fixed here, nothing read is unpickled, executed or used as a path, and text from them is
 shown by repr. This file stores tensors and JSON values; it knows neither the model, the optimizer nor their options.
@@ -21,9 +22,9 @@ from __future__ import annotations
 import copy
 import difflib
 import glob
+import itertools
 import os
 import re
-import shutil
 import sys
 import time
 import zlib
@@ -37,7 +38,18 @@ import torch
 from torch import Tensor
 
 from errors import UserError, quote
-from files import DamagedFile, json_bytes, read_json, require_space, sync_directory, write_parts
+from files import (
+    DamagedFile,
+    UnreadableFile,
+    json_bytes,
+    make_directory,
+    read_json,
+    remove_tree,
+    require_space,
+    sync_directory,
+    try_remove_tree,
+    write_parts,
+)
 from model_folder import (
     CONFIG,
     FILES,
@@ -62,6 +74,8 @@ from tensor_files import TensorReader, bytes_needed, parts_of
 
 OURS = re.compile(r"step-\d{8,}(\.(writing(-[0-9a-f]{8})?|removing|replaced))?")  # names of directories
 MAX_REPEATS = 20  # of a reading, while a run in progress removes what is read
+SET_ASIDE = "set-aside"
+PAUSES = (0.1, 0.5, 2.0)  # seconds before a checkpoint that could not be read is tried again
 T = TypeVar("T")
 
 
@@ -137,7 +151,8 @@ def save_checkpoint(
     """Writes checkpoints/step-N, verifies it and returns its path. The caller holds the RunLock. With an adapter,
     `model` holds the adapters alone.
 
-    Then removes the checkpoints of later steps: open_latest skipped them as damaged, and the run resumed before them.
+    Then removes the checkpoints of later steps, which open_latest skipped: the run resumed before them. Those that are
+    not proven to be damaged are set aside.
     Beside the tensors, memory holds a copy of one at a time, of those on a GPU or not contiguous. Raises SaveFailed
     (disk full, …), with all earlier checkpoints unchanged, and ValueError on a NaN in the JSON values.
     """
@@ -153,8 +168,8 @@ def save_checkpoint(
     }
     try:
         obsolete = obsolete_after(run_dir, step)
+        make_home(run_dir)
         _discard(temporary)
-        home.mkdir(parents=True, exist_ok=True)
         sync_directory(run_dir)
         require_space(home, bytes_needed(contents))
         _write_contents(temporary, contents)
@@ -165,9 +180,15 @@ def save_checkpoint(
             f"the checkpoint of step {step} could not be saved in {home}: {error}. The earlier ones are unchanged"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    try_discard(obsolete)
+        try_remove_tree(temporary)
+    discard_obsolete(obsolete, final)
     return final
+
+
+def make_home(run_dir: Path) -> None:
+    """Makes RUN/checkpoints, and RUN where it was removed. Raises OSError, also for a link."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(run_dir / "checkpoints")
 
 
 def obsolete_after(run_dir: Path, step: int) -> list[Path]:
@@ -176,11 +197,48 @@ def obsolete_after(run_dir: Path, step: int) -> list[Path]:
     return [former, *(path for other, path in _complete_paths(run_dir) if other > step)]
 
 
+def discard_obsolete(obsolete: Iterable[Path], final: Path) -> None:
+    """Removes what a new checkpoint, which is in place, makes obsolete. Of later steps only what is proven to be
+    damaged; one that is not is set aside. What fails is a warning on standard error."""
+    for path in obsolete:
+        try:
+            if path.name.partition(".")[0] == final.name or _is_damaged(path):
+                _discard(path)
+            else:
+                aside = _set_aside(path)
+                print(f"{path} is not used, and not damaged as far as it can be read: kept as {aside}", file=sys.stderr)
+        except OSError as error:  # costs disk space only
+            print(f"warning: {path} could not be removed: {error}", file=sys.stderr)
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether that is certain."""
+    try:
+        open_checkpoint(path)
+    except UnreadableFile:
+        return False
+    except DamagedFile:
+        return True
+    except UserError:  # of another version
+        return False
+    return False
+
+
+def _set_aside(path: Path) -> Path:
+    folder = path.parent / SET_ASIDE
+    make_directory(folder)
+    names = (path.name + f"-{n}" * (n > 1) for n in itertools.count(1))
+    aside = next(folder / name for name in names if not os.path.lexists(folder / name))
+    os.rename(path, aside)
+    sync_directory(path.parent)
+    return aside
+
+
 def put_in_place(temporary: Path, final: Path) -> None:
     """Gives a verified checkpoint its name; a former one of that step gets another. Raises OSError, and then nothing
     has changed."""
     replaced = final.with_name(final.name + ".replaced")
-    if final.exists():
+    if os.path.lexists(final):
         _discard(replaced)
         os.rename(final, replaced)
     try:
@@ -188,7 +246,7 @@ def put_in_place(temporary: Path, final: Path) -> None:
         sync_directory(final.parent)
     except OSError:
         _discard(final)
-        if replaced.exists():
+        if os.path.lexists(replaced):
             os.rename(replaced, final)
         raise
 
@@ -219,13 +277,13 @@ def _write_contents(directory: Path, contents: dict[str, bytes | dict[str, Tenso
 
 
 def _discard(path: Path) -> None:
-    """Renames a directory, then deletes it: a partly deleted checkpoint never has the name of a complete one."""
+    """Renames a directory, then deletes it: a partly deleted checkpoint never has the name of a complete one. Of a link
+    the link alone."""
     removing = path.with_name(path.name.partition(".")[0] + ".removing")
-    if removing.exists():
-        shutil.rmtree(removing)
-    if path.exists():
+    remove_tree(removing)
+    if os.path.lexists(path):
         os.rename(path, removing)
-        shutil.rmtree(removing)
+        remove_tree(removing)
 
 
 def try_discard(paths: Iterable[Path]) -> None:
@@ -240,6 +298,7 @@ def try_discard(paths: Iterable[Path]) -> None:
 
 
 def run_directories(run_dir: Path) -> list[Path]:
+    """The directories in RUN/checkpoints; not links."""
     return [path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir() and not path.is_symlink()]
 
 
@@ -496,6 +555,18 @@ def open_share(path: Path, rank: int, size: int) -> Checkpoint:
     return Checkpoint(path, state["step"], model, state)
 
 
+def _open_patiently(path: Path, team: Team | None) -> Checkpoint:
+    """open_checkpoint, tried again after PAUSES where it could not be read."""
+    for seconds in PAUSES:
+        try:
+            return open_checkpoint(path, team)
+        except UnreadableFile as error:
+            if team is None or team.rank == 0:
+                print(f"{error.path}: {error.problem}; trying again", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+    return open_checkpoint(path, team)
+
+
 def open_latest(run_dir: Path, team: Team | None = None) -> Checkpoint:
     """The newest intact checkpoint, for --resume; damaged ones are skipped with a warning on standard error.
 
@@ -513,11 +584,12 @@ def open_latest(run_dir: Path, team: Team | None = None) -> Checkpoint:
             break
         path = run_dir / "checkpoints" / names[-1]
         try:
-            return open_checkpoint(path, team)
+            return _open_patiently(path, team)
         except DamagedFile as error:
             skipped.add(path.name)
             if (team is None or team.rank == 0) and path.exists():
-                print(f"WARNING: checkpoint skipped, an older one is tried: {error}", file=sys.stderr)
+                kept = ". It is not removed" if isinstance(error, UnreadableFile) else ""
+                print(f"WARNING: checkpoint skipped, an older one is tried: {error}{kept}", file=sys.stderr)
     raise UserError(
         f"every checkpoint in {run_dir} is damaged; restore one from a copy, or start again: python train.py --run=PATH"
     )

@@ -1,4 +1,9 @@
-"""Data files: written atomically, validated when read, with sizes and checksums. Knows no format but JSON."""
+"""Data files: written atomically, validated when read, with sizes and checksums. Knows no format but JSON.
+
+All that is written in a directory of ours is opened by `plain_file`: a link, a pipe or a device that lies there under a
+known name leads nowhere else and stops nobody. Its directories are made by `make_directory`. The directory that a user
+has named, and those above it, may be links.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,9 @@ from errors import UserError
 
 MAX_JSON = 100_000_000  # bytes; larger JSON files are not read
 CHUNK = 1 << 20
+# O_NONBLOCK: to open a pipe does not wait for its other end
+SAFE = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"))
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # what is certain about a file that is not readable
 
 
 class DamagedFile(UserError):
@@ -31,21 +39,119 @@ class DamagedFile(UserError):
         return f"{self.path}: {self.problem}. {self.advice}"
 
 
+class UnreadableFile(DamagedFile):
+    """The system did not give what is in a file (EIO, EACCES, …): nothing is proven about its content."""
+
+
+# ---- Opening ---------------------------------------------------------------------------------------------------------
+
+
+def plain_file(path: str | os.PathLike[str], flags: int) -> int:
+    """os.open for a plain file alone, which may serve as `opener` of open. Raises OSError for a link, a folder, a pipe
+    and a device; never waits for the other end of a pipe."""
+    odd = OSError(
+        errno.ELOOP, "a link, a pipe or a device, where a plain file is expected; move it away", os.fspath(path)
+    )
+    if not hasattr(os, "O_NOFOLLOW") and os.path.islink(path):
+        raise odd
+    try:
+        descriptor = os.open(path, flags | SAFE, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):  # EMLINK: FreeBSD's; ENXIO: a pipe, a socket
+            raise odd from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise odd
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def open_to_append(path: Path) -> int:
+    """A descriptor to read and write a plain file, which is made where there is none. A file with a second name (a
+    backup by hard links) is replaced by a copy first: what is written does not reach the other. Raises OSError."""
+    descriptor = plain_file(path, os.O_RDWR | os.O_CREAT)
+    if os.fstat(descriptor).st_nlink < 2:
+        return descriptor
+    temporary = path.with_name(f".{uuid.uuid4().hex[:16]}.writing")
+    try:
+        write_parts(temporary, iter(lambda: os.read(descriptor, CHUNK), b""))
+        os.replace(temporary, path)
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            temporary.unlink()
+    return plain_file(path, os.O_RDWR)
+
+
+def is_plain_directory(path: Path) -> bool:
+    """Whether it is a directory and no link to one, nor a junction of Windows. Raises OSError, not where it is
+    missing."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    is_junction = getattr(status, "st_reparse_tag", 0) == getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", -1)
+    return stat.S_ISDIR(status.st_mode) and not is_junction
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory in a directory of ours, where it is not there. Raises OSError, also for a link to one: what is
+    written there would be elsewhere."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not is_plain_directory(path):
+            what = "a link or a file; a directory of the run is expected in its place, so move it away"
+            raise NotADirectoryError(errno.ENOTDIR, what, str(path)) from None
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory and all in it; of a link the link alone. Raises OSError."""
+    if is_plain_directory(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
+def try_remove_tree(path: Path) -> None:
+    """The same, as far as it is possible. shutil.rmtree raises some errors even where it is to ignore them."""
+    with suppress(OSError):
+        if is_plain_directory(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> int:
+    """Writes all bytes at the place of the descriptor. Returns their number. Raises OSError."""
+    left = memoryview(data).cast("B")
+    size = len(left)
+    while left:
+        left = left[os.write(descriptor, left) :]
+    return size
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """Writes and syncs a file. Raises OSError."""
+    """Writes and syncs a new file. Raises OSError."""
     write_parts(path, [data])
 
 
 def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, int]:
-    """Writes and syncs a file part by part. Returns its number of bytes and the crc32 of the parts as they are in
-    memory, not as read back. Raises OSError."""
+    """Writes and syncs a new file part by part. Returns its number of bytes and the crc32 of the parts as they are in
+    memory, not as read back. Raises OSError, also where a file of that name exists."""
     size = crc = 0
-    with open(path, "wb") as file:
+    descriptor = plain_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
         for part in parts:
-            size += file.write(part)
+            size += write_all(descriptor, part)
             crc = zlib.crc32(part, crc)
-        file.flush()
-        os.fsync(file.fileno())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return {"bytes": size, "crc32": crc}
 
 
@@ -63,7 +169,7 @@ def sync_directory(path: Path) -> None:
     """fsync of a directory, so that new names survive a power cut, where the system supports it."""
     if os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -95,6 +201,9 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a JSON number")
 
@@ -111,7 +220,8 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     with reading(path) as size:
         if size > limit:
             raise DamagedFile(path, f"{size} bytes of JSON or text; the maximum is {limit}")
-        return path.read_bytes()
+        with open(path, "rb", opener=plain_file) as file:
+            return file.read()
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
@@ -128,20 +238,22 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[int]:
-    """Yields the size of a regular file. Any OSError, here or in the body, becomes DamagedFile."""
+    """Yields the size of a regular file, which the body opens with `opener=plain_file`. An OSError, here or in the
+    body, becomes DamagedFile where the file is missing or no plain file, else UnreadableFile."""
     try:
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode):
             raise DamagedFile(path, "expected a regular file; links, folders and devices are not followed")
         yield status.st_size
     except OSError as error:
-        raise DamagedFile(path, f"cannot be read ({error.strerror})") from error
+        kind = DamagedFile if error.errno in MISSING else UnreadableFile
+        raise kind(path, f"cannot be read ({error.strerror})") from error
 
 
 def size_and_crc(path: Path) -> dict[str, int]:
     """A file's entry in a manifest."""
     crc = 0
-    with reading(path) as size, open(path, "rb") as file:
+    with reading(path) as size, open(path, "rb", opener=plain_file) as file:
         while chunk := file.read(CHUNK):
             crc = zlib.crc32(chunk, crc)
     return {"bytes": size, "crc32": crc}

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,14 +26,18 @@ from torch import Tensor
 
 from errors import UserError
 from files import (
+    CHUNK,
     DamagedFile,
     compare,
     json_bytes,
+    plain_file,
     read_json,
     reading,
+    remove_tree,
     require_space,
     size_and_crc,
     sync_directory,
+    try_remove_tree,
     write_parts,
 )
 from state_file import StateFile, read_state
@@ -234,7 +237,7 @@ def write_model_folder(
     parents = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
         require_space(path.parent, bytes_needed(contents))
         temporary.mkdir()
         for name, content in contents.items():
@@ -247,7 +250,7 @@ def write_model_folder(
     except OSError as error:
         raise UserError(f"{path} could not be written: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try_remove_tree(temporary)
         for folder in parents:
             with suppress(OSError):  # not empty
                 folder.rmdir()
@@ -276,7 +279,7 @@ def save_base(run: Path, source: ModelFolder, weights: dict[str, Tensor], config
     except OSError as error:
         raise UserError(f"{base} could not be written: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try_remove_tree(temporary)
     found = size_and_crc(base / WEIGHTS)
     if (checkpoint := checkpoint_of(source.path)) is not None:
         compare(source.path / WEIGHTS, found, manifest_files(checkpoint)[f"model/{WEIGHTS}"])
@@ -289,7 +292,7 @@ def remove_base(run: Path) -> None:
     if (run / BASE).is_symlink():
         raise UserError(f"{run / BASE} is a link, and not of this run; remove it, or name another run with --run=PATH")
     try:
-        shutil.rmtree(run / f".{BASE}.writing", ignore_errors=True)
+        remove_tree(run / f".{BASE}.writing")
         for name in (WEIGHTS, CONFIG, TOKENIZER):
             (run / BASE / name).unlink(missing_ok=True)
         if (run / BASE).exists():
@@ -303,9 +306,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except (OSError, NotImplementedError):  # another disk, or a file system without links
         require_space(target.parent, source.stat().st_size)
-        shutil.copyfile(source, target, follow_symlinks=False)
-        with open(target, "rb+") as file:
-            os.fsync(file.fileno())
+        with open(source, "rb", opener=plain_file) as file:
+            write_parts(target, iter(lambda: file.read(CHUNK), b""))
 
 
 # ---- The manifest of a checkpoint ------------------------------------------------------------------------------------

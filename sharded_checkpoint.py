@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,8 @@ from checkpoint import (
     OURS,
     SaveFailed,
     Team,
+    discard_obsolete,
+    make_home,
     obsolete_after,
     on_all_ranks,
     open_share,
@@ -40,7 +41,7 @@ from checkpoint import (
     try_discard,
 )
 from errors import UserError
-from files import CHUNK, DamagedFile, json_bytes, require_space, sync_directory, write_parts
+from files import CHUNK, DamagedFile, json_bytes, require_space, sync_directory, try_remove_tree, write_parts
 from model_folder import CONFIG, MANIFEST, SHARDED_VERSION, SHARDS, STATE, TOKENIZER, Adapter
 from tensor_files import Part, TensorReader, rows_of, shard_bytes
 
@@ -89,7 +90,7 @@ def save_sharded_checkpoint(
     def end() -> None:
         if team.rank == 0:
             put_in_place(temporary, final)
-            try_discard(obsolete)
+            discard_obsolete(obsolete, final)
 
     try:
         begun = _together(team, final, begin)
@@ -100,7 +101,7 @@ def save_sharded_checkpoint(
             _together(team, final, phase)
     finally:
         if team.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            try_remove_tree(temporary)
     return final
 
 
@@ -111,6 +112,7 @@ def _make_temporary(run_dir: Path, temporary: Path) -> None:
     """Makes the directory in which all ranks write; removes those of killed attempts. Raises OSError."""
     left = [path for path in run_directories(run_dir) if OURS.fullmatch(path.name) and _is_unfinished(path)]
     try_discard(left)
+    make_home(run_dir)
     for name in ("model", SHARDS):
         (temporary / name).mkdir(parents=True)
     sync_directory(run_dir)

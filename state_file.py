@@ -75,6 +75,7 @@ class State(TypedDict, total=False):
     kept: list[DatasetEntry]
     teachers: list[Weights]
     chain: dict[str, Any]  # Chain in config/start.py
+    signature: str  # common/signature.py
 
 
 class StateFile(dict[str, Any]):

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from files import CHUNK, MAX_JSON, DamagedFile, compare, reading
+from files import CHUNK, MAX_JSON, DamagedFile, compare, plain_file, reading
 
 DTYPES = {  # safetensors' names; a file holds the tensors in the order of these dtypes, then by name
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -113,12 +113,12 @@ class Header:
 def read_header(path: Path) -> Header:
     """Checks a safetensors file: header length (8 bytes), header, data. The library checks that the tensors fill the
     data without a gap. Raises DamagedFile."""
-    with reading(path) as size, open(path, "rb") as file:
+    with reading(path) as size, open(path, "rb", opener=plain_file) as file:
         length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(MAX_JSON, size - 8):
         raise DamagedFile(path, f"its header length of {length} bytes is impossible in a file of {size} bytes")
     try:
-        with safe_open(path, framework="pt") as tensors:
+        with reading(path), safe_open(path, framework="pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
             found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
             metadata = tensors.metadata() or {}
@@ -278,7 +278,7 @@ def _empty(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def _read_at(path: Path, offset: int, data: memoryview) -> None:
-    with reading(path), open(path, "rb") as file:
+    with reading(path), open(path, "rb", opener=plain_file) as file:
         file.seek(offset)
         if file.readinto(data) < len(data):
             raise DamagedFile(path, f"it ends before byte {offset + len(data)}")
@@ -287,7 +287,7 @@ def _read_at(path: Path, offset: int, data: memoryview) -> None:
 def _read_whole(path: Path, header: Header, targets: Mapping[tuple[Path, str], memoryview]) -> dict[str, int]:
     """Reads a file, each tensor in `targets` into that memory. Returns the file's bytes and crc32."""
     scratch = memoryview(bytearray(CHUNK))
-    with reading(path) as size, open(path, "rb") as file:
+    with reading(path) as size, open(path, "rb", opener=plain_file) as file:
         crc = zlib.crc32(file.read(header.data))
         for name, (dtype, shape) in header.layout.items():
             length = dtype.itemsize * math.prod(shape)

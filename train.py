@@ -53,7 +53,7 @@ from prepare_data.shards import Dataset
 from training import setup
 from training.budget import Budget, make_budget
 from training.compilation import choose_compile
-from training.data import MicroBatch, TrainBatches
+from training.data import MicroBatch, TrainBatches, naming_lost_text
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.kept_text import KeptText
@@ -125,11 +125,13 @@ def train_on(
     state = setup.make_state(model, optim, batches.rows, *weights, compiles.value, hardware)
     # ---- records of the run: config.json, logs, checkpoints, samples
     recorded = start.record(run, options, reasons, kept)
+    stack.callback(recorded.close)
     reference = Reference(dataset.fingerprint, options.flat(), read_curves())
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
     stack.enter_context(logger)
     stack.enter_context(naming_saved(partial(describe_saved, run, state)))
-    save = partial(state.save, run, dataset, hardware, lambda: recorded.facts() | {"logs": logger.lengths()})
+    stack.enter_context(naming_lost_text(partial(describe_saved, run, state)))
+    save = partial(state.save, run, dataset, hardware, lambda: {"logs": logger.lengths()} | recorded.facts())
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time
     is_forced, started = "micro_batch_size" not in reasons, time.perf_counter()
@@ -211,6 +213,8 @@ def finish(
     """After the last step: the evaluation of the whole val split (score; None where each one was that), that of the
     text that is mixed in (watch) and the final samples, unless a signal came. The last step is saved
     again with them, so that a resumed run keeps its records."""
+    if state.saved_step != state.step:  # once more: a disk may fail for a moment
+        save()
     if stop() or state.is_finished:
         return
     if score is not None:

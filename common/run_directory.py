@@ -2,7 +2,8 @@
 
 `run.json` holds {"ordinal": N}, a number above those of its sibling runs when it was started: the newest run is found
 without a clock or file times. Under torchrun it also holds "launches": the torchrun processes that have started it.
-`lock` is the file whose OS lock the writing process holds.
+`lock` is the file whose OS lock the writing process holds. What of these is removed or renamed meanwhile, `keep_place`
+makes again.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 from checkpoint import list_checkpoints
 from errors import UserError, quote
-from files import DamagedFile, read_json, write_json
+from files import DamagedFile, is_plain_directory, plain_file, read_json, replace_file, write_json
 from model_folder import BASE
 from parallel.processes import launches
 
 FILES = {"run.json", "lock", "config.json", "metrics.jsonl", "samples.txt", "checkpoints", "wandb", BASE}  # of a run
 FILES |= {"tensorboard", "report.html", "loss.png", "run.json.writing", "config.json.writing"}
+FOLDERS = ("checkpoints", "tensorboard", "wandb", BASE, "tries")  # of a run, and never links
 
 
 def claim_run(run: str | None, default_name: str, runs_dir: Path = Path("runs")) -> Path:
@@ -91,7 +95,8 @@ def _is_ignored(name: str) -> bool:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb", opener=plain_file) as file:
+            return file.read()
     except OSError:
         return b""
 
@@ -143,38 +148,117 @@ def newest_run(runs_dir: Path) -> Path:
 class RunLock:
     """Context manager: one writer per run directory. The system releases the lock when the process ends, killed or not.
 
-    Raises UserError where another process holds the lock, the directory is not writable or its file system cannot lock.
-    The file is not removed; only the lock on it counts. filelock's FileLock is not used: on a file system without locks
-    it falls back to a marker file, which outlives a killed process.
+    Raises UserError where another process holds the lock, the directory is not writable, its file system cannot lock,
+    or one of FOLDERS is a link. The file is not removed; only the lock on it counts. filelock's FileLock is not used:
+    on a file system without locks it falls back to a marker file, which outlives a killed process.
     """
 
+    held: ClassVar[dict[Path, RunLock]] = {}
+    """Of this process, by directory."""
+
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.path = run_dir, run_dir / "lock"
 
     def __enter__(self) -> RunLock:
-        from filelock import lock_descriptor  # takes a while; sample.py needs no lock
-
+        refuse_links(self.run_dir)
         try:
-            self.file = open(self.run_dir / "lock", "ab")
+            self._file = plain_file(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise UserError(
-                f"cannot write in the run directory {self.run_dir}: {error}; check its path and permissions"
+                f"cannot write in the run directory {self.run_dir} (lock: {error.strerror});"
+                " check its path and permissions"
             ) from error
         try:
-            locked = lock_descriptor(self.file.fileno(), blocking=False)
+            locked = _lock(self._file)
         except OSError as error:
-            self.file.close()
+            os.close(self._file)
             raise UserError(
                 f"{self.run_dir}: its file system cannot lock files ({error}); "
                 "name a directory on another one with --run=PATH"
             ) from error
         if not locked:
-            self.file.close()
+            os.close(self._file)
             raise UserError(
                 f"{self.run_dir}: another process is writing there; wait for it or stop it, "
                 "or name another directory with --run=PATH"
             )
+        try:
+            self._identity = _identity(self.run_dir)
+            self._has_identities = _is_open(self._file, self.path)  # some network file systems number files anew
+        except OSError as error:
+            os.close(self._file)
+            raise UserError(f"cannot read the run directory {self.run_dir}: {error}; check its permissions") from error
+        self._run_json = _read_bytes(self.run_dir / "run.json")
+        self.held[self.run_dir] = self
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.file.close()
+        self.held.pop(self.run_dir, None)
+        with suppress(OSError):
+            os.close(self._file)
+
+    def keep_place(self) -> list[str]:
+        """Makes the directory, its lock and run.json again where they were removed or renamed. Returns what was, in
+        words. Raises UserError where another process has taken the place; OSError."""
+        if not self._has_identities:
+            return []
+        identity = _identity(self.run_dir)
+        if identity is not None and _is_open(self._file, self.path):
+            return []
+        if os.path.lexists(self.path):
+            raise UserError(
+                f"{self.run_dir}: its lock is no longer that of this process: another one has written there since. This"
+                " one stops and writes nothing more there; what it trained after its last checkpoint is lost. Continue"
+                f" with --resume={quote(str(self.run_dir))} when nothing else is writing there"
+            )
+        is_gone = identity != self._identity
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        file = plain_file(self.path, os.O_RDWR | os.O_CREAT)
+        if not _lock(file):
+            os.close(file)
+            return self.keep_place()  # taken at this moment
+        os.close(self._file)
+        self._file, self._identity = file, _identity(self.run_dir)
+        if self._run_json and not os.path.lexists(self.run_dir / "run.json"):
+            replace_file(self.run_dir / "run.json", self._run_json)
+        return ["the directory"] if is_gone else ["its lock"]
+
+
+def keep_place(run_dir: Path) -> list[str]:
+    """See RunLock.keep_place; nothing where this process holds no lock there."""
+    lock = RunLock.held.get(run_dir)
+    return lock.keep_place() if lock is not None else []
+
+
+def refuse_links(run_dir: Path, *others: str) -> None:
+    """Raises UserError where one of FOLDERS, or another folder in the run, is a link: what is written there would be
+    outside of the run. Not for what the system does not tell."""
+    for name in (*FOLDERS, *others):
+        path, is_plain = run_dir / name, True
+        with suppress(OSError):
+            is_plain = not os.path.isdir(path) or is_plain_directory(path)
+        if os.path.islink(path) or not is_plain:
+            raise UserError(
+                f"{path} is a link, and a run writes nothing outside its directory; move what it leads to in its"
+                f" place, or remove it. The run directory itself may be a link"
+            )
+
+
+def _lock(descriptor: int) -> bool:
+    from filelock import lock_descriptor  # takes a while; sample.py needs no lock
+
+    return lock_descriptor(descriptor, blocking=False)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_open(descriptor: int, path: Path) -> bool:
+    """Whether the path still names the open file."""
+    status = os.fstat(descriptor)
+    return (status.st_dev, status.st_ino) == _identity(path)

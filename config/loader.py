@@ -25,7 +25,7 @@ from config.advice import DASHES, flag_problem, quotes_problem, word_problem
 from config.help_text import help_text
 from config.hints import hint
 from config.value_files import Setting, read_preset, read_saved
-from errors import UserError
+from errors import UserError, quote
 
 T = TypeVar("T")
 # modules in the folder of the presets
@@ -71,6 +71,25 @@ def dump(options: Options, auto: Mapping[str, str]) -> dict[str, Any]:
     """The content of a run's config.json. auto: option name → reason, for values that `auto` resolved to."""
     assert auto.keys() <= options.flat().keys(), f"unknown options: {auto.keys() - options.flat().keys()}"
     return {"format": "sprout-config", "version": 1, "options": options.flat(), "auto": dict(auto)}
+
+
+def _unnamed(
+    script: str, argv: Sequence[str], origin: Mapping[str, str], to_be_named: Mapping[str, list[str]]
+) -> list[str]:
+    """The problem of paths that a foreign config.json gives and the command line does not, with the command that does.
+    A text that is named needs no data folder."""
+    if script != "train.py":
+        return []
+    given = {name for name, source in origin.items() if source == "flag"}
+    given |= {"data_dir"} if "data" in given else set()
+    flags = [flag for name, flags in to_be_named.items() if name not in given for flag in flags]
+    if not flags:
+        return []
+    command = " ".join([_command(script), *map(quote, argv), *flags])
+    return [
+        "the saved options were not written by you on this machine (or the key of Sprout in your data folder was not"
+        f" kept), so they do not choose which files are read. If they are the right ones: {command}"
+    ]
 
 
 # ---- From the command line to Options --------------------------------------------------------------------------------
@@ -139,6 +158,7 @@ class Loader:
         own, args = self.own(script), list(argv)
         values, origin = {name: option.default for name, option in own.items()}, dict.fromkeys(own, "default")
         presets, notes, problems, refused = list[str](), list[str](), list[str](), set[str]()
+        to_be_named = dict[str, list[str]]()
         wants_help = args == ["help"] or not set(HELP).isdisjoint(args)
         if wants_help:  # shows the values of the presets that precede it
             words = itertools.takewhile(lambda arg: arg not in HELP and args != ["help"], args)
@@ -150,7 +170,7 @@ class Loader:
             if is_flag(arg):
                 settings, source = self._flag(script, arg, args, problems), "flag"
             elif path := self._find(arg):
-                settings = self._preset(path, arg, problems, notes)
+                settings = self._preset(path, arg, problems, notes, to_be_named)
                 presets.append(path.resolve().parent.name if path.suffix == ".json" else path.stem)
                 source = f"preset {presets[-1]}"
                 if len(problems) > known_problems:
@@ -170,6 +190,7 @@ class Loader:
                     repeated = own[name].repeatable and source == origin[name] == "flag"
                     added = repeated and name not in refused and value != ()
                     values[name], origin[name] = values[name] + value if added else value, source
+        problems += _unnamed(script, argv, origin, to_be_named)
         if wants_help and not problems:
             print(self.help(script, values, presets))
             raise SystemExit(0)
@@ -232,9 +253,11 @@ class Loader:
         places = (Path(os.path.expanduser(arg)), self.root / arg)
         return next((place for place in places if place.is_file()), None)
 
-    def _preset(self, path: Path, arg: str, problems: list[str], notes: list[str]) -> list[Setting]:
+    def _preset(
+        self, path: Path, arg: str, problems: list[str], notes: list[str], to_be_named: dict[str, list[str]]
+    ) -> list[Setting]:
         if path.suffix == ".json":
-            return read_saved(path, arg, problems, notes)
+            return read_saved(path, arg, problems, notes, to_be_named)
         return read_preset(path, arg if arg.endswith(".py") else f"config/{arg}.py", problems)
 
     def help(self, script: str, values: Mapping[str, Any], presets: Sequence[str] = ()) -> str:

@@ -2,20 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import config
+from checkpoint import Checkpoint
 from common.option import option_names, show, without_retired
 from common.options import HardwareOptions
+from common.signature import SERVICES, is_plain_name, own_texts
 from errors import UserError, quote
 from model import GPTConfig
+from model_folder import TOKENIZER as TOKENIZER_FILE
+from parallel.processes import command
 from prepare_data import PrepareOptions
+from prepare_data.resolve import is_safe_name
 from state_file import StateFile, wrong_entry
 
 # Options of preparation that may differ where a resumed run's text is named again, as long as its tokens are the same.
-WITH_DATA = {"data_dir", "encoding", "exclude"}
+WITH_DATA = {"data_dir", "encoding", "exclude", "follow_links"}
 TOKENIZER = ("tokenizer", "vocab_size", "split_pattern")
+
+
+def without_foreign_parts(
+    resumed: Checkpoint, options: config.Options, argv: Sequence[str]
+) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint that this user's Sprout has not written here, with the paths and services of the command line and
+    none of its own, and notes on what is left out. Raises UserError, with the whole command, where a path is needed
+    that the command does not name."""
+    stored, given = resumed.state["options"], {name for name, origin in options.origin.items() if origin == "flag"}
+    run, recorded = resumed.path.parents[1], resumed.state["dataset"]
+    text = next(iter(own_texts(resumed.state)), {"name": ""})
+    data_dir = options.values["data_dir"]
+    place, data = Path(data_dir) / (text["name"] or "-"), stored.get("data")
+    missing = []
+    if "data" not in given and not (place / "dataset.json").is_file():
+        if not (is_safe_name(data) and recorded.get("path")):
+            missing.append(f"--data={quote(str(recorded.get('path')))}")
+    else:
+        data = text["name"] or data
+    if "teacher" not in given:
+        missing += [f"--teacher={quote(str(path))}" for path in stored.get("teacher") or ()]
+    if missing:
+        flags = [arg for arg in argv if not arg.startswith("--resume=")]
+        raise UserError(
+            f"{run} was not made by you on this machine (or the key of Sprout in your data folder was not kept), so it"
+            " does not choose which files are read. If they are the right ones, or with their paths here:\n"
+            + " ".join([command(), f"--resume={quote(str(run))}", *map(quote, flags), *missing])
+        )
+    notes, changed = [], {**stored, "data": data, "data_dir": data_dir, "init_from": None, "teachers": 0}
+    if not is_plain_name(stored.get("tokenizer")) or Path(stored["tokenizer"]).exists():
+        changed["tokenizer"] = str(resumed.model.path / TOKENIZER_FILE)
+    for name, value in SERVICES.items():
+        if name not in given and stored.get(name, value) != value:
+            changed[name] = value
+            if not name.endswith("_project"):
+                flag = f"--{name}={show(stored[name])}"
+                notes.append(f"note: {name} is left off, since you did not make this run here: {flag} turns it on")
+    if resumed.state.get("chain") is not None:
+        again = f"{command()} {quote(str(run / 'config.json'))} --teacher={quote(str(run))} --seed=2"
+        notes.append(f"note: the runs that follow this one are not begun; a model that learns from it: {again}")
+    state = {name: value for name, value in resumed.state.items() if name != "chain"}
+    state |= {"options": changed, "dataset": {**recorded, "path": str(place)}}
+    return replace(resumed, state=StateFile(resumed.state.path, state)), notes
 
 
 def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> config.Options:

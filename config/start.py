@@ -7,7 +7,9 @@ training/ must not import the option loader.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,8 +22,9 @@ from checkpoint import Checkpoint, open_latest, resolve_run, with_checkpoint
 from common.option import option_names
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import RunLock, refuse_used_run
+from common.signature import is_own, signed
 from config.hints import INIT_FROM
-from config.resume import check_stored, note_unused_flags, resumed_options, with_model_options
+from config.resume import check_stored, note_unused_flags, resumed_options, with_model_options, without_foreign_parts
 from errors import UserError, quote
 from files import write_json
 from json_types import Argument
@@ -32,7 +35,7 @@ from prepare_data.shards import Dataset
 from state_file import build
 from training.budget import LENGTHENED
 from training.kept_text import KeptText
-from training.metrics import log
+from training.metrics import Trouble, keep_and_tell
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
 
 # Options of a command that the runs which follow do not take over: each has its own, the text is prepared, and the
@@ -158,9 +161,12 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         options = replace(options, values=options.values | {"resume": str(run)})
         if not eval_only:
             by_first(lambda: stack.enter_context(RunLock(run)) and None)
-        resumed = open_latest(run, Team())
+        resumed, notes = open_latest(run, Team()), list[str]()
         check_stored(options, resumed.state)
+        if not by_first(lambda: is_own(resumed.state)):
+            resumed, notes = without_foreign_parts(resumed, options, argv)
         options = note_unused_flags(resumed_options(options, resumed.state["options"]))
+        options.notes.extend(notes)
         max_steps = options.section(TrainOptions).max_steps
         if not eval_only:
             check_length(options, argv)
@@ -328,16 +334,33 @@ class RunConfig:
         self, run: Path, options: config.Options, reasons: Mapping[str, str], others: Mapping[str, Any]
     ) -> None:
         self.path, self.options, self.reasons, self.others = run / "config.json", options, dict(reasons), others
+        self._is_written, self._trouble = False, Trouble(self.path)
 
     def change(self, **values: object) -> None:
-        """Changes options, and rewrites config.json. A full disk is reported; a checkpoint's state holds them too."""
+        """Changes options, and rewrites config.json. A disk that fails is reported, and tried again at the next save; a
+        checkpoint's state holds them too."""
         self.options = config.replace(self.options, **values)
-        try:
-            if is_first():
-                write_json(self.path, config.dump(self.options, self.reasons))
-        except OSError as error:
-            log(f"cannot write {self.path}: {error}; training continues without it")
+        self._write()
 
     def facts(self) -> dict[str, Any]:
-        """Options, reasons and the other facts, for a checkpoint's state.json."""
+        """Options, reasons and the other facts, for a checkpoint's state.json. Writes config.json where it is not
+        there as it should be."""
+        if self._trouble.is_there or (self._is_written and not os.path.lexists(self.path)):
+            self._write()
         return {"options": self.options.flat(), "auto": self.reasons, **self.others}
+
+    def close(self) -> None:
+        """Tells whether config.json is not what it should be."""
+        if self._trouble.is_there:
+            print(f"not saved: {self.path}; the checkpoints hold the same options", file=sys.stderr, flush=True)
+
+    def _write(self) -> None:
+        if not is_first():
+            return
+        try:
+            keep_and_tell(self.path.parent)
+            write_json(self.path, signed(config.dump(self.options, self.reasons)))
+            self._is_written = True
+            self._trouble.ends()
+        except OSError as error:
+            self._trouble.begins(error)

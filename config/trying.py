@@ -27,11 +27,12 @@ from common.hardware import choose_hardware, tune_allocator
 from common.memory import release_memory
 from common.option import show
 from common.options import HardwareOptions, RunOptions
-from common.run_directory import RunLock, claim_run, refuse_used_run
+from common.run_directory import RunLock, claim_run, refuse_links, refuse_used_run
+from common.signature import signed
 from config.planning import Planning, open_dataset
 from config.start import Start, read_start
 from errors import UserError, quote
-from files import read_json, write_json
+from files import make_directory, open_to_append, read_json, write_json
 from json_types import Mismatch, conform
 from parallel.processes import world_size
 from prepare_data.shards import Dataset
@@ -172,6 +173,7 @@ def find_unfinished(run: str | None, key: dict[str, Any], stack: ExitStack) -> T
                     f"--run={run}: its trials were begun by another command or on another text; go on with them:"
                     f" {found.again}; or name another directory"
                 )
+            refuse_links(home, *(f"{FOLDER}/{trial.number}" for trial in found.trials))
             stack.enter_context(RunLock(found.folder))
         except UserError:
             if run is not None:
@@ -210,13 +212,13 @@ def begin(
         changed = [name for name in short if name not in LENGTH and options.values[name] != trial.values[name]]
         later = {name: options.values[name] for name in (*LENGTH, *changed)}
         trials.append(Trial(number, candidate.changes, later, candidate.step_seconds))
-        dumped.append(config.dump(trial, {}))
+        dumped.append(signed(config.dump(trial, {})))
     run = claim_run(start.options.section(RunOptions).run, start.default_name(dataset))
     minutes, command = start.options.section(TrainOptions).budget_minutes, [a for a in start.argv if a != "--plan"]
     reasons = planning.reasons | plan.plan.reasons
     tries = Tries(run, command, key, minutes or 0.0, plan.seconds, plan.sizes, trials, reasons)
     try:
-        tries.folder.mkdir(exist_ok=True)
+        make_directory(tries.folder)
         stack.enter_context(RunLock(tries.folder))
         for trial_number, content in enumerate(dumped, 1):
             write_json(tries.folder / f"{trial_number}.json", content)
@@ -287,7 +289,8 @@ def run_process(argv: Sequence[str], output: Path, stop: Callable[[], bool]) -> 
     if sys.platform == "win32":
         group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     is_asked = False
-    with output.open("ab") as file:
+    with os.fdopen(open_to_append(output), "r+b") as file:
+        file.seek(0, os.SEEK_END)
         command = [sys.executable, str(config.ROOT / "train.py"), *argv]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **group)
         while True:

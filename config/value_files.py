@@ -6,11 +6,15 @@ Nothing in them is executed. Knows no particular option, but the names of those 
 import ast
 import json
 import operator
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.option import RETIRED, show, without_retired
+from common.signature import PATHS, is_own, is_plain_name
+from errors import quote
+from prepare_data import SOURCES, PrepareOptions
 from training.options import TRACKERS
 
 RUN_SPECIFIC = ("run", "resume", "teachers", *TRACKERS)  # not taken over from a saved config.json
@@ -92,8 +96,11 @@ def _number(value: Any) -> Any:
     return value
 
 
-def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) -> list[Setting]:
-    """The settings of a run's config.json; those that belong to that run alone are left out and named in `notes`."""
+def read_saved(
+    path: Path, shown: str, problems: list[str], notes: list[str], to_be_named: dict[str, list[str]]
+) -> list[Setting]:
+    """The settings of a run's config.json; those that belong to that run alone are left out and named in `notes`.
+    to_be_named gets the paths of a run that this user has not made here, as flags, by option."""
     try:
         saved = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -113,6 +120,12 @@ def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) ->
         for name, default in RETIRED.items()
         if options.get(name, default) != default
     ]
+    if not is_own(saved):
+        foreign = {name: options[name] for name in PATHS if name in options and not _is_safe(name, options[name])}
+        for name, value in foreign.items():
+            values = value if isinstance(value, list) else [value]
+            to_be_named[name] = [f"--{name}={quote(str(one))}" for one in values]
+        options = {name: value for name, value in options.items() if name not in foreign}
     options = without_retired(options)
     left_out = [name for name in options if name in RUN_SPECIFIC or (name in auto and name in MACHINE_SPECIFIC)]
     if named := [
@@ -126,3 +139,13 @@ def read_saved(path: Path, shown: str, problems: list[str], notes: list[str]) ->
         for name, value in options.items()
         if name not in left_out
     ]
+
+
+def _is_safe(name: str, value: object) -> bool:
+    """Whether a path in a foreign config.json leads to nothing of this user that is not in the data folder."""
+    if name == "data_dir":
+        return value == PrepareOptions.data_dir
+    if not value or name not in ("data", "tokenizer"):
+        return not value
+    is_known = name == "tokenizer" or value in SOURCES or (Path(PrepareOptions.data_dir) / str(value)).is_dir()
+    return is_plain_name(value) and is_known and not os.path.lexists(str(value))

@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from common.signature import own_texts
 from common.tokenizer import Tokenizer
 from errors import UserError
 from generation.options import SampleScriptOptions
@@ -33,9 +34,10 @@ def open_novelty(
     one. data: --data, if it was given. Raises UserError."""
     if not script.novelty:
         return None
+    recorded = next(iter(own_texts(state)), {})
     with redirect_stdout(sys.stderr):  # standard output is for the samples
         try:
-            dataset = training_text(data, state.get("dataset", {}), model_folder / TOKENIZER)
+            dataset = training_text(data, recorded, model_folder / TOKENIZER)
         except UserError as error:
             raise UserError(f"--novelty: {error}") from None
     start = state.get("options", {}).get("init_from")

@@ -124,7 +124,8 @@ class Scorer:
                 f"--eval_stride={stride} is more than the model's context: the window of {block_size} tokens would skip"
                 f" some; give 1 to {block_size}, or leave the flag out"
             )
-        self.sources = [open_text(path, options.encoding, options.separator, options.exclude) for path in script.score]
+        how = options.encoding, options.separator, options.exclude, options.follow_links
+        self.sources = [open_text(path, *how) for path in script.score]
         self.by_document = options.separator is not None
         self.rows, self.notes = list[Row](), list[str]()
         self._owners = deque[Row]()  # of the windows that are not scored yet

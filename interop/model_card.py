@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from checkpoint import resolve_model_folder
+from common.signature import is_own, own_texts
 from errors import UserError
 from files import DamagedFile, read_json
 from json_types import Mismatch, conform
@@ -49,7 +50,7 @@ def model_card(
         section("Data", data_rows(state, options)),
         section("Training", training_rows(state, options)),
         section("Results", result_rows(state)),
-        section("Origin", origin_rows(folder.path, options)),
+        section("Origin", origin_rows(folder.path, state, options)),
         samples_section(run),
         section("Checked", [f"{line}." for line in proof]),
     ]
@@ -86,13 +87,13 @@ def model_rows(config: GPTConfig, kind: str, tokenizer: str) -> list[str]:
 
 
 def data_rows(state: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
-    dataset = state.get("dataset")
+    dataset = next(iter(own_texts(state)), None)
     if dataset is None:
         return []
-    rows = [f"dataset: {dataset['name']}"]
+    rows = [f"dataset: {dataset['name']}"] if dataset["name"] else []
     try:
         content = read_json(Path(dataset["path"]) / "dataset.json")
-    except DamagedFile:  # prepared elsewhere, or removed
+    except (DamagedFile, KeyError):  # prepared elsewhere, or removed
         return rows
     sizes = [_count(content[key], key) for key in ("documents", "bytes") if isinstance(content.get(key), int)]
     for split, files in dictionary(content.get("shards")).items():
@@ -125,10 +126,10 @@ def result_rows(state: Mapping[str, Any]) -> list[str]:
     return found + ([] if bits is None else [f"val bits per byte: {bits:.4f}"])
 
 
-def origin_rows(folder: Path, options: Mapping[str, Any]) -> list[str]:
+def origin_rows(folder: Path, state: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
     """Of a fine-tune its base model, of an imported model its source."""
     rows = [f"imported: {described}"] if (described := described_source(folder)) else []
-    base = options.get("init_from")
+    base = options.get("init_from") if is_own(state) else None
     if not isinstance(base, str):
         return rows
     path = Path(base)

@@ -28,6 +28,8 @@ class TextOptions:
     exclude: tuple[str, ...] = ()
     """Leaves out files and folders of the text folder: a name, a path or a pattern, such as drafts/ or '*.log'. May be
     repeated. Images, archives, documents that are not plain text and hidden files are left out anyway."""
+    follow_links: bool = False
+    """Also reads what symbolic links in the text folder lead to outside of it."""
     separator: str | None = escaped(None)
     r"""Ends a document within a file; \n, \t and \\ are escapes: '\n' is one document per line. none: one per file."""
 

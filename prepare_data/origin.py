@@ -43,7 +43,8 @@ class Origins:
             if source.get("name") == "python_stdlib" and not os.path.exists(origin):
                 folder = Path(sysconfig.get_paths()["stdlib"])
                 return {path.relative_to(folder).as_posix(): path for path in source_files(folder)}
-            return {readable(path): path for path in list_files(origin, tuple(options.get("exclude", ()))).files}
+            files = list_files(origin, tuple(options.get("exclude", ())), bool(options.get("follow_links"))).files
+            return {readable(path): path for path in files}
         except (OSError, UserError):
             return {}
 

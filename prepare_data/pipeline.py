@@ -44,7 +44,7 @@ def make_corpus(source: str, source_input: str | None, options: PrepareOptions) 
         return shakespeare.corpus(Path(options.data_dir), options.separator)
     if source_input is None:
         raise UserError("text needs --input=FILE, a folder, a glob in quotes, or - for standard input")
-    return text.corpus(source_input, options.encoding, options.separator, options.exclude)
+    return text.corpus(source_input, options.encoding, options.separator, options.exclude, options.follow_links)
 
 
 def prepare(corpus: Corpus, options: PrepareOptions, name: str, overwrite: bool = False) -> Dataset:

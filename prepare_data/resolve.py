@@ -53,8 +53,8 @@ def training_text(
 ) -> Dataset:
     """The dataset that a model was trained on, or the one that `data` names, prepared first where that is text.
 
-    recorded: "dataset" of the run's state.json, {} for a model without a run. tokenizer_file: the model's, for shards
-    of other programs and for text. Raises UserError, which names the option --data.
+    recorded: that of the run, as common.signature.own_texts has it, {} for a model without a run. tokenizer_file: the
+    model's, for shards of other programs and for text. Raises UserError, which names the option --data.
     """
     if data is not None:
         options = PrepareOptions(tokenizer=str(tokenizer_file), data_dir=data_dir)
@@ -64,7 +64,7 @@ def training_text(
         if recorded and dataset.fingerprint != recorded.get("fingerprint"):
             print(f"note: {dataset.folder} is not the dataset that this model was trained on")
         return dataset
-    if not recorded.get("path"):
+    if not recorded.get("path") and not recorded.get("name"):
         raise UserError(
             "it is not known which text this model was trained on: name it with --data=PATH, a dataset or the text"
         )
@@ -77,6 +77,11 @@ def training_text(
             f"{folder} is no longer the text that this model was trained on (fingerprint {now[:12]}, the run has"
             f" {then[:12]}); to compare with it as it is now, add --data={quote(str(folder))}"
         )
+    if not recorded.get("path"):
+        raise UserError(
+            "this model's run was not made by you on this machine, so the path of its text is not taken from it: name"
+            " the text, or a dataset made of it, with --data=PATH"
+        )
     raise UserError(
         f"the dataset that this model was trained on, {recorded['path']}, is gone: name its text, or a dataset made of"
         " it, with --data=PATH"
@@ -84,12 +89,19 @@ def training_text(
 
 
 def recorded_dataset(recorded: Mapping[str, Any], tokenizer_file: Path, data_dir: str) -> Dataset | None:
-    """The dataset of a state.json: at its path, else by its name in data_dir. Where neither has its tokens, the first
-    one there, with another fingerprint; None where both are gone. Raises UserError on a damaged one."""
-    places = Path(recorded["path"]), Path(data_dir) / str(recorded.get("name"))
+    """The dataset of a state.json: at its path, if it is trusted, else by its name in data_dir. Where neither has its
+    tokens, the first one there, with another fingerprint; None where both are gone. Raises UserError on a damaged one.
+    """
+    places = [Path(recorded["path"])] if recorded.get("path") else []
+    places += [Path(data_dir) / recorded["name"]] if recorded.get("name") else []
     found = [open_dataset(place, str(tokenizer_file)) for place in places if place.is_dir() and is_dataset(place)]
     same = [dataset for dataset in found if dataset.fingerprint == recorded.get("fingerprint")]
     return next(iter(same or found), None)
+
+
+def is_safe_name(data: object) -> bool:
+    """Whether --data=DATA means a text of Sprout's own, and no file of this machine."""
+    return data in BUILT_IN and not os.path.lexists(str(data))
 
 
 def _resolve(

@@ -5,11 +5,14 @@ because checksums of 20 GB take half a minute or more; whatever it finds is rais
 read checks its own ids, so an id outside the vocabulary never reaches a model.
 """
 
+import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,7 +21,26 @@ from prepare_data.shard_format import PREPARE_AGAIN, Shard, check_ids
 
 BLOCK = 1 << 22  # bytes per read
 MAX_AT_ONCE = 1 << 27  # bytes of a split that is checked before its first read: about 0.2 seconds
+PAUSES = (0.1, 0.5, 2.0)  # seconds before a file that could not be read is tried again
 PAUSE = 3  # the thread rests three times as long as it works: a quarter of one core at most
+T = TypeVar("T")
+
+
+class LostShard(UserError):
+    """A file of a dataset can no longer be read."""
+
+
+def patiently(path: Path, read: Callable[[], T]) -> T:
+    """The result of `read`, which is called again after PAUSES where it raises OSError. Raises LostShard."""
+    for seconds in (*PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if seconds is not None:
+            print(f"{path}: cannot be read ({problem}); trying again", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+    raise LostShard(f"{path}: can no longer be read ({problem}); {PREPARE_AGAIN}")
 
 
 class ContentCheck:
@@ -75,20 +97,21 @@ class ContentCheck:
             _compare(shard.mask_path, crc, shard.mask_crc32)
 
     def _blocks(self, path: Path, offset: int, size: int) -> Iterator[bytes]:
-        try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                while size:
-                    start = time.perf_counter()
-                    data = file.read(min(BLOCK, size))
-                    if len(data) < min(BLOCK, size):
-                        raise UserError(f"{path}: is too short: truncated while in use; {PREPARE_AGAIN}")
-                    yield data
-                    size -= len(data)
-                    if self.in_background:
-                        time.sleep(PAUSE * (time.perf_counter() - start))
-        except OSError as error:
-            raise UserError(f"{path}: can no longer be read ({error.strerror}); {PREPARE_AGAIN}") from None
+        with patiently(path, lambda: path.open("rb", buffering=0)) as file:
+            while size:
+                start = time.perf_counter()
+                data = patiently(path, lambda: _read_at(file, offset, min(BLOCK, size)))  # noqa: B023 - called here
+                if len(data) < min(BLOCK, size):
+                    raise UserError(f"{path}: is too short: truncated while in use; {PREPARE_AGAIN}")
+                yield data
+                offset, size = offset + len(data), size - len(data)
+                if self.in_background:
+                    time.sleep(PAUSE * (time.perf_counter() - start))
+
+
+def _read_at(file: FileIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
 
 
 def _compare(path: Path, found: int, expected: int | None) -> None:

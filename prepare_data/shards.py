@@ -24,7 +24,7 @@ import numpy as np
 from common.tokenizer import Tokenizer, tokenizer_from_dict
 from errors import UserError
 from prepare_data.foreign import describe_foreign, is_foreign
-from prepare_data.shard_check import ContentCheck
+from prepare_data.shard_check import ContentCheck, patiently
 from prepare_data.shard_format import HEADER_BYTES, PREPARE_AGAIN, SPLITS, Shard, check_ids, dtype_for, read_header
 
 FORMAT = "sprout-dataset"
@@ -91,13 +91,17 @@ class Split:
         return bits[first - 8 * begin :][:count].astype(bool)
 
     def _read_bytes(self, path: Path, offset: int, size: int) -> bytes:
-        try:
+        def read() -> bytes:
             with self._lock:  # seek and read must not interleave with another thread's
                 file = self._open_file(path)
-                file.seek(offset)
-                data = file.read(size)
-        except OSError as error:
-            raise UserError(f"{path}: can no longer be read ({error.strerror}); {PREPARE_AGAIN}") from None
+                try:
+                    file.seek(offset)
+                    return file.read(size)
+                except OSError:
+                    self._files.pop(path).close()  # it is opened again: a network disk may have changed below it
+                    raise
+
+        data = patiently(path, read)
         if len(data) != size:
             raise UserError(f"{path}: ends before byte {offset + size}: truncated while in use; {PREPARE_AGAIN}")
         return data

@@ -1,11 +1,16 @@
 """Shared by all tests: one thread per worker, the project on sys.path, a small text, a browser."""
 
+import atexit
 import os
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
+USER_DATA = tempfile.mkdtemp(prefix="sprout-tests-")  # not the home of who runs the tests; processes inherit it
+atexit.register(shutil.rmtree, USER_DATA, ignore_errors=True)
+os.environ["XDG_DATA_HOME"] = USER_DATA
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; must be set before torch is imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -20,6 +20,7 @@ import sample as sample_script
 import train as train_script
 from checkpoint import open_latest, save_checkpoint
 from common.option import Option, option_names, options_of, section_from
+from common.signature import signed
 from config.loader import NOT_PRESETS, Loader, Options, dump, replace
 from errors import UserError
 from model import GPTConfig
@@ -502,7 +503,7 @@ def test_a_saved_config_is_a_preset_without_the_options_of_that_run(loader: Load
         "auto": {"compile": "CUDA is available"},
     }
     Path("runs/one").mkdir(parents=True)
-    Path("runs/one/config.json").write_text(json.dumps(saved))
+    Path("runs/one/config.json").write_text(json.dumps(signed(saved)))
     again = load(loader, "runs/one/config.json")
     assert again.section(Model) == options.section(Model)
     assert again.section(Train) == Train(max_steps=70)

@@ -12,6 +12,7 @@ import torch
 
 from checkpoint import save_checkpoint
 from common.imported_tokenizer import ImportedTokenizer
+from common.signature import signed
 from common.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer, named_tokenizer, train_bpe
 from common.weights import export_weights
 from errors import UserError
@@ -332,7 +333,7 @@ def test_the_model_card_says_what_is_known_and_no_path(tmp_path, monkeypatch):
     }  # fmt: skip
     save_checkpoint(
         tmp_path / "my run", 40, model=model.folder.model_tensors(), config=model.folder.config,
-        tokenizer=model.folder.tokenizer, optimizer={}, state=state,
+        tokenizer=model.folder.tokenizer, optimizer={}, state=signed(state),
     )  # fmt: skip
     samples = "==== step 20 (sample) ====\nold\n\n==== step 40 (sample) ====\nOnce ```upon``` a time\n\n"
     (tmp_path / "my run" / "samples.txt").write_text(samples)

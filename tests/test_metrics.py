@@ -1,6 +1,8 @@
 """Logs: reproducible lines, truncated on resume."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.inject import failing
 from training.metrics import RunLog, console_line, format_duration
 
 
@@ -31,16 +34,58 @@ def test_logs_are_truncated_to_the_checkpoint(tmp_path):
     assert (tmp_path / "samples.txt").read_text("utf-8") == "==== step 1 (length) ====\n猫 and text\n\n"
 
 
-def test_a_full_disk_is_reported_once_and_stops_nothing(tmp_path, capsys):
-    class Full:
-        def write(self, data):
-            raise OSError(28, "No space left on device")
-
+@pytest.mark.parametrize("is_torn", [False, True])
+def test_a_full_disk_is_reported_once_and_what_it_did_not_take_is_written_later(tmp_path, capsys, is_torn):
     log = RunLog(tmp_path, {})
-    log._files["metrics.jsonl"] = Full()
-    for step in range(3):
-        log.metrics("step", step, loss=1.0)
+    log.metrics("step", 0, loss=1.0)
+    with failing("write", 1, errno.ENOSPC, tmp_path, times=None, is_torn=is_torn):
+        for step in range(1, 3):
+            log.metrics("step", step, loss=1.0)
     assert capsys.readouterr().err.count("No space left") == 1
+    log.metrics("step", 3, loss=2.0)
+    assert "records are written again" in capsys.readouterr().err
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_never_written_is_told_at_the_end_and_leaves_no_part_of_a_line(tmp_path, capsys):
+    log = RunLog(tmp_path, {})
+    log.metrics("step", 0, loss=1.0)
+    with failing("write", 1, errno.EIO, tmp_path, times=None, is_torn=True):
+        log.metrics("step", 1, loss=1.0)
+        log.close()
+    assert f"not saved: 1 records of {tmp_path / 'metrics.jsonl'}" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"event": "step", "step": 0, "loss": 1.0}\n'
+
+
+@pytest.mark.skipif(os.name == "nt", reason="open files cannot be renamed there")
+def test_a_log_that_is_removed_is_written_again_and_one_that_is_renamed_goes_on_in_a_new_file(tmp_path, capsys):
+    log, path = RunLog(tmp_path, {}), tmp_path / "metrics.jsonl"
+    log.metrics("step", 0, loss=1.0)
+    path.unlink()
+    log.metrics("step", 1, loss=1.0)
+    assert len(path.read_text().splitlines()) == 2
+    path.rename(tmp_path / "old")
+    log.metrics("step", 2, loss=1.0)
+    assert len((tmp_path / "old").read_text().splitlines()) == 2
+    assert json.loads(path.read_text())["step"] == 2
+    assert log.lengths()["metrics.jsonl"] == path.stat().st_size
+    log.close()
+    assert capsys.readouterr().err.count(f"{path} ") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links")
+def test_a_backup_by_hard_links_stays_as_it_is(tmp_path):
+    path, backup = tmp_path / "metrics.jsonl", tmp_path / "backup"
+    path.write_text("old\nafter the checkpoint\n")
+    os.link(path, backup)
+    log = RunLog(tmp_path, {"metrics.jsonl": 4})
+    log.metrics("step", 0)
+    log.close()
+    assert backup.read_text() == "old\nafter the checkpoint\n"
+    assert path.read_text() == 'old\n{"event": "step", "step": 0}\n'
 
 
 def test_console_lines_have_fixed_columns():

@@ -13,6 +13,7 @@ import torch
 
 import sample
 from checkpoint import save_checkpoint
+from common.signature import signed
 from common.tokenizer import bytes_tokenizer, char_tokenizer
 from common.weights import export_weights
 from errors import UserError
@@ -44,7 +45,7 @@ def home(tmp_path, monkeypatch, small_text):
     config = replace(config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     facts = {"name": dataset.name, "path": str(dataset.folder.resolve()), "fingerprint": dataset.fingerprint}
     content = {"model": export_weights(GPT(config)), "config": config.to_dict(), "tokenizer": tokenizer.to_dict()}
-    save_checkpoint(tmp_path / "runs" / "notes", 5, **content, optimizer={}, state={"dataset": facts})
+    save_checkpoint(tmp_path / "runs" / "notes", 5, **content, optimizer={}, state=signed({"dataset": facts}))
     return tmp_path
 
 

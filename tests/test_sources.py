@@ -324,7 +324,8 @@ def test_all_that_is_left_out_is_counted_and_named(folder):
         "--exclude=*.nothing matches nothing",
     ):
         assert line in note.splitlines()
-    assert "skipped symbolic links (not followed" in note
+    assert "skipped symbolic links within the folder, or to nothing: 3 (loop, broken, same.txt)" in note
+    assert "skipped symbolic links that lead out of the folder (--follow_links follows them): 1 (out)" in note
     assert ("pipes, sockets and devices: 1 (pipe)" in note) == hasattr(os, "mkfifo")
 
 
@@ -391,14 +392,29 @@ def refused_file(name, **options):
 def test_globs_follow_links_to_files_and_enter_no_loop(folder):
     write({"in/a.txt": "A", "in/b.md": "B", "in/sub/c.txt": "C", "in/sub/.d.txt": "D", "elsewhere/e.txt": "E"})
     os.symlink(folder / "in", "in/loop")
-    os.symlink(folder / "elsewhere" / "e.txt", "in/e.txt")
-    assert read("in/*.txt") == "AE"
-    assert read("in/**/*.txt") == "AEC"
-    assert read("in/**") == "ABEC"
+    os.symlink("sub/c.txt", "in/e.txt")
+    os.symlink(folder / "elsewhere" / "e.txt", "in/f.txt")
+    assert read("in/*.txt") == "AC"
+    assert "links that lead out of the folder (--follow_links follows them): 1 (f.txt)" in notes("in/*.txt")
+    assert read("in/*.txt", follow_links=True) == "ACE"
+    assert read("in/**/*.txt") == "ACC"
+    assert read("in/**") == "ABCC"
     assert read(f"{folder}/i?/*/c.txt") == "C"
     assert "folders that the glob matches (** instead of * enters folders): 2 (loop, sub)" in notes("in/*")
     assert "sub" not in notes("in/*.txt")
     assert "no such file" in refused("in/*.nothing")
+
+
+def test_links_out_of_a_folder_are_followed_once_where_that_is_asked_for(folder):
+    write({"in/a.txt": "A", "out/b.txt": "B", "out/sub/c.txt": "C", "d.txt": "D"})
+    for target, name in (("out", "x"), ("out", "y"), ("out/sub", "z"), (".", "parent"), ("d.txt", "d.txt")):
+        os.symlink(folder / target, f"in/{name}")
+    os.symlink(folder / "in", "out/back")
+    os.symlink("sub", "out/again")
+    os.symlink("in", "named")
+    assert read("named") == "A"
+    assert read("named", follow_links=True) == read("in", follow_links=True) == "ADBC"
+    assert "symbolic links to what another one leads to: 4 (parent, y, z, …)" in notes("in", follow_links=True)
 
 
 NAMES = ("it's [a].txt", "a b.log", "-n.txt", "x[1-9].csv", "*.txt", "#.txt", "$HOME.txt", "é.txt")

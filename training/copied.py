@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoint import list_checkpoints, with_checkpoint
+from common.signature import own_texts
 from errors import UserError, quote
 from files import DamagedFile, read_json
 from model_folder import CONFIG, STATE, TOKENIZER
@@ -71,7 +72,7 @@ def check_samples(run: Path, samples: Sequence[str]) -> tuple[list[list[Mark]], 
 
 def _recorded_text(model_folder: Path) -> tuple[Mapping[str, Any], Dataset]:
     """The dataset of a checkpoint, as its state.json names it, and opened."""
-    recorded = read_state(model_folder.parent / STATE).get("dataset", {})
+    recorded = next(iter(own_texts(read_state(model_folder.parent / STATE))), {})
     return recorded, training_text(None, recorded, model_folder / TOKENIZER)
 
 

@@ -11,8 +11,9 @@ the optimizer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -23,6 +24,16 @@ from torch import Tensor
 from errors import UserError
 from model import IGNORED_TARGET
 from parallel.processes import rank, world_size
+from prepare_data.shard_check import LostShard
+
+
+@contextmanager
+def naming_lost_text(saved: Callable[[], str]) -> Iterator[None]:
+    """A context that adds to the error of a text that can no longer be read what `saved()` tells of the run."""
+    try:
+        yield
+    except LostShard as error:
+        raise UserError(f"{error}. {saved()}") from None
 
 
 class TokenSource(Protocol):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from checkpoint import Checkpoint
+from common.signature import own_texts
 from errors import UserError
 from model_folder import TOKENIZER, ModelFolder
 from prepare_data import PrepareOptions
@@ -85,7 +87,7 @@ def open_kept(
     missing is noted in a line. Raises UserError where the user has asked for it (is_forced), or the run had it before.
     """
     if resumed is not None:
-        found, problems = find_datasets(resumed.state.get("kept", []), prepare, resumed.model)
+        found, problems = find_datasets(own_texts(resumed.state, only_kept=True), prepare, resumed.model)
         if problems:
             raise UserError(f"{'; '.join(problems)}: resuming needs the same text, which the run mixes in; restore it")
         return KeptText(found, train.keep_share or 0.0)
@@ -117,7 +119,7 @@ def open_kept(
 def texts_of(initial: ModelFolder) -> list[dict[str, str]]:
     """The datasets that weights were trained on, as in `identity`; none where that is not recorded."""
     state = initial.state()
-    return [] if state is None else [state["dataset"], *state.get("kept", [])]
+    return [] if state is None else own_texts(state)
 
 
 def find_datasets(
@@ -132,8 +134,8 @@ def find_datasets(
             problems.append(str(error))
             continue
         if dataset is None:
-            problems.append(f"{entry['path']} is gone")
-        elif dataset.fingerprint != entry["fingerprint"]:
+            problems.append(f"{entry.get('path') or Path(prepare.data_dir) / entry['name']} is gone")
+        elif dataset.fingerprint != entry.get("fingerprint"):
             problems.append(f"{dataset.folder} holds other tokens than the weights were trained on")
         else:
             found.append(dataset)

@@ -8,9 +8,11 @@ throughput and does not influence the training.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -184,6 +186,13 @@ def describe_saved(run: Path, state: TrainState) -> str:
     return f"the last checkpoint of {run} is that of step {state.saved_step}; continue with: {resume}"
 
 
+def _best_of(run: Path) -> str:
+    try:
+        return find_checkpoint(run, "best").name
+    except (OSError, UserError):  # the disk fails, or they were removed
+        return "--checkpoint=best"
+
+
 def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[str], has_teacher: bool) -> int:
     """Logs how the run ended and the next commands. Returns the exit code. next_argv: of the run that begins now, if
     one does. Raises UserError where its last step is not saved."""
@@ -191,7 +200,7 @@ def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[st
     resume, config = f"{command()} --resume={name}", run / "config.json"
     again = f"{command()} {quote(str(config))}"
     if state.saved_step is None:
-        start_again = again if config.exists() else "with the same command"
+        start_again = again if os.path.exists(config) else "with the same command"
         raise UserError(
             f"nothing is saved: {run} has no checkpoint; free disk space or memory, then start again: {start_again}"
         )
@@ -205,8 +214,7 @@ def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[st
     if step < end and not is_exhausted:
         log(f"the time budget was spent at step {step} of {end}: the machine got slower in the decay")
     if is_exhausted or state.progress.early_decay is not None:
-        found = by_first(lambda: find_checkpoint(run, "best").name)
-        log(f"sample.py takes {found}, the best of the run by val loss")
+        log(f"sample.py takes {by_first(partial(_best_of, run))}, the best of the run by val loss")
     history = state.progress.history
     if history and history[0]["step"] == 0:  # of weights that were trained before
         best = min(entry["val_loss"] for entry in history)

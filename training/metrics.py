@@ -1,28 +1,30 @@
 """Where a run's records go: metrics.jsonl, samples.txt and the console; trackers.py: elsewhere. Knows no model and no
 options; training/logger.py decides what is recorded when.
 
-Every field of metrics.jsonl outside `timing` is reproducible: the same run writes it again byte for byte. A full disk
-is reported once and never stops the training.
+Every field of metrics.jsonl outside `timing` is reproducible: the same run writes it again byte for byte. A disk that
+is full or fails is reported once and never stops the training: what it did not take is written when it works again.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common.run_directory import keep_place
 from errors import UserError
+from files import CHUNK, open_to_append, write_all
 from parallel.processes import is_first
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
+MAX_UNWRITTEN = 1 << 24  # bytes of records that wait for a disk
 
 
 def log(line: str) -> None:
@@ -68,25 +70,132 @@ class TrainClock:
             self._pause_start = None
 
 
+class Trouble:
+    """Tells on standard error that a file cannot be written: once, and again when it can."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.is_there = path, False
+
+    def begins(self, error: OSError, what: str = "training goes on, and it is tried again") -> None:
+        if not self.is_there:
+            print(f"cannot write {self.path}: {error.strerror or error}; {what}", file=sys.stderr, flush=True)
+        self.is_there = True
+
+    def ends(self, what: str = "it is written again") -> None:
+        if self.is_there:
+            print(f"{self.path}: {what}", file=sys.stderr, flush=True)
+        self.is_there = False
+
+
+class LogFile:
+    """A file of records, to which they are appended. What cannot be written waits, up to MAX_UNWRITTEN bytes, for the
+    next record. `size`: bytes that are written; after them may be a part of a record, which is written over.
+
+    A file that is removed while it is open is written again, with what it held; one that is renamed keeps that, and a
+    new one begins. Raises OSError where it cannot be opened at first."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size, self.lost = path, size, 0
+        self._unwritten, self._trouble = list[bytes](), Trouble(path)
+        self._file = open_to_append(path)
+        status = os.fstat(self._file)
+        self._has_identity = _names(path, status)  # some network file systems number files anew
+        self.found, self.size = status.st_size, min(status.st_size, size)
+        if self.found > size:
+            os.ftruncate(self._file, size)
+
+    def write(self, record: bytes = b"") -> None:
+        """Writes a record, and those before it that were not written."""
+        if record:
+            self._unwritten.append(record)
+        try:
+            self._follow()
+            while self._unwritten:
+                os.lseek(self._file, self.size, os.SEEK_SET)
+                self.size += write_all(self._file, self._unwritten[0])
+                del self._unwritten[0]
+            self._trouble.ends("records are written again")
+        except OSError as error:
+            self._trouble.begins(error, "training goes on, and records are kept to be written later")
+            while sum(map(len, self._unwritten)) > MAX_UNWRITTEN:
+                self.lost += len(self._unwritten.pop(0)) > 0
+
+    def sync(self) -> None:
+        """Writes and syncs what can be."""
+        self.write()
+        try:
+            if os.fstat(self._file).st_size > self.size:  # a part of a record
+                os.ftruncate(self._file, self.size)
+            os.fsync(self._file)
+        except OSError as error:
+            self._trouble.begins(error)
+
+    def close(self) -> None:
+        """Writes what is left, and tells how many records are lost."""
+        self.sync()
+        if lost := self.lost + len(self._unwritten):
+            print(f"not saved: {lost:,} records of {self.path}", file=sys.stderr, flush=True)
+        try:
+            os.close(self._file)
+        except OSError as error:
+            self._trouble.begins(error, "its last records may be lost")
+
+    def abandon(self) -> None:
+        """Closes it as it is."""
+        with suppress(OSError):
+            os.close(self._file)
+
+    def _follow(self) -> None:
+        """Opens the file again where its name no longer is that of the open one."""
+        status = os.fstat(self._file)
+        if not self._has_identity or _names(self.path, status):
+            self.size = min(self.size, status.st_size)  # somebody may have cut it
+            return
+        file, is_removed = open_to_append(self.path), status.st_nlink == 0
+        size = os.fstat(file).st_size
+        if is_removed and size == 0:
+            try:
+                os.lseek(self._file, 0, os.SEEK_SET)
+                while size < self.size and (part := os.read(self._file, min(CHUNK, self.size - size))):
+                    size += write_all(file, part)
+            except OSError:
+                os.close(file)
+                self.path.unlink()  # the next record tries again
+                raise
+        old, self._file, self.size = self._file, file, size
+        what = (
+            "was removed, and is written again" if is_removed else "was renamed or replaced; records go on in a new one"
+        )
+        print(f"{self.path} {what}", file=sys.stderr, flush=True)
+        os.close(old)
+
+
+def _names(path: Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), status)
+    except FileNotFoundError:
+        return False
+
+
 class RunLog:
     """The log files of a run directory, which rank 0 alone writes. `lengths`, their bytes at a checkpoint, truncates
-    what a killed run wrote after it; none: all of it. Raises UserError where they cannot be written."""
+    what a killed run wrote after it; none: all of it. Raises UserError where they cannot be written at first, and later
+    where another process has taken the directory (RunLock.keep_place)."""
 
     def __init__(self, run: Path, lengths: Mapping[str, int]) -> None:
-        self._paths = {name: run / name for name in (METRICS, SAMPLES)}
-        self._warned = False
-        self._files: dict[str, io.BufferedWriter] = {}
-        for name, path in self._paths.items() if is_first() else ():
+        self._run, self._trouble = run, Trouble(run)
+        self._files: dict[str, LogFile] = {}
+        for name in (METRICS, SAMPLES) if is_first() else ():
+            path, expected = run / name, lengths.get(name, 0)
             try:
-                self._files[name] = path.open("ab")
-                size, expected = path.stat().st_size, lengths.get(name, 0)
-                if size > expected:
-                    self._files[name].truncate(expected)
+                file = self._files[name] = LogFile(path, expected)
             except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error}); check its permissions and the disk") from error
-            if size < expected:
+                raise UserError(
+                    f"{path}: cannot be written ({error.strerror}); check its permissions and the disk"
+                ) from error
+            if file.found < expected:
                 print(
-                    f"{path}: {size} bytes, {expected} at the checkpoint: the end of this log is lost",
+                    f"{path}: {file.found} bytes, {expected} at the checkpoint: the end of this log is lost",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -104,35 +213,39 @@ class RunLog:
 
     def lengths(self) -> dict[str, int]:
         """Bytes written so far, for the checkpoint's state; they are synced to disk when this returns."""
-        for name, file in self._files.items():
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                self._warn(name, error)
-        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+        self._keep_place()
+        for file in self._files.values():
+            file.sync()
+        return {name: file.size for name, file in self._files.items()}
 
     def close(self) -> None:
-        for name, file in self._files.items():
-            try:
-                file.close()
-            except OSError as error:  # what a full disk did not take is still in its buffer
-                self._warn(name, error)
+        for file in self._files.values():
+            file.close()
 
     def _write(self, name: str, text: str) -> None:
-        if name not in self._files:
-            return
-        try:
+        if name in self._files:
+            self._keep_place()
             self._files[name].write(text.encode("utf-8", errors="replace"))
-            self._files[name].flush()
-        except OSError as error:
-            self._warn(name, error)
 
-    def _warn(self, name: str, error: OSError) -> None:
-        if not self._warned:
-            print(
-                f"cannot write {self._paths[name]}: {error}; training continues without it", file=sys.stderr, flush=True
-            )
-        self._warned = True
+    def _keep_place(self) -> None:
+        """Makes the directory and its lock again where they were removed or renamed. Where another process has taken
+        it, nothing more is written there."""
+        try:
+            keep_and_tell(self._run)
+            self._trouble.ends("the directory can be used again")
+        except OSError as error:
+            self._trouble.begins(error)
+        except UserError:
+            while self._files:
+                self._files.popitem()[1].abandon()
+            raise
+
+
+def keep_and_tell(run: Path) -> None:
+    """keep_place, with a line on what was made again. Raises UserError, OSError."""
+    for what in keep_place(run):
+        line = f"{run}: {what} was removed or renamed, and is made again; what was there before is not"
+        print(line, file=sys.stderr, flush=True)
 
 
 def _finite(value: Any) -> Any:

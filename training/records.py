@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Required, TypedDict
 
+from files import plain_file, reading
 from json_types import conform
 from training.metrics import METRICS
 
@@ -63,8 +64,9 @@ class Lines(dict[str, list[dict[str, Any]]]):
 
 def read_lines(run: Path) -> Lines:
     """The lines of a run's metrics.jsonl. Events of other versions are left out and not counted, like a last line that
-    is still being written. Raises OSError."""
-    *texts, _ = (run / METRICS).read_bytes().split(b"\n")
+    is still being written. Raises DamagedFile."""
+    with reading(run / METRICS), open(run / METRICS, "rb", opener=plain_file) as file:
+        *texts, _ = file.read().split(b"\n")
     return sort_lines(texts)
 
 

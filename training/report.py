@@ -30,7 +30,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from checkpoint import list_checkpoints, run_hint, with_checkpoint
-from files import DamagedFile, read_json, replace_file
+from files import DamagedFile, plain_file, read_json, reading, replace_file
 from json_types import Mismatch, conform
 from model_folder import BASE, CONFIG, STATE, WEIGHTS, open_tensors
 from state_file import read_state
@@ -119,10 +119,7 @@ def read_metrics(run: Path) -> Lines:
         problem = f"not a run directory: it has no {METRICS}" if run.is_dir() else "no such directory"
         hint = run_hint(run) or "; give one such as runs/quickstart-1, or train first: python train.py"
         raise UserError(f"{run}: {problem}{hint}")
-    try:
-        lines = read_lines(run)
-    except OSError as error:
-        raise UserError(f"{run / METRICS}: cannot be read ({error.strerror}); check its permissions") from error
+    lines = read_lines(run)
     if not any(lines.values()):
         what = f", but {lines.unusable:,} lines that cannot be used" if lines.unusable else ""
         again = "try again after the first steps, or train: python train.py"
@@ -204,7 +201,7 @@ def read_samples(run: Path) -> list[tuple[str, str]]:
     """(heading, text) of each of the last MAX_SAMPLES samples of the last step that has any."""
     if not (run / SAMPLES).is_file():
         return []
-    with (run / SAMPLES).open("rb") as file:
+    with reading(run / SAMPLES), open(run / SAMPLES, "rb", opener=plain_file) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_SAMPLE_BYTES))
         content = file.read().decode("utf-8", errors="replace")
     _, *parts = re.split(r"^==== step (\d+) (\(.*\)) ====\n", content, flags=re.MULTILINE)

@@ -24,6 +24,7 @@ from checkpoint import Checkpoint, SaveFailed, prune_checkpoints, save_checkpoin
 from common.clusters import Clusters
 from common.hardware import Hardware
 from common.memory import OutOfMemory, attempt
+from common.signature import signed
 from common.weights import shapes, trained_parameters
 from errors import UserError
 from model import GPT
@@ -234,7 +235,7 @@ class TrainState:
 
         def write() -> None:
             others: dict[str, Any] = {"config": self.model.config.to_dict(), "tokenizer": dataset.tokenizer.to_dict()}
-            others |= {"adapter": self.adapter, "state": {**state, **facts()}}
+            others |= {"adapter": self.adapter, "state": signed({**state, **facts()})}
             if self.layout in SHARDED:
                 save_sharded_checkpoint(run, self.step, Team(), **self._parts(), **others)
             else:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from errors import UserError
+from files import make_directory, plain_file, write_all
 from terminal import Unchanged
 from training.options import LoggingOptions, missing_package
 
@@ -98,11 +99,19 @@ class WandbLog:
                 "--wandb=online: no API key on this machine; run `wandb login` once, or use --wandb=offline"
             )
         self.errors: tuple[type[Exception], ...] = (wandb.errors.Error,)
+        self._folder = run / "wandb"
         self._options = {"project": project, "name": run.name, "mode": mode, "dir": run, "config": dict(settings)}
         self._options |= {"id": _identity(run), "resume": "allow"}
         self._init: Callable[..., Any] = wandb.init
 
     def start(self, first_step: int) -> None:
+        folder = self._folder
+        make_directory(folder)
+        inside = os.path.realpath(folder) + os.sep
+        odd = [path for path in folder.iterdir() if not (os.path.realpath(path) + os.sep).startswith(inside)]
+        odd += [folder / "settings"] * os.path.lexists(folder / "settings")  # it would name the server
+        if odd:
+            raise OSError(f"{odd[0]} is not of this run: remove it")
         with redirect_stderr(Unchanged(sys.stderr)):  # it prints in colors
             self._run = self._init(**self._options)
 
@@ -137,10 +146,10 @@ class TensorBoardLog:
         )
 
     def start(self, first_step: int) -> None:
-        self._folder.mkdir(exist_ok=True)
+        make_directory(self._folder)
         # TensorBoard finds "tfevents" in the name, and reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (self._folder / name).open("xb", buffering=0)  # a killed run loses nothing
+        self._file = _Records(self._folder / name)
         self._writer = self._record_writer(self._file)
         self._write(file_version="brain.Event:2")
         start = self._events.SessionLog(status=self._events.SessionLog.START)
@@ -158,6 +167,19 @@ class TensorBoardLog:
 
     def _write(self, **fields: Any) -> None:
         self._writer.write(self._events.Event(wall_time=time.time(), **fields).SerializeToString())
+
+
+class _Records:
+    """A new file that gets each record at once, so that a killed run loses nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = plain_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+
+    def write(self, data: bytes) -> int:
+        return write_all(self._descriptor, data)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 class TrackioLog:

@@ -3,10 +3,11 @@
 A folder means all files below it, sorted by path. Left out, counted and named: hidden files and folders (names that
 begin with a dot), symbolic links, what cannot be read, pipes and devices, kinds that are not text (kinds.py), folders
 that Sprout wrote, and what --exclude names. A glob chooses files in the same way, except that it also follows links
-to files: its pattern names them.
+to files that stay in its folder: its pattern names them.
 
 Links are not followed because one that stays in the folder would read a text twice, and one that leads out of it would
-read what nobody named.
+read what nobody named. --follow_links follows those that lead out of it, each place once. What a user names may be a
+link itself.
 """
 
 import os
@@ -21,7 +22,9 @@ from errors import UserError
 from prepare_data.sources.kinds import SKIPPED_FOLDERS, reason_by_ending
 
 HIDDEN = "hidden files and folders"
-LINKS = "symbolic links (not followed in a folder; copy what they lead to, or name it itself)"
+LINKS = "symbolic links within the folder, or to nothing"
+OUTSIDE = "symbolic links that lead out of the folder (--follow_links follows them)"
+TWICE = "symbolic links to what another one leads to"
 UNREADABLE = "files and folders that this user may not read"
 SPECIAL = "pipes, sockets and devices"
 EMPTY = "empty files"
@@ -40,9 +43,24 @@ class Listing:
     """Reason → paths, relative to the folder."""
     unused: list[str] = field(default_factory=list)
     """Patterns of --exclude that match nothing."""
+    follow_links: bool = False
+    followed: list[str] = field(default_factory=list)
+    """Where the links lead that are followed."""
 
     def skip(self, reason: str, path: PurePath | str) -> None:
         self.skipped.setdefault(reason, []).append(readable(path))
+
+    def refused_link(self, path: Path) -> str | None:
+        """Why a symbolic link is not followed; None where it is, as far as links are concerned."""
+        target, base = os.path.realpath(path), os.path.realpath(self.base)
+        if _is_in(target, base) or not os.path.exists(target):
+            return LINKS
+        if not self.follow_links:
+            return OUTSIDE
+        if any(_is_in(target, other) or _is_in(other, target) for other in [base, *self.followed]):
+            return TWICE
+        self.followed.append(target)
+        return None
 
     def notes(self) -> list[str]:
         """One line for each reason: how many, and the first three."""
@@ -60,10 +78,14 @@ def first_three(names: Collection[str]) -> str:
     return f"{len(names):,} ({', '.join(list(names)[:3])}{', …' if len(names) > 3 else ''})"
 
 
-def list_files(source: str, exclude: Sequence[str] = ()) -> Listing:
+def _is_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+def list_files(source: str, exclude: Sequence[str] = (), follow_links: bool = False) -> Listing:
     """The files of a path or a glob; no files and nothing skipped if it names nothing. Raises UserError for a folder
     that cannot be read."""
-    listing = Listing(Path(source), unused=list(exclude))
+    listing = Listing(Path(source), unused=list(exclude), follow_links=follow_links)
     if os.path.isdir(source):
         _walk(listing, None, exclude)
     elif os.path.exists(source):
@@ -89,7 +111,7 @@ def _walk(listing: Listing, pattern: tuple[str, ...] | None, exclude: Sequence[s
             raise UserError(f"{readable(error.filename)}: cannot be read ({error.strerror})")
         listing.skip(UNREADABLE, Path(error.filename).relative_to(base))
 
-    for folder, names, files in os.walk(base, onerror=unreadable):
+    for folder, names, files in os.walk(base, onerror=unreadable, followlinks=listing.follow_links):
         inside = PurePath(folder).relative_to(base)
         kept = []
         for name in sorted(names):
@@ -119,13 +141,19 @@ def _skipped_folder(listing: Listing, exclude: Sequence[str], base: Path, relati
         return EXCLUDED
     if path.name.startswith("."):
         return HIDDEN
-    if path.is_symlink() or getattr(os.path, "isjunction", lambda _: False)(path):
-        return LINKS
+    if (path.is_symlink() or _is_junction(path)) and (reason := listing.refused_link(path)):
+        return reason
     if path.name in SKIPPED_FOLDERS:
         return CACHES
     if os.path.isfile(path / "dataset.json") or os.path.isfile(path / "metrics.jsonl"):
         return OWN
     return None
+
+
+def _is_junction(path: Path) -> bool:
+    """Of Windows."""
+    tag = getattr(os.lstat(path), "st_reparse_tag", 0)
+    return tag == getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", -1)
 
 
 def _skipped_file(
@@ -136,8 +164,12 @@ def _skipped_file(
         return EXCLUDED
     if path.name.startswith(".") and not (pattern and pattern[-1].startswith(".")):
         return HIDDEN
-    if path.is_symlink() and not (pattern and path.is_file()):
-        return LINKS
+    if (
+        path.is_symlink()
+        and (reason := listing.refused_link(path))
+        and not (reason == LINKS and pattern and path.is_file())
+    ):
+        return reason
     if reason := reason_by_ending(path.name):
         return reason
     try:

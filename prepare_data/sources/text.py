@@ -22,22 +22,26 @@ from prepare_data.sources.refusal import refusal
 from prepare_data.sources.text_file import TextFile
 
 
-def corpus(source: str, encoding: str = "utf-8", separator: str | None = None, exclude: Sequence[str] = ()) -> Corpus:
+def corpus(
+    source: str, encoding: str = "utf-8", separator: str | None = None, exclude: Sequence[str] = (),
+    follow_links: bool = False,
+) -> Corpus:  # fmt: skip
     """The text of a path, a glob, or - for standard input. Raises UserError, also while its pieces are read."""
-    text = open_text(source, encoding, separator, exclude)
+    text = open_text(source, encoding, separator, exclude, follow_links)
     return Corpus(name_of(source) or "text", name_of_pipe(source) or readable(source), text.pieces, text.notes)
 
 
 def open_text(
-    source: str, encoding: str = "utf-8", separator: str | None = None, exclude: Sequence[str] = ()
-) -> "TextFiles":
+    source: str, encoding: str = "utf-8", separator: str | None = None, exclude: Sequence[str] = (),
+    follow_links: bool = False,
+) -> "TextFiles":  # fmt: skip
     """The files of a path, a glob, or - for standard input. Raises UserError, also while their pieces are read."""
     check_encoding(encoding)
     skipped = list[str]()
     if pipe := name_of_pipe(source):
         files = [TextFile(pipe, None, spooled(source))]
     else:
-        listing = list_files(source, exclude)
+        listing = list_files(source, exclude, follow_links)
         skipped = listing.notes()
         if not listing.files:
             raise UserError(_nothing(source, skipped))

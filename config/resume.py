@@ -19,6 +19,7 @@ from parallel.processes import command
 from prepare_data import PrepareOptions
 from prepare_data.resolve import is_safe_name
 from state_file import StateFile, wrong_entry
+from training.options import TRACKERS
 
 # Options of preparation that may differ where a resumed run's text is named again, as long as its tokens are the same.
 WITH_DATA = {"data_dir", "encoding", "exclude", "follow_links"}
@@ -109,11 +110,14 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
 
 
 def check_stored(options: config.Options, state: StateFile) -> None:
-    """Checks names, types, ranges and rules of the options in a state. Raises WrongEntry."""
+    """Checks names, types, ranges and rules of the options in a state, but not whether other programs that they ask for
+    are there. Raises WrongEntry."""
     stored = {name: tuple(v) if isinstance(v, list) else v for name, v in without_retired(state["options"]).items()}
     if "max_steps" not in stored:
         raise wrong_entry(state.path, "options.max_steps", "is missing")
     try:
+        for name in stored.keys() & TRACKERS:
+            options.loader.check(name, stored.pop(name))
         config.replace(options, **{**stored, "resume": options.values["resume"]})
     except UserError as error:
         problem = str(error).partition("\n`")[0]  # without the line that names --help

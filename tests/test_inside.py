@@ -200,9 +200,10 @@ def test_a_stranger_chooses_no_text_and_no_folder(here, secret, capsys):
         train("--resume=run", "--max_steps=24")
     assert f"python train.py --resume=run --max_steps=24 --data={here / 'gone'}" in str(caught.value)
     assert contents(here) == before
+    folder = list_checkpoints(Path("run"))[-1] / "model"
+    state = read_state(folder.parent / "state.json")
     with pytest.raises(UserError, match="--data=PATH"):  # nor for sample.py and the report
-        folder = list_checkpoints(Path("run"))[-1] / "model"
-        open_novelty(folder, read_state(folder.parent / "state.json"), None, SampleScriptOptions(novelty=True))
+        open_novelty(folder, state, None, SampleScriptOptions(novelty=True))
     report(["run"])
     assert contents(here) == before
     data = next((here / "data").iterdir())

@@ -117,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for section in SECTIONS:
             print(f"{section}: {', '.join(name for name, fault in FAULTS.items() if fault.section == section)}")
         return 0
-    names = given.faults or [name for name in FAULTS if not given.section or FAULTS[name].section in given.section]
+    chosen = {*given.faults, *(name for name in FAULTS if FAULTS[name].section in given.section)}
+    names = [name for name in FAULTS if name in chosen or not (given.faults or given.section)]
     began = time.monotonic()
     print(f"{'fault':<20} {'trials':>7} {'survived':>8} {'steps lost':>10} {'seconds':>8}", flush=True)
     with tempfile.TemporaryDirectory(prefix="torture ") as home:

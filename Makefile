@@ -15,7 +15,7 @@ test: .venv/.ready-dev  ## all tests except those marked slow or gpu
 test-slow: .venv/.ready-dev  ## tests that take minutes, or need a browser or a package index
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-torture: .venv/.ready-dev  ## train.py under faults, as a table; ARGS="kill_worker --trials=5", or --list
+torture: .venv/.ready-dev  ## Sprout under faults, as one table; ARGS="kill_worker --trials=5", --section=kills, or --list
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py $(ARGS)
 
 lint: .venv/.ready-dev

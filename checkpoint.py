@@ -69,10 +69,12 @@ from model_folder import (
     reading_checkpoint,
     refuse_copy,
 )
+from state_file import StateFile, WrongEntry, read_state
 from tensor_files import TensorReader, bytes_needed, parts_of
 
 OURS = re.compile(r"step-\d{8,}(\.(writing(-[0-9a-f]{8})?|removing|replaced))?")  # names of directories
 PROVEN_STEPS = 100  # of training after a checkpoint without trouble: its weights were sound
+MAX_REPEATS = 20  # of a reading, while a run in progress removes what is read
 SET_ASIDE = "set-aside"
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a checkpoint that could not be read is tried again
 T = TypeVar("T")
@@ -363,6 +365,34 @@ def find_checkpoint(run_dir: Path, which: str, flag: str = "--checkpoint") -> Pa
     raise UserError(f"{flag}={which!r} is not in {run_dir}; expected one of: best, latest, {names}")
 
 
+def with_checkpoint(path: Path, which: str, action: Callable[[Path], T]) -> T:
+    """The result of an action on the model folder of a run's checkpoint, as `resolve_model_folder` finds it.
+
+    A run in progress may remove a checkpoint while the action reads it: then the action is repeated, silently, with the
+    one that is found next. Raises what the action raises on a checkpoint that is still there.
+    """
+    for _ in range(MAX_REPEATS):
+        mark: object = None
+        try:
+            folder = resolve_model_folder(path, which)
+            mark = _identity(folder.parent)
+            return action(folder)
+        except UserError:
+            is_gone = which in ("best", "latest") if mark is None else _identity(folder.parent) != mark
+            if not is_gone or not list_checkpoints(path):
+                raise
+        time.sleep(0.01)
+    return action(resolve_model_folder(path, which))
+
+
+def _identity(directory: Path) -> object:
+    """Of the directory that has this name now; None where there is none."""
+    with suppress(OSError):
+        status = os.stat(directory)
+        return status.st_dev, status.st_ino
+    return None
+
+
 def _no_checkpoint(path: Path) -> str:
     """Why `path` is no run with a checkpoint, and what to type instead."""
     if run_of(path) is None and (runs := _runs_in(path)):
@@ -446,14 +476,16 @@ def _val_losses(checkpoints: list[Path]) -> dict[Path, float | None]:
         try:
             with reading_checkpoint(path):
                 check_files(path, [STATE])
-                losses[path] = read_json(path / STATE).get("val_loss")
-        except DamagedFile as error:
+                losses[path] = read_state(path / STATE).get("val_loss")
+        except (DamagedFile, WrongEntry) as error:
+            if not path.exists():  # a run in progress has removed it
+                continue
             print(f"warning: not considered as the best checkpoint: {error}", file=sys.stderr)
     return losses
 
 
 def _best(losses: dict[Path, float | None]) -> Path | None:
-    known = {path: loss for path, loss in losses.items() if isinstance(loss, (int, float))}
+    known = {path: loss for path, loss in losses.items() if loss is not None}
     return min(known, key=known.__getitem__, default=None)
 
 
@@ -501,7 +533,7 @@ class Checkpoint:
     path: Path
     step: int
     model: ModelFolder
-    state: dict[str, Any]
+    state: StateFile
 
     @property
     def config(self) -> dict[str, Any]:
@@ -543,11 +575,8 @@ def open_share(path: Path, rank: int, size: int) -> Checkpoint:
         is_whole = model.weights_file is not None
         check_files(path, [STATE, *([OPTIMIZER] if is_whole and rank == 0 else [])])
         open_tensors(path, "optimizer")
-        state = read_json(path / STATE)
-        step = state.get("step")
-        if type(step) is not int or step < 0:
-            raise DamagedFile(path / STATE, f"step is {step!r}, expected an integer >= 0")
-    return Checkpoint(path, step, model, state)
+        state = read_state(path / STATE)
+    return Checkpoint(path, state["step"], model, state)
 
 
 def _open_patiently(path: Path, team: Team | None) -> Checkpoint:

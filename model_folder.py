@@ -43,6 +43,7 @@ from files import (
     try_remove_tree,
     write_parts,
 )
+from state_file import StateFile, read_state
 from tensor_files import TensorReader, bytes_needed, parts_of, read_header
 
 VERSION, SHARDED_VERSION = 1, 2  # of a manifest: of whole files, and of one shard for each rank
@@ -149,14 +150,15 @@ class ModelFolder:
         entry: dict[str, Any] = dict(size_and_crc(whole) if whole is not None else self.reader().entry())
         return entry if self.adapter is None else entry | {"base": self.adapter.base}
 
-    def state(self) -> dict[str, Any] | None:
-        """The state.json of the checkpoint that this is part of, with how these weights came about. None elsewhere."""
+    def state(self) -> StateFile | None:
+        """The state.json of the checkpoint that this is part of, with how these weights came about. None elsewhere.
+        Raises DamagedFile, and WrongEntry."""
         with reading_checkpoint(self.path.absolute().parent):
             checkpoint = checkpoint_of(self.path)
             if checkpoint is None:
                 return None
             check_files(checkpoint, [STATE])
-            return read_json(checkpoint / STATE)
+            return read_state(checkpoint / STATE)
 
 
 def open_model_folder(path: Path, *, check_weights: bool = True) -> ModelFolder:

@@ -34,18 +34,18 @@ if __name__ == "__main__":  # the same
 
 import io
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint import resolve_model_folder
+from checkpoint import with_checkpoint
 from common.hardware import Hardware, choose_attention, choose_hardware
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import newest_run
 from common.tokenizer import Tokenizer
-from files import read_json
 from generation.novelty import log, open_for_page, open_novelty, print_checked_jsonl, print_checked_texts, summary
 from generation.options import SampleScriptOptions, SamplingOptions
 from generation.prompts import Prompt, encode_prompts, has_trailing_space, print_jsonl, print_texts, read_prompts
@@ -56,6 +56,7 @@ from model_folder import STATE
 from prepare_data import TextOptions
 from prepare_data.novelty import Copied, Novelty
 from server.options import ServerOptions
+from state_file import read_state
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,15 +76,15 @@ def main(argv: list[str] | None = None) -> int:
     # ---- checkpoint, prompts, model
     run_options = options.section(RunOptions)
     path = Path(run_options.run) if run_options.run is not None else newest_run(Path("runs"))
-    folder = resolve_model_folder(path, script.checkpoint)
     prompts = read_prompts(script)
-    model, tokenizer, hardware = load_run(folder, script, options.section(HardwareOptions))
     text = run_options.data if options.origin["data"] == "flag" else None
-    novelty = None if server.serve else open_novelty(folder, text, script)
-    title = describe_checkpoint(path, folder, script.checkpoint)
+    load = partial(load_run, script=script, options=options.section(HardwareOptions), text=text, serves=server.serve)
+    run = with_checkpoint(path, script.checkpoint, load)
+    model, tokenizer, hardware = run.model, run.tokenizer, run.hardware
+    title = describe_checkpoint(path, run.folder, run.state, script.checkpoint)
     print(f"{title}; {hardware.describe()}", file=sys.stderr)
     draws = not (server.serve or script.interactive or script.score)
-    if draws and prompts == [Prompt("")] and (advice := prompt_note(folder)):
+    if draws and prompts == [Prompt("")] and (advice := prompt_note(run.state)):
         print(advice, file=sys.stderr)
 
     # ---- one of five modes; each imports its own modules
@@ -93,18 +94,18 @@ def main(argv: list[str] | None = None) -> int:
         from generation.score import print_scores
 
         reading = options.section(TextOptions)
-        return print_scores(model, tokenizer, script, reading, hardware.autocast, read_state(folder))
+        return print_scores(model, tokenizer, script, reading, hardware.autocast, run.state)
     if server.serve:
         from server.app import serve
 
         page_seed = seed if options.origin["seed"] == "flag" else None  # None: a new one for each request
         page_defaults = {"prompt": prompts[0].text, "n": script.num_samples, "seed": page_seed}
-        found = open_for_page(folder, text, script)
-        return serve(model, tokenizer, run_name(folder), sampling, server, page_defaults, found)
+        return serve(model, tokenizer, run_name(run.folder), sampling, server, page_defaults, run.novelty)
+    assert not isinstance(run.novelty, str)  # which a page alone shows
     if script.interactive:
         from generation.interactive import interact
 
-        return interact(model, tokenizer, prompts[0].text, partial(sampling_with, argv), novelty)
+        return interact(model, tokenizer, prompts[0].text, partial(sampling_with, argv), run.novelty)
     if script.inspect is not None:
         from inspection.page import inspect_prompt, write_page
 
@@ -115,11 +116,26 @@ def main(argv: list[str] | None = None) -> int:
             print(f"the prompt is too long to be shown in full: {data['omitted']}", file=sys.stderr)
         print(f"wrote {script.inspect} (open it in a browser)")
         return 0
-    return print_samples(model, tokenizer, prompts, sampling, script, seed, novelty)
+    return print_samples(model, tokenizer, prompts, sampling, script, seed, run.novelty)
 
 
-def load_run(folder: Path, script: SampleScriptOptions, options: HardwareOptions) -> tuple[GPT, Tokenizer, Hardware]:
-    """The model, ready to generate, or to score as training evaluates: float32 weights under autocast."""
+class Loaded(NamedTuple):
+    """What is read of a checkpoint. state: its state.json, {} of a model folder elsewhere. novelty: as in
+    open_for_page."""
+
+    folder: Path
+    state: Mapping[str, Any]
+    model: GPT
+    tokenizer: Tokenizer
+    hardware: Hardware
+    novelty: Novelty | str | None
+
+
+def load_run(
+    folder: Path, script: SampleScriptOptions, options: HardwareOptions, text: str | None, serves: bool
+) -> Loaded:
+    """The model, ready to generate, or to score as training evaluates: float32 weights under autocast. text: the one
+    that --novelty compares with, where that was given."""
     as_trained = bool(script.score) and script.quantize is None
     hardware = choose_hardware(options, generating=not as_trained)
     model, tokenizer = load_model(folder, hardware.device, torch.float32 if as_trained else hardware.dtype)
@@ -127,7 +143,9 @@ def load_run(folder: Path, script: SampleScriptOptions, options: HardwareOptions
     model.attention = choose_attention(options.attention, hardware.device, hardware.dtype, head_size).value
     if script.quantize is not None:
         quantize(model)
-    return model, tokenizer, hardware
+    state: Mapping[str, Any] = read_state(folder.parent / STATE) if (folder.parent / STATE).is_file() else {}
+    novelty = (open_for_page if serves else open_novelty)(folder, state, text, script)
+    return Loaded(folder, state, model, tokenizer, hardware, novelty)
 
 
 def print_samples(
@@ -180,19 +198,13 @@ def sampling_with(argv: list[str], flags: list[str]) -> tuple[SamplingOptions, i
     return read_sampling(config.load("sample.py", [*argv, *flags]))
 
 
-def prompt_note(folder: Path) -> str | None:
+def prompt_note(state: Mapping[str, Any]) -> str | None:
     """One line where the model has seen few document beginnings, so that a new document begins in mid-sentence."""
-    dataset = read_state(folder).get("dataset")
-    prompt = dataset.get("example_prompt") if isinstance(dataset, dict) else None
-    if not isinstance(prompt, str):
+    prompt = state.get("dataset", {}).get("example_prompt")
+    if prompt is None:
         return None
     example = quote(prompt)
     return f"note: this model has seen few document beginnings, so a prompt reads better: --prompt={example}"
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state.json of the checkpoint that a model folder belongs to; empty without one."""
-    return read_json(folder.parent / STATE) if (folder.parent / STATE).is_file() else {}
 
 
 def run_name(model_folder: Path) -> str:
@@ -201,18 +213,17 @@ def run_name(model_folder: Path) -> str:
     return folder.parents[2].name if folder.parent.parent.name == "checkpoints" else folder.name
 
 
-def describe_checkpoint(path: Path, folder: Path, which: str) -> str:
+def describe_checkpoint(path: Path, folder: Path, state: Mapping[str, Any], which: str) -> str:
     """One line: the checkpoint's path, step and val loss, and whether it is the best or the latest one of a run."""
-    state = read_state(folder)
     if folder.name != "model" or not state:
         return f"model folder {folder}"
-    step, loss = state.get("step"), state.get("val_loss")
+    step, loss = state["step"], state.get("val_loss")
     facts = [f"step {step}"]
     is_inside = folder.parent.resolve() in (path.resolve(), *path.resolve().parents)
     if which in ("best", "latest") and not is_inside:
         facts.append("latest" if loss is None else which)
     untrained = "untrained" if step == 0 else "no val loss"
-    facts.append(f"val loss {loss:.4f}" if isinstance(loss, float) else untrained)
+    facts.append(untrained if loss is None else f"val loss {loss:.4f}")
     return f"{folder.parent} ({', '.join(facts)})"
 
 

@@ -38,16 +38,15 @@ def visible(text: str, encoding: str = "utf-8") -> str:
 
 @contextmanager
 def symbols_on_terminals() -> Iterator[None]:
-    """Inside it, what is written to sys.stdout and sys.stderr is made visible if they are terminals."""
+    """Inside it, what is written to sys.stdout and sys.stderr is made visible if they are terminals; also after it
+    where an exception leaves it, since its traceback is printed at the end of the process."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     streams = [stream for stream in streams if not stream.closed and stream.isatty()]
     for stream in streams:
         stream.write = _VisibleWrite(stream)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for stream in streams:
-            vars(stream).pop("write", None)
+    yield
+    for stream in streams:
+        vars(stream).pop("write", None)
 
 
 class _VisibleWrite:

@@ -42,7 +42,6 @@ from torch import Tensor
 from common.hardware import Hardware, choose_hardware, tune_allocator
 from common.memory import attempt
 from common.options import HardwareOptions, RunOptions
-from common.run_state import RunState
 from config.chain import end_run, open_run, train_all
 from config.cluster import plan_preset, print_cluster
 from config.planning import open_data
@@ -51,19 +50,19 @@ from config.rollback import go_back
 from config.start import RunConfig, Start, read_start
 from generation.text import sample_texts
 from model import GPTConfig
-from parallel.launch import naming_saved, together
+from parallel.launch import together
 from parallel.processes import agree, wait_at_most, world_size
 from parallel.sharding import in_turn
 from prepare_data.shards import Dataset
 from training import setup
 from training.budget import Budget, make_budget
 from training.compilation import choose_compile
-from training.data import MicroBatch, TrainBatches, naming_lost_text
+from training.data import MicroBatch, TrainBatches
 from training.divergence import Diverged
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.kept_text import KeptText
-from training.logger import RunLogger, describe_saved
+from training.logger import RunLogger, naming_what_is_saved
 from training.micro_batch import fit_micro_batch, until_it_fits
 from training.optim import clip_gradients, finish_step, learning_rate
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
@@ -127,8 +126,7 @@ def train_on(
         return setup.print_evaluation(start.source, score(rows=batches.size)), []
     # ---- optimizer, and the rest of what a checkpoint holds
     stop = stack.enter_context(StopRequest(begun=False))
-    start, run = open_run(start, dataset, stack)
-    told = stack.enter_context(RunState(start.directories(run), start.argv, start.saved_step))
+    start, run, told = open_run(start, dataset, stack)
     weights = run, start.resumed, start.initial, layout.value
     state = setup.make_state(model, optim, batches.rows, *weights, compiles.value, hardware, options.flat())
     # ---- records of the run: config.json, logs, checkpoints, samples
@@ -136,8 +134,7 @@ def train_on(
     reference = Reference(dataset.fingerprint, options.flat(), read_curves())
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
     stack.enter_context(logger)
-    stack.enter_context(naming_saved(partial(describe_saved, run)))
-    stack.enter_context(naming_lost_text(partial(describe_saved, run)))
+    stack.enter_context(naming_what_is_saved(run))
     save = CheckpointWriter(run, state, dataset, hardware, evals, lambda: logger.facts() | recorded.facts(), told)
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time

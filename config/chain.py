@@ -12,11 +12,12 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import config
 from checkpoint import list_checkpoints, open_latest, run_of, teacher_runs
@@ -24,10 +25,12 @@ from common.memory import release_memory
 from common.option import show
 from common.options import RunOptions
 from common.run_directory import claim_run, refuse_used_run
+from common.run_state import RunState
 from config.start import Chain, Start, passed_on
 from errors import UserError, quote
 from parallel.processes import by_first, command
 from prepare_data.shards import Dataset
+from state_file import build
 from training import setup
 from training.budget import Budget
 from training.logger import log_end
@@ -64,9 +67,9 @@ def share_time(start: Start, before: Start) -> Start:
     return replace(start, chain=chain, began=time.perf_counter())
 
 
-def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, Path]:
-    """The directory of the run, locked in `stack` where it is new; where others follow, that of the last one is made,
-    too. Raises UserError."""
+def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, Path, RunState]:
+    """The directory of the run, locked in `stack` where it is new, and its run_state.json; where others follow, the
+    directory of the last one is made, too. Raises UserError."""
     run, name = start.options.section(RunOptions).run, start.default_name(dataset)
     if start.chain is not None and start.resumed is None:
         last = by_first(partial(claim_run, run, name, asked=start.asked))
@@ -74,7 +77,8 @@ def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, P
             replace(start, chain=replace(start.chain, run=str(last.resolve()))),
             by_first(partial(_beside, last)),
         )
-    return start, setup.open_run(run, name, start.source, stack, start.asked if start.resumed is None else None)
+    opened = setup.open_run(run, name, start.source, stack, start.asked if start.resumed is None else None)
+    return start, opened, stack.enter_context(RunState(start.directories(opened), start.argv, start.saved_step))
 
 
 def _beside(run: Path) -> str:
@@ -111,9 +115,10 @@ def following(run: Path, chain: Chain) -> Path | None:
     if list_checkpoints(last):
         return last
     for other in teacher_runs(last):
-        known = open_latest(other).state.get("chain") or {"run": None, "teachers": []}
-        runs = [run_of(Path(path)) for path in known["teachers"]]
-        if known["run"] == chain.run and run.resolve() in [path.resolve() for path in runs if path is not None]:
+        state = open_latest(other).state
+        known = build(Chain, state, "chain") if state.get("chain") else None
+        runs = [run_of(Path(path)) for path in known.teachers] if known else []
+        if known and known.run == chain.run and run.resolve() in [path.resolve() for path in runs if path is not None]:
             return other
     return None
 
@@ -146,9 +151,10 @@ def log_teachers(start: Start, state: TrainState, dataset: Dataset) -> None:
     best = min((entry["val_loss"] for entry in state.progress.history), default=math.inf)
     same = dataset.fingerprint, start.options.section(EvalOptions).eval_tokens
     for teacher in start.teachers:
-        stored = teacher.state() or {}
+        stored: Mapping[str, Any] = teacher.state() or {}
         loss, name = stored.get("val_loss"), quote(_shown(run_of(teacher.path) or teacher.path))
-        if loss is None or (stored["dataset"]["fingerprint"], stored["options"]["eval_tokens"]) != same:
+        known = stored.get("dataset", {}).get("fingerprint"), stored.get("options", {}).get("eval_tokens")
+        if loss is None or known != same:
             continue
         better = "" if best < loss else f"; the teacher is better: python sample.py --run={name}"
         log(f"best val loss {best:.4f}, that of the teacher {name} {loss:.4f}{better}")

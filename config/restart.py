@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import config
+import state_file
 from checkpoint import list_checkpoints, resolve_run, teacher_runs
 from common.option import Option, option_names, show
 from common.options import RunOptions
@@ -21,7 +22,6 @@ from common.run_state import read_state, write_done
 from config.resume import asked, from_json, is_over, longer, refuse_without_effect, resumed_options, same_place
 from config.trying import has_unfinished_tries, try_candidates
 from errors import FAILED, UserError, quote
-from files import read_json
 from model_folder import STATE
 from parallel.processes import by_first, command, is_first, launches
 from prepare_data import PrepareOptions
@@ -143,7 +143,7 @@ def _last_state(run: Path) -> dict[str, Any]:
     """state.json of the last checkpoint; nothing where that is damaged, and the resume finds an older one or says what
     is wrong."""
     try:
-        state = read_json(list_checkpoints(run)[-1] / STATE)
+        state = state_file.read_state(list_checkpoints(run)[-1] / STATE)
         for name in ("max_steps", "patience"):
             config.check(name, state["options"][name])
         numbers = state["step"], state["progress"].get("stale", 0)

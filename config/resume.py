@@ -19,7 +19,9 @@ from model_folder import TOKENIZER as TOKENIZER_FILE
 from parallel.processes import command
 from prepare_data import PrepareOptions
 from prepare_data.resolve import is_safe_name
+from state_file import StateFile, wrong_entry
 from training.budget import LENGTHENED
+from training.options import TRACKERS
 
 # Options of preparation that may differ where a resumed run's text is named again, as long as its tokens are the same.
 WITH_DATA = {"data_dir", "encoding", "exclude", "follow_links"}
@@ -149,7 +151,8 @@ def without_foreign_parts(
         again = f"{command()} {quote(str(run / 'config.json'))} --teacher={quote(str(run))} --seed=2"
         notes.append(f"note: the runs that follow this one are not begun; a model that learns from it: {again}")
     state = {name: value for name, value in resumed.state.items() if name != "chain"}
-    return replace(resumed, state={**state, "options": changed, "dataset": {**recorded, "path": str(place)}}), notes
+    state |= {"options": changed, "dataset": {**recorded, "path": str(place)}}
+    return replace(resumed, state=StateFile(resumed.state.path, state)), notes
 
 
 def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> config.Options:
@@ -192,6 +195,21 @@ def resumed_options(options: config.Options, stored: Mapping[str, Any]) -> confi
         values = [f"{name}={show(value)} (was {show(stored.get(name))})" for name, value in changed.items()]
         merged.notes.append(f"changed on resume: {', '.join(values)}")
     return merged
+
+
+def check_stored(options: config.Options, state: StateFile) -> None:
+    """Checks names, types, ranges and rules of the options in a state, but not whether other programs that they ask for
+    are there. Raises WrongEntry."""
+    stored = {name: tuple(v) if isinstance(v, list) else v for name, v in without_retired(state["options"]).items()}
+    if "max_steps" not in stored:
+        raise wrong_entry(state.path, "options.max_steps", "is missing")
+    try:
+        for name in stored.keys() & TRACKERS:
+            options.loader.check(name, stored.pop(name))
+        config.replace(options, **{**stored, "resume": options.values["resume"]})
+    except UserError as error:
+        problem = str(error).partition("\n`")[0]  # without the line that names --help
+        raise wrong_entry(state.path, "options", f"cannot be used: {problem}") from None
 
 
 def note_unused_flags(options: config.Options) -> config.Options:

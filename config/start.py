@@ -24,11 +24,11 @@ from checkpoint import (
     find_checkpoint,
     open_checkpoint,
     open_latest,
-    resolve_model_folder,
     resolve_run,
     run_of,
     saved_steps,
     teacher_runs,
+    with_checkpoint,
 )
 from common.option import option_names
 from common.options import HardwareOptions, RunOptions
@@ -38,6 +38,7 @@ from common.weights import checked_config, open_checked
 from config.hints import INIT_FROM
 from config.resume import (
     asked,
+    check_stored,
     note_unused_flags,
     refuse_without_effect,
     resumed_options,
@@ -46,10 +47,12 @@ from config.resume import (
 )
 from errors import UserError, quote
 from files import json_bytes, plain_file, write_json
+from json_types import Argument
 from model_folder import ModelFolder
 from parallel.processes import Team, by_first, is_first, world_size
 from prepare_data import PrepareOptions
 from prepare_data.shards import Dataset
+from state_file import build
 from training.budget import LENGTHENED
 from training.kept_text import KeptText
 from training.metrics import Trouble, keep_and_tell, log
@@ -68,11 +71,11 @@ class Chain:
     length: flags that its own course changes there. minutes: a time budget of this one and all that follow. teachers:
     weights from which the last one learns beside those of the runs from this one on."""
 
-    run: str
-    arguments: list[str] | None
-    length: list[str]
+    run: Argument
+    arguments: list[Argument] | None
+    length: list[Argument]
     minutes: float | None
-    teachers: list[str]
+    teachers: list[Argument]
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
             by_first(lambda: stack.enter_context(RunLock(run)) and None)
         resumed, notes = open_resumed(run, train.from_ or which), list[str]()
         checked_config(resumed.model)
+        check_stored(options, resumed.state)
         if not by_first(lambda: is_own(resumed.state)):
             resumed, notes = without_foreign_parts(resumed, options, argv)
         options = note_unused_flags(resumed_options(options, resumed.state["options"]))
@@ -237,7 +241,7 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
     if train.init_from is not None:
         if train.init_from in INIT_FROM and not Path(train.init_from).exists():
             raise UserError(f"--init_from={train.init_from}: {INIT_FROM[train.init_from]}")
-        initial, _ = open_checked(resolve_model_folder(Path(train.init_from)))
+        initial, _ = with_checkpoint(Path(train.init_from), "best", open_checked)
         options = with_model_options(options, f"--init_from={train.init_from}", initial.config, initial.tokenizer)
         options = config.replace(options, lora_rank=None) if eval_only else options
         check_adapters(options)
@@ -271,7 +275,7 @@ def with_teachers(start: Start) -> Start:
     may_follow = start.needs_plan or start.options.section(TrainOptions).teachers > 0
     if "teacher_share" in start.flags and not given and not may_follow:
         raise UserError(f"--teacher_share={share}: there is no teacher; add --teacher=RUN, or leave it out")
-    teachers = [open_checked(resolve_model_folder(Path(path)))[0] for path in given]
+    teachers = [with_checkpoint(Path(path), "best", open_checked)[0] for path in given]
     models = [*([start.initial] if start.initial else []), *teachers]
     for model in models[1:]:
         if model.tokenizer != models[0].tokenizer:
@@ -302,7 +306,7 @@ def same_teachers(resumed: Checkpoint, paths: Sequence[str]) -> list[ModelFolder
         why = "resuming needs the same teacher; restore it from a copy, or name where it is now with --teacher=PATH"
         if not Path(path).exists():
             raise UserError(f"--teacher={path}, from which this run learns, is gone: {why}")
-        teacher, _ = open_checked(resolve_model_folder(Path(path)))
+        teacher, _ = with_checkpoint(Path(path), "best", open_checked)
         if teacher.weights_entry() != entry:
             raise UserError(f"--teacher={path}, from which this run learns, has other weights than before: {why}")
         found.append(teacher)
@@ -321,7 +325,7 @@ def same_chain(resumed: Checkpoint, options: config.Options, argv: Sequence[str]
         )
     if teachers == 0:
         return None
-    chain = Chain(**resumed.state["chain"])
+    chain = build(Chain, resumed.state, "chain")
     if chain.arguments is None:
         return chain
     more = [arg for arg in passed_on(argv, options) if not arg.startswith("--max_steps=")]  # that of the resumed run

@@ -34,6 +34,7 @@ from config.planning import Planning, open_dataset
 from config.start import Start, read_start
 from errors import UserError, quote
 from files import make_directory, open_to_append, read_json, write_json
+from json_types import Mismatch, conform
 from parallel.processes import world_size
 from prepare_data.shards import Dataset
 from training import setup
@@ -43,6 +44,8 @@ from training.metrics import METRICS, SAMPLES, log
 from training.options import TrainOptions
 from training.plan_lines import describe, show_time
 from training.report import read_metrics
+from training.state import Progress
+from training.stored import read_progress
 from training.tries import Result, Trial, TryPlan, choose_winner, show_changes
 
 FOLDER, STATE = "tries", "tries.json"
@@ -94,9 +97,9 @@ def read_tries(run: Path) -> Tries:
     try:
         if (kind := (values.pop("format"), values.pop("version"))) != ("sprout-tries", 1):
             raise TypeError(kind)
-        trials = [Trial(**{**one, "results": [Result(**each) for each in one["results"]]}) for one in values["trials"]]
-        return Tries(**{**values, "run": run, "trials": trials})
-    except (KeyError, TypeError) as error:
+        tries: Tries = conform(Tries, {**values, "run": ""}, {"run": str})
+        return replace(tries, run=run)
+    except (KeyError, TypeError, Mismatch) as error:
         raise UserError(f"{path}: not in this version's format ({error}); name another run with --run=PATH") from error
 
 
@@ -311,11 +314,13 @@ def run_process(argv: Sequence[str], output: Path, stop: Callable[[], bool]) -> 
 
 def read_result(folder: Path, steps: int, made: int) -> Result:
     """The best evaluation of a trial that has come to `steps`, `made` of them in its last process."""
-    state = open_latest(folder).state
-    loss = min(entry["val_loss"] for entry in state["progress"]["history"])
-    bits_per_byte = loss * state["val_bits_per_byte"] / state["val_loss"]
-    seconds = read_metrics(folder)["step"][-1]["timing"]["seconds"]
-    return Result(steps, loss, bits_per_byte, state["progress"]["best"], made, seconds)
+    state, logged = open_latest(folder).state, read_metrics(folder)["step"]
+    progress, nats = read_progress(Progress, state), state["val_loss"]
+    loss = min((entry["val_loss"] for entry in progress.history), default=None)
+    seconds = logged[-1].get("timing", {}).get("seconds") if logged else None
+    if not (loss and nats and state.get("val_bits_per_byte") and seconds):
+        raise UserError(f"{folder}: the loss or the time of its last step is not recorded; delete it and try again")
+    return Result(steps, loss, loss * state["val_bits_per_byte"] / nats, progress.best, made, seconds)
 
 
 def find_reason(code: int, output: Path) -> str:
@@ -346,7 +351,7 @@ def continue_winner(tries: Tries, winner: Trial) -> list[str]:
     for trial in tries.trials:
         shutil.rmtree(tries.folder / str(trial.number) / "checkpoints", ignore_errors=True)
     steps, argv = winner.results[-1].steps, [f"--resume={run}"]
-    if open_latest(run).state["options"]["max_steps"] != steps:
+    if open_latest(run).state["options"].get("max_steps") != steps:
         return argv  # it has been continued already
     best = f"trial {winner.number} ({show_changes(winner.changes)})"
     log(f"\nthe best is {best}: it goes on in {run}; the checkpoints of the other trials are deleted")

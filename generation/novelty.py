@@ -7,7 +7,7 @@ as they are without --novelty, JSON Lines two more fields. What was found is tol
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from typing import Any
 from common.signature import own_texts
 from common.tokenizer import Tokenizer
 from errors import UserError
-from files import read_json
 from generation.options import SampleScriptOptions
 from generation.prompts import Prompt, complete_samples, print_jsonl, print_texts
 from generation.text import Piece
-from model_folder import STATE, TOKENIZER
+from model_folder import TOKENIZER
 from prepare_data.novelty import Copied, Novelty
 from prepare_data.resolve import training_text
 from terminal import print_marked, progress_bar
@@ -28,29 +27,32 @@ MAX_LISTED = 5  # passages of one sample
 MAX_QUOTED = 70  # characters of a passage in a list
 
 
-def open_novelty(model_folder: Path, data: str | None, script: SampleScriptOptions) -> Novelty | None:
-    """What finds copied passages of a model's samples; None without --novelty. data: --data, if it was given. Raises
-    UserError."""
+def open_novelty(
+    model_folder: Path, state: Mapping[str, Any], data: str | None, script: SampleScriptOptions
+) -> Novelty | None:
+    """What finds copied passages of a model's samples; None without --novelty. state: of its checkpoint, {} without
+    one. data: --data, if it was given. Raises UserError."""
     if not script.novelty:
         return None
-    state = read_json(model_folder.parent / STATE) if (model_folder.parent / STATE).is_file() else {}
     recorded = next(iter(own_texts(state)), {})
     with redirect_stdout(sys.stderr):  # standard output is for the samples
         try:
             dataset = training_text(data, recorded, model_folder / TOKENIZER)
         except UserError as error:
             raise UserError(f"--novelty: {error}") from None
-    options = state.get("options")
-    if data is None and isinstance(options, dict) and options.get("init_from"):
-        log(f"note: the text of {options['init_from']}, where the weights began, is not searched; --data=PATH names it")
+    start = state.get("options", {}).get("init_from")
+    if data is None and start:
+        log(f"note: the text of {start}, where the weights began, is not searched; --data=PATH names it")
     with redirect_stdout(sys.stderr):
         return Novelty(dataset, script.novelty_words)
 
 
-def open_for_page(model_folder: Path, data: str | None, script: SampleScriptOptions) -> Novelty | str | None:
+def open_for_page(
+    model_folder: Path, state: Mapping[str, Any], data: str | None, script: SampleScriptOptions
+) -> Novelty | str | None:
     """The same for a page, which is served without a dataset too, and then says why."""
     try:
-        return open_novelty(model_folder, data, script)
+        return open_novelty(model_folder, state, data, script)
     except UserError as error:
         if data is not None:
             raise

@@ -102,13 +102,17 @@ def expanded(what: str, text: str) -> Path:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
+    from checkpoint import with_checkpoint
     from interop.exporting import export_model, export_model_folder, plain_name
 
     run, out = expanded("RUN", arguments.run), None if arguments.out is None else expanded("--out", arguments.out)
-    if arguments.to == "model":
-        path, proved = export_model_folder(run, out, arguments.dtype, arguments.checkpoint)
-    else:
-        path, proved = export_model(run, arguments.to, out, arguments.dtype, arguments.checkpoint)
+
+    def export(folder: Path) -> tuple[Path, list[str]]:
+        if arguments.to == "model":
+            return export_model_folder(folder, out, arguments.dtype, "best")
+        return export_model(folder, arguments.to, out, arguments.dtype, "best")
+
+    path, proved = with_checkpoint(run, arguments.checkpoint, export)
     for line in proved:
         print(line)
     shown, name = quote(str(path)), plain_name(path.name)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from checkpoint import resolve_model_folder
 from common.signature import is_own, own_texts
 from errors import UserError
 from files import DamagedFile, read_json
+from json_types import Mismatch, conform
 from model import GPTConfig
 from model_folder import ModelFolder
+from terminal import visible
 
 MAX_SAMPLES, MAX_SAMPLE_BYTES = 3, 100_000
 RECIPE = (
@@ -25,12 +28,18 @@ RECIPE = (
 )  # fmt: skip
 
 
+class TokenCount(TypedDict):
+    """What is read of a shard's entry in dataset.json."""
+
+    tokens: int
+
+
 def model_card(
     name: str, kind: str, config: GPTConfig, parameters: int, folder: ModelFolder, tokenizer: str, proof: list[str]
 ) -> str:
     """kind: the class or architecture; proof: what was compared, a line each."""
-    state, run = folder.state() or {}, run_of(folder.path)
-    options = dictionary(state.get("options"))
+    state: Mapping[str, Any] = folder.state() or {}
+    run, options = run_of(folder.path), state.get("options", {})
     made = "trained" if state or described_source(folder.path) is None else "imported"
     sections = [
         front_matter(kind),
@@ -59,7 +68,9 @@ def front_matter(kind: str) -> str:
 
 
 def section(title: str, rows: list[str]) -> str:
-    return f"## {title}\n\n" + "\n".join(f"- {row}" for row in rows) if rows else ""
+    """Rows hold names from elsewhere: each is one line, without control characters, and no HTML."""
+    shown = [visible(" ".join(row.split())).replace("<", "&lt;") for row in rows]
+    return f"## {title}\n\n" + "\n".join(f"- {row}" for row in shown) if rows else ""
 
 
 def model_rows(config: GPTConfig, kind: str, tokenizer: str) -> list[str]:
@@ -86,7 +97,9 @@ def data_rows(state: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]
         return rows
     sizes = [_count(content[key], key) for key in ("documents", "bytes") if isinstance(content.get(key), int)]
     for split, files in dictionary(content.get("shards")).items():
-        sizes.append(f"{sum(file.get('tokens', 0) for file in files):,} tokens in the {split} split")
+        with suppress(Mismatch):  # another program's
+            tokens = [file["tokens"] for file in conform(list[TokenCount], files)]
+            sizes.append(f"{sum(tokens):,} tokens in the {split} split")
     return [*rows, ", ".join(sizes)]
 
 
@@ -96,21 +109,21 @@ def _count(number: int, plural: str) -> str:
 
 def training_rows(state: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
     rows = []
-    if isinstance(state.get("step"), int):
-        rows.append(f"steps: {state['step']:,}; tokens: {int(state.get('tokens') or 0):,}")
+    if state:
+        rows.append(f"steps: {state['step']:,}; tokens: {state.get('tokens', 0):,}")
     known = {key: options[key] for key in RECIPE if options.get(key) not in (None, 0.0, False)}
     if known:
         rows.append(", ".join(f"{key}={value}" for key, value in known.items()))
-    environment = state.get("environment")
-    if isinstance(environment, dict) and environment.get("torch"):
+    environment = state.get("environment", {})
+    if environment.get("torch"):
         rows.append(f"PyTorch {environment['torch']} on {environment.get('device')}")
     return rows
 
 
 def result_rows(state: Mapping[str, Any]) -> list[str]:
     loss, bits = state.get("val_loss"), state.get("val_bits_per_byte")
-    found = [f"val loss: {loss:.4f} nats per token"] if isinstance(loss, float) else []
-    return found + ([f"val bits per byte: {bits:.4f}"] if isinstance(bits, float) else [])
+    found = [] if loss is None else [f"val loss: {loss:.4f} nats per token"]
+    return found + ([] if bits is None else [f"val bits per byte: {bits:.4f}"])
 
 
 def origin_rows(folder: Path, state: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
@@ -161,5 +174,5 @@ def samples_section(run: Path | None) -> str:
     for text in texts:
         longest = max(map(len, re.findall(r"`+", text)), default=0)
         fence = "`" * max(3, longest + 1)
-        blocks.append(f"{fence}text\n{text}\n{fence}")
+        blocks.append(f"{fence}text\n{visible(text)}\n{fence}")
     return f"## Samples\n\nOf step {found[-1][0]}, not selected:\n\n" + "\n\n".join(blocks) if blocks else ""

@@ -328,7 +328,7 @@ def test_the_model_card_says_what_is_known_and_no_path(tmp_path, monkeypatch):
     state = {
         "val_loss": 1.23456, "val_bits_per_byte": 0.98765, "tokens": 80_000,
         "environment": {"torch": "2", "device": "cpu"},
-        "dataset": {"name": "novel", "path": str(home)},
+        "dataset": {"name": "novel", "path": str(home), "fingerprint": "ab"},
         "options": {"optimizer": "muon", "lora_rank": 8, "init_from": str(base), "data": str(home)},
     }  # fmt: skip
     save_checkpoint(

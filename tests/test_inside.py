@@ -18,6 +18,7 @@ from errors import UserError
 from files import json_bytes
 from generation.novelty import open_novelty
 from generation.options import SampleScriptOptions
+from state_file import read_state
 from tests.test_train import TINY
 from training.report import main as report
 
@@ -199,8 +200,10 @@ def test_a_stranger_chooses_no_text_and_no_folder(here, secret, capsys):
         train("--resume=run", "--max_steps=24")
     assert f"python train.py --resume=run --max_steps=24 --data={here / 'gone'}" in str(caught.value)
     assert contents(here) == before
+    folder = list_checkpoints(Path("run"))[-1] / "model"
+    state = read_state(folder.parent / "state.json")
     with pytest.raises(UserError, match="--data=PATH"):  # nor for sample.py and the report
-        open_novelty(list_checkpoints(Path("run"))[-1] / "model", None, SampleScriptOptions(novelty=True))
+        open_novelty(folder, state, None, SampleScriptOptions(novelty=True))
     report(["run"])
     assert contents(here) == before
     data = next((here / "data").iterdir())
@@ -254,7 +257,7 @@ def test_services_teachers_and_following_runs_of_a_stranger_are_left_off(here, c
     state = json.loads((list_checkpoints(here / "run")[-1] / "state.json").read_text())
     assert signature.is_own(state)
     assert (state["options"]["wandb"], state["options"]["trackio_project"]) == (None, "sprout")
-    edit_state(here / "run", options={"teacher": [str(here / "outside")]}, teachers=[{}])
+    edit_state(here / "run", options={"teacher": [str(here / "outside")]}, teachers=[{"bytes": 1, "crc32": 1}])
     with pytest.raises(UserError, match=f"--teacher={here / 'outside'}"):
         train("--resume=run", "--max_steps=28")
 

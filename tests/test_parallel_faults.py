@@ -16,10 +16,12 @@ from config import restart
 from errors import UserError
 from parallel import processes
 from parallel.launch import LostContact, give_up, is_lost_contact, naming_saved, refuse_repetition
-from tests import torture
+from tests import torture_parallel as torture
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="torture.py finds processes by /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="torture_parallel.py finds processes by /proc"
+)
 
 QUICK = ("kill_and_restart", "terminate_worker", "kill_launcher")
 

@@ -215,3 +215,23 @@ def test_random_weights_are_not_the_best_ones(tmp_path, init_from, best):
     text = report(run).text.replace("\n", "")
     assert f"Best val loss{best}" in text
     assert ("Initial weightsruns/other" in text) == (init_from is not None)
+
+
+def test_lines_that_cannot_be_used_are_counted_and_left_out(tmp_path):
+    odd = [
+        {"event": "step", "step": "x"}, {"event": "eval", "step": 20, "val_loss": [1]}, {"step": 5}, [], 7, "text",
+        {"event": ["step"], "step": 1}, {"event": "step", "step": 10**30}, {"event": "final", "step": 9, "targets": -1},
+        {"event": "step", "step": 5, "timing": {"seconds": "<script>"}},
+    ]  # fmt: skip
+    run = make_run(tmp_path / "run", [step(20), *odd, step(10), {"event": "rollback", "step": 7}, *NORMAL])
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n{"event": "eval", "step": 3, "val_loss": 1e400}\n' + b"[" * 100_000 + b"\n{incompl")
+    page = report(run)
+    assert "Left out13 lines of metrics.jsonl that could not be used" in page.text.replace("\n", "")
+    assert not page.tags & {"script"}
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines["step"]] == [10, 10, 20, 20, 30], "in the order of the steps"
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/metrics.jsonl").write_bytes(b"\xff\n[]\n")
+    with pytest.raises(UserError, match="but 2 lines that cannot be used"):
+        main([str(tmp_path / "odd")])

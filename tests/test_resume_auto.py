@@ -18,7 +18,7 @@ from config.resume import asked
 from tests import test_trying
 from tests.test_train import message_of, read_events, reproducible, tensors_of, train, train_until_cut
 from training.interrupt import STOPPED
-from training.state import TrainState
+from training.saving import CheckpointWriter
 
 TINY = ("debug", "--n_layer=1", "--tokens_per_step=256", "--sample_tokens=5", "--threads=1", "--dtype=float32")
 SHORT = (*TINY, "--max_steps=8", "--eval_interval=4", "--eval_tokens=500", "--final_eval=false", "--compile=false")
@@ -229,11 +229,12 @@ def test_trials_that_were_killed_at_once_begin_anew(trials, monkeypatch, moment)
 def test_a_run_without_a_checkpoint_begins_anew(flags, monkeypatch, capsys):
     """As a supervisor does it; the records of the killed one are kept."""
 
-    def fail(state, *args):
+    def fail(writer):
         pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainState, "save", fail)
+        patch.setattr(CheckpointWriter, "__call__", fail)
+        patch.setattr(CheckpointWriter, "try_again", fail)
         train_until_cut(monkeypatch, "killed", 6, flags)
     assert not list_checkpoints(Path("my run"))
     former = Path("my run/metrics.jsonl").read_bytes()
@@ -280,13 +281,13 @@ def test_it_is_written_again_where_it_was_deleted_edited_or_not_written(flags, m
         assert not Path("my run/config.json").exists() or Path("my run/config.json").read_text() == "{}"
         assert train("--resume=my run") == 0
         assert options_of("my run").keys() == whole.keys()
-    save = TrainState.save
+    save = CheckpointWriter.__call__
 
-    def delete_and_save(state, *args):
+    def delete_and_save(writer):
         Path("x/config.json").unlink(missing_ok=True)
-        save(state, *args)
+        save(writer)
 
-    monkeypatch.setattr(TrainState, "save", delete_and_save)
+    monkeypatch.setattr(CheckpointWriter, "__call__", delete_and_save)
     assert train(*flags[:-1], "--run=x") == 0
     assert options_of("x")["max_steps"] == 8
 

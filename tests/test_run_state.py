@@ -16,7 +16,7 @@ from errors import IN_USE, LOST, NO_RESOURCES, STOPPED, UserError, run_script
 from parallel.launch import LostContact
 from tests.conftest import ROOT
 from tests.test_train import message_of, train, train_until_cut
-from training.state import TrainState
+from training.saving import CheckpointWriter
 
 TINY = ("debug", "--n_layer=1", "--tokens_per_step=256", "--sample_tokens=5", "--threads=1", "--dtype=float32")
 SHORT = (*TINY, "--max_steps=6", "--eval_interval=3", "--eval_tokens=500", "--final_eval=false", "--compile=false")
@@ -46,14 +46,14 @@ def told(run: str) -> tuple:
 
 def test_a_run_is_running_then_done(flags, monkeypatch):
     """Told after each save."""
-    save, seen = TrainState.save, []
+    save, seen = CheckpointWriter.__call__, []
 
-    def save_and_look(state, *args):
+    def save_and_look(writer):
         seen.append(told("my run"))
-        save(state, *args)
+        save(writer)
 
-    monkeypatch.setattr(TrainState, "save", save_and_look)
-    assert train(*flags, "--run=my run") == 0
+    monkeypatch.setattr(CheckpointWriter, "__call__", save_and_look)
+    assert train(*flags, "--run=my run", "--async_save=false") == 0
     assert seen == [("running", True, None, saved) for saved in (None, 0, 3, 6)]
     assert told("my run") == ("done", False, 0, 6)
     assert state_of("my run")["command"] == 'python sample.py --run="my run"'
@@ -71,7 +71,7 @@ def test_a_killed_process_leaves_it_running_and_the_next_one_tells(flags, small_
     program += (
         "data.TrainBatches.__call__ = lambda self, step: os.kill(os.getpid(), 9) if step == 4 else read(self, step)\n"
     )
-    program += f"train.main({[*flags, '--run=run']!r})"
+    program += f"train.main({[*flags, '--run=run', '--async_save=false']!r})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == -signal.SIGKILL
     assert told("run") == ("running", True, None, 3)
     assert train("--resume=run") == 0
@@ -105,7 +105,7 @@ def test_faults_of_machines_may_be_tried_again_and_mistakes_may_not(tmp_path, mo
 
 
 def test_a_full_disk_at_the_end_may_be_tried_again(flags, monkeypatch):
-    monkeypatch.setattr(TrainState, "save", lambda *args: None)
+    monkeypatch.setattr(CheckpointWriter, "__call__", lambda writer: None)
     with pytest.raises(UserError) as caught:
         train(*flags, "--run=run")
     assert caught.value.exit_code == NO_RESOURCES

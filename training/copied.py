@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from checkpoint import list_checkpoints
+from checkpoint import list_checkpoints, with_checkpoint
 from common.signature import own_texts
 from errors import UserError, quote
 from files import DamagedFile, read_json
@@ -15,6 +15,8 @@ from model_folder import CONFIG, STATE, TOKENIZER
 from prepare_data.novelty import Novelty
 from prepare_data.passage_index import INDEX
 from prepare_data.resolve import training_text
+from prepare_data.shards import Dataset
+from state_file import read_state
 
 MIN_WORDS = 6  # of a passage, as sample.py's --novelty_words
 MAX_INDEXED = 20_000_000  # tokens of a text that is indexed for a report: about 20 seconds
@@ -35,11 +37,9 @@ def check_samples(run: Path, samples: Sequence[str]) -> tuple[list[list[Mark]], 
     if not any(samples):
         return unknown, ""
     try:
-        checkpoint = next(reversed(list_checkpoints(run)), None)
-        if checkpoint is None:
+        if not list_checkpoints(run):
             raise UserError("there is no checkpoint yet, which says what its text is")
-        recorded = next(iter(own_texts(read_json(checkpoint / STATE))), {})
-        dataset = training_text(None, recorded, checkpoint / "model" / TOKENIZER)
+        recorded, dataset = with_checkpoint(run, "latest", _recorded_text)
         if len(dataset.train) > MAX_INDEXED and not (dataset.folder / INDEX).exists():
             raise UserError(f"for a text of this size, first run python sample.py --run={quote(str(run))} --novelty")
         novelty = Novelty(dataset, MIN_WORDS)
@@ -70,9 +70,16 @@ def check_samples(run: Path, samples: Sequence[str]) -> tuple[list[list[Mark]], 
     return marks, sentence
 
 
-def _prompt(run: Path, example: object) -> str:
+def _recorded_text(model_folder: Path) -> tuple[Mapping[str, Any], Dataset]:
+    """The dataset of a checkpoint, as its state.json names it, and opened."""
+    recorded = next(iter(own_texts(read_state(model_folder.parent / STATE))), {})
+    return recorded, training_text(None, recorded, model_folder / TOKENIZER)
+
+
+def _prompt(run: Path, example: str | None) -> str:
     """The prompt of the run's samples."""
-    given = None
+    options: Any = None
     with suppress(DamagedFile):
-        given = read_json(run / CONFIG).get("options", {}).get("sample_prompt")
-    return str((example if given is None else given) or "")
+        options = read_json(run / CONFIG).get("options")
+    given = options.get("sample_prompt") if isinstance(options, dict) else None
+    return given if isinstance(given, str) else example or ""

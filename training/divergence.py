@@ -102,7 +102,7 @@ def is_rollback(entry: object) -> bool:
         return False
     step, to, passed_over = (entry[name] for name in ("step", "to", "passed_over"))
     return (
-        all(type(number) is int and 0 <= number < 2**53 for number in (step, to, passed_over))
+        all(type(number) is int and 0 <= number <= 10**9 for number in (step, to, passed_over))
         and to <= step
         and isinstance(entry["reason"], str)
         and isinstance(entry["learning_rate"], int | float)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,10 @@ from common.clusters import Clusters
 from common.hardware import Hardware
 from common.weights import flops_per_token
 from errors import OutOfResources, UserError, quote
+from parallel.launch import naming_saved
 from parallel.processes import by_first, command, is_first, world_size
 from training.budget import LENGTHENED, Budget
+from training.data import naming_lost_text
 from training.evaluation import Evaluation, overfitting_warning
 from training.interrupt import STOPPED
 from training.metrics import RunLog, TrainClock, console_line, format_duration, log
@@ -195,6 +198,13 @@ def describe_saved(run: Path) -> str:
         return f"nothing of {run} is saved; start it again with the same command"
     resume = f"{command()} --resume={quote(str(run))}"
     return f"the last checkpoint of {run} is that of step {steps[-1]}; continue with: {resume}"
+
+
+@contextmanager
+def naming_what_is_saved(run: Path) -> Iterator[None]:
+    """A context whose errors, of lost processes and of a text that cannot be read, say what of the run is saved."""
+    with naming_saved(partial(describe_saved, run)), naming_lost_text(partial(describe_saved, run)):
+        yield
 
 
 def _best_of(run: Path) -> str:

@@ -35,7 +35,7 @@ class TrainOptions:
     with it where it has a checkpoint, so that one command does both."""
     from_: str | None = None
     """With resume: the checkpoint to go on from, best (by val loss) or step-N; the first save then sets those of
-    later steps aside. none: the last one. A run that has diverged goes back by itself; this is for another learning rate."""
+    later steps aside. none: the last one. A run that has diverged goes back by itself; this is for other rates."""
     init_from: str | None = fixed(None, path=True)
     """Run, checkpoint or model folder with the initial weights and the tokenizer of a new run."""
     keep_share: Annotated[float, Interval(ge=0, le=0.9)] | None = fixed(None)
@@ -104,7 +104,7 @@ class TrainOptions:
             found.append(f"gpus={self.gpus} is for one run, and try={self.try_} for several: leave one of them out")
         if self.gpu is not None and find_gpu(self.gpu) is None:
             known = f"this version knows {', '.join(GPUS)}"
-            found.append(f"gpu={self.gpu}: no such GPU{did_you_mean(self.gpu, GPUS)}; {known}")
+            found.append(f"gpu={self.gpu[:60]}: no such GPU{did_you_mean(self.gpu, GPUS)}; {known}")
         elif self.gpu is not None and self.gpus is None:
             found.append(f"gpu={self.gpu} is the kind of --gpus: add --gpus=8 --plan, or leave --gpu out")
         return found

@@ -23,19 +23,24 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from filelock import lock_descriptor
 
-from checkpoint import list_checkpoints, run_hint
+from checkpoint import list_checkpoints, run_hint, with_checkpoint
+from common.option import option_names, section_from
 from files import DamagedFile, read_json, replace_file
+from json_types import conform
 from model import GPTConfig
 from model_folder import CONFIG, STATE
+from state_file import StateFile, read_state
 from training.metrics import METRICS
 from training.optim import Plan, make_plan
 from training.options import EvalOptions, OptimizerOptions, TrainOptions
+from training.records import read_lines
+from training.state import Progress
+from training.stored import read_progress
 
 CURVES = Path(__file__).with_name("reference_curves.json")
 FORMAT, VERSION = "sprout-reference", 1
@@ -151,15 +156,43 @@ def _is_run(value: object) -> bool:
 
 def dataset_of(run: Path) -> str | None:
     """The fingerprint of a run's dataset, from its last checkpoint; None without one."""
-    checkpoints = list_checkpoints(run)
-    return read_json(checkpoints[-1] / STATE)["dataset"]["fingerprint"] if checkpoints else None
+    state = last_state(run)
+    return state["dataset"]["fingerprint"] if state is not None else None
+
+
+def last_state(run: Path) -> StateFile | None:
+    """The state.json of a run's last checkpoint; None without one."""
+    if not list_checkpoints(run):
+        return None
+    return with_checkpoint(run, "latest", lambda model_folder: read_state(model_folder.parent / STATE))
 
 
 def plan_of(options: Mapping[str, Any]) -> Plan:
-    """The plan of a run, from its flat options."""
+    """The plan of a run, from its flat options. Raises UserError where they are no options of this version."""
     names = {field.name for field in dataclasses.fields(OptimizerOptions)}
-    section = OptimizerOptions(**{name: value for name, value in options.items() if name in names})
-    return make_plan(options["max_steps"], section)
+    try:
+        section = section_from(OptimizerOptions, {name: value for name, value in options.items() if name in names})
+        length = section_from(TrainOptions, {"max_steps": options.get("max_steps")}).max_steps
+    except ValueError as error:
+        raise UserError(f"{CONFIG}: {error}; restore it from a copy, or use the Sprout that wrote it") from None
+    return make_plan(length, section)
+
+
+class Seeded(TypedDict):
+    seed: int
+
+
+def read_options(run: Path) -> dict[str, Any]:
+    """The options in a run's config.json. Raises UserError where they are not those of this version."""
+    options = read_json(run / CONFIG).get("options")
+    try:
+        found: dict[str, Any] = conform(dict[str, Any], options)
+        conform(Seeded, found)
+        for section in (TrainOptions, GPTConfig, OptimizerOptions):
+            section_from(section, {name: found[name] for name in option_names(section) if name in found})
+    except ValueError as error:
+        raise UserError(f"{run / CONFIG}: options: {error}; restore it, or use the Sprout that wrote it") from None
+    return found
 
 
 def read_run(run: Path) -> Run:
@@ -168,16 +201,13 @@ def read_run(run: Path) -> Run:
     if fingerprint is None or not (run / METRICS).is_file():
         hint = run_hint(run) or "; give finished runs, such as runs/quickstart-1"
         raise UserError(f"{run}: not a run with a checkpoint{hint}")
-    saved = read_json(run / CONFIG)
-    options, plan = saved["options"], plan_of(saved["options"])
-    events = []
-    for line in (run / METRICS).read_bytes().splitlines():
-        with suppress(ValueError, RecursionError):  # a line that a killed process left incomplete
-            events.append(json.loads(line))
-    losses = {event["step"]: event["val_loss"] for event in events if event["event"] == "eval"}
+    options = read_options(run)
+    plan, evaluations = plan_of(options), read_lines(run)["eval"]
+    losses = {line["step"]: line["val_loss"] for line in evaluations if line.get("val_loss") is not None}
     last = plan.max_steps
     if options.get("patience") is not None:  # which may have ended it earlier
-        last = read_json(list_checkpoints(run)[-1] / STATE)["progress"]["finished_step"]
+        state = last_state(run)
+        last = read_progress(Progress, state).finished_step if state is not None else None
     if last not in losses:
         raise UserError(
             f"{run}: not finished: no evaluation at its last step"
@@ -238,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     runs = record([read_run(Path(arg)) for arg in argv])
     for arg in argv:
-        n = len(Reference(str(dataset_of(Path(arg))), read_json(Path(arg) / CONFIG)["options"], runs).runs)
+        n = len(Reference(str(dataset_of(Path(arg))), read_options(Path(arg)), runs).runs)
         print(f"{arg}: one of {n} runs with these options and data" + f"; a band needs {MIN_RUNS}" * (n < MIN_RUNS))
     print(f"wrote {CURVES}: {len(runs)} runs")
     return 0

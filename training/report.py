@@ -16,25 +16,28 @@ if __name__ == "__main__":
 
 import base64
 import io
-import json
 import math
 import os
 import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from checkpoint import list_checkpoints, run_hint
-from files import plain_file, read_json, reading, replace_file
+from checkpoint import list_checkpoints, run_hint, with_checkpoint
+from files import DamagedFile, plain_file, read_json, reading, replace_file
+from json_types import Mismatch, conform
 from model_folder import BASE, CONFIG, STATE, WEIGHTS, open_tensors
+from state_file import read_state
 from tensor_files import TensorReader
 from training.copied import Mark, check_samples
 from training.metrics import METRICS, SAMPLES, format_duration
+from training.records import Lines, read_lines
 from training.reference import Reference, plan_of, read_curves
 
 TRAIN, VAL = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito's color-blind safe palette
@@ -73,7 +76,10 @@ ROWS = {  # title: template over read_facts; a row is omitted if a fact that it 
     "Optimizer": "{optimizer}, {schedule}, learning rate {learning_rate:g}, {warmup_steps} warm-up steps,"
     " weight decay {weight_decay:g}",
     "Device": "{device}, {dtype}, micro-batch {micro_batch_size}",
+    "Left out": "{unusable:,} lines of metrics.jsonl that could not be used",
 }
+COMPUTED = {"step", "length", "skipped", "plans", "unusable", "last", "final", "plan", "patience_event", "kept", "best"}
+COMPUTED |= {"time", "speed", "tokens", "dataset", "vocabulary", "reference", "n_params"}  # facts, not options
 SUMMARY = {"data": "{dataset}", "size": "{n_params:,} parameters", "state": "step {length}"}
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -91,7 +97,14 @@ pre {{ margin: 0; padding: .8rem 1rem; background: #f5f5f5; white-space: pre-wra
 <img alt="Loss, learning rate, gradient norm and speed over the steps" src="data:image/png;base64,{picture}">
 <h2>Facts</h2><table>{rows}</table>{samples}</body></html>
 """
-Lines = dict[str, list[dict[str, Any]]]  # metrics.jsonl by event
+
+
+class Sizes(TypedDict, total=False):
+    """Options that are counted with."""
+
+    tokens_per_step: int
+    max_steps: int | None
+    data: str | None
 
 
 def column(lines: list[dict[str, Any]], name: str, first: float = 0) -> np.ndarray:
@@ -106,39 +119,34 @@ def read_metrics(run: Path) -> Lines:
         problem = f"not a run directory: it has no {METRICS}" if run.is_dir() else "no such directory"
         hint = run_hint(run) or "; give one such as runs/quickstart-1, or train first: python train.py"
         raise UserError(f"{run}: {problem}{hint}")
-    lines: Lines = {event: [] for event in ("eval", "step", "plan", "patience", "kept", "skip", "final")}
-    with reading(run / METRICS), open(run / METRICS, "rb", opener=plain_file) as file:
-        content = file.read()
-    for text in content.split(b"\n"):
-        with suppress(ValueError, RecursionError):  # an incomplete line: still being written, or the run was killed
-            line = json.loads(text)
-            if isinstance(line, dict) and line.get("event") in lines and type(line.get("step")) is int:
-                lines[line["event"]].append(line)
+    lines = read_lines(run)
     if not any(lines.values()):
-        raise UserError(
-            f"{run / METRICS}: nothing has been logged yet; try again after the first steps, or train: python train.py"
-        )
+        what = f", but {lines.unusable:,} lines that cannot be used" if lines.unusable else ""
+        again = "try again after the first steps, or train: python train.py"
+        raise UserError(f"{run / METRICS}: nothing has been logged yet{what}; {again}")
     return lines
 
 
 def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
     """The values that ROWS and SUMMARY refer to, by name; unknown ones are missing."""
-    options = read_json(run / CONFIG).get("options", {}) if (run / CONFIG).is_file() else {}
+    options = read_options(run)
     step = max(line["step"] for event_lines in lines.values() for line in event_lines)
     max_steps = options.get("max_steps")
     facts = {
         "dataset": options.get("data"),
-        **options,
+        **{name: value for name, value in options.items() if name not in COMPUTED},
         "step": step,
         "length": f"{step:,}" + (f" of {max_steps:,}" if isinstance(max_steps, int) else ", no fixed length"),
         "tokens": step * options.get("tokens_per_step", 0),
+        "unusable": lines.unusable or None,
         "skipped": len(lines["skip"]),
         "plans": len(lines["plan"]),
     }
     for name, event in (("last", "step"), ("final", "final"), ("plan", "plan"), ("patience_event", "patience")):
         if lines[event]:
-            facts[name] = lines[event][-1]
-    kept = [line for line in lines["kept"] if line["step"] == lines["kept"][-1]["step"] and line.get("before")]
+            facts[name] = {**lines[event][-1].get("timing", {}), **lines[event][-1]}
+    kept = [line for line in lines["kept"] if line["step"] == lines["kept"][-1]["step"]]
+    kept = [line for line in kept if line.get("before") and line.get("val_loss") is not None and line.get("name")]
     if kept:
         facts["kept"] = ", ".join(f"{line['before']:.4f} → {line['val_loss']:.4f} ({line['name']})" for line in kept)
     # random weights are the best only while there are no others
@@ -154,19 +162,39 @@ def read_facts(run: Path, lines: Lines) -> dict[str, Any]:
         ends = [*np.flatnonzero(seconds[1:] < seconds[:-1]), -1]
         facts["time"] = format_duration(float(np.nansum(seconds[ends]))) + f" in {len(ends)} sessions" * (len(ends) > 1)
         facts["speed"] = float(np.median(column(lines["step"], "tokens_per_second")))
-    for checkpoint in list_checkpoints(run)[-1:]:
-        with suppress(UserError, OSError):  # a run in progress may delete it meanwhile
-            facts["vocabulary"] = read_json(checkpoint / "model" / CONFIG)["vocab_size"]
-            dataset = read_json(checkpoint / STATE)["dataset"]
-            facts["dataset"] = dataset["name"]
-            reference = Reference(dataset["fingerprint"], options, read_curves())
-            if reference.runs and lines["eval"] and (last := lines["eval"][-1])["val_loss"] is not None:
-                comparison = reference.describe(last["step"], last["val_loss"], plan_of(options))
-                facts["reference"] = comparison and f"{last['val_loss']:.4f} at step {last['step']:,}: {comparison}"
-            base = run / BASE / WEIGHTS  # of a run that trains adapters
-            reader = TensorReader({base: None}) if base.is_file() else open_tensors(checkpoint, "model")
-            facts["n_params"] = sum(math.prod(shape) for _, shape in reader.layout.values())
+    if list_checkpoints(run):
+        with suppress(UserError):  # what it would tell is left out
+            facts |= with_checkpoint(run, "latest", partial(checkpoint_facts, run, options, lines))
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def read_options(run: Path) -> dict[str, Any]:
+    """The options in a run's config.json; {} where they are not what this version writes."""
+    try:
+        options = read_json(run / CONFIG).get("options") if (run / CONFIG).is_file() else {}
+        conform(dict[str, bool | float | str | list[str] | None], options)
+        conform(Sizes, options)
+    except (DamagedFile, Mismatch) as error:
+        print(f"{run / CONFIG}: its options are left out of the report: {error}", file=sys.stderr, flush=True)
+        return {}
+    return options or {}
+
+
+def checkpoint_facts(run: Path, options: dict[str, Any], lines: Lines, model_folder: Path) -> dict[str, Any]:
+    """The facts that a checkpoint has. Raises UserError."""
+    facts, checkpoint = dict[str, Any](), model_folder.parent
+    facts["vocabulary"] = read_json(model_folder / CONFIG).get("vocab_size")
+    dataset = read_state(checkpoint / STATE)["dataset"]
+    facts["dataset"] = dataset["name"]
+    reference = Reference(dataset["fingerprint"], options, read_curves())
+    last = lines["eval"][-1] if lines["eval"] else {}
+    if reference.runs and last.get("val_loss") is not None:
+        comparison = reference.describe(last["step"], last["val_loss"], plan_of(options))
+        facts["reference"] = comparison and f"{last['val_loss']:.4f} at step {last['step']:,}: {comparison}"
+    base = run / BASE / WEIGHTS  # of a run that trains adapters
+    reader = TensorReader({base: None}) if base.is_file() else open_tensors(checkpoint, "model")
+    facts["n_params"] = sum(math.prod(shape) for _, shape in reader.layout.values())
+    return facts
 
 
 def read_samples(run: Path) -> list[tuple[str, str]]:

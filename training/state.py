@@ -28,6 +28,7 @@ from model_folder import Adapter
 from parallel.processes import world_size
 from parallel.sharding import SHARDED, Layout, first_row, is_written_here, local
 from prepare_data.shards import Dataset
+from state_file import StateFile, wrong_entry
 from tensor_files import Part
 from training.average import WeightAverage
 from training.divergence import MAX_HIGH, MAX_SKIPPED, MIN_HIGH, RECENT, Diverged, first_limit, limit
@@ -35,6 +36,7 @@ from training.evaluation import Evaluation
 from training.metrics import log
 from training.optim import Optimizer, load_optimizer_tensors, optimizer_tensors
 from training.prompt import example_prompt
+from training.stored import read_progress
 
 
 @dataclass
@@ -306,25 +308,30 @@ class TrainState:
             if self.average is not None and saved.step > 0:
                 self.average.restore(tensors)
             load_optimizer_tensors(self.optimizer, self.model, tensors)
-            self.progress = Progress(**saved.state["progress"])
-            self.val_loss, before = (
-                saved.state["val_loss"],
-                {"compiler": "none", "parallel": "none", **saved.state["environment"]},
-            )
-            self.val_bits_per_byte = saved.state.get("val_bits_per_byte")  # later than the first checkpoints
+            self.progress = read_progress(Progress, saved.state)
+            self._restore_scale(saved.state)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{saved.path}: its state is not in this version's format ({error}); "
                 "resume it with the version that wrote it"
             ) from error
-        if self.progress.grad_scaler:
-            self.scaler.load_state_dict(self.progress.grad_scaler)
-        self.begun_step = self.saved_step = self.step
+        self.val_loss, self.begun_step, self.saved_step = saved.state["val_loss"], self.step, self.step
+        self.val_bits_per_byte = saved.state.get("val_bits_per_byte")  # later than the first checkpoints
+        before = {"compiler": "none", "parallel": "none", **saved.state["environment"]}
         now = environment(hardware, self.compiler, self.layout) | self.rounding
         before |= {name: saved.state["options"].get(name, value) for name, value in self.rounding.items()}
         if changed := [f"{name} {before.get(name)} → {now[name]}" for name in now if now[name] != before.get(name)]:
             log(f"the resume may not be bitwise exact: {', '.join(changed)}")
         log(f"resumed {saved.path} at step {self.step}")
+
+    def _restore_scale(self, state: StateFile) -> None:
+        """The scale of the loss, of a run in float16. Raises WrongEntry."""
+        if self.progress.grad_scaler and self.scaler.is_enabled():
+            stored, names = self.progress.grad_scaler, {*self.scaler.state_dict()}
+            if {*stored} != names or not 0 < stored["scale"] < 2.0**127 or max(stored.values()) >= 2.0**127:
+                expected = f"{', '.join(sorted(names))}, with a scale above 0 and below 2**127"
+                raise wrong_entry(state.path, "progress.grad_scaler", f"is {stored}, expected {expected}")
+            self.scaler.load_state_dict(stored)
 
 
 def environment(hardware: Hardware, compiler: str, layout: Layout) -> dict[str, Any]:

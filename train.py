@@ -224,8 +224,7 @@ def finish(
     """After the last step: the evaluation of the whole val split (score; None where each one was that), that of the
     text that is mixed in (watch) and the final samples, unless a signal came. The last step is saved
     again with them, so that a resumed run keeps its records."""
-    with state.averaged():
-        save.try_again()
+    save.try_again()
     if stop() or state.is_finished:
         return
     with state.averaged():

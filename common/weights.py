@@ -1,5 +1,5 @@
-"""Export and import of a model's weights (vocab_size rows, no padding); counts of parameters and FLOPs; whether the
-config of a stored model is the one of its weights, by their header alone.
+"""Export and import of a model's weights (vocab_size rows, no padding); counts of parameters and FLOPs; whether a
+config is the one of some weights, by their shapes alone. No file I/O.
 """
 
 from __future__ import annotations
@@ -7,20 +7,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from common.memory import attempt
-from common.option import section_from
-from errors import UserError
 from model import GPT, AttentionPath, GPTConfig
-from model_folder import CONFIG, LORA_A, LORA_B, WEIGHTS, ModelFolder, open_model_folder
 from parallel.processes import by_first
 from parallel.sharding import first_row, is_sharded, local, whole
 
-COPY_AGAIN = "copy the folder again from its source, or use another checkpoint"
 Shapes = Mapping[str, Sequence[int]]
 LAYER = re.compile(r"blocks\.(0|[1-9][0-9]{0,3})\.(.+)")  # a tensor of a block: its layer, its name there
 OPTIONS = {  # the beginning of a tensor's name → the options that its shape, or its being there, depends on
@@ -32,36 +27,7 @@ OPTIONS = {  # the beginning of a tensor's name → the options that its shape, 
     "attn.": "qk_norm, head_dim, n_head", "mlp": "mlp, bias, n_hidden, n_embd",
 }  # fmt: skip
 
-# ---- A stored model's config -----------------------------------------------------------------------------------------
-
-
-def open_checked(path: Path, *, check_weights: bool = True) -> tuple[ModelFolder, GPTConfig]:
-    """open_model_folder, with its options as checked_config has them. Raises UserError."""
-    folder = open_model_folder(path, check_weights=check_weights)
-    config = checked_config(folder)
-    return replace(folder, config=config.to_dict()), config
-
-
-def checked_config(folder: ModelFolder) -> GPTConfig:
-    """The options of a stored model. Every option is in its range, and those that say how many tensors there are, and
-    how large, agree with the headers of the weights, which the sizes of the files have confirmed. So what is built
-    from them takes no more memory than the weights. Takes neither memory nor time that they could ask for. Raises
-    UserError."""
-    place = folder.path / CONFIG
-    try:
-        config = section_from(GPTConfig, folder.config)
-    except ValueError as error:
-        raise UserError(f"{place}: {error}; {COPY_AGAIN}") from None
-    try:
-        given = {name: shape for name, (_, shape) in folder.frozen_header().items()}
-        check_header(config, given)
-        if folder.adapter is not None:
-            own = {name: shape for name, (_, shape) in folder.header().items()}
-            check_adapters(given, own, folder.adapter.rank)
-    except ValueError as error:
-        weights = folder.path / WEIGHTS if folder.adapter is None else folder.base() / WEIGHTS
-        raise UserError(f"{place} does not fit {weights}: {error}; {COPY_AGAIN}") from None
-    return config
+# ---- A config and the shapes of weights ------------------------------------------------------------------------------
 
 
 def check_header(config: GPTConfig, given: Shapes) -> None:
@@ -108,18 +74,6 @@ def _compare(expected: Shapes, given: Shapes, prefix: str = "") -> None:
 
 def _options_of(name: str) -> str:
     return next((options for start, options in OPTIONS.items() if name.startswith(start)), "the options")
-
-
-def check_adapters(weights: Shapes, adapters: Shapes, rank: int) -> None:
-    """Raises ValueError where adapters (training/lora.py) are not those of a rank for matrices of these weights."""
-    for name, shape in adapters.items():
-        layer = name.removesuffix(LORA_A).removesuffix(LORA_B)
-        matrix = tuple(weights.get(f"{layer}.weight", ()))
-        if layer == name or len(matrix) != 2 or {layer + LORA_A, layer + LORA_B} - adapters.keys():
-            raise ValueError(f"{name!r} is not part of an adapter of its base")
-        expected = (rank, matrix[1]) if name.endswith(LORA_A) else (matrix[0], rank)
-        if tuple(shape) != expected:
-            raise ValueError(f"adapter.rank={rank}: {name!r} has the shape {tuple(shape)}, expected {expected}")
 
 
 # ---- Export and import -----------------------------------------------------------------------------------------------

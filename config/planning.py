@@ -13,8 +13,8 @@ import config
 from common.hardware import Hardware, choose_attention
 from common.option import option_names
 from common.options import HardwareOptions, RunOptions
+from common.stored_models import checked_config
 from common.tokenizer import bytes_per_token
-from common.weights import checked_config
 from config.chain import share_time
 from config.start import Start
 from errors import UserError, quote

@@ -34,7 +34,7 @@ from common.option import option_names
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import RunLock, refuse_used_run
 from common.signature import is_own, signed
-from common.weights import checked_config, open_checked
+from common.stored_models import checked_config, open_checked
 from config.hints import INIT_FROM
 from config.resume import (
     asked,

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from common.memory import OutOfMemory, attempt
+from common.stored_models import open_checked
 from common.tokenizer import Tokenizer, tokenizer_from_dict
-from common.weights import build_for_weights, import_weights, open_checked
+from common.weights import build_for_weights, import_weights
 from errors import UserError
 from generation.cuda_graphs import drop_kept
 from generation.engine import STOP, Event, end_programs, generate

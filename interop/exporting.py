@@ -20,8 +20,9 @@ from torch import Tensor
 
 from checkpoint import resolve_model_folder
 from common.memory import OutOfMemory, attempt, require_memory
+from common.stored_models import open_checked
 from common.tokenizer import Tokenizer, tokenizer_from_dict
-from common.weights import check_weights, open_checked
+from common.weights import check_weights
 from errors import UserError
 from files import sync_directory
 from interop import classes, gguf_file, proof

@@ -26,8 +26,9 @@ import config
 import sample
 from checkpoint import open_checkpoint, save_checkpoint
 from common.option import Option
+from common.stored_models import open_checked
 from common.tokenizer import bytes_tokenizer
-from common.weights import export_weights, open_checked
+from common.weights import export_weights
 from errors import UserError
 from files import json_bytes
 from generation.text import load_model

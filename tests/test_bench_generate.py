@@ -91,7 +91,8 @@ def test_the_loss_of_a_run_with_and_without_int8(tmp_path, capsys):
     ]
     assert prepare(prepared) == 0
     contents = {"model": export_weights(model), "config": model.config.to_dict(), "tokenizer": tokenizer.to_dict()}
-    state = {"dataset": {"path": str(tmp_path / "mini")}, "val_loss": 1.0}
+    dataset = {"name": "mini", "path": str(tmp_path / "mini"), "fingerprint": ""}
+    state = {"dataset": dataset, "val_loss": 1.0}
     save_checkpoint(tmp_path / "run", 1, **contents, optimizer={}, state=state)
     figures = bench.losses_of_int8(tmp_path / "run")
     assert abs(figures["val_loss_int8"] - figures["val_loss"]) < 0.01

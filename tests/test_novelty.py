@@ -320,7 +320,7 @@ def test_a_text_that_does_not_exist(home, capsys):
         (["--data=notes", "--novelty=false"], "--data=notes has no effect with novelty=false: add --novelty=true"),
         (["--novelty_words=3", "--novelty=false"], "--novelty_words=3 has no effect with novelty=false"),
         (["--inspect=out.html"], "remove --prompts, --interactive, --num_samples, --output and --novelty"),
-        (["--novelty_words=0"], "whole number >= 1"),
+        (["--novelty_words=0"], "whole number with 1 <= x <= 1000"),
     ],
 )
 def test_flags_that_contradict_each_other(home, capsys, flags, message):

@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.run_directory import keep_place
 from errors import UserError
 from files import CHUNK, open_to_append, write_all
 from parallel.processes import is_first
@@ -243,6 +242,8 @@ class RunLog:
 
 def keep_and_tell(run: Path) -> None:
     """keep_place, with a line on what was made again. Raises UserError, OSError."""
+    from common.run_directory import keep_place  # it needs safetensors, and the benches of GPUs import `log` without
+
     for what in keep_place(run):
         line = f"{run}: {what} was removed or renamed, and is made again; what was there before is not"
         print(line, file=sys.stderr, flush=True)

@@ -98,7 +98,8 @@ class CheckpointWriter:
         self.join()
         self.state.saved_step = agree(self.state.saved_step)
         if self.state.begun_step == self.state.step != self.state.saved_step:
-            self()
+            with self.state.averaged():
+                self()
 
     def __enter__(self) -> CheckpointWriter:
         return self

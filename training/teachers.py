@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.hardware import Hardware, choose_attention
-from common.weights import build_for_weights, checked_config, import_weights
+from common.stored_models import checked_config
+from common.weights import build_for_weights, import_weights
 from errors import UserError
 from model import GPT, IGNORED_TARGET, AttentionPath
 from model_folder import ModelFolder

@@ -133,8 +133,7 @@ def train_on(
     recorded = stack.enter_context(start.record(run, options, reasons, kept))
     reference = Reference(dataset.fingerprint, options.flat(), read_curves())
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
-    stack.enter_context(logger)
-    stack.enter_context(naming_what_is_saved(run))
+    stack.enter_context(logger), stack.enter_context(naming_what_is_saved(run))
     save = CheckpointWriter(run, state, dataset, hardware, evals, lambda: logger.facts() | recorded.facts(), told)
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time

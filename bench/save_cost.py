@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="gpt2_124m")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24, help="of each run")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a step")
+    parser.add_argument("--tokens", type=int, default=256, help="of a step, and the context")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the figures")
     arguments = parser.parse_args(argv)
     seconds: dict[str, list[list[float]]] = {side: [] for side in SIDES}
@@ -62,7 +62,13 @@ def run(arguments: argparse.Namespace, folder: Path, side: str) -> list[float]:
     """Seconds at the end of each step of one run, since the first one began."""
     interval = arguments.steps // 3 if side != "nothing" else 10**6
     script = [str(ROOT / "train.py"), arguments.preset, f"--data={arguments.text.resolve()}", "--tokenizer=bytes"]
-    script += [f"--tokens_per_step={arguments.tokens}", "--micro_batch_size=1", "--compile=false", "--log_interval=1"]
+    script += [
+        f"--tokens_per_step={arguments.tokens}",
+        f"--block_size={arguments.tokens}",
+        "--micro_batch_size=1",
+        "--compile=false",
+        "--log_interval=1",
+    ]
     script += [f"--max_steps={arguments.steps}", "--eval_interval=1000000", "--eval_tokens=2", "--final_eval=false"]
     script += ["--sample_tokens=0", f"--save_interval={interval}", f"--async_save={str(side == 'goes on').lower()}"]
     with tempfile.TemporaryDirectory(dir=folder) as run_folder:

@@ -69,7 +69,7 @@ from model_folder import (
     reading_checkpoint,
     refuse_copy,
 )
-from state_file import StateFile, WrongEntry, read_state
+from state_file import StateFile, read_state
 from tensor_files import TensorReader, bytes_needed, parts_of
 
 OURS = re.compile(r"step-\d{8,}(\.(writing(-[0-9a-f]{8})?|removing|replaced))?")  # names of directories
@@ -148,12 +148,13 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     state: dict,
     adapter: Adapter | None = None,
+    is_again: bool = False,
 ) -> Path:
     """Writes checkpoints/step-N, verifies it and returns its path. The caller holds the RunLock. With an adapter,
-    `model` holds the adapters alone.
+    `model` holds the adapters alone. is_again: this process has written or read the former one of this step.
 
-    Then removes the checkpoints of later steps, which open_latest skipped: the run resumed before them. Those that are
-    not proven to be damaged are set aside.
+    Then removes a former checkpoint of this step and those of later ones, which open_latest skipped: the run resumed
+    before them. Those that are not proven to be damaged are set aside, but for one that is written again.
     Beside the tensors, memory holds a copy of one at a time, of those on a GPU or not contiguous. Raises SaveFailed
     (disk full, …), with all earlier checkpoints unchanged, and ValueError on a NaN in the JSON values.
     """
@@ -182,7 +183,7 @@ def save_checkpoint(
         ) from error
     finally:
         try_remove_tree(temporary)
-    discard_obsolete(obsolete, final)
+    discard_obsolete(obsolete, final if is_again else None)
     return final
 
 
@@ -198,12 +199,15 @@ def obsolete_after(run_dir: Path, step: int) -> list[Path]:
     return [former, *(path for other, path in _complete_paths(run_dir) if other > step)]
 
 
-def discard_obsolete(obsolete: Iterable[Path], final: Path) -> None:
-    """Removes what a new checkpoint, which is in place, makes obsolete. Of later steps only what is proven to be
-    damaged; one that is not is set aside. What fails is a warning on standard error."""
+def discard_obsolete(obsolete: Iterable[Path], again: Path | None) -> None:
+    """Removes what a new checkpoint, which is in place, makes obsolete: only what is proven to be damaged, or the
+    former one of the checkpoint `again`; the rest is set aside. What fails is a warning on standard error."""
     for path in obsolete:
         try:
-            if path.name.partition(".")[0] == final.name or _is_damaged(path):
+            is_former = again is not None and path.name.partition(".")[0] == again.name
+            if not os.path.lexists(path):
+                continue
+            if is_former or _is_damaged(path):
                 _discard(path)
             else:
                 aside = _set_aside(path)
@@ -336,7 +340,7 @@ def discard_later(run_dir: Path, step: int) -> None:
     best = _best(_val_losses(list_checkpoints(run_dir))) if later else None
     try_discard(path for path in later if path != best)
     if best in later:
-        discard_obsolete([best], run_dir / "checkpoints" / "none")
+        discard_obsolete([best], None)
 
 
 def teacher_runs(run: Path) -> list[Path]:
@@ -460,7 +464,12 @@ def resolve_run(path: Path) -> tuple[Path, str | None]:
     run = run_of(path) if path.exists() else None
     if run is None:
         raise UserError(_no_checkpoint(path))
-    inside = path.resolve().relative_to(run.resolve()).parts
+    try:
+        inside = path.resolve().relative_to(run.resolve()).parts
+    except ValueError:  # a link in the run
+        raise UserError(
+            f"--resume={path} leads out of {run}, by a link; name the run: --resume={quote(str(run))}"
+        ) from None
     if len(inside) < 2 or (run / inside[0] / inside[1]).resolve() == list_checkpoints(run)[-1].resolve():
         return run, None
     steps = [step for step, other in _complete_paths(run) if other.name == inside[1]]
@@ -477,7 +486,7 @@ def _val_losses(checkpoints: list[Path]) -> dict[Path, float | None]:
             with reading_checkpoint(path):
                 check_files(path, [STATE])
                 losses[path] = read_state(path / STATE).get("val_loss")
-        except (DamagedFile, WrongEntry) as error:
+        except UserError as error:  # damaged, or of another version
             if not path.exists():  # a run in progress has removed it
                 continue
             print(f"warning: not considered as the best checkpoint: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ import shutil
 import stat
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,21 +76,28 @@ def plain_file(path: str | os.PathLike[str], flags: int) -> int:
     return descriptor
 
 
-def open_to_append(path: Path) -> int:
+def open_to_append(path: Path, size: int) -> int:
     """A descriptor to read and write a plain file, which is made where there is none. A file with a second name (a
-    backup by hard links) is replaced by a copy first: what is written does not reach the other. Raises OSError."""
+    backup by hard links) is replaced by a copy of its first `size` bytes first: what is written does not reach the
+    other. Raises OSError."""
     descriptor = plain_file(path, os.O_RDWR | os.O_CREAT)
     if os.fstat(descriptor).st_nlink < 2:
         return descriptor
     temporary = path.with_name(f".{uuid.uuid4().hex[:16]}.writing")
     try:
-        write_parts(temporary, iter(lambda: os.read(descriptor, CHUNK), b""))
+        write_parts(temporary, _first_bytes(descriptor, size))
         os.replace(temporary, path)
     finally:
         os.close(descriptor)
         with suppress(OSError):
             temporary.unlink()
     return plain_file(path, os.O_RDWR)
+
+
+def _first_bytes(descriptor: int, size: int) -> Iterator[bytes]:
+    while size > 0 and (part := os.read(descriptor, min(CHUNK, size))):
+        size -= len(part)
+        yield part
 
 
 def is_plain_directory(path: Path) -> bool:
@@ -259,8 +267,8 @@ def _whole_number(text: str) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:60]!r} stands there twice")
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice[:60]!r} stands there twice")
     return found
 
 

@@ -59,6 +59,7 @@ def save_sharded_checkpoint(
     optimizer: Mapping[str, Part],
     state: dict[str, Any],
     adapter: Adapter | None = None,
+    is_again: bool = False,
 ) -> Path:
     """Writes checkpoints/step-N, verifies it and returns its path, as save_checkpoint does. All ranks call this at
     once with the parts that they hold; rank 0 holds the RunLock, and its config, tokenizer, state and adapter count.
@@ -90,7 +91,7 @@ def save_sharded_checkpoint(
     def end() -> None:
         if team.rank == 0:
             put_in_place(temporary, final)
-            discard_obsolete(obsolete, final)
+            discard_obsolete(obsolete, final if is_again else None)
 
     try:
         begun = _together(team, final, begin)

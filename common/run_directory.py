@@ -28,6 +28,7 @@ from parallel.processes import launches
 FILES = {"run.json", "lock", "config.json", "metrics.jsonl", "samples.txt", "checkpoints", "wandb", BASE}  # of a run
 FILES |= {"tensorboard", "report.html", "loss.png", "run.json.writing", "config.json.writing", STATE_FILE}
 FOLDERS = ("checkpoints", "tensorboard", "wandb", BASE, "tries")  # of a run, and never links
+MAX_RUN_JSON = 1 << 20  # bytes
 RECORDS = ("metrics.jsonl", "samples.txt")
 OLD = ".old"  # what the name of a record ends in, once its run began anew
 FILES |= {name + OLD for name in RECORDS} | {"rollbacks.json"}
@@ -103,11 +104,19 @@ def _keep_records(path: Path) -> None:
     """Gives the records of a run that begins anew other names, and says so; one generation is kept. Raises OSError."""
     if not any(os.path.lexists(path / name) for name in (*RECORDS, "config.json", "tries")):
         return
+    (path / "rollbacks.json").unlink(missing_ok=True)
     kept = [name for name in RECORDS if (path / name).is_file() and (path / name).stat().st_size]
     for name in kept:
         os.replace(path / name, path / (name + OLD))
     records = f"; its former records are now {' and '.join(name + OLD for name in kept)}" if kept else ""
     print(f"{path} ended before its first checkpoint, and begins anew{records}")
+
+
+def keep_copies(path: Path) -> None:
+    """Copies the records of a run that goes on from an earlier checkpoint, which cuts them. What fails is dropped."""
+    for name in RECORDS:
+        with suppress(OSError), open(path / name, "rb", opener=plain_file) as file:
+            replace_file(path / (name + OLD), file.read())
 
 
 def asked_before(path: Path) -> dict[str, Any] | None:
@@ -130,10 +139,11 @@ def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name.endswith((".log", ".out", ".err"))
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, limit: int) -> bytes:
+    """Nothing where the file is larger, or cannot be read."""
     try:
         with open(path, "rb", opener=plain_file) as file:
-            return file.read()
+            return found if len(found := file.read(limit + 1)) <= limit else b""
     except OSError:
         return b""
 
@@ -225,7 +235,7 @@ class RunLock:
         except OSError as error:
             os.close(self._file)
             raise UserError(f"cannot read the run directory {self.run_dir}: {error}; check its permissions") from error
-        self._run_json = _read_bytes(self.run_dir / "run.json")
+        self._run_json = _read_bytes(self.run_dir / "run.json", MAX_RUN_JSON)
         self.held[self.run_dir] = self
         return self
 
@@ -265,6 +275,15 @@ def keep_place(run_dir: Path) -> list[str]:
     """See RunLock.keep_place; nothing where this process holds no lock there."""
     lock = RunLock.held.get(run_dir)
     return lock.keep_place() if lock is not None else []
+
+
+def is_lost(run_dir: Path) -> bool:
+    """Whether this process held the lock of a directory that another one has taken since."""
+    lock = RunLock.held.get(run_dir)
+    try:
+        return lock is not None and os.path.lexists(lock.path) and not _is_open(lock._file, lock.path)
+    except OSError:
+        return False
 
 
 def refuse_links(run_dir: Path, *others: str) -> None:

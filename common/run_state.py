@@ -54,7 +54,7 @@ class RunState:
             nothing = "interrupted before there was anything to save" if code == INTERRUPTED else type(error).__name__
             self.write(state, may_go_on, code, str(error) or nothing)
         elif self.code == STOPPED:
-            self.write("stopped", True, self.code, "stopped by a signal, and saved")
+            self.write("stopped", True, self.code, "stopped by a signal")
         elif self.code is not None:
             self.write("done", False, self.code, "complete")
 
@@ -90,7 +90,9 @@ def judge(error: BaseException) -> tuple[int, bool]:
 
 def write_state(run: Path, values: Mapping[str, Any]) -> None:
     """Replaces the file, in rank 0 alone. What fails is dropped: nothing depends on it."""
-    if is_first():
+    from common.run_directory import is_lost  # which imports this module
+
+    if is_first() and not is_lost(run):
         with suppress(OSError, ValueError):
             write_json(run / STATE_FILE, {**FORMAT, **values, "launches": list(launches())})
 

@@ -16,7 +16,7 @@ import re
 import secrets
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -82,20 +82,22 @@ def _sign(key: bytes, record: Mapping[str, Any]) -> str:
     return hmac.new(key, json_bytes(content), hashlib.sha256).hexdigest()
 
 
-def key_files() -> list[Path]:
+def key_files() -> Iterator[Path]:
     """Where the key of this user is, and where else, as long as the machine runs: in a container without a home."""
     import platformdirs  # takes a while
 
     user = os.geteuid() if hasattr(os, "geteuid") else "user"
     home = platformdirs.user_data_path("sprout", appauthor=False)
-    return [home / "key", Path(tempfile.gettempdir()) / f"sprout-{user}" / "key"]
+    yield home / "key"
+    yield Path(tempfile.gettempdir()) / f"sprout-{user}" / "key"  # raises OSError where there is no such folder
 
 
 def _key() -> bytes | None:
     """The key of this user, which is made where there is none. None where that is not possible."""
-    for path in key_files():
-        with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
-            return _read_key(path)
+    with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+        for path in key_files():
+            with suppress(OSError):
+                return _read_key(path)
     return None
 
 

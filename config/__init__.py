@@ -283,8 +283,3 @@ def check(name: str, value: object) -> Any:
 def fixed_names() -> set[str]:
     """Names of the options that a resumed run may not change."""
     return {name for name, option in _loader.options.items() if option.fixed}
-
-
-def escaped_names() -> set[str]:
-    """Names of the options in which flags may use escapes."""
-    return {name for name, option in _loader.options.items() if option.escaped}

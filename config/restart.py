@@ -19,6 +19,7 @@ from common.option import Option, option_names, show
 from common.options import RunOptions
 from common.run_directory import RunLock, asked_before, note_asked, runs_of_this_launch
 from common.run_state import read_state, write_done
+from common.signature import PATHS, SERVICES
 from config.resume import asked, from_json, is_over, longer, refuse_without_effect, resumed_options, same_place
 from config.trying import has_unfinished_tries, try_candidates
 from errors import FAILED, UserError, quote
@@ -65,7 +66,8 @@ def _ended_before(argv: Sequence[str]) -> int | None:
     begun, named = _runs_begun(argv)
     for run in reversed([*begun, *([named] if named else [])]):
         state = read_state(run)
-        if set(launches()).isdisjoint(map(str, state.get("launches", []))):
+        known = state.get("launches")
+        if not isinstance(known, list) or set(launches()).isdisjoint(map(str, known)):
             continue
         if state.get("state") == "stopped" or (state.get("state") == "failed" and not state.get("resumable")):
             message = str(state.get("message")).partition("\n")[0]
@@ -86,7 +88,8 @@ def _continued(argv: Sequence[str]) -> list[str]:
     begun, _ = _runs_begun(argv)
     if saved := [path for path in begun if list_checkpoints(path)]:
         log(f"torchrun has started again; {saved[-1]} is resumed")
-        return [f"--resume={saved[-1]}"]
+        named = [arg for arg in argv if arg.removeprefix("--").partition("=")[0] in (*PATHS, *SERVICES)]
+        return [f"--resume={saved[-1]}", *(arg for arg in named if not arg.startswith("--init_from"))]
     if begun and train.resume is None:
         log("torchrun has started again")
         return [*argv, f"--run={begun[0]}"]

@@ -139,6 +139,7 @@ def without_foreign_parts(
             + " ".join([command(), f"--resume={quote(str(run))}", *map(quote, flags), *missing])
         )
     notes, changed = [], {**stored, "data": data, "data_dir": data_dir, "init_from": None, "teachers": 0}
+    changed["follow_links"] = options.values["follow_links"]
     if not is_plain_name(stored.get("tokenizer")) or Path(stored["tokenizer"]).exists():
         changed["tokenizer"] = str(resumed.model.path / TOKENIZER_FILE)
     for name, value in SERVICES.items():

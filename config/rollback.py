@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import config
-from checkpoint import discard_later, find_checkpoint, saved_steps
+from checkpoint import discard_later, find_checkpoint, open_checkpoint, saved_steps
 from common.hardware import Hardware
+from common.option import option_names
+from common.signature import PATHS, SERVICES
+from config.restart import as_flags
+from config.resume import READ_WITH, from_json
 from config.start import RunConfig
 from errors import UserError, quote
 from files import read_json
 from model_folder import STATE
 from parallel.processes import by_first, command
+from prepare_data import PrepareOptions
 from training.data import TrainBatches
 from training.diagnosis import first_not_finite
 from training.divergence import (
@@ -41,7 +46,7 @@ def go_back(
     log(f"step {state.step}: the run has diverged: {error.reason}")
 
     def write() -> tuple[dict[str, Any] | None, str]:
-        rollback = make_rollback(error, state.step, rate, saved_steps(run), before)
+        rollback = make_rollback(error, state.step, rate, intact_steps(run, error.since), before)
         if rollback is None:
             return None, ""
         try:
@@ -59,22 +64,38 @@ def go_back(
     return [f"--resume={run}", f"--from={to}", *changed_flags(recorded, stored)]
 
 
+def intact_steps(run: Path, last: int) -> list[int]:
+    """The steps of the checkpoints up to a step, without damaged ones after the newest that is intact."""
+    steps = [step for step in saved_steps(run) if step <= last]
+    while steps:
+        try:
+            open_checkpoint(find_checkpoint(run, f"step-{steps[-1]}"))
+            break
+        except UserError as error:
+            log(f"the run does not go back to step {steps.pop()}: {error}")
+    return steps
+
+
 def changed_flags(recorded: RunConfig, stored: dict[str, Any]) -> list[str]:
-    """The flags that give a resumed run the options of now, where those of its checkpoint are others."""
-    now, kept = recorded.options.flat(), config.fixed_names() | recorded.reasons.keys() | {"run", "resume", "from"}
-    names = [name for name in now if name in stored and name not in kept]
-    changed = {name: now[name] for name in names if now[name] != stored[name] and not isinstance(now[name], tuple)}
-    return [f"--{name}={typed(value, name in config.escaped_names())}" for name, value in changed.items()]
+    """The flags that give a resumed run the options of now, where those of its checkpoint are others, and the paths and
+    services that were named on the command line: the checkpoint may be another user's."""
+    options = recorded.options
+    before = from_json(options, stored)
+    kept = config.fixed_names() | recorded.reasons.keys() | {"run", "resume", "from", "teachers", "plan", "try"}
+    kept |= {*option_names(PrepareOptions)} - {"data_dir"}
+    named = {name for name in (*PATHS, *SERVICES) if options.origin.get(name) == "flag"} & options.loader.options.keys()
+    names = [
+        name
+        for name, value in options.values.items()
+        if name not in kept and (value != before[name] or name in named) and has_effect(name, options)
+    ]
+    return [flag for name in names for flag in as_flags(options.loader.options[name], options.values[name])]
 
 
-def typed(value: object, is_escaped: bool) -> str:
-    """A value as a flag has it."""
-    text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-    if not is_escaped:
-        return text
-    for char, escape in (("\\", "\\\\"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
-        text = text.replace(char, escape)
-    return text
+def has_effect(name: str, options: config.Options) -> bool:
+    """Whether an option is read with the values of the others."""
+    other, needed = READ_WITH.get(name, ("", ()))
+    return not other or options.values[other] in needed
 
 
 def describe_end(error: Diverged, run: Path, state: TrainState, options: config.Options) -> str:
@@ -84,7 +105,7 @@ def describe_end(error: Diverged, run: Path, state: TrainState, options: config.
     peak = options.values["learning_rate"]
     in_a_row = recent_rollbacks(state.progress.rollbacks, state.step, peak)
     reached = min(1.0, (error.since + 1) / max(1, options.values["warmup_steps"]))
-    rates = {name: rate for name in RATES if (rate := options.values[name])}
+    rates = {name: rate for name in RATES if (rate := options.values[name]) and has_effect(name, options)}
     flags = " ".join(f"--{name}={rate * reached / 3:.1e}" for name, rate in rates.items())
     why = f"the run has diverged at step {state.step}: {error.reason}"
     if len(in_a_row) >= MAX_ROLLBACKS:

@@ -32,7 +32,7 @@ from checkpoint import (
 )
 from common.option import option_names
 from common.options import HardwareOptions, RunOptions
-from common.run_directory import RunLock, refuse_used_run
+from common.run_directory import RunLock, keep_copies, refuse_used_run
 from common.signature import is_own, signed
 from common.stored_models import checked_config, open_checked
 from config.hints import INIT_FROM
@@ -265,6 +265,7 @@ def open_resumed(run: Path, which: str | None) -> Checkpoint:
     resumed = open_checkpoint(path, Team())
     if later := [step for step in saved_steps(run) if step > resumed.step]:
         steps = ", ".join(map(str, later))
+        by_first(lambda: keep_copies(run))
         log(f"{run} goes on from step {resumed.step}; its first checkpoint sets those of {steps} aside")
     return resumed
 
@@ -328,7 +329,9 @@ def same_chain(resumed: Checkpoint, options: config.Options, argv: Sequence[str]
     chain = build(Chain, resumed.state, "chain")
     if chain.arguments is None:
         return chain
-    more = [arg for arg in passed_on(argv, options) if not arg.startswith("--max_steps=")]  # that of the resumed run
+    more = [
+        arg for arg in passed_on(argv, options) if not arg.startswith(("--max_steps=", "--decay_steps="))
+    ]  # of this run
     return replace(chain, arguments=[*chain.arguments, *more])
 
 

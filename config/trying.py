@@ -29,7 +29,7 @@ from common.option import show
 from common.options import HardwareOptions, RunOptions
 from common.run_directory import RunLock, claim_run, refuse_links, refuse_used_run
 from common.run_state import RunState
-from common.signature import signed
+from common.signature import PATHS, SERVICES, signed
 from config.planning import Planning, open_dataset
 from config.start import Start, read_start
 from errors import UserError, quote
@@ -291,13 +291,16 @@ def run_trial(tries: Tries, trial: Trial, number: int, stop: Callable[[], bool])
     return code == 0 or trial.out is not None
 
 
+MAX_LOG = 1 << 26  # bytes of a trial's output that are copied where the file has a second name
+
+
 def run_process(argv: Sequence[str], output: Path, stop: Callable[[], bool]) -> int:
     """The exit code of train.py, whose output is appended to a file. It gets signals from here alone, one at most."""
     group: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
         group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     is_asked = False
-    with os.fdopen(open_to_append(output), "r+b") as file:
+    with os.fdopen(open_to_append(output, MAX_LOG), "r+b") as file:
         file.seek(0, os.SEEK_END)
         command = [sys.executable, str(config.ROOT / "train.py"), *argv]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **group)
@@ -363,4 +366,7 @@ def continue_winner(tries: Tries, winner: Trial) -> list[str]:
         argv.append(f"--max_steps={max_steps}")
     else:
         argv.append(f"--budget_minutes={left / 60:.3g}")
+    later = {
+        name: value for name, value in later.items() if name not in (*PATHS, *SERVICES)
+    }  # tries.json is not signed
     return argv + [f"--{name}={show(value)}" for name, value in sorted(later.items())]

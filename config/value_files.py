@@ -130,7 +130,7 @@ def read_saved(
         for name, value in foreign.items():
             values = value if isinstance(value, list) else [value]
             to_be_named[name] = [f"--{name}={quote(str(one))}" for one in values]
-        options = {name: value for name, value in options.items() if name not in foreign}
+        options = {name: value for name, value in options.items() if name not in (*foreign, "follow_links")}
     options = without_retired(options)
     left_out = [name for name in options if name in RUN_SPECIFIC or (name in auto and name in MACHINE_SPECIFIC)]
     if named := [

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 from checkpoint import resolve_model_folder
 from common.signature import is_own, own_texts
 from errors import UserError
-from files import DamagedFile, read_json
+from files import DamagedFile, plain_file, read_json
 from json_types import Mismatch, conform
 from model import GPTConfig
 from model_folder import ModelFolder
@@ -164,7 +164,7 @@ def samples_section(run: Path | None) -> str:
     """The samples of the run's last sampling."""
     if run is None or not (run / "samples.txt").is_file():
         return ""
-    with (run / "samples.txt").open("rb") as file:
+    with open(run / "samples.txt", "rb", opener=plain_file) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_SAMPLE_BYTES))
         content = file.read().decode("utf-8", errors="replace")
     _, *pieces = re.split(r"^==== step (\d+) (\(.*\)) ====\n", content, flags=re.MULTILINE)

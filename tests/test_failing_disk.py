@@ -186,7 +186,8 @@ def test_a_checkpoint_that_cannot_be_read_is_set_aside_and_a_damaged_one_removed
 
 
 def remove_run() -> None:
-    shutil.rmtree("run")
+    while os.path.exists("run"):  # a checkpoint is being written there
+        shutil.rmtree("run", ignore_errors=True)
 
 
 def move_run() -> None:

@@ -32,10 +32,11 @@ def test_a_fault_in_short(home, name):
     assert row.survived == row.trials
 
 
-def test_kills_happen_and_cost_no_more_than_an_interval(home):
+def test_kills_happen_and_cost_no_more_than_two_intervals(home):
+    """Two, since a checkpoint may be in flight."""
     row = FAULTS["kill_rename"].run("kill_rename", home, 4)
     assert row.trials == 4
-    assert 0 <= min(row.lost) <= max(row.lost) <= 4
+    assert 0 <= min(row.lost) <= max(row.lost) <= 8
 
 
 @pytest.mark.parametrize("name", FUZZ)

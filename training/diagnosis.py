@@ -18,15 +18,16 @@ from common.hardware import Hardware
 from common.memory import OutOfMemory, attempt
 from model import GPT
 from parallel.processes import gather, this_rank, world_size
-from parallel.sharding import is_sharded, local, release_gathered
+from parallel.sharding import is_sharded, local
 from training.data import MicroBatch
 
 
 def first_not_finite(model: GPT, batches: Sequence[MicroBatch], hardware: Hardware) -> str:
     """What is not finite first in a step, in the order of computation: weights, activations, then gradients from the
-    loss backwards; "" where nothing is found, or memory does not suffice. Of several processes, all call this."""
+    loss backwards, of a sharded model weights alone; "" where nothing is found, or memory does not suffice. Of several
+    processes, all call this."""
     own = _first_weight(model)
-    if not own:
+    if not own and not is_sharded(model):  # the processes of a sharded one would have to go through all of it together
         try:
             own = attempt(partial(_first_in_step, model, batches, hardware))
         except OutOfMemory:
@@ -56,21 +57,15 @@ def _first_in_step(model: GPT, batches: Sequence[MicroBatch], hardware: Hardware
         if dropout_seed is not None:
             torch.manual_seed(dropout_seed)
         found, outputs = list[str](), dict[str, Tensor]()
-        with _eager(model), _watching(model, found, outputs), hardware.autocast(), _gradients(model):
+        with _eager(model), _watching(model, found, outputs), hardware.autocast():
             loss = model(x.to(hardware.device), y.to(hardware.device), reduction="sum")
         if not found and not torch.isfinite(loss).all():
             found.append("the loss")
         if not found and loss.requires_grad:
             found += _first_gradient(loss, outputs, model)
-        release_gathered(model)
         if found:
             return found[0]
     return ""
-
-
-def _gradients(model: GPT) -> Any:
-    """Gradients of activations alone, which no other process waits for; of a sharded model none."""
-    return torch.set_grad_enabled(not is_sharded(model))
 
 
 @contextmanager

@@ -112,4 +112,4 @@ def is_rollback(entry: object) -> bool:
 def following(rollbacks: Sequence[dict[str, Any]], known: int, step: int) -> list[dict[str, Any]]:
     """Those after the first `known`, the last of which leads to a checkpoint of this step, which does not know them
     yet; none where it leads elsewhere."""
-    return [*rollbacks[known:]] if rollbacks and rollbacks[-1]["to"] == step else []
+    return [*rollbacks[known:]] if len(rollbacks) > known and rollbacks[-1]["to"] == step else []

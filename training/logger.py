@@ -200,6 +200,12 @@ def describe_saved(run: Path) -> str:
     return f"the last checkpoint of {run} is that of step {steps[-1]}; continue with: {resume}"
 
 
+def log_stopped(run: Path) -> int:
+    """Logs that a signal ends a run that has just gone back to a checkpoint. Returns the exit code."""
+    log(f"stopped; {describe_saved(run)}")
+    return STOPPED
+
+
 @contextmanager
 def naming_what_is_saved(run: Path) -> Iterator[None]:
     """A context whose errors, of lost processes and of a text that cannot be read, say what of the run is saved."""
@@ -225,9 +231,14 @@ def log_end(run: Path, state: TrainState, budget: Budget, next_argv: Sequence[st
         raise OutOfResources(
             f"nothing is saved: {run} has no checkpoint; free disk space or memory, then start again: {start_again}"
         )
-    if state.saved_step != step and (trouble := state.trouble()) is not None:
-        log(f"stopped; step {step} is not saved: {trouble}. From step {state.saved_step} on: {resume}")
+    if state.saved_step != step and state.trouble() is not None:
+        log(f"stopped; step {step} is not saved: {state.trouble()}. From step {state.saved_step} on: {resume}")
         return STOPPED
+    if state.saved_step != step and state.unsound is not None:
+        raise UserError(
+            f"the weights of step {step} are not saved: {state.unsound}; the last checkpoint is that of step"
+            f" {state.saved_step}, from which the run goes on with {resume}"
+        )
     if state.saved_step != step:
         kept = f"the last checkpoint is that of step {state.saved_step}"
         raise OutOfResources(

@@ -96,7 +96,7 @@ class LogFile:
     def __init__(self, path: Path, size: int) -> None:
         self.path, self.size, self.lost = path, size, 0
         self._unwritten, self._trouble = list[bytes](), Trouble(path)
-        self._file = open_to_append(path)
+        self._file = open_to_append(path, size)
         status = os.fstat(self._file)
         self._has_identity = _names(path, status)  # some network file systems number files anew
         self.found, self.size = status.st_size, min(status.st_size, size)
@@ -150,7 +150,7 @@ class LogFile:
         if not self._has_identity or _names(self.path, status):
             self.size = min(self.size, status.st_size)  # somebody may have cut it
             return
-        file, is_removed = open_to_append(self.path), status.st_nlink == 0
+        file, is_removed = open_to_append(self.path, self.size), status.st_nlink == 0
         size = os.fstat(file).st_size
         if is_removed and size == 0:
             try:

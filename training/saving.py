@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ from common.hardware import Hardware
 from common.memory import OutOfMemory, attempt, available_memory
 from common.run_state import RunState
 from common.signature import signed
+from model_folder import BASE
 from parallel.processes import Team, agree, any_of, by_first, is_first, world_size
 from parallel.sharding import SHARDED
 from prepare_data.shards import Dataset
@@ -59,18 +61,20 @@ class CheckpointWriter:
         state, step = self.state, self.state.step
         self.is_pending, self.last = False, time.perf_counter()
         self.join()
-        if reason := state.trouble() or _not_finite(first_bad_weight(state.model)):
+        if reason := state.trouble() or _not_finite(first_bad_weight(state.model)) or self._no_base():
             saved = "" if state.saved_step is None else f"; the last checkpoint is that of step {state.saved_step}"
             log(f"step {step}: not saved: {reason}{saved}")
-            self.is_pending = True
+            self.is_pending, state.unsound = state.trouble() is not None, reason
             return
+        state.unsound = None
         state.begun_step = step
         if state.layout in SHARDED:
             self._outcome(step, self._write_shards)
             return
         others, copied = self._others(), self._copy()
         if not agree(copied is not None):
-            self._outcome(step, lambda: by_first(lambda: self._write(step, state.tensors(), others)))
+            whole = partial(self._write, step, others=others)
+            self._outcome(step, lambda: by_first(lambda: attempt(lambda: whole(state.tensors()))))
         elif copied is not None:
             self.flying = step, self.thread.submit(self._write, step, copied, others)
 
@@ -114,6 +118,11 @@ class CheckpointWriter:
         if error is None or isinstance(error, Diverged):
             self.state.saved_step = agree(self.state.saved_step)
 
+    def _no_base(self) -> str | None:
+        base = self.run / BASE
+        gone = self.state.adapter is not None and agree(not base.is_dir())
+        return f"{base} is gone, without which adapters are of no use; restore it from a copy" if gone else None
+
     def _is_late(self) -> bool:
         minutes, state = self.evals.save_minutes, self.state
         if minutes is None or state.begun_step == state.step or (world_size() > 1 and state.step % 8):
@@ -135,11 +144,13 @@ class CheckpointWriter:
 
     def _write(self, step: int, tensors: Tensors, others: dict[str, Any]) -> None:
         contents: dict[str, Any] = {**tensors, **others}
-        save_checkpoint(self.run, step, **contents)
+        save_checkpoint(self.run, step, **contents, is_again=self.state.saved_step == step)
         prune_checkpoints(self.run, self.evals.keep_interval)
 
     def _write_shards(self) -> None:
-        save_sharded_checkpoint(self.run, self.state.step, Team(), **self.state.parts(), **self._others())
+        is_again = self.state.saved_step == self.state.step
+        parts: dict[str, Any] = {**self.state.parts(), **self._others(), "is_again": is_again}
+        save_sharded_checkpoint(self.run, self.state.step, Team(), **parts)
         if is_first():
             prune_checkpoints(self.run, self.evals.keep_interval)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ from training.average import WeightAverage
 from training.cluster import choose_parallel
 from training.compilation import compile_model, compiler_name
 from training.data import MicroBatch, TrainBatches
-from training.divergence import following, read_rollbacks
+from training.divergence import following, read_rollbacks, write_rollbacks
 from training.evaluation import Evaluation
 from training.kept_text import KeptText
 from training.lora import adapt, describe, keep_base, narrow_frozen
@@ -375,8 +375,18 @@ def make_state(
 
 def new_rollbacks(run: Path, state: TrainState) -> list[dict[str, Any]]:
     """The rollbacks that have led back to the checkpoint of a resumed run, which does not know them yet."""
+    known = state.progress.rollbacks
+
+    def read() -> list[dict[str, Any]]:
+        found = read_rollbacks(run)
+        new = following(found, len(known), state.step)
+        if found != [*known, *new]:  # the run goes on from elsewhere: they are no part of its course
+            with suppress(OSError):
+                write_rollbacks(run, known)
+        return new
+
     try:
-        return by_first(lambda: following(read_rollbacks(run), len(state.progress.rollbacks), state.step))
+        return by_first(read)
     except DamagedFile as error:
         log(f"the rollbacks of this run are not known: {error}")
         return []

@@ -97,6 +97,7 @@ class TrainState:
         self.new_rollbacks: list[dict[str, Any]] = []  # those that have led here since the checkpoint was written
         self.blamed = ""  # the ranks whose loss is not finite in the update at hand
         self.is_best = False  # whether the current step has the lowest val loss so far
+        self.unsound: str | None = None  # why the last save was refused
         self.begun_step: int | None = None  # the last one whose checkpoint is written, or about to be
         self.saved_step: int | None = None  # the last one whose checkpoint is known to be written
 

@@ -62,7 +62,7 @@ from training.divergence import Diverged
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.kept_text import KeptText
-from training.logger import RunLogger, log_stopped, naming_what_is_saved
+from training.logger import RunLogger, naming_what_is_saved
 from training.micro_batch import fit_micro_batch, until_it_fits
 from training.optim import clip_gradients, finish_step, learning_rate
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
@@ -157,8 +157,7 @@ def train_on(
             loop(state, batches, budget, recorded, logger, evals, step, partial(score, stop=stop), sample, save, stop)
             finish(state, budget, logger, evals, score_all, watch, sample, save, stop)
     except Diverged as error:
-        next_argv = go_back(error, run, state, batches, recorded, hardware)
-        return told.ended((log_stopped(run), [])) if stop() else (0, next_argv)
+        return go_back(error, run, state, batches, recorded, hardware, partial(told.stopped, stop))
     return told.ended(end_run(start, run, dataset, state, budget))
 
 

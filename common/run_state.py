@@ -58,6 +58,12 @@ class RunState:
         elif self.code is not None:
             self.write("done", False, self.code, "complete")
 
+    def stopped(self, stop: Callable[[], bool]) -> bool:
+        """Whether a signal ends the process now, which is noted. All processes call it."""
+        if stop():
+            self.code = STOPPED
+        return self.code == STOPPED
+
     def ended(self, outcome: tuple[int, list[str]]) -> tuple[int, list[str]]:
         """Notes the exit code, the first part of what a run returns."""
         self.code = outcome[0]

@@ -3,6 +3,7 @@ process, or ends with the command that goes on with a smaller learning rate."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from training.divergence import (
     recent_rollbacks,
     write_rollbacks,
 )
+from training.logger import log_stopped
 from training.metrics import log
 from training.state import TrainState
 
@@ -37,9 +39,10 @@ RATES = ("learning_rate", "muon_learning_rate", "min_learning_rate")
 
 def go_back(
     error: Diverged, run: Path, state: TrainState, batches: TrainBatches, recorded: RunConfig, hardware: Hardware,
-) -> list[str]:  # fmt: skip
-    """The arguments of train.py with which the run goes on from an earlier checkpoint. Raises UserError where it
-    ends."""
+    stopped: Callable[[], bool],
+) -> tuple[int, list[str]]:  # fmt: skip
+    """The exit code, and the arguments of train.py with which the run goes on from an earlier checkpoint; none where a
+    signal has stopped it. Raises UserError where it ends."""
     if where := first_not_finite(state.model, batches(max(0, state.data_step - 1)), hardware):
         error.reason += f"; not finite first: {where}"
     before, rate = state.progress.rollbacks, recorded.options.values["learning_rate"]
@@ -61,7 +64,9 @@ def go_back(
         raise UserError(describe_end(error, run, state, recorded.options) + problem)
     to = f"step-{rollback['to']}"
     stored = by_first(lambda: read_json(find_checkpoint(run, to) / STATE)["options"])
-    return [f"--resume={run}", f"--from={to}", *changed_flags(recorded, stored)]
+    if stopped():
+        return log_stopped(run), []
+    return 0, [f"--resume={run}", f"--from={to}", *changed_flags(recorded, stored)]
 
 
 def intact_steps(run: Path, last: int) -> list[int]:

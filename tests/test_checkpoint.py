@@ -51,6 +51,7 @@ def save(run: Path, step: int, value: float | None = None, **state: object) -> P
         tokenizer={"name": "bytes", "value": value},
         optimizer={"wte.weight/exp_avg": torch.full((5, 4), value), "wte.weight/step": torch.tensor(value)},
         state={"samples": 7 * step, "value": value, **state},
+        is_again=True,
     )
 
 

@@ -133,7 +133,7 @@ def save(run: Path, step: int, member: Member, value: float | None = None, **sta
         run, step, member,
         model=split(tensors, member.rank, member.size),
         optimizer=split(moments, member.rank, member.size),
-        state={"value": step if value is None else value, **state}, **rest,
+        state={"value": step if value is None else value, **state}, **rest, is_again=True,
     )  # fmt: skip
 
 

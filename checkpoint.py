@@ -333,6 +333,15 @@ def saved_steps(run_dir: Path) -> list[int]:
     return [*dict(_complete_paths(run_dir))]
 
 
+def set_later_aside(run_dir: Path, step: int) -> list[Path]:
+    """Moves the checkpoints of later steps to checkpoints/set-aside, where nothing looks for them. Returns where they
+    are. The caller holds the RunLock. Raises UserError where that fails."""
+    try:
+        return [_set_aside(path) for other, path in _complete_paths(run_dir) if other > step]
+    except OSError as error:
+        raise UserError(f"the checkpoints after step {step} of {run_dir} could not be set aside: {error}") from error
+
+
 def discard_later(run_dir: Path, step: int) -> None:
     """Removes the checkpoints of later steps, which have led to a divergence; the best one by val loss is set aside,
     where it is among them. The caller holds the RunLock. What fails is a warning on standard error."""

@@ -27,6 +27,7 @@ from checkpoint import (
     resolve_run,
     run_of,
     saved_steps,
+    set_later_aside,
     teacher_runs,
     with_checkpoint,
 )
@@ -230,6 +231,8 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         if not eval_only:
             stored_options, progress = resumed.state["options"], resumed.state["progress"]
             refuse_without_effect(options, stored_options, resumed.step, progress, follows=chain is not None)
+            if (train.from_ or which) is not None:
+                by_first(partial(leave_later, run, resumed.step))
         return Start(options, resumed=resumed, teachers=teachers, reasons=reasons, argv=[*argv], chain=chain)
     if config.PLANNED in options.presets and not (train.init_from and options.origin["data"] == "flag"):
         raise UserError(
@@ -261,13 +264,17 @@ def open_resumed(run: Path, which: str | None) -> Checkpoint:
     Raises UserError."""
     if which is None:
         return open_latest(run, Team())
-    path = by_first(partial(find_checkpoint, run, which, "--from"))
-    resumed = open_checkpoint(path, Team())
-    if later := [step for step in saved_steps(run) if step > resumed.step]:
-        steps = ", ".join(map(str, later))
-        by_first(lambda: keep_copies(run))
-        log(f"{run} goes on from step {resumed.step}; its first checkpoint sets those of {steps} aside")
-    return resumed
+    return open_checkpoint(by_first(partial(find_checkpoint, run, which, "--from")), Team())
+
+
+def leave_later(run: Path, step: int) -> None:
+    """Sets aside the checkpoints of later steps than the one that was named: they are no part of the run any more.
+    Raises UserError."""
+    if not any(other > step for other in saved_steps(run)):
+        return
+    keep_copies(run)
+    aside = ", ".join(str(path) for path in set_later_aside(run, step))
+    log(f"{run} goes on from step {step}; kept aside are {aside}, and the records so far in metrics.jsonl.old")
 
 
 def with_teachers(start: Start) -> Start:

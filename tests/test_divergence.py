@@ -258,7 +258,7 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(small_text, capsys):
         assert train(*where) == 0
         out = capsys.readouterr().out
         assert "resumed run/checkpoints/step-00000010 at step 10" in out, number
-        assert "its first checkpoint sets those of 15, 20 aside" in out
+        assert "kept aside are run/checkpoints/set-aside/step-00000015" in out
         assert (reproducible("run"), tensors_of("run", 20)) == (log, tensors)
     assert train("--resume=run", "--from=best", "--learning_rate=1e-4", "--max_steps=25") == 0
     assert reproducible("run") != log

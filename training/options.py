@@ -34,8 +34,8 @@ class TrainOptions:
     """Run directory to resume from its last checkpoint (bitwise exact on a CPU). auto: begin the run of --run, or go on
     with it where it has a checkpoint, so that one command does both."""
     from_: str | None = None
-    """With resume: the checkpoint to go on from, best (by val loss) or step-N; the first save then sets those of
-    later steps aside. none: the last one. A run that has diverged goes back by itself; this is for other rates."""
+    """With resume: the checkpoint to go on from, best (by val loss) or step-N; those of later steps are set
+    aside. none: the last one. A run that has diverged goes back by itself; this is for other rates."""
     init_from: str | None = fixed(None, path=True)
     """Run, checkpoint or model folder with the initial weights and the tokenizer of a new run."""
     keep_share: Annotated[float, Interval(ge=0, le=0.9)] | None = fixed(None)

@@ -76,3 +76,13 @@ def browser():
         launched = started.chromium.launch(executable_path=executable, args=["--no-sandbox"] if as_root else [])
         yield launched
         launched.close()
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """A script's end ignores signals (errors.run_script); the processes of later tests would inherit that."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from files import CHUNK, DamagedFile, compare, parse_json, plain_file, reading
+from files import CHUNK, DamagedFile, UnreadableFile, compare, parse_json, plain_file, reading
 
 DTYPES = {  # safetensors' names; a file holds the tensors in the order of these dtypes, then by name
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -130,6 +130,8 @@ def read_header(path: Path) -> Header:
             metadata = tensors.metadata() or {}
     except SafetensorError as error:
         raise DamagedFile(path, f"damaged ({error})") from error
+    except RuntimeError as error:  # the library's, where the file cannot be opened
+        raise UnreadableFile(path, f"cannot be opened ({str(error)[-60:]})") from error
     for name, (dtype, _) in found.items():
         if len(name) > 256 or not name.isprintable() or dtype not in DTYPES:
             raise DamagedFile(path, f"tensor {name[:300]!r} of dtype {dtype!r}: Sprout writes no such name or dtype")

@@ -60,7 +60,7 @@ def by_torchrun(name: str, home: Path, trials: int) -> Row:
 
 def by_pytest(arguments: Sequence[str], name: str, home: Path, trials: int) -> Row:
     """A file of tests, each of which is a trial."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
     row = Row(sum(counts.values()), counts.get("passed", 0))

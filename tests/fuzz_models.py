@@ -105,7 +105,7 @@ def any_value(rng: random.Random, near: object) -> Any:
 
 def edited(rng: random.Random, values: dict[str, Any]) -> bytes:
     """JSON of the values with one to three changes, or damaged as a text."""
-    values, names = dict(values), [*values]
+    values, names = dict(values), [*values] or ["x"]
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         name = rng.choice(names)
         kind = rng.randrange(12)

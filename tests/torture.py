@@ -1,6 +1,6 @@
 """make torture: Sprout under faults, as one table: fault, trials, survived, steps lost, seconds.
 
-    python tests/torture.py                            everything, about twelve minutes on two cores
+    python tests/torture.py                            everything, about ten minutes on two cores
     python tests/torture.py --section=kills            one of the sections: --list names them and their faults
     python tests/torture.py kill_worker errno_EIO      some faults; --trials=5: how many of each, or inputs of a fuzz
 

@@ -148,15 +148,14 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     state: dict,
     adapter: Adapter | None = None,
-    is_again: bool = False,
 ) -> Path:
-    """Writes checkpoints/step-N, verifies it and returns its path. The caller holds the RunLock. With an adapter,
-    `model` holds the adapters alone. is_again: this process has written or read the former one of this step.
+    """Writes checkpoints/step-N, verifies it and returns its path. The caller holds the RunLock, and has set aside the
+    checkpoints after the one from which it goes on (set_later_aside). With an adapter, `model` holds the adapters
+    alone.
 
-    Then removes a former checkpoint of this step and those of later ones, which open_latest skipped: the run resumed
-    before them. Those that are not proven to be damaged are set aside, but for one that is written again.
-    Beside the tensors, memory holds a copy of one at a time, of those on a GPU or not contiguous. Raises SaveFailed
-    (disk full, …), with all earlier checkpoints unchanged, and ValueError on a NaN in the JSON values.
+    A former checkpoint of this step, which the caller has written or read, is replaced. Beside the tensors, memory
+    holds a copy of one at a time, of those on a GPU or not contiguous. Raises SaveFailed (disk full, …), with all
+    earlier checkpoints unchanged, and ValueError on a NaN in the JSON values.
     """
     home = run_dir / "checkpoints"
     final = home / f"step-{step:08d}"
@@ -169,7 +168,6 @@ def save_checkpoint(
         STATE: json_bytes({**state, "step": step}),
     }
     try:
-        obsolete = obsolete_after(run_dir, step)
         make_home(run_dir)
         _discard(temporary)
         sync_directory(run_dir)
@@ -183,7 +181,7 @@ def save_checkpoint(
         ) from error
     finally:
         try_remove_tree(temporary)
-    discard_obsolete(obsolete, final if is_again else None)
+    try_discard([replaced_by(final)])
     return final
 
 
@@ -193,56 +191,15 @@ def make_home(run_dir: Path) -> None:
     make_directory(run_dir / "checkpoints")
 
 
-def obsolete_after(run_dir: Path, step: int) -> list[Path]:
-    """What a new checkpoint of this step makes obsolete: the former one, and those of later steps."""
-    former = run_dir / "checkpoints" / f"step-{step:08d}.replaced"
-    return [former, *(path for other, path in _complete_paths(run_dir) if other > step)]
-
-
-def discard_obsolete(obsolete: Iterable[Path], again: Path | None) -> None:
-    """Removes what a new checkpoint, which is in place, makes obsolete: only what is proven to be damaged, or the
-    former one of the checkpoint `again`; the rest is set aside. What fails is a warning on standard error."""
-    for path in obsolete:
-        try:
-            is_former = again is not None and path.name.partition(".")[0] == again.name
-            if not os.path.lexists(path):
-                continue
-            if is_former or _is_damaged(path):
-                _discard(path)
-            else:
-                aside = _set_aside(path)
-                print(f"{path} is not used, and not damaged as far as it can be read: kept as {aside}", file=sys.stderr)
-        except OSError as error:  # costs disk space only
-            print(f"warning: {path} could not be removed: {error}", file=sys.stderr)
-
-
-def _is_damaged(path: Path) -> bool:
-    """Whether that is certain."""
-    try:
-        open_checkpoint(path)
-    except UnreadableFile:
-        return False
-    except DamagedFile:
-        return True
-    except UserError:  # of another version
-        return False
-    return False
-
-
-def _set_aside(path: Path) -> Path:
-    folder = path.parent / SET_ASIDE
-    make_directory(folder)
-    names = (path.name + f"-{n}" * (n > 1) for n in itertools.count(1))
-    aside = next(folder / name for name in names if not os.path.lexists(folder / name))
-    os.rename(path, aside)
-    sync_directory(path.parent)
-    return aside
+def replaced_by(final: Path) -> Path:
+    """Where the former checkpoint of a step is while, and until, the new one is in place."""
+    return final.with_name(final.name + ".replaced")
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
     """Gives a verified checkpoint its name; a former one of that step gets another. Raises OSError, and then nothing
     has changed."""
-    replaced = final.with_name(final.name + ".replaced")
+    replaced = replaced_by(final)
     if os.path.lexists(final):
         _discard(replaced)
         os.rename(final, replaced)
@@ -278,6 +235,39 @@ def _steps_to_keep(steps: list[int], keep_interval: int | None) -> set[int]:
     keep = {*steps[-2:], *(step for step in steps if keep_interval is not None and step % keep_interval == 0)}
     proven = [step for step in steps if step <= steps[-1] - PROVEN_STEPS]
     return keep | {*proven[-1:], *steps[len(proven) : len(proven) + 1]}
+
+
+def set_later_aside(run_dir: Path, step: int) -> list[Path]:
+    """Moves the checkpoints of later steps than that from which a run goes on to checkpoints/set-aside, where nothing
+    looks for them: one that could not be read may be sound, and what is saved from now on has another past. Returns
+    where they are. The caller holds the RunLock. Raises UserError where that fails."""
+    try:
+        return [_set_aside(path) for other, path in _complete_paths(run_dir) if other > step]
+    except OSError as error:
+        raise UserError(f"the checkpoints after step {step} of {run_dir} could not be set aside: {error}") from error
+
+
+def _set_aside(path: Path) -> Path:
+    folder = path.parent / SET_ASIDE
+    make_directory(folder)
+    names = (path.name + f"-{n}" * (n > 1) for n in itertools.count(1))
+    aside = next(folder / name for name in names if not os.path.lexists(folder / name))
+    os.rename(path, aside)
+    sync_directory(path.parent)
+    return aside
+
+
+def discard_later(run_dir: Path, step: int) -> None:
+    """Removes the checkpoints of later steps, which have led to a divergence; the best one by val loss is set aside,
+    where it is among them. The caller holds the RunLock. What fails is a warning on standard error."""
+    later = [path for other, path in _complete_paths(run_dir) if other > step]
+    best = _best(_val_losses(list_checkpoints(run_dir))) if later else None
+    try_discard(path for path in later if path != best)
+    try:
+        if best in later:
+            _set_aside(best)
+    except OSError as error:  # costs disk space only
+        print(f"warning: {best} could not be set aside: {error}", file=sys.stderr)
 
 
 def _write_contents(directory: Path, contents: dict[str, bytes | dict[str, Tensor]]) -> None:
@@ -331,25 +321,6 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def saved_steps(run_dir: Path) -> list[int]:
     """The steps of the complete checkpoints of a run, ascending. Reads no file."""
     return [*dict(_complete_paths(run_dir))]
-
-
-def set_later_aside(run_dir: Path, step: int) -> list[Path]:
-    """Moves the checkpoints of later steps to checkpoints/set-aside, where nothing looks for them. Returns where they
-    are. The caller holds the RunLock. Raises UserError where that fails."""
-    try:
-        return [_set_aside(path) for other, path in _complete_paths(run_dir) if other > step]
-    except OSError as error:
-        raise UserError(f"the checkpoints after step {step} of {run_dir} could not be set aside: {error}") from error
-
-
-def discard_later(run_dir: Path, step: int) -> None:
-    """Removes the checkpoints of later steps, which have led to a divergence; the best one by val loss is set aside,
-    where it is among them. The caller holds the RunLock. What fails is a warning on standard error."""
-    later = [path for other, path in _complete_paths(run_dir) if other > step]
-    best = _best(_val_losses(list_checkpoints(run_dir))) if later else None
-    try_discard(path for path in later if path != best)
-    if best in later:
-        discard_obsolete([best], None)
 
 
 def teacher_runs(run: Path) -> list[Path]:
@@ -630,8 +601,7 @@ def open_latest(run_dir: Path, team: Team | None = None) -> Checkpoint:
         except DamagedFile as error:
             skipped.add(path.name)
             if (team is None or team.rank == 0) and path.exists():
-                kept = ". It is not removed" if isinstance(error, UnreadableFile) else ""
-                print(f"WARNING: checkpoint skipped, an older one is tried: {error}{kept}", file=sys.stderr)
+                print(f"WARNING: checkpoint skipped, an older one is tried: {error}", file=sys.stderr)
     raise UserError(
         f"every checkpoint in {run_dir} is damaged; restore one from a copy, or start again: python train.py --run=PATH"
     )

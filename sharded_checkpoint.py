@@ -31,12 +31,11 @@ from checkpoint import (
     OURS,
     SaveFailed,
     Team,
-    discard_obsolete,
     make_home,
-    obsolete_after,
     on_all_ranks,
     open_share,
     put_in_place,
+    replaced_by,
     run_directories,
     try_discard,
 )
@@ -59,7 +58,6 @@ def save_sharded_checkpoint(
     optimizer: Mapping[str, Part],
     state: dict[str, Any],
     adapter: Adapter | None = None,
-    is_again: bool = False,
 ) -> Path:
     """Writes checkpoints/step-N, verifies it and returns its path, as save_checkpoint does. All ranks call this at
     once with the parts that they hold; rank 0 holds the RunLock, and its config, tokenizer, state and adapter count.
@@ -70,13 +68,12 @@ def save_sharded_checkpoint(
     """
     final = run_dir / "checkpoints" / f"step-{step:08d}"
     temporary = final.with_name(f"{final.name}.writing-{uuid.uuid4().hex[:8]}")  # that of rank 0 counts
-    parts, texts, obsolete = dict[str, Part](), dict[str, bytes](), list[Path]()
+    parts, texts = dict[str, Part](), dict[str, bytes]()
 
     def begin() -> tuple[str, int]:
         parts.update(_own_parts(team.rank, model, optimizer))
         if team.rank == 0:
             texts.update(_texts(step, config, tokenizer, state, adapter))
-            obsolete.extend(obsolete_after(run_dir, step))
             _make_temporary(run_dir, temporary)
         size = sum(part.tensor.nbytes for part in parts.values()) + sum(map(len, texts.values()))
         return temporary.name, CHUNK + size
@@ -91,7 +88,7 @@ def save_sharded_checkpoint(
     def end() -> None:
         if team.rank == 0:
             put_in_place(temporary, final)
-            discard_obsolete(obsolete, final if is_again else None)
+            try_discard([replaced_by(final)])
 
     try:
         begun = _together(team, final, begin)

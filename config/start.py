@@ -231,8 +231,7 @@ def _read_start(argv: Sequence[str], stack: ExitStack) -> Start:
         if not eval_only:
             stored_options, progress = resumed.state["options"], resumed.state["progress"]
             refuse_without_effect(options, stored_options, resumed.step, progress, follows=chain is not None)
-            if (train.from_ or which) is not None:
-                by_first(partial(leave_later, run, resumed.step))
+            by_first(partial(leave_later, run, resumed.step))
         return Start(options, resumed=resumed, teachers=teachers, reasons=reasons, argv=[*argv], chain=chain)
     if config.PLANNED in options.presets and not (train.init_from and options.origin["data"] == "flag"):
         raise UserError(
@@ -268,8 +267,8 @@ def open_resumed(run: Path, which: str | None) -> Checkpoint:
 
 
 def leave_later(run: Path, step: int) -> None:
-    """Sets aside the checkpoints of later steps than the one that was named: they are no part of the run any more.
-    Raises UserError."""
+    """Sets aside the checkpoints of later steps than the one from which the run goes on, because it was named or the
+    later ones cannot be used: they are no part of the run any more. Raises UserError."""
     if not any(other > step for other in saved_steps(run)):
         return
     keep_copies(run)

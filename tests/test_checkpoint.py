@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import checkpoint
 from checkpoint import (
+    SET_ASIDE,
     Checkpoint,
     SaveFailed,
     find_checkpoint,
@@ -29,6 +30,7 @@ from checkpoint import (
     resolve_model_folder,
     save_checkpoint,
     saved_steps,
+    set_later_aside,
 )
 from errors import UserError
 from files import DamagedFile, json_bytes, read_json
@@ -51,7 +53,6 @@ def save(run: Path, step: int, value: float | None = None, **state: object) -> P
         tokenizer={"name": "bytes", "value": value},
         optimizer={"wte.weight/exp_avg": torch.full((5, 4), value), "wte.weight/step": torch.tensor(value)},
         state={"samples": 7 * step, "value": value, **state},
-        is_again=True,
     )
 
 
@@ -393,12 +394,18 @@ def test_other_files_in_a_checkpoint_are_ignored(tmp_path):
     assert value_of(open_checkpoint(path)) == 1
 
 
-def test_later_damaged_checkpoints_are_removed_after_the_next_save(tmp_path, capsys):
+def test_later_checkpoints_are_set_aside_and_never_looked_for(tmp_path, capsys):
     save(tmp_path, 10)
     flip(save(tmp_path, 20) / "state.json", 3)
     assert open_latest(tmp_path).step == 10
+    aside = tmp_path / "checkpoints" / SET_ASIDE
+    assert set_later_aside(tmp_path, 10) == [aside / "step-00000020"]
     save(tmp_path, 15)
     assert find_checkpoint(tmp_path, "latest").name == "step-00000015"
+    save(tmp_path, 20)
+    assert set_later_aside(tmp_path, 15) == [aside / "step-00000020-2"]  # nothing is written over
+    prune_checkpoints(tmp_path)
+    assert sorted(path.name for path in aside.iterdir()) == ["step-00000020", "step-00000020-2"]
     for path in list_checkpoints(tmp_path):
         flip(path / "optimizer.safetensors", -1)
     with pytest.raises(UserError, match=r"every checkpoint .* is damaged"):

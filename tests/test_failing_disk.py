@@ -14,7 +14,7 @@ from filelock import lock_descriptor
 
 import checkpoint
 import train as train_script
-from checkpoint import SET_ASIDE, list_checkpoints, open_latest, prune_checkpoints
+from checkpoint import SET_ASIDE, list_checkpoints, open_latest
 from errors import UserError
 from prepare_data import shard_check
 from prepare_data.shards import Split
@@ -158,28 +158,27 @@ def test_one_read_error_is_tried_again(tmp_path, capsys):
     assert "trying again" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_cannot_be_read_is_set_aside_and_a_damaged_one_removed(tmp_path, capsys):
-    save(tmp_path, 1), save(tmp_path, 2)
-    with failing("file", 1, errno.EIO, tmp_path, name="step-00000002", times=None):
-        assert value_of(open_latest(tmp_path)) == 1
-        assert "It is not removed" in capsys.readouterr().err
-        save(tmp_path, 1, value=1)
-        prune_checkpoints(tmp_path)
-    aside = tmp_path / "checkpoints" / SET_ASIDE / "step-00000002"
-    assert str(aside) in capsys.readouterr().err
-    assert checkpoint.open_checkpoint(aside).step == 2
-    for step in (2, 3, 4):
-        save(tmp_path, step)
-        prune_checkpoints(tmp_path)
-    assert checkpoint.open_checkpoint(aside).step == 2  # never pruned
-    assert open_latest(tmp_path).step == 4
-    path = tmp_path / "checkpoints" / "step-00000004" / "optimizer.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert open_latest(tmp_path).step == 3
-    save(tmp_path, 3)
-    assert steps(tmp_path) == [SET_ASIDE, "step-00000001", "step-00000003"]
-    assert os.listdir(aside.parent) == ["step-00000002"]
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_checkpoint_that_a_resume_could_not_use_is_set_aside(here, small_text, capsys, is_damaged):
+    """Whatever the steps are at which the resumed run saves, and it is never pruned; the records so far are kept."""
+    assert train(*SHORT, f"--data={small_text}", "--save_interval=3", "--keep_interval=1") == 0
+    records, last = Path("run/metrics.jsonl").read_bytes(), here / "run/checkpoints/step-00000008"
+    before = {path.name: path.read_bytes() for path in last.rglob("*.*")}
+    if is_damaged:
+        data = (last / "optimizer.safetensors").read_bytes()
+        (last / "optimizer.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    capsys.readouterr()
+    with failing("file", 1, errno.EIO, last, times=0 if is_damaged else None):
+        assert train("--resume=run", "--max_steps=12", "--save_interval=5", "--eval_interval=100") == 0
+    printed = capsys.readouterr()
+    assert "WARNING: checkpoint skipped, an older one is tried" in printed.err
+    assert "run goes on from step 7; kept aside are run/checkpoints/set-aside/step-00000008" in printed.out
+    aside = last.parent / SET_ASIDE / "step-00000008"
+    kept = {path.name: path.read_bytes() for path in aside.rglob("*.*")}
+    assert [name for name in before if kept[name] != before[name]] == ["optimizer.safetensors"] * is_damaged
+    assert Path("run/metrics.jsonl.old").read_bytes() == records
+    assert [event["step"] for event in read_events("run", "step")] == [*range(1, 13)]
+    assert "step-00000012" in steps(here / "run")
 
 
 # ---- Removed and renamed while it trains -----------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from checkpoint import (
     prune_checkpoints,
     resolve_model_folder,
     save_checkpoint,
+    set_later_aside,
 )
 from errors import UserError
 from files import DamagedFile, read_json, size_and_crc
@@ -133,7 +134,7 @@ def save(run: Path, step: int, member: Member, value: float | None = None, **sta
         run, step, member,
         model=split(tensors, member.rank, member.size),
         optimizer=split(moments, member.rank, member.size),
-        state={"value": step if value is None else value, **state}, **rest, is_again=True,
+        state={"value": step if value is None else value, **state}, **rest,
     )  # fmt: skip
 
 
@@ -291,7 +292,8 @@ def test_whole_and_sharded_checkpoints_follow_each_other_in_a_run(tmp_path):
     save_all(tmp_path, 10, val_loss=1.0)
     save_checkpoint(tmp_path, 20, model=tensors_of(2), config={}, tokenizer={}, optimizer={}, state={"val_loss": 2.0})
     save_all(tmp_path, 30, size=2, val_loss=3.0)
-    save_all(tmp_path, 20, value=5, val_loss=2.0)  # by several ranks; the later one is set aside
+    set_later_aside(tmp_path, 20)
+    save_all(tmp_path, 20, value=5, val_loss=2.0)  # by several ranks
     assert steps(tmp_path) == [SET_ASIDE, "step-00000010", "step-00000020"]
     for name in (
         "step-00000020.writing-0123abcd/shards",

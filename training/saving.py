@@ -40,9 +40,9 @@ Tensors = dict[str, dict[str, torch.Tensor]]
 
 
 class CheckpointWriter:
-    """Calling it saves the current step, within `averaged`. facts: further entries of state.json. told:
-    learns of each save. Failures are logged
-    and do not stop the training: the checkpoint before remains, and the next one is tried when it is due."""
+    """Calling it saves the current step, within `averaged`. facts: further entries of state.json. told: learns of each
+    save. Failures are logged and do not stop the training: the checkpoint before remains, and the next one is tried
+    when it is due."""
 
     def __init__(
         self, run: Path, state: TrainState, dataset: Dataset, hardware: Hardware, evals: EvalOptions,
@@ -61,7 +61,7 @@ class CheckpointWriter:
         state, step = self.state, self.state.step
         self.is_pending, self.last = False, time.perf_counter()
         self.join()
-        if reason := state.trouble() or _not_finite(first_bad_weight(state.model)) or self._no_base():
+        if reason := state.trouble() or first_bad_weight(state.model) or self._no_base():
             saved = "" if state.saved_step is None else f"; the last checkpoint is that of step {state.saved_step}"
             log(f"step {step}: not saved: {reason}{saved}")
             self.is_pending, state.unsound = state.trouble() is not None, reason
@@ -73,8 +73,8 @@ class CheckpointWriter:
             return
         others, copied = self._others(), self._copy()
         if not agree(copied is not None):
-            whole = partial(self._write, step, others=others)
-            self._outcome(step, lambda: by_first(lambda: attempt(lambda: whole(state.tensors()))))
+            write = partial(attempt, lambda: self._write(step, state.tensors(), others))
+            self._outcome(step, lambda: by_first(write))  # which tells all ranks of an OutOfMemory, too
         elif copied is not None:
             self.flying = step, self.thread.submit(self._write, step, copied, others)
 
@@ -144,13 +144,11 @@ class CheckpointWriter:
 
     def _write(self, step: int, tensors: Tensors, others: dict[str, Any]) -> None:
         contents: dict[str, Any] = {**tensors, **others}
-        save_checkpoint(self.run, step, **contents, is_again=self.state.saved_step == step)
+        save_checkpoint(self.run, step, **contents)
         prune_checkpoints(self.run, self.evals.keep_interval)
 
     def _write_shards(self) -> None:
-        is_again = self.state.saved_step == self.state.step
-        parts: dict[str, Any] = {**self.state.parts(), **self._others(), "is_again": is_again}
-        save_sharded_checkpoint(self.run, self.state.step, Team(), **parts)
+        save_sharded_checkpoint(self.run, self.state.step, Team(), **self.state.parts(), **self._others())
         if is_first():
             prune_checkpoints(self.run, self.evals.keep_interval)
 
@@ -181,7 +179,3 @@ def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors on the CPU, contiguous."""
     form = torch.contiguous_format
     return {name: tensor.detach().to("cpu", copy=True, memory_format=form) for name, tensor in tensors.items()}
-
-
-def _not_finite(name: str) -> str | None:
-    return f"{name} are not finite" if name else None

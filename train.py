@@ -62,7 +62,7 @@ from training.divergence import Diverged
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopRequest
 from training.kept_text import KeptText
-from training.logger import RunLogger, naming_what_is_saved
+from training.logger import RunLogger
 from training.micro_batch import fit_micro_batch, until_it_fits
 from training.optim import clip_gradients, finish_step, learning_rate
 from training.options import EvalOptions, LoggingOptions, OptimizerOptions, TrainOptions
@@ -133,7 +133,7 @@ def train_on(
     recorded = stack.enter_context(start.record(run, options, reasons, kept))
     reference = Reference(dataset.fingerprint, options.flat(), read_curves())
     logger = RunLogger(run, logging, options.flat(), hardware, state, reference, start.log_lengths)
-    stack.enter_context(logger), stack.enter_context(naming_what_is_saved(run))
+    stack.enter_context(logger)
     save = CheckpointWriter(run, state, dataset, hardware, evals, lambda: logger.facts() | recorded.facts(), told)
     sample = setup.make_sampler(draw, model, evals, hardware)
     # ---- length: a number of steps, or a time

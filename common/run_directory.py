@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from checkpoint import list_checkpoints
-from common.run_state import STATE_FILE
 from errors import InUse, OutOfResources, UserError, quote
 from files import DamagedFile, is_plain_directory, plain_file, read_json, replace_file, write_json
 from model_folder import BASE
 from parallel.processes import launches
 
 FILES = {"run.json", "lock", "config.json", "metrics.jsonl", "samples.txt", "checkpoints", "wandb", BASE}  # of a run
-FILES |= {"tensorboard", "report.html", "loss.png", "run.json.writing", "config.json.writing", STATE_FILE}
+FILES |= {"tensorboard", "report.html", "loss.png", "run.json.writing", "config.json.writing", "run_state.json"}
 FOLDERS = ("checkpoints", "tensorboard", "wandb", BASE, "tries")  # of a run, and never links
 MAX_RUN_JSON = 1 << 20  # bytes
 RECORDS = ("metrics.jsonl", "samples.txt")

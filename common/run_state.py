@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from common.memory import is_out_of_memory
+from common.run_directory import is_lost
 from errors import INTERRUPTED, NO_RESOURCES, STOPPED, UserError, quote
 from files import DamagedFile, read_json, write_json
 from parallel.processes import command, is_first, launches
@@ -96,8 +97,6 @@ def judge(error: BaseException) -> tuple[int, bool]:
 
 def write_state(run: Path, values: Mapping[str, Any]) -> None:
     """Replaces the file, in rank 0 alone. What fails is dropped: nothing depends on it."""
-    from common.run_directory import is_lost  # which imports this module
-
     if is_first() and not is_lost(run):
         with suppress(OSError, ValueError):
             write_json(run / STATE_FILE, {**FORMAT, **values, "launches": list(launches())})

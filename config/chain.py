@@ -33,7 +33,7 @@ from prepare_data.shards import Dataset
 from state_file import build
 from training import setup
 from training.budget import Budget
-from training.logger import log_end
+from training.logger import log_end, naming_what_is_saved
 from training.metrics import log
 from training.options import EvalOptions, LoggingOptions, TrainOptions
 from training.plan import own_share
@@ -68,8 +68,8 @@ def share_time(start: Start, before: Start) -> Start:
 
 
 def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, Path, RunState]:
-    """The directory of the run, locked in `stack` where it is new, and its run_state.json; where others follow, the
-    directory of the last one is made, too. Raises UserError."""
+    """The directory of the run, locked in `stack` where it is new, and its run_state.json; from here on errors say what
+    of it is saved. Where others follow, the directory of the last one is made, too. Raises UserError."""
     run, name = start.options.section(RunOptions).run, start.default_name(dataset)
     if start.chain is not None and start.resumed is None:
         last = by_first(partial(claim_run, run, name, asked=start.asked))
@@ -78,6 +78,7 @@ def open_run(start: Start, dataset: Dataset, stack: ExitStack) -> tuple[Start, P
             by_first(partial(_beside, last)),
         )
     opened = setup.open_run(run, name, start.source, stack, start.asked if start.resumed is None else None)
+    stack.enter_context(naming_what_is_saved(opened))
     return start, opened, stack.enter_context(RunState(start.directories(opened), start.argv, start.saved_step))
 
 

@@ -41,8 +41,9 @@ def first_not_finite(model: GPT, batches: Sequence[MicroBatch], hardware: Hardwa
 
 
 def first_bad_weight(model: GPT) -> str:
-    """The name of the first parameter that is not finite, in any process; "" where all are."""
-    return next(filter(None, gather(_first_weight(model))), "")
+    """Names the first parameter that is not finite, in any process; "" where all are."""
+    name = next(filter(None, gather(_first_weight(model))), "")
+    return f"{name} are not finite" if name else ""
 
 
 def _first_weight(model: GPT) -> str:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Required, TypedDict
 
-from files import plain_file, reading
+from files import DamagedFile, plain_file, reading
 from json_types import conform
 from training.metrics import METRICS
 
 if TYPE_CHECKING:
     from annotated_types import Interval, Le
+
+MAX_LINE, MAX_FILE = 1 << 20, 1 << 32  # bytes
 
 
 class Record(TypedDict, total=False):
@@ -65,9 +68,11 @@ class Lines(dict[str, list[dict[str, Any]]]):
 def read_lines(run: Path) -> Lines:
     """The lines of a run's metrics.jsonl. Events of other versions are left out and not counted, like a last line that
     is still being written. Raises DamagedFile."""
-    with reading(run / METRICS), open(run / METRICS, "rb", opener=plain_file) as file:
-        *texts, _ = file.read().split(b"\n")
-    return sort_lines(texts)
+    with reading(run / METRICS) as size, open(run / METRICS, "rb", opener=plain_file) as file:
+        if size > MAX_FILE:
+            raise DamagedFile(run / METRICS, f"{size} bytes of records; the maximum is {MAX_FILE}")
+        pieces = iter(partial(file.readline, MAX_LINE), b"")  # of a line that is longer, none is usable
+        return sort_lines(text for text in pieces if text.endswith(b"\n") or len(text) == MAX_LINE)
 
 
 def sort_lines(texts: Iterable[bytes]) -> Lines:

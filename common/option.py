@@ -92,6 +92,19 @@ class Option:
         """Whether the name alone, as a flag, means true."""
         return bool in self.kinds
 
+    def as_flags(self, value: Any) -> list[str]:
+        """The flags that give the option this value."""
+        if self.repeatable:
+            return [f"--{self.name}={self._as_text(one)}" for one in value] or [f"--{self.name}=none"]
+        return [f"--{self.name}={self._as_text(value)}"]
+
+    def _as_text(self, value: Any) -> str:
+        text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+        if self.escaped:
+            for char, escape in (("\\", "\\\\"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+                text = text.replace(char, escape)
+        return text
+
     def parse(self, text: str) -> Any:
         """Parses and checks the text of a flag. Raises ValueError with what was expected."""
         word = text.lower()

@@ -15,7 +15,7 @@ from typing import Any
 import config
 import state_file
 from checkpoint import list_checkpoints, resolve_run, teacher_runs
-from common.option import Option, option_names, show
+from common.option import option_names, show
 from common.options import RunOptions
 from common.run_directory import RunLock, asked_before, note_asked, runs_of_this_launch
 from common.run_state import read_state, write_done
@@ -124,7 +124,7 @@ def _begun(argv: Sequence[str]) -> list[str]:
         log(f"{run} is complete at step {step}; next: python sample.py --run={quote(str(run))}; {longer(values, step)}")
         write_done(run, step)
         return []
-    flags = [flag for name in sorted(new) for flag in as_flags(options.loader.options[name], options.values[name])]
+    flags = [flag for name in sorted(new) for flag in options.loader.options[name].as_flags(options.values[name])]
     once = [f"--{name}=true" for name in ("verbose", "eval_only") if options.values[name]]
     argv = [f"--resume={found}", *flags, *once]
     if before is not None and new and state and not options.values["eval_only"]:
@@ -174,20 +174,3 @@ def refuse_other(run: Path, new: set[str], options: config.Options, known: dict[
             more = f"; for more time: {command()} --resume={quote(str(run))} --budget_minutes=MORE"
         flag = f"--{name}={show(options.values[name])}"
         raise UserError(f"{flag}: {run} was begun with {name}={show(known[name])}, and goes on with that{more}")
-
-
-def as_flags(option: Option, value: Any) -> list[str]:
-    """The flags that give an option this value."""
-    if option.repeatable:
-        return [f"--{option.name}={_as_text(option, one)}" for one in value] or [f"--{option.name}=none"]
-    return [f"--{option.name}={_as_text(option, value)}"]
-
-
-def _as_text(option: Option, value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    text = str(value)
-    if option.escaped:
-        for char, escape in (("\\", "\\\\"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
-            text = text.replace(char, escape)
-    return text

@@ -12,7 +12,6 @@ from checkpoint import discard_later, find_checkpoint, open_checkpoint, saved_st
 from common.hardware import Hardware
 from common.option import option_names
 from common.signature import PATHS, SERVICES
-from config.restart import as_flags
 from config.resume import READ_WITH, from_json
 from config.start import RunConfig
 from errors import UserError, quote
@@ -94,7 +93,7 @@ def changed_flags(recorded: RunConfig, stored: dict[str, Any]) -> list[str]:
         for name, value in options.values.items()
         if name not in kept and (value != before[name] or name in named) and has_effect(name, options)
     ]
-    return [flag for name in names for flag in as_flags(options.loader.options[name], options.values[name])]
+    return [flag for name in names for flag in options.loader.options[name].as_flags(options.values[name])]
 
 
 def has_effect(name: str, options: config.Options) -> bool:

@@ -178,7 +178,7 @@ def test_all_that_a_command_can_give_becomes_flags_again():
         "train.py", ["debug", "--exclude=a", "--exclude=b c", r"--separator=\n\\n", "--patience=none"]
     )
     given = asked(options)
-    flags = [flag for name in given for flag in restart.as_flags(options.loader.options[name], options.values[name])]
+    flags = [flag for name in given for flag in options.loader.options[name].as_flags(options.values[name])]
     assert {name: config.load("train.py", flags).values[name] for name in given} == {
         name: options.values[name] for name in given
     }

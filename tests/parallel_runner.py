@@ -1,5 +1,6 @@
 """One of several processes that test_parallel.py starts: runs train.py for each command line of a JSON file, one after
-another, and writes what it has counted: python -m tests.parallel_runner COMMANDS.json PORT, with torchrun's variables.
+another, and writes what it has counted: python -m tests.parallel_runner COMMANDS.json PORT…, with torchrun's
+variables and a store on each command's port.
 
 One start serves many runs, since the imports take longer than a tiny run.
 """
@@ -26,14 +27,14 @@ def count_reductions() -> None:
 
 
 def main() -> None:
-    commands, port = json.loads(Path(sys.argv[1]).read_text("utf-8")), int(sys.argv[2])
+    commands, ports = json.loads(Path(sys.argv[1]).read_text("utf-8")), sys.argv[2:]
     count_reductions()
     local_world_size, results = os.environ["LOCAL_WORLD_SIZE"], []
-    for number, argv in enumerate(commands):
+    for argv, port in zip(commands, ports, strict=True):
         machines = 2 if "--parallel=hsdp" in argv else 1  # as if half of the processes were on another one
         size = int(local_world_size) // machines
         os.environ |= {"LOCAL_WORLD_SIZE": str(size), "LOCAL_RANK": str(int(os.environ["RANK"]) % size)}
-        os.environ["MASTER_PORT"] = str(port + number)
+        os.environ["MASTER_PORT"] = port
         COUNTED["reductions"] = 0
         results.append({"code": train.main(argv), **COUNTED})
     Path(f"{sys.argv[1]}.{os.environ['RANK']}").write_text(json.dumps(results), encoding="utf-8")

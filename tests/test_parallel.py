@@ -3,16 +3,19 @@
 import json
 import math
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from filelock import FileLock
 
 import common.hardware as hardware_module
@@ -44,9 +47,11 @@ BUDGET = (*PLAIN, "--max_steps=none", "--budget_minutes=0.02", "--schedule=wsd")
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, of those that no system gives to a program that asks for any."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port := random.randrange(20000, 32000)))
+            return port
 
 
 def launch(folder: Path, size: int, *commands: tuple[str, ...]) -> list[list[dict]]:
@@ -54,13 +59,19 @@ def launch(folder: Path, size: int, *commands: tuple[str, ...]) -> list[list[dic
     file = folder / f"commands-{size}.json"
     file.write_text(json.dumps(commands), encoding="utf-8")
     env = os.environ | {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.parallel_runner", str(file), str(free_port())]
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    # as torchrun does: the stores are here, so that no other program can take a port before they are opened
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands]
+    command = [sys.executable, "-m", "tests.parallel_runner", str(file), *(str(store.port) for store in stores)]
     started = [
         subprocess.Popen(command, cwd=folder, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
     ]
-    assert [process.wait(timeout=240) for process in started] == [0] * size
+    try:
+        assert [process.wait(timeout=240) for process in started] == [0] * size
+    finally:
+        for process in started:
+            process.kill()
     return [json.loads(Path(f"{file}.{rank}").read_text("utf-8")) for rank in range(size)]
 
 

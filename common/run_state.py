@@ -11,8 +11,8 @@ lock that means killed. Where it cannot be written, training goes on without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,10 +50,7 @@ class RunState:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            code, may_go_on = judge(error)
-            state = "stopped" if code == INTERRUPTED else "failed"
-            nothing = "interrupted before there was anything to save" if code == INTERRUPTED else type(error).__name__
-            self.write(state, may_go_on, code, str(error) or nothing)
+            self.write(*outcome(error))
         elif self.code == STOPPED:
             self.write("stopped", True, self.code, "stopped by a signal")
         elif self.code is not None:
@@ -85,14 +82,29 @@ class RunState:
         return " ".join([command(), *map(quote, self.argv)])
 
 
-def judge(error: BaseException) -> tuple[int, bool]:
-    """The exit code of a process that ends with this error, and whether the same command may go on afterwards. What is
-    no mistake of a user may be a fault of the machine, which passes."""
+@contextmanager
+def telling_failure(run: Path) -> Iterator[None]:
+    """A context for a run that this process is to begin or to go on with after another one: an error that comes before
+    the run itself can tell what became of it."""
+    try:
+        yield
+    except BaseException as error:
+        if is_first() and (found := read_state(run)).get("state") == "running":
+            state, may_go_on, code, message = outcome(error)
+            found |= {"state": state, "resumable": may_go_on, "exit_code": code, "message": message[:2000]}
+            write_state(run, found if may_go_on else found | {"command": None})
+        raise
+
+
+def outcome(error: BaseException) -> tuple[str, bool, int, str]:
+    """The state of a run that ends with this error, whether the same command may go on, the exit code and the message.
+    What is no mistake of a user may be a fault of the machine, which passes."""
+    message = str(error) or type(error).__name__
     if isinstance(error, UserError):
-        return error.exit_code, error.may_retry
+        return "failed", error.may_retry, error.exit_code, message
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, True
-    return (NO_RESOURCES if is_out_of_memory(error) else 1), True
+        return "stopped", True, INTERRUPTED, str(error) or "interrupted before there was anything to save"
+    return "failed", True, NO_RESOURCES if is_out_of_memory(error) else 1, message
 
 
 def write_state(run: Path, values: Mapping[str, Any]) -> None:

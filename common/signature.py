@@ -1,8 +1,8 @@
-"""Whose run it is: paths and services in a state.json or a config.json are used only where this user's Sprout has
-written them.
+"""Whose run it is: paths and services in a state.json, config.json or dataset.json are used only where this user's
+Sprout has written them.
 
 A run that came from somewhere else may name any file of this machine as its text, and any service for its records. So
-both files carry `signature`: HMAC-SHA256 over the values that are trusted, with a key of this user that never leaves
+these files carry `signature`: HMAC-SHA256 over the values that are trusted, with a key of this user that never leaves
 this machine. All else in these files needs no trust. A run that was copied to another machine, or whose user's data
 folder was not kept, resumes, too: what it needs is then named on the command line (config/resume.py).
 """
@@ -32,13 +32,13 @@ KEY_BYTES = 32
 
 
 def signed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A state.json or config.json with its signature; without one where the key cannot be made or read."""
+    """A state.json, config.json or dataset.json with its signature; without one where no key can be made or read."""
     key, content = _key(), {name: value for name, value in record.items() if name != "signature"}
     return content if key is None else content | {"signature": _sign(key, content)}
 
 
 def is_own(record: Mapping[str, Any]) -> bool:
-    """Whether this user's Sprout has written what is trusted in a state.json or config.json."""
+    """Whether this user's Sprout has written what is trusted in such a file."""
     key, signature = _key(), record.get("signature")
     if key is None or not isinstance(signature, str) or not signature.isascii():
         return False
@@ -79,6 +79,8 @@ def _sign(key: bytes, record: Mapping[str, Any]) -> str:
         "kept": record.get("kept"),
         "chain": record.get("chain"),
     }
+    if "source" in record:  # of a dataset: what it was prepared from
+        content["source"] = record["source"]
     return hmac.new(key, json_bytes(content), hashlib.sha256).hexdigest()
 
 

@@ -25,7 +25,7 @@ from common.memory import release_memory
 from common.option import show
 from common.options import RunOptions
 from common.run_directory import claim_run, refuse_used_run
-from common.run_state import RunState
+from common.run_state import RunState, telling_failure
 from config.start import Chain, Start, passed_on
 from errors import UserError, quote
 from parallel.processes import by_first, command
@@ -46,7 +46,9 @@ def train_all(train: Callable[[Sequence[str]], tuple[int, list[str]]], argv: Seq
     code, next_argv = train(argv)
     while code == 0 and next_argv:
         release_memory()
-        code, next_argv = train(next_argv)
+        run = next(arg.partition("=")[2] for arg in reversed(next_argv) if arg.startswith(("--run=", "--resume=")))
+        with telling_failure(Path(run)):
+            code, next_argv = train(next_argv)
     return code
 
 

@@ -95,11 +95,10 @@ class Novelty:
         begin = source.byte - len(source.before.encode())
         if file := self._origins.file(source.document, begin, context.encode("utf-8", "surrogatepass")):
             return f"{file}, line {source.line:,}"
-        meta = self.dataset.meta
-        if meta.get("documents") == 1 and meta["source"].get("origin"):  # a file that is packed, or gone
-            return f"{meta['source']['origin']}, line {source.line:,}"
-        counts = [shard.get("documents") for shard in meta["shards"]["train"]]
-        of = "" if None in counts else f" of {sum(counts):,}"
+        if self._origins.whole:  # a file that is packed, or gone
+            return f"{self._origins.whole}, line {source.line:,}"
+        counts = [shard.get("documents") for shard in self.dataset.meta["shards"]["train"]]
+        of = "" if None in counts or not sum(counts) else f" of {sum(counts):,}"  # 0: val has the end of the only one
         return f"document {source.document:,}{of} of the train split, line {source.line:,}"
 
     def _copied(self, checked: Checked, passages: list[Passage]) -> Copied:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.signature import is_own
 from errors import UserError
 from prepare_data.sources.listing import list_files, readable
 from prepare_data.sources.python_stdlib import source_files
@@ -20,11 +21,14 @@ MARK = b"\xef\xbb\xbf"  # byte order mark of UTF-8, which preparation removes
 
 
 class Origins:
-    """The files that a dataset was prepared from, if they are still there. meta: that of the dataset."""
+    """The files that a dataset was prepared from, if they are still there: none of a dataset that came from elsewhere,
+    which may name any file of this machine. meta: that of the dataset."""
 
     def __init__(self, meta: Mapping[str, Any]) -> None:
         self._known: dict[int, str | None] = {}  # document → file
-        self._files = self._list(meta.get("source", {}), meta.get("options", {}))
+        source = meta["source"] if is_own(meta) else {}
+        self.whole = str(source.get("origin", "")) if meta.get("documents") == 1 else ""  # of all; "" if not known
+        self._files = self._list(source, meta.get("options", {}))
 
     def file(self, document: int, byte: int, text: bytes) -> str | None:
         """The file of a document that has this text from this byte on; None where that is not known."""

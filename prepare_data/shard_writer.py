@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from common.signature import signed
 from common.tokenizer import Tokenizer
 from errors import UserError
 from files import sync_directory
@@ -143,7 +144,7 @@ def write_dataset(
         "shards": shards,
     }
     meta["fingerprint"] = fingerprint(meta, tokenizer)
-    text = json.dumps(meta, ensure_ascii=False, indent=1)
+    text = json.dumps(signed(meta), ensure_ascii=False, indent=1)
     # the tokenizer, which is long, goes on one line
     text = text[:-2] + ',\n "tokenizer": ' + json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n}\n"
     # lone surrogates, from file names that are not UTF-8, become JSON's escapes

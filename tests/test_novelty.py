@@ -21,7 +21,7 @@ from generation import novelty as output
 from generation.options import SamplingOptions
 from generation.text import Piece, load_model
 from model import GPT, GPTConfig
-from prepare_data import PrepareOptions
+from prepare_data import PrepareOptions, origin
 from prepare_data.novelty import Novelty
 from prepare_data.passage_index import INDEX
 from prepare_data.pipeline import make_corpus, prepare
@@ -80,6 +80,16 @@ def test_a_pipe_gets_the_samples_alone(home, capsys, monkeypatch, small_text):
     [line] = re.findall(r"sätze 1\.txt, line ([\d,]+):", err)
     lines = small_text.read_text("utf-8").split("\n")
     assert lines[int(line.replace(",", "")) - 1] == COPIED.split("\n")[0]
+
+
+def test_a_dataset_from_elsewhere_names_no_file(home, capsys, monkeypatch):
+    """It may claim to be prepared from any folder, which would be walked."""
+    path = home / "data" / "notes" / "dataset.json"
+    meta = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(meta | {"source": {"name": "x", "origin": str(home)}}), encoding="utf-8")
+    monkeypatch.setattr(origin, "list_files", lambda *_: pytest.fail("a folder was walked"))
+    says(monkeypatch, COPIED)
+    assert re.search("document 1 of the train split, line [0-9,]+\n", start(capsys).err)
 
 
 def test_shorter_passages_count_where_that_is_asked_for(home, capsys, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import train as train_script
 from common.memory import OutOfMemory
 from common.run_state import FORMAT, RunState, read_state
-from errors import IN_USE, LOST, NO_RESOURCES, STOPPED, UserError, run_script
+from errors import FAILED, IN_USE, LOST, NO_RESOURCES, STOPPED, UserError, run_script
 from parallel.launch import LostContact
 from tests.conftest import ROOT
 from tests.test_train import message_of, train, train_until_cut
@@ -42,6 +42,22 @@ def state_of(run: str) -> dict:
 def told(run: str) -> tuple:
     state = state_of(run)
     return state["state"], state["resumable"], state["exit_code"], state["saved_step"]
+
+
+def test_a_run_that_cannot_follow_another_one_has_failed(flags, monkeypatch):
+    read_start, starts = train_script.read_start, []
+
+    def read_first(*args):
+        starts.append(args)
+        if len(starts) > 1:
+            raise UserError("the text is gone")
+        return read_start(*args)
+
+    monkeypatch.setattr(train_script, "read_start", read_first)
+    assert "the text is gone" in message_of(*flags, "--run=x", "--teachers=1")
+    assert told("x-teacher") == ("done", False, 0, 6)
+    assert told("x") == ("failed", False, FAILED, 6)
+    assert (state_of("x")["message"], state_of("x")["command"]) == ("the text is gone", None)
 
 
 def test_a_run_is_running_then_done(flags, monkeypatch):

@@ -228,13 +228,17 @@ def read_text(path: Path, limit: int = MAX_JSON) -> str:
 
 def _read_bytes(path: Path, limit: int) -> bytes:
     with reading(path) as size:
-        if size > limit:
-            raise DamagedFile(path, f"{size} bytes of JSON or text; the maximum is {limit}")
+        _refuse_large(path, size, limit)
         with open(path, "rb", opener=plain_file) as file:
             data = file.read(size + 1)  # another program may write it, or put another file in its place
         if len(data) > size:
             raise DamagedFile(path, "it was written to while it was read")
         return data
+
+
+def _refuse_large(path: Path, size: int, limit: float) -> None:
+    if size > limit:
+        raise DamagedFile(path, f"{size} bytes of JSON or text; the maximum is {limit}")
 
 
 def parse_json(data: bytes, spare: int = SPARE) -> Any:
@@ -306,6 +310,15 @@ def size_and_crc(path: Path) -> dict[str, int]:
         while chunk := file.read(CHUNK):
             crc = zlib.crc32(chunk, crc)
     return {"bytes": size, "crc32": crc}
+
+
+def check_size(path: Path, entry: object, limit: float = math.inf) -> None:
+    """Raises DamagedFile where a file's size is not that of its entry in a manifest, or exceeds `limit`: before it is
+    read, since a hole of a terabyte takes no space on a disk."""
+    with reading(path) as size:
+        _refuse_large(path, size, limit)
+    if not (isinstance(entry, dict) and size == entry.get("bytes")):
+        compare(path, {"bytes": size}, entry)
 
 
 def compare(path: Path, found: dict[str, int], entry: object) -> None:

@@ -28,9 +28,11 @@ from errors import UserError
 from files import (
     CHUNK,
     MAX_CONFIG,
+    MAX_JSON,
     MAX_TOKENIZER,
     TOKENIZER_SPARE,
     DamagedFile,
+    check_size,
     compare,
     json_bytes,
     plain_file,
@@ -363,7 +365,11 @@ def reading_checkpoint(path: Path) -> Iterator[None]:
 def check_files(directory: Path, names: Iterable[str]) -> None:
     """Compares the size and crc32 of each file with the manifest. Raises DamagedFile; UserError for another version."""
     files = manifest_files(directory)
+    limits = {STATE: MAX_JSON, f"model/{CONFIG}": MAX_CONFIG, f"model/{TOKENIZER}": MAX_TOKENIZER}
     for name in names:
+        check_size(directory / name, files[name], limits.get(name, math.inf))
+        if name.endswith(".safetensors"):
+            read_header(directory / name)  # which tells the size, too
         compare(directory / name, size_and_crc(directory / name), files[name])
 
 

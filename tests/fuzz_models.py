@@ -81,11 +81,16 @@ def make_run(run: Path, name: str) -> Path:
 def sign(checkpoint: Path) -> None:
     """Writes a manifest of the files as they are."""
     manifest = json.loads((checkpoint / "manifest.json").read_bytes())
-    del manifest["crc32"]
     for name in manifest["files"]:
         data = (checkpoint / name).read_bytes()
         manifest["files"][name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
-    (checkpoint / "manifest.json").write_bytes(json_bytes({**manifest, "crc32": zlib.crc32(json_bytes(manifest))}))
+    write_manifest(checkpoint, manifest)
+
+
+def write_manifest(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """With the checksum of itself."""
+    content = {name: value for name, value in manifest.items() if name != "crc32"}
+    (checkpoint / "manifest.json").write_bytes(json_bytes({**content, "crc32": zlib.crc32(json_bytes(content))}))
 
 
 # ---- What is drawn ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import config
+import model_folder
 import sample
 import train
 from common.weights import export_weights, weight_count
@@ -227,32 +228,23 @@ def test_a_header_of_impossible_length(tmp_path, length):
         read_header(path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "sprout_tokenizer.json"])
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (b"[" + b"{}," * 30_000_000 + b"{}]", "the maximum is|too many"),
-        (b"[" * 200_000, "too deeply nested"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
-        (b'{"a": 1, "a": 2}', "the key 'a' stands there twice"),
-        (b'{"a": 1e999}', "1e999 is not a number that JSON has"),
-        (b'{"a": NaN}', "NaN is not a number that JSON has"),
-    ],
-    ids=["bomb", "nested", "digits", "twice", "infinite", "nan"],
-)
-def test_json_that_asks_for_memory_or_has_two_meanings(folders, tmp_path, name, data, expected):
-    folder = copied(folders["gpt2"], tmp_path, True)
-    (folder / name).write_bytes(data)
-    with pytest.raises(DamagedFile, match=expected) as error:
-        sample.main([f"--run={folder}"])
-    assert name in str(error.value)
+CHECKED = ["model/config.json", "model/sprout_tokenizer.json", "model/model.safetensors", "state.json"]
 
 
-@pytest.mark.parametrize("name", ["config.json", "sprout_tokenizer.json", "../manifest.json"])
-def test_sparse_files_of_thirty_gigabytes_are_not_read(folders, tmp_path, name):
-    folder = copied(folders["gpt2"], tmp_path, False)
-    os.truncate(folder / name, 30 * 10**9)
-    assert "bytes" in message(sample.main, f"--run={folder}")
+@pytest.mark.parametrize("is_crafted", [False, True], ids=["damaged", "crafted"])
+@pytest.mark.parametrize("name", [*CHECKED, "manifest.json"])
+def test_sparse_files_of_thirty_gigabytes_are_not_read(folders, tmp_path, monkeypatch, name, is_crafted):
+    """Neither where the manifest tells their size, nor where it was made for them."""
+    folder, size = copied(folders["gpt2"], tmp_path, False), 30 * 10**9
+    manifest = json.loads((folder.parent / "manifest.json").read_bytes())
+    os.truncate(folder.parent / name, size)
+    if is_crafted and name != "manifest.json":
+        manifest["files"][name] = {"bytes": size, "crc32": 0}
+        fuzz_models.write_manifest(folder.parent, manifest)
+    real = model_folder.size_and_crc
+    monkeypatch.setattr(model_folder, "size_and_crc", lambda path: real(path) if path.stat().st_size < size else None)
+    expected = "30000000000 bytes|file not fully covered"
+    assert re.search(expected, message(sample.main, f"--run={folder}"))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX pipes")

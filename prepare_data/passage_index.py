@@ -146,7 +146,7 @@ def _open(path: Path, fingerprint: str) -> TrainText:
         length, crc32, magic = TRAILER.unpack(trailer) if len(trailer) == TRAILER.size else (0, 0, b"")
         if magic[:-1] == MAGIC[:-1] and magic != MAGIC:
             raise DamagedFile(path, "another version of Sprout wrote it")
-        if magic != MAGIC or length > size - TRAILER.size:
+        if magic != MAGIC or length > min(size - TRAILER.size, 1024 + size // 2**14):  # 1 KiB for each block
             raise DamagedFile(path, "it is incomplete, or another kind of file")
         file.seek(size - TRAILER.size - length)
         data = file.read(length)

@@ -606,7 +606,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_state(tmp_path, no_fsync
     """step 40 is new; step 30 is saved a second time."""
     base_run(tmp_path / "base")
     seen = []
-    for point in range(1000):
+    for point in range(step // 10 % 2, 1000, 2):  # every second one, the others with the other step: forking is slow
         run = shutil.copytree(tmp_path / "base", tmp_path / f"run{point}")
 
         def save_and_prune(point=point, run=run) -> None:

@@ -114,11 +114,15 @@ def test_a_closed_terminal_saves(folder):
 
 
 @pytest.mark.parametrize(
-    "redirected",
-    ["2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full", ">&- 2>/dev/full"],
+    ("redirected", "number"),
+    [
+        ("2>&-", signal.SIGTERM),
+        ("<&- >&- 2>&-", signal.SIGHUP),
+        (">/dev/full 2>/dev/full", signal.SIGTERM),
+        (">&- 2>/dev/full", signal.SIGHUP),
+    ],
     ids=["no stderr", "no streams", "full device", "mixed"],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_outputs_that_are_closed_or_full_change_nothing(folder, redirected, number):
     if "/dev/full" in redirected and not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")

@@ -35,7 +35,7 @@ from training.options import OptimizerOptions, TrainOptions
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = (
     *("debug", "--threads=1", "--dtype=float32", "--compile=false", "--learning_rate=2e-3", "--log_interval=1"),
-    *("--max_steps=50", "--eval_interval=25", "--eval_tokens=1000", "--sample_tokens=10", "--final_samples=1"),
+    *("--max_steps=20", "--eval_interval=10", "--eval_tokens=1000", "--sample_tokens=10", "--final_samples=1"),
     *("--tokens_per_step=512", "--micro_batch_size=2"),  # 16 rows; 4, 2 or 1 micro-batches in 2, 4 or 8 processes
 )
 RICH = (
@@ -125,7 +125,7 @@ def test_the_losses_are_those_of_one_process(runs, name, layout):
         pytest.skip("rich has it")
     one, several = (read_events(runs / run) for run in (f"{name}-1", f"{name}-{layout}"))
     assert [event["event"] for event in several] == [event["event"] for event in one]
-    assert len([event for event in one if event["event"] == "step"]) == (50 if name == "plain" else 12)
+    assert len([event for event in one if event["event"] == "step"]) == (20 if name == "plain" else 12)
     for a, b in zip(one, several, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() & {"loss", "val_loss", "train_loss", "bits_per_byte", "grad_norm"}:
@@ -159,8 +159,8 @@ def test_samples_and_weights_are_those_of_one_process(runs, layout):
 
 
 def test_gradients_are_added_up_once_per_step(runs):
-    """However many micro-batches a step has: DDP's one bucket, in each of 50 steps of 4 and of 2 micro-batches."""
-    assert json.loads((runs / "reported.json").read_text("utf-8")) == [50, 50]
+    """However many micro-batches a step has: DDP's one bucket, in each of 20 steps of 4 and of 2 micro-batches."""
+    assert json.loads((runs / "reported.json").read_text("utf-8")) == [20, 20]
 
 
 def test_a_time_budget_gives_all_processes_the_same_plan(runs):
@@ -193,7 +193,7 @@ def test_a_run_saved_by_two_processes_resumes_in_one_and_in_four(runs, layout):
 def test_a_resume_names_the_processes_that_differ(runs, small_text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     shutil.copytree(runs / "plain-ddp-2", tmp_path / "copy")
-    assert train_script.main([f"--resume={tmp_path / 'copy'}", "--max_steps=52", "--schedule=constant"]) == 0
+    assert train_script.main([f"--resume={tmp_path / 'copy'}", "--max_steps=22", "--schedule=constant"]) == 0
     assert "world_size 2 → 1, parallel ddp → none" in capsys.readouterr().out
 
 

@@ -220,7 +220,7 @@ def start(*args: str) -> subprocess.Popen:
 
 def test_nothing_is_lost_to_kill_9(small_text):
     """Killed at four moments, resumed each time: the log and the weights are those of a run that was left alone."""
-    args = (*TINY, f"--data={small_text}", "--max_steps=150", "--save_interval=5", "--eval_interval=50")
+    args = (*TINY, f"--data={small_text}", "--max_steps=80", "--save_interval=5", "--eval_interval=40")
     assert train(*args, "--run=alone") == 0
     command, kills = (*args, "--run=killed"), 0
     while True:
@@ -239,7 +239,7 @@ def test_nothing_is_lost_to_kill_9(small_text):
         assert process.returncode == -signal.SIGKILL, output
         command = ("--resume=killed",)
     assert kills == 4
-    assert tensors_of("killed", 150) == tensors_of("alone", 150)
+    assert tensors_of("killed", 80) == tensors_of("alone", 80)
     assert reproducible("killed") == reproducible("alone")
 
 
@@ -631,7 +631,8 @@ def test_attention_triton_trains_and_samples_as_sdpa_does(small_text, capsys):
     """Under Triton's interpreter, which tests set: the whole program with the fused kernel in it."""
     pytest.importorskip("triton", reason="the kernel is Triton's")
     for path in ("sdpa", "triton"):
-        short = ("--max_steps=2", "--eval_interval=2", "--eval_tokens=256", "--sample_tokens=4", "--final_samples=0")
+        short = ("--max_steps=2", "--eval_interval=2", "--eval_tokens=64", "--sample_tokens=2", "--final_samples=0")
+        short += ("--tokens_per_step=256", "--final_eval=false")
         assert train(*TINY, *SHAPE, f"--data={small_text}", f"--run=runs/{path}", f"--attention={path}", *short) == 0
         assert f"attention: {path}," in capsys.readouterr().out
     ours, its = (
@@ -641,7 +642,7 @@ def test_attention_triton_trains_and_samples_as_sdpa_does(small_text, capsys):
     assert ours == pytest.approx(its, rel=1e-5)
     assert (
         sample_script.main(
-            ["--run=runs/triton", "--attention=triton", "--max_new_tokens=5", "--device=cpu", "--dtype=float32"]
+            ["--run=runs/triton", "--attention=triton", "--max_new_tokens=3", "--device=cpu", "--dtype=float32"]
         )
         == 0
     )

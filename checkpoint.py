@@ -55,6 +55,7 @@ from model_folder import (
     FILES,
     MANIFEST,
     OPTIMIZER,
+    SET_ASIDE,
     SHARDS,
     STATE,
     TOKENIZER,
@@ -75,7 +76,6 @@ from tensor_files import TensorReader, bytes_needed, parts_of
 OURS = re.compile(r"step-\d{8,}(\.(writing(-[0-9a-f]{8})?|removing|replaced))?")  # names of directories
 PROVEN_STEPS = 100  # of training after a checkpoint without trouble: its weights were sound
 MAX_REPEATS = 20  # of a reading, while a run in progress removes what is read
-SET_ASIDE = "set-aside"
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a checkpoint that could not be read is tried again
 T = TypeVar("T")
 

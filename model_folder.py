@@ -16,8 +16,10 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from files import (
     check_size,
     compare,
     json_bytes,
+    make_directory,
     plain_file,
     read_json,
     reading,
@@ -58,7 +61,7 @@ SHARDS = "shards"
 SHARDED_FILES = {f"model/{CONFIG}", f"model/{TOKENIZER}", STATE}  # and the shards
 SHARD = re.compile(rf"{SHARDS}/[0-9]{{5,9}}\.safetensors")
 KINDS = {"model": f"model/{WEIGHTS}", "optimizer": OPTIMIZER}  # of tensors; in shards the prefix of their names
-BASE = "base"
+BASE, SET_ASIDE = "base", "set-aside"
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 
 
@@ -108,6 +111,7 @@ class ModelFolder:
     def base(self) -> Path:
         """The folder of the adapters' base. Raises UserError outside a run."""
         checkpoints = Path(os.path.abspath(self.path)).parent.parent
+        checkpoints = checkpoints.parent if checkpoints.name == SET_ASIDE else checkpoints
         base = checkpoints.parent / BASE
         if checkpoints.name != "checkpoints" or not base.is_dir():
             raise UserError(
@@ -294,6 +298,40 @@ def save_base(run: Path, source: ModelFolder, weights: dict[str, Tensor], config
     if (checkpoint := checkpoint_of(source.path)) is not None:
         compare(source.path / WEIGHTS, found, manifest_files(checkpoint)[f"model/{WEIGHTS}"])
     return found
+
+
+class HeldBase:
+    """The files of RUN/base, open while the run trains: what is removed meanwhile is written again from them."""
+
+    def __init__(self, run: Path) -> None:
+        """Raises DamagedFile."""
+        self.run, self.folder, self._files = run, run / BASE, dict[str, BufferedReader]()
+        with ExitStack() as stack:
+            for name in (WEIGHTS, CONFIG, TOKENIZER):
+                with reading(self.folder / name):
+                    self._files[name] = stack.enter_context(open(self.folder / name, "rb", opener=plain_file))
+            self._opened = stack.pop_all()
+
+    def restore(self) -> list[str]:
+        """Writes again what is missing, and returns its names. Raises OSError."""
+        missing = [name for name in self._files if not os.path.lexists(self.folder / name)]
+        temporary = self.run / f".{BASE}.writing"
+        try:
+            for name in missing:
+                make_directory(temporary)
+                self._files[name].seek(0)
+                require_space(temporary, os.fstat(self._files[name].fileno()).st_size)
+                write_parts(temporary / name, iter(partial(self._files[name].read, CHUNK), b""))
+                make_directory(self.folder)
+                os.rename(temporary / name, self.folder / name)
+            if missing:
+                sync_directory(self.folder)
+        finally:
+            try_remove_tree(temporary)
+        return missing
+
+    def close(self) -> None:
+        self._opened.close()
 
 
 def remove_base(run: Path) -> None:

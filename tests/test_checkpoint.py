@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 import checkpoint
 from checkpoint import (
-    SET_ASIDE,
     Checkpoint,
     SaveFailed,
     find_checkpoint,
@@ -34,7 +33,7 @@ from checkpoint import (
 )
 from errors import UserError
 from files import DamagedFile, json_bytes, read_json
-from model_folder import FILES, open_model_folder
+from model_folder import FILES, SET_ASIDE, open_model_folder
 from tensor_files import DTYPES
 from tests.conftest import ROOT
 

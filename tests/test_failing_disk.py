@@ -14,8 +14,9 @@ from filelock import lock_descriptor
 
 import checkpoint
 import train as train_script
-from checkpoint import SET_ASIDE, list_checkpoints, open_latest
+from checkpoint import list_checkpoints, open_latest
 from errors import UserError
+from model_folder import SET_ASIDE
 from prepare_data import shard_check
 from prepare_data.shards import Split
 from tests.inject import ERRORS, counting, failing

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -320,6 +321,31 @@ def test_a_run_started_again_without_adapters_has_no_base(monkeypatch):
     whole = [flag for flag in ADAPT if not flag.startswith("--lora_rank")]
     assert train(*whole, "--run=killed", "--max_steps=1") == 0
     assert not Path("killed/base").exists()
+
+
+@pytest.mark.usefixtures("_in_a_copy")
+@pytest.mark.parametrize("removed", ["run", "run/base", "run/base/model.safetensors"])
+def test_a_base_that_is_removed_while_the_run_trains_is_written_again(monkeypatch, capsys, removed):
+    step = train_script.update
+
+    def remove_and_step(steps, optimizer_step, state, batches):
+        if state.step == 12:
+            (Path(removed).unlink if Path(removed).is_file() else partial(shutil.rmtree, removed))()
+        return step(steps, optimizer_step, state, batches)
+
+    monkeypatch.setattr(train_script, "update", remove_and_step)
+    assert train(*ADAPT, "--run=run") == 0
+    assert re.search(r"run/base: .*model\.safetensors.* was removed, and is written again", capsys.readouterr().out)
+    assert tensors_of("run", 20) == tensors_of("straight", 20)
+    assert {path.name: path.read_bytes() for path in Path("run/base").iterdir()} == {
+        path.name: path.read_bytes() for path in Path("straight/base").iterdir()
+    }
+
+
+@pytest.mark.usefixtures("_in_a_copy")
+def test_adapters_that_were_set_aside_find_their_base():
+    assert train("--resume=straight", "--from=step-10", "--max_steps=11") == 0
+    assert weights_of("straight/checkpoints/set-aside/step-00000020").keys() == weights_of("base").keys()
 
 
 @pytest.mark.usefixtures("_in_a_copy")

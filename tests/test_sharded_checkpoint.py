@@ -23,7 +23,6 @@ from torch import Tensor
 import model_folder
 import sharded_checkpoint
 from checkpoint import (
-    SET_ASIDE,
     Checkpoint,
     SaveFailed,
     find_checkpoint,
@@ -37,7 +36,7 @@ from checkpoint import (
 )
 from errors import UserError
 from files import DamagedFile, read_json, size_and_crc
-from model_folder import open_model_folder
+from model_folder import SET_ASIDE, open_model_folder
 from sharded_checkpoint import Part, save_sharded_checkpoint
 from tensor_files import TensorReader
 from tests.conftest import ROOT

@@ -24,14 +24,14 @@ from common.hardware import Hardware
 from common.memory import OutOfMemory, attempt, available_memory
 from common.run_state import RunState
 from common.signature import signed
-from model_folder import BASE
+from model_folder import HeldBase
 from parallel.processes import Team, agree, any_of, by_first, is_first, world_size
 from parallel.sharding import SHARDED
 from prepare_data.shards import Dataset
 from sharded_checkpoint import save_sharded_checkpoint
 from training.diagnosis import first_bad_weight
 from training.divergence import Diverged
-from training.metrics import log
+from training.metrics import keep_and_tell, log
 from training.options import EvalOptions
 from training.state import TrainState
 
@@ -56,12 +56,13 @@ class CheckpointWriter:
         self.late = (-1, False)  # the step at which the time was looked at last, and what that showed
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.flying: tuple[int, Future[None]] | None = None
+        self.base = HeldBase(run) if state.adapter is not None and is_first() else None
 
     def __call__(self) -> None:
         state, step = self.state, self.state.step
         self.is_pending, self.last = False, time.perf_counter()
         self.join()
-        if reason := state.trouble() or first_bad_weight(state.model) or self._no_base():
+        if reason := state.trouble() or first_bad_weight(state.model) or by_first(self._restore_base):
             saved = "" if state.saved_step is None else f"; the last checkpoint is that of step {state.saved_step}"
             log(f"step {step}: not saved: {reason}{saved}")
             self.is_pending, state.unsound = state.trouble() is not None, reason
@@ -115,13 +116,22 @@ class CheckpointWriter:
         error has ended one of them."""
         self.join()
         self.thread.shutdown()
+        if self.base is not None:
+            self.base.close()
         if error is None or isinstance(error, Diverged):
             self.state.saved_step = agree(self.state.saved_step)
 
-    def _no_base(self) -> str | None:
-        base = self.run / BASE
-        gone = self.state.adapter is not None and agree(not base.is_dir())
-        return f"{base} is gone, without which adapters are of no use; restore it from a copy" if gone else None
+    def _restore_base(self) -> str | None:
+        """Writes again what was removed of the weights that adapters belong to. Returns why that is not possible."""
+        if self.base is None:
+            return None
+        try:
+            keep_and_tell(self.run)
+            if names := self.base.restore():
+                log(f"{self.base.folder}: {', '.join(names)} was removed, and is written again")
+        except OSError as error:
+            return f"{self.base.folder} was removed, and cannot be written again: {error}"
+        return None
 
     def _is_late(self) -> bool:
         minutes, state = self.evals.save_minutes, self.state

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from common.tokenizer import Tokenizer
 from files import DamagedFile, parse_json, reading, sync_directory
 from prepare_data import folders
@@ -118,6 +120,8 @@ class TrainText:
             text, order = file.read(entry.text_bytes), file.read(4 * entry.places)
         if zlib.crc32(order, zlib.crc32(text)) != entry.crc32:
             raise DamagedFile(self.file, f"the checksum of its block {number} is wrong")
+        if np.frombuffer(order, "<u4").max(initial=0) > len(text):
+            raise DamagedFile(self.file, f"its block {number} has places beyond its text")
         self._last = number, (text, order)
         return text, order
 
@@ -162,7 +166,10 @@ def _open(path: Path, fingerprint: str) -> TrainText:
         raise DamagedFile(path, "the dataset has changed since")
     numbers = [number for entry in entries for number in asdict(entry).values()]
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers) or any(
-        entry.position + entry.text_bytes + 4 * entry.places > size for entry in entries
+        entry.position + entry.text_bytes + 4 * entry.places > size
+        or entry.text_bytes > BLOCK + 4 * MAX_BYTES  # with what follows, for passages that begin in it
+        or entry.places > entry.text_bytes
+        for entry in entries
     ):
         raise DamagedFile(path, "its list of blocks has numbers that no index has")
     return TrainText(entries, path, [])

@@ -1,8 +1,10 @@
 """The index of a train split: the same passages whatever the blocks, their sources; an index that is stale, damaged,
 interrupted, or cannot be written."""
 
+import json
 import os
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -87,6 +89,19 @@ def test_the_index_is_built_once(dataset, capsys):
     assert [path.name for path in dataset.folder.iterdir() if path.name.startswith(".")] == []
 
 
+def crafted(data: bytes, order: bytes = b"", padding: int = 0, **numbers: object) -> bytes:
+    """An index with other numbers and places in its first block, and the checksums that belong to them."""
+    length, _, magic = TRAILER.unpack(data[-TRAILER.size :])
+    blocks, content = data[: -TRAILER.size - length], json.loads(data[-TRAILER.size - length : -TRAILER.size])
+    first = content["blocks"][0]
+    end = first["position"] + first["text_bytes"]
+    blocks = blocks[:end] + order + blocks[end + len(order) :]
+    first["crc32"] = zlib.crc32(blocks[first["position"] : end + 4 * first["places"]])
+    first |= numbers
+    text = json.dumps(content).encode() + b" " * padding
+    return blocks + text + TRAILER.pack(len(text), zlib.crc32(text), magic)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -96,8 +111,12 @@ def test_the_index_is_built_once(dataset, capsys):
         (lambda data: data[: -TRAILER.size - 5] + b"?" + data[-TRAILER.size - 4 :], "list of blocks is damaged"),
         (lambda data: data[:-1] + b"\x09", "another version"),
         (lambda data: bytes([data[0] ^ 1]) + data[1:], "checksum of its block 0"),
+        (lambda data: crafted(data, text_bytes=10**10), "numbers that no index has"),
+        (lambda data: crafted(data, text_bytes="1"), "numbers that no index has"),
+        (lambda data: crafted(data, padding=10**6), "incomplete, or another kind of file"),
+        (lambda data: crafted(data, order=b"\xff" * 4), "block 0 has places beyond its text"),
     ],
-    ids=["cut", "empty", "short", "list", "version", "block"],
+    ids=["cut", "empty", "short", "list", "version", "block", "huge", "text", "padded", "places"],
 )
 def test_a_damaged_index_is_built_again(dataset, capsys, damage, reason):
     expected = [copied.passages for copied in Novelty(dataset, 2).check([("", TEXT)])]

@@ -277,22 +277,38 @@ def run(examples: int, seed: int) -> list[str]:
                 _quietly(action(folder))
         for _ in range(examples):
             what, action = folders.example()
-            memory, started = _peak(), time.process_time()
-            try:
-                _quietly(action)
-            except (UserError, SystemExit):
-                pass
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is what is looked for
-                found.append(f"{type(error).__name__}: {str(error)[:200]}: {what}")
-            seconds, more = time.process_time() - started, _peak() - memory
-            if seconds > SECONDS or more > MEGABYTES:
-                found.append(f"{seconds:.1f} s and {more:.0f} MB: {what}")
+            memory, problems = _peak(), set[str]()
+
+            def try_it(action: Callable[[], object] = action, problems: set[str] = problems) -> None:
+                try:
+                    _quietly(action)
+                except (UserError, SystemExit):
+                    pass
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is what is looked for
+                    problems.add(f"{type(error).__name__}: {str(error)[:200]}")
+
+            if (seconds := least_seconds(try_it, SECONDS)) > SECONDS or _peak() - memory > MEGABYTES:
+                problems.add(f"{seconds:.1f} s and {_peak() - memory:.0f} MB")
+            found += [f"{problem}: {what}" for problem in sorted(problems)]
             for folder in folders.folders:
                 if f"run {folder.parents[2].name.removeprefix('run ')}: " in what:
                     folders.restore(folder)
     finally:
         shutil.rmtree(home, ignore_errors=True)
     return found
+
+
+def least_seconds(action: Callable[[], object], limit: float) -> float:
+    """The processor seconds of `action`, of the quickest of three calls where they exceed the limit: another program
+    on the machine may slow one down."""
+    least = math.inf
+    for _ in range(3):
+        started = time.process_time()
+        action()
+        least = min(least, time.process_time() - started)
+        if least <= limit:
+            break
+    return least
 
 
 def _quietly(action: Callable[[], object]) -> None:

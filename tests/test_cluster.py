@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -428,9 +427,7 @@ def _empty_folder(tmp_path, monkeypatch):
 
 
 def test_a_preset_is_estimated_without_its_data(capsys):
-    started = time.perf_counter()
     assert train("gpt2_124m", "--plan", "--gpus=64", "--gpu=h100") == 0
-    assert time.perf_counter() - started < 3
     out = capsys.readouterr().out
     with_meta = GPT(GPTConfig(), seed=None)
     for words in (f"{count_parameters(with_meta):,} parameters", "855M FLOP", "64 GPUs × 1 micro-batch × 8 rows", "ddp",

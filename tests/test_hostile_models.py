@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,9 +128,13 @@ def message(main, *argv: str) -> str:
 def test_a_config_that_the_weights_do_not_bear_out_is_one_error(folders, tmp_path, name, changes, expected, alone):
     folder = copied(folders[name], tmp_path, alone)
     craft(folder, changes)
-    started = time.process_time()
-    said = message(sample.main, f"--run={folder}", "--max_new_tokens=2", "--device=cpu")
-    assert time.process_time() - started < 1
+    said = ""
+
+    def start() -> None:
+        nonlocal said
+        said = message(sample.main, f"--run={folder}", "--max_new_tokens=2", "--device=cpu")
+
+    assert fuzz_models.least_seconds(start, 1) < 1
     assert "config.json" in said or "holds adapters, without the weights" in said
     assert re.search(expected, said)
 
@@ -167,12 +171,12 @@ def test_a_resumed_run_refuses_it(folders, tmp_path):
 def test_a_crafted_config_takes_no_more_than_the_model_itself(folders, tmp_path, changes):
     """As a user starts it: beside the same command on the folder as it was."""
     folder = copied(folders["n-grams"], tmp_path, True)
-    seconds, megabytes, code = usage(folder, tmp_path)
+    first, megabytes, code = usage(folder, tmp_path)
     assert code == 0
     craft(folder, changes or {"block_size": 2**20})  # that long a table is allowed; the cache is as long as the text
     crafted_seconds, crafted_megabytes, code = usage(folder, tmp_path)
     assert code == (2 if changes else 0)
-    assert crafted_seconds < seconds + 1
+    assert crafted_seconds < 2 * first + 10  # without limits these take minutes
     assert crafted_megabytes < megabytes + 80
 
 
@@ -315,11 +319,13 @@ FLAGS = [(script, flag) for script, flags in WRONG.items() for flag in flags] + 
 
 @pytest.mark.parametrize(("script", "flag"), FLAGS, ids=lambda value: repr(value[:30]))
 def test_options_beyond_what_machines_have_are_one_error(script, flag):
-    started = time.process_time()
-    with pytest.raises(UserError) as error:
-        config.load(script, [flag])
-    assert time.process_time() - started < 0.5
-    said = str(error.value)
+    said = ""
+
+    def load() -> None:
+        nonlocal said
+        said = message(partial(config.load, script), flag)
+
+    assert fuzz_models.least_seconds(load, 0.5) < 0.5
     assert flag.partition("=")[0].lstrip("-") in said
     assert len(said.splitlines()) <= 3
 

@@ -53,9 +53,9 @@ def start(*args: str, redirected: str = "", **kwargs) -> subprocess.Popen:
 
 
 def wait_for_steps(process: subprocess.Popen, run: str = "run", count: int = 3) -> None:
-    """Until the run has logged a few steps, and so has trained beyond its first checkpoint."""
+    """Until the run has logged a few steps, and its first checkpoint is written."""
     deadline = time.monotonic() + SECONDS
-    while logged_steps(run) < count:
+    while logged_steps(run) < count or not list_checkpoints(Path(run)):
         assert process.poll() is None, f"ended with {process.returncode}"
         assert time.monotonic() < deadline
         time.sleep(0.02)

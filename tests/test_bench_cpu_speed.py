@@ -23,6 +23,7 @@ class GPT(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_both_sides_are_measured_and_the_ratio_is_written(tmp_path, capsys):
     (tmp_path / "a peer").mkdir()
     (tmp_path / "a peer" / "model.py").write_text(PEER)

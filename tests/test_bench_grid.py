@@ -18,6 +18,7 @@ def text(tmp_path: Path, small_text: Path) -> Path:
     return small_text
 
 
+@pytest.mark.slow
 def test_a_grid_is_measured_once(tmp_path, text, capsys):
     """Two settings of a text; the second call measures nothing, and a new setting is added."""
     settings = tmp_path / "settings.txt"

@@ -214,6 +214,7 @@ def test_a_kill_in_the_middle_leaves_valid_json(number, tmp_path):
 
 
 @posix
+@pytest.mark.slow
 def test_a_whole_session_of_some_parts_in_tiny_sizes(tmp_path):
     command = [sys.executable, "bench/gpu_session.py", "--smoke", "--parts=facts,generate", f"--out={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=True)

@@ -93,7 +93,7 @@ def make_runs(folder: Path, text: Path) -> None:
             for size in (1, 4):
                 shutil.copytree(folder / f"rich-{layout}-2", folder / f"{layout}-to-{size}")
             assert train_script.main([f"--resume={layout}-to-1", *more]) == 0
-    four = [*commands("plain", PLAIN, 4, "ddp", "fsdp"), *commands("rich", RICH, 4, "ddp", "fsdp", "hsdp")]
+    four = [*commands("plain", PLAIN, 4, "ddp"), *commands("rich", RICH, 4, "ddp", "fsdp", "hsdp")]
     four += [(f"--resume={a}-to-4", *more, f"--parallel={b}") for a, b in (("fsdp", "ddp"), ("ddp", "fsdp"))]
     reported.append(launch(folder, 4, *four)[0])
     assert all(result["code"] == 0 for results in reported for result in results)
@@ -121,7 +121,7 @@ LAYOUTS = ("ddp-2", "fsdp-2", "ddp-4", "fsdp-4", "hsdp-4")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["plain", "rich"])
 def test_the_losses_are_those_of_one_process(runs, name, layout):
-    if (name, layout) == ("plain", "hsdp-4"):
+    if name == "plain" and layout in ("fsdp-4", "hsdp-4"):
         pytest.skip("rich has it")
     one, several = (read_events(runs / run) for run in (f"{name}-1", f"{name}-{layout}"))
     assert [event["event"] for event in several] == [event["event"] for event in one]

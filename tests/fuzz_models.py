@@ -13,7 +13,6 @@ import resource
 import shutil
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +33,7 @@ from files import json_bytes
 from generation.text import load_model
 from interop import classes
 from model import GPT, GPTConfig
+from tests.timing import least_seconds
 
 SECONDS, MEGABYTES = 1.0, 200  # of one example, of this process alone, beyond which it is a problem
 SIZES = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=257, eos_id=256)
@@ -296,19 +296,6 @@ def run(examples: int, seed: int) -> list[str]:
     finally:
         shutil.rmtree(home, ignore_errors=True)
     return found
-
-
-def least_seconds(action: Callable[[], object], limit: float) -> float:
-    """The processor seconds of `action`, of the quickest of three calls where they exceed the limit: another program
-    on the machine may slow one down."""
-    least = math.inf
-    for _ in range(3):
-        started = time.process_time()
-        action()
-        least = min(least, time.process_time() - started)
-        if least <= limit:
-            break
-    return least
 
 
 def _quietly(action: Callable[[], object]) -> None:

@@ -29,6 +29,7 @@ from model import GPT, GPTConfig
 from tensor_files import MAX_HEADER, MAX_TENSORS, read_header
 from tests import fuzz_models
 from tests.conftest import ROOT
+from tests.timing import least_seconds
 
 CONFIGS = [  # model, changes, what the error says
     ("gpt2", {"n_layer": 10**9}, "n_layer=1000000000: expected a whole number with 1 <= x <= 512"),
@@ -134,7 +135,7 @@ def test_a_config_that_the_weights_do_not_bear_out_is_one_error(folders, tmp_pat
         nonlocal said
         said = message(sample.main, f"--run={folder}", "--max_new_tokens=2", "--device=cpu")
 
-    assert fuzz_models.least_seconds(start, 1) < 1
+    assert least_seconds(start, 1) < 1
     assert "config.json" in said or "holds adapters, without the weights" in said
     assert re.search(expected, said)
 
@@ -171,12 +172,15 @@ def test_a_resumed_run_refuses_it(folders, tmp_path):
 def test_a_crafted_config_takes_no_more_than_the_model_itself(folders, tmp_path, changes):
     """As a user starts it: beside the same command on the folder as it was."""
     folder = copied(folders["n-grams"], tmp_path, True)
-    first, megabytes, code = usage(folder, tmp_path)
+    seconds, megabytes, code = usage(folder, tmp_path)
     assert code == 0
     craft(folder, changes or {"block_size": 2**20})  # that long a table is allowed; the cache is as long as the text
-    crafted_seconds, crafted_megabytes, code = usage(folder, tmp_path)
+    for _ in range(3):  # another program on the machine may slow one down
+        crafted_seconds, crafted_megabytes, code = usage(folder, tmp_path)
+        if crafted_seconds < seconds + 1:
+            break
     assert code == (2 if changes else 0)
-    assert crafted_seconds < 2 * first + 10  # without limits these take minutes
+    assert crafted_seconds < seconds + 1
     assert crafted_megabytes < megabytes + 80
 
 
@@ -325,7 +329,7 @@ def test_options_beyond_what_machines_have_are_one_error(script, flag):
         nonlocal said
         said = message(partial(config.load, script), flag)
 
-    assert fuzz_models.least_seconds(load, 0.5) < 0.5
+    assert least_seconds(load, 0.5) < 0.5
     assert flag.partition("=")[0].lstrip("-") in said
     assert len(said.splitlines()) <= 3
 
